@@ -1,0 +1,52 @@
+# Works on a machine that has python3 (3.11 or newer) and pip, nothing else. Everything is installed into .venv.
+#
+#   make test    the tests                       make slow    the long property runs
+#   make demo    train a tiny model on 4 CPU processes and compare with one device
+#   make lint    ruff and mypy                   make clean   remove .venv and caches
+#
+# PYTHON=python3.12 picks the interpreter. PIP_TORCH picks where torch comes from: without a GPU,
+#   make test PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
+# saves the download of the CUDA libraries.
+
+PYTHON ?= python3
+PIP_TORCH ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+
+# One thread a process: the tests and the demo start several. Models are built from configs: nothing is downloaded.
+RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
+PYTEST := $(RUN) -m pytest -n 2
+
+.PHONY: test slow demo lint clean
+.DEFAULT_GOAL := test
+
+test: $(INSTALLED)
+	$(PYTEST)
+
+slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+demo: $(INSTALLED)
+	$(RUN) -m torch.distributed.run --nproc-per-node=4 examples/train.py --plan dp=2,tp=2 --check
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first and alone, so that nothing that follows chooses another build of it. timm and torchvision come
+# without dependencies for the same reason; where torchvision's compiled operators do not load (a CPU build of
+# torch), the tests register stand-ins for them.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("fxpar needs Python 3.11 or newer; $(PYTHON) is %d.%d: make PYTHON=python3.12" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(PIP_TORCH) torch
+	$(PIP) setuptools sympy rich safetensors transformers pytest pytest-xdist hypothesis ruff mypy
+	$(PIP) huggingface_hub PyYAML pillow
+	$(PIP) --no-deps timm torchvision
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@

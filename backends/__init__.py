@@ -1,0 +1,1 @@
+"""What runs a partitioned program: inductor, eager, simulate. Imported as ``fxpar.backends``."""

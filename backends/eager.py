@@ -1,0 +1,47 @@
+"""eager: runs a program's graph as it stands; the reference for the inductor backend, and for debugging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpar.ops.collectives import Runtime, use_runtime
+
+
+def run_flat(module: fx.GraphModule, inputs: list[Any], record: dict[str, Any] | None = None) -> list[Any]:
+    """Run a flat graph node by node, freeing values after their last use. record: filled with node name -> value."""
+    env: dict[fx.Node, Any] = {}
+    feed = iter(inputs)
+    last: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        for used in node.all_input_nodes:
+            last[used] = node
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(feed)
+        elif node.op == "get_attr":
+            env[node] = getattr(module, node.target)
+        elif node.op == "output":
+            return [env[n] for n in node.args[0]]
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+            env[node] = node.target(*args, **kwargs)
+        if record is not None and isinstance(env[node], torch.Tensor):
+            record[node.name] = env[node].detach()
+        for used in node.all_input_nodes:
+            if last[used] is node:
+                del env[used]
+    raise AssertionError("a program without an output")
+
+
+def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime) -> Callable[..., Any]:
+    """A callable over the program's flat local inputs. Collectives speak to `runtime`."""
+
+    def run(*inputs: Any) -> Any:
+        with use_runtime(runtime):
+            return run_flat(module, list(inputs))
+
+    return run

@@ -1,0 +1,1 @@
+"""Triton kernels, for what Inductor cannot fuse; imported as ``fxpar.backends.kernels``."""

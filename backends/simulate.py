@@ -1,0 +1,108 @@
+"""simulate: every rank of a plan in one process, in lock step, with gradients and no process group.
+
+One node of the program is run for all ranks before the next, so a collective sees the tensors of all of them. Each
+rank keeps an autograd graph of its own; the ranks' graphs meet only in the collectives, whose backward is the
+conjugate that a real run would issue. What it computes is what real ranks compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpar.mesh import Axes, Mesh
+from fxpar.ops import collectives
+from fxpar.ops.collectives import COLLECTIVES, CONJUGATE, Place, Step
+
+
+class _Lockstep(torch.autograd.Function):
+    """A typed collective on the tensors of all ranks."""
+
+    @staticmethod
+    def forward(ctx, kind: str, mesh: Mesh, axes: Axes, place: Place, to: Place, *xs: Tensor):
+        ctx.typed = (CONJUGATE[kind][1], mesh, axes, place, to)
+        return tuple(run_all(CONJUGATE[kind][0], mesh, axes, place, to, list(xs)))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return (None, None, None, None, None, *run_all(*ctx.typed, list(grads)))
+
+
+def run_all(step: Step, mesh: Mesh, axes: Axes, place: Place, to: Place, xs: list[Tensor]) -> list[Tensor]:
+    """One direction of a collective for all ranks; xs[r] is rank r's tensor."""
+    n = mesh.size(*axes)
+    ys = [step.before(x, place, to, n, mesh.index(r, axes)) for r, x in enumerate(xs)]
+    if step.comm is not None:
+        for group in mesh.groups(axes):
+            for rank, y in zip(group, _COMM[step.comm]([ys[r] for r in group]), strict=True):
+                ys[rank] = y
+    return [step.after(y, place, to).clone() for y in ys]
+
+
+_COMM = {
+    "all_reduce": lambda ys: [sum(ys[1:], ys[0])] * len(ys),
+    "all_gather": lambda ys: [torch.cat(ys)] * len(ys),
+    "reduce_scatter": lambda ys: list(sum(ys[1:], ys[0]).split(ys[0].shape[0] // len(ys))),
+    "all_to_all": lambda ys: [torch.cat([y.chunk(len(ys))[r] for y in ys]) for r in range(len(ys))],
+}
+
+
+Watch = Callable[[fx.Node, list[Any]], None]
+
+
+def run(module: fx.GraphModule, mesh: Mesh, inputs: list[list[Any]], watch: Watch | None = None) -> list[list[Any]]:
+    """Run a partitioned program for every rank of `mesh`.
+
+    inputs[r]: rank r's local tensors, one per placeholder. Returns rank r's flat outputs at [r]; those that depend on
+    an input with ``requires_grad`` can be differentiated, all ranks together. ``watch(node, values)`` sees every value.
+    """
+    ranks = range(mesh.world_size)
+    env: dict[fx.Node, list[Any]] = {}
+    feeds = iter(zip(*inputs, strict=True)) if inputs[0] else iter(())
+    remaining = {n: len(n.users) for n in module.graph.nodes}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = list(next(feeds))
+        elif node.op == "get_attr":
+            env[node] = [getattr(module, node.target)] * mesh.world_size
+        elif node.op == "output":
+            return [[env[n][r] for n in node.args[0]] for r in ranks]
+        elif node.target in COLLECTIVES:
+            env[node] = _collective(node, mesh, env[node.args[0]])
+        elif node.target is collectives.axis_index:
+            env[node] = [mesh.index(r, node.args[0]) for r in ranks]
+        else:
+            env[node] = [_call(node, env, r) for r in ranks]
+        if watch is not None:
+            watch(node, env[node])
+        for used in node.all_input_nodes:
+            remaining[used] -= 1
+            if not remaining[used]:
+                del env[used]
+    raise AssertionError("a program without an output")
+
+
+def _call(node: fx.Node, env: dict[fx.Node, list[Any]], rank: int) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n][rank])
+    return node.target(*args, **kwargs)
+
+
+def _collective(node: fx.Node, mesh: Mesh, xs: list[Tensor]) -> list[Tensor]:
+    _, axes, *rest = node.args
+    if node.target is collectives.pmax:
+        ys = [x.detach() for x in xs]
+        for group in mesh.groups(axes):
+            top = torch.stack([ys[r] for r in group]).amax(0)
+            for r in group:
+                ys[r] = top
+        return ys
+    kind = node.target.__name__
+    place, to = (0, 1), (0, 1)
+    if kind == "all_gather":
+        place, kind = (rest[0], rest[1]), "all_gather_varying" if rest[2] else kind
+    elif rest:
+        place, to = (rest[0], rest[1]), tuple(rest[2:]) or to
+    return list(_Lockstep.apply(kind, mesh, axes, place, to, *xs))

@@ -1,0 +1,83 @@
+"""What compiling costs as a model grows: Llama-3 70B's shape at several depths, capture to partition.
+
+    python benchmarks/compile_cost.py
+    python benchmarks/compile_cost.py --layers 2 4 --plan tp=4 --json cost.json
+
+The model is on the meta device and there are no other processes: any machine will do.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxpar
+
+SHAPE = dict(hidden=8192, heads=64, kv_heads=8, ffn=28672, vocab=128256, seq=8192, batch=1)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 40, 80])
+    parser.add_argument("--plan", default="dp=2,tp=8")
+    for name, default in SHAPE.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    return parser.parse_args()
+
+
+def build_meta(args, layers):
+    config = LlamaConfig(
+        hidden_size=args.hidden, intermediate_size=args.ffn, num_hidden_layers=layers,
+        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, vocab_size=args.vocab,
+        max_position_embeddings=args.seq, use_cache=False, tie_word_embeddings=False,
+        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    with torch.device("meta"):
+        tokens = torch.zeros(args.batch, args.seq, dtype=torch.long)  # one replica's batch
+        return LlamaForCausalLM(config), dict(input_ids=tokens, labels=tokens)
+
+
+def cost(args, layers):
+    """Seconds by stage (those that the program reports), and in total."""
+    model, example = build_meta(args, layers)
+    start = time.perf_counter()
+    program = fxpar.compile_program(model, fxpar.Plan.parse(args.plan), example)
+    total = time.perf_counter() - start
+    stages = dict(getattr(program, "timings", {}))
+    return dict(layers=layers, stages=stages, total_s=total, s_per_layer=total / layers)
+
+
+def table_of(rows, plan):
+    stages = list(dict.fromkeys(stage for row in rows for stage in row["stages"]))
+    table = Table(title=f"compile cost in seconds, plan {plan}", title_justify="left")
+    for heading in ("layers", *stages, "total", "per layer"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        parts = [f"{row['stages'].get(stage, 0.0):.2f}" for stage in stages]
+        table.add_row(str(row["layers"]), *parts, f"{row['total_s']:.2f}", f"{row['s_per_layer']:.3f}")
+    return table
+
+
+def main():
+    args = parse_args()
+    cost(args, 1)  # not counted: the first compilation in a process also pays for imports
+    rows = []
+    for layers in args.layers:
+        rows.append(cost(args, layers))
+        print(f"{layers} layers: {rows[-1]['total_s']:.2f} s", flush=True)
+    Console().print(table_of(rows, args.plan))
+    if args.json:
+        path = pathlib.Path(args.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = dict(plan=args.plan, torch=torch.__version__, rows=rows)
+        path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

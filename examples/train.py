@@ -1,0 +1,198 @@
+"""Train a Llama on the Python standard library's own source text, byte by byte, under any plan.
+
+    python examples/train.py                                                  one process
+    torchrun --nproc-per-node=4 examples/train.py --plan dp=2,tp=2            four
+    torchrun --nproc-per-node=4 examples/train.py --plan dp=2,tp=2 --check    ... and prove them equal to one
+
+NCCL where there are GPUs, gloo elsewhere.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import pathlib
+import sysconfig
+import time
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxpar
+
+VOCAB = 256  # bytes
+CHECKED_STEPS, TOLERANCE = 5, 1e-5  # relative, fp32
+SIZES = {
+    "tiny": dict(layers=2, hidden=64, heads=4, kv_heads=2, ffn=176),
+    "small": dict(layers=8, hidden=512, heads=8, kv_heads=4, ffn=1408),
+    "1b": dict(layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192),
+    "8b": dict(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336),
+}
+
+
+def plan(text):
+    try:
+        return fxpar.Plan.parse(text)
+    except ValueError as error:  # argparse shows the reason only of its own error
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--plan", type=plan, default=fxpar.Plan(), help="for example dp=2,tp=2")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    for name in SIZES["tiny"]:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help="instead of the size's own")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=8, help="sequences in the global batch")
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of compute")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--corpus-mb", type=float, default=4, help="how much text to read")
+    parser.add_argument("--check", action="store_true", help="compare with plain PyTorch on one process")
+    args = parser.parse_args()
+    for name, value in SIZES[args.size].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.batch % args.plan.dp:
+        parser.error(f"--batch {args.batch} must be divisible by dp={args.plan.dp}")
+    if args.check and args.dtype != "fp32":
+        parser.error("--check compares in fp32: leave --dtype out")
+    if args.dtype == "bf16":
+        args.plan = dataclasses.replace(args.plan, param_dtype="bf16", reduce_dtype="fp32")
+    return args
+
+
+def start_processes():
+    """Joins the process group (of one, without torchrun); returns this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **alone)
+    return device
+
+
+def read_corpus(megabytes):
+    """The first bytes of the standard library's sources, in sorted order, as one tensor of byte values."""
+    text, limit = bytearray(), int(megabytes * 2**20)
+    for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= limit:
+            break
+    return torch.frombuffer(text[:limit], dtype=torch.uint8)
+
+
+def draw_batch(corpus, args, step, part=slice(None)):
+    """Step `step`'s global batch, the same on every rank, or the sequences of it that `part` selects."""
+    generator = torch.Generator().manual_seed(args.seed + step)
+    starts = torch.randint(0, len(corpus) - args.seq, (args.batch,), generator=generator)[part]
+    tokens = torch.stack([corpus[start : start + args.seq] for start in starts]).long().to(args.device)
+    return dict(input_ids=tokens, labels=tokens)
+
+
+def build_model(args, meta=False):
+    config = LlamaConfig(
+        vocab_size=VOCAB, num_hidden_layers=args.layers, hidden_size=args.hidden, intermediate_size=args.ffn,
+        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, max_position_embeddings=args.seq,
+        use_cache=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(args.seed)
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        model = LlamaForCausalLM(config)
+    return model if meta else model.to(args.device)
+
+
+@contextlib.contextmanager
+def progress_report(args):
+    """Yields report(step, loss, seconds): a bar on a terminal, lines elsewhere, nothing on other ranks."""
+    tokens, console = args.batch * args.seq, Console()
+    if dist.get_rank() != 0:
+        yield lambda step, loss, seconds: None
+    elif not console.is_terminal:
+        yield lambda step, loss, seconds: print(
+            f"step {step + 1:4d}/{args.steps}  loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s", flush=True
+        )
+    else:
+        stats = TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} tokens/s")
+        with Progress(BarColumn(), MofNCompleteColumn(), stats, console=console) as bar:
+            task = bar.add_task("train", total=args.steps, loss=float("nan"), rate=0.0)
+            yield lambda step, loss, seconds: bar.update(task, advance=1, loss=loss, rate=tokens / seconds)
+
+
+def train_plain(args, corpus):
+    """The losses of the first steps of ordinary training: one process, the whole batch, no fxpar."""
+    model, losses = build_model(args), []
+    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    for step in range(min(CHECKED_STEPS, args.steps)):
+        loss = model(**draw_batch(corpus, args, step)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def train_parallel(args, corpus):
+    """The losses of every step, trained under the plan. Weights too big for one device start out on meta."""
+    meta = args.size in ("1b", "8b") and not args.check
+    per_replica = args.batch // args.plan.dp
+    example = draw_batch(corpus, args, 0, slice(per_replica))
+    model = fxpar.parallelize(build_model(args, meta), args.plan, example)
+    if meta:
+        model.init_weights(args.seed)
+    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+
+    replica = model.mesh["dp"].get_local_rank() if "dp" in (model.mesh.mesh_dim_names or ()) else 0
+    mine = slice(replica * per_replica, (replica + 1) * per_replica)
+    losses = []
+    with progress_report(args) as report:
+        for step in range(args.steps):
+            start = time.perf_counter()
+            batch = draw_batch(corpus, args, step, mine)
+            if args.plan.pp > 1:  # a pipeline interleaves the forwards and backwards of its microbatches
+                loss = model.train_step(**batch)
+            else:
+                loss = model(**batch).loss
+                loss.backward()
+            model.clip_grad_norm_(1.0)
+            opt.step()
+            opt.zero_grad()
+            losses.append(loss.item())
+            report(step, losses[-1], time.perf_counter() - start)
+    return losses
+
+
+def compare(plain, parallel):
+    """Prints both runs' losses side by side; returns whether they are equal within the tolerance."""
+    print(f"\n{'step':>4}  {'one process':>12}  {'parallel':>12}  {'difference':>10}")
+    relative = [abs(a - b) / abs(a) for a, b in zip(plain, parallel)]
+    for step, row in enumerate(zip(plain, parallel, relative), 1):
+        print("{:>4}  {:12.7f}  {:12.7f}  {:10.1e}".format(step, *row))
+    equal = all(difference <= TOLERANCE for difference in relative)  # false for NaN, too
+    print("equal" if equal else f"NOT equal: the relative difference exceeds {TOLERANCE}", flush=True)
+    return equal
+
+
+def main():
+    args = parse_args()
+    args.device = start_processes()
+    try:
+        corpus = read_corpus(args.corpus_mb)
+        plain = train_plain(args, corpus) if args.check and dist.get_rank() == 0 else []
+        dist.barrier()
+        losses = train_parallel(args, corpus)
+    finally:
+        dist.destroy_process_group()
+    if plain and not compare(plain, losses):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""fxpar: a PyTorch model written for one GPU, run on many, without an edit."""

@@ -1,0 +1,63 @@
+"""Every private torch API that fxpar touches, in one place, so that a torch release breaks one file.
+
+Supported: torch 2.11 to 2.15. tests/test_compat.py has a test per entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = ["FakeTensor", "FakeTensorMode", "compile_graph", "detect_fake_mode", "fake_like",
+           "is_pointwise", "is_random", "mutates", "no_grad_region", "autocast_region"]
+
+
+def fake_like(mode: FakeTensorMode, t: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None,
+              shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    """A fake tensor with `t`'s metadata on `device`, whatever device (meta included) `t` is on."""
+    return FakeTensor(mode, _plain_meta(t, dtype, tuple(t.shape) if shape is None else shape), device)
+
+
+def _plain_meta(t: torch.Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]) -> torch.Tensor:
+    if shape == tuple(t.shape):
+        return torch.empty_strided(shape, t.stride(), dtype=dtype or t.dtype, device="meta")
+    return torch.empty(shape, dtype=dtype or t.dtype, device="meta")
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether PyTorch tags the operator as computing each output element from the same input element."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def is_random(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def mutates(target: Any) -> bool:
+    """Whether the operator writes to one of its arguments."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def no_grad_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is wrap_with_set_grad_enabled
+
+
+def autocast_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is wrap_with_autocast
+
+
+def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None) -> Callable:
+    """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
+
+    No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this
+    graph alone.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs, config_patches=config or {})

@@ -1,0 +1,104 @@
+"""Inputs: one canonical form of a call, its signature, and its parts per rank."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxpar.errors import InputError
+from fxpar.mesh import Mesh
+from fxpar.plan import Plan
+
+Call = tuple[tuple, dict[str, Any]]
+
+
+def canonical(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+    """The call with positional arguments given their names, in the order of `forward`'s signature.
+
+    Arguments left at a default of None are dropped. Raises `InputError` where the arguments do not fit `forward`.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"{type(model).__name__}.forward{signature}: {error}") from error
+    kinds = {n: p.kind for n, p in signature.parameters.items()}
+    if any(k in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY) and n in bound.arguments
+           for n, k in kinds.items()):
+        return tuple(args), dict(kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if kinds[name] is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif value is not None:
+            named[name] = value
+    return (), named
+
+
+def example_call(model: nn.Module, example: Any) -> Call:
+    """The canonical call of `example_inputs` (a dict, a tuple, or one tensor)."""
+    if isinstance(example, Mapping):
+        return canonical(model, (), example)
+    return canonical(model, tuple(example) if isinstance(example, tuple | list) else (example,), {})
+
+
+def default_example(model: nn.Module) -> Call:
+    """Inputs that a Hugging Face model says it takes; `InputError` for a model that does not say."""
+    dummy = getattr(model, "dummy_inputs", None)
+    if not isinstance(dummy, Mapping):
+        raise InputError(f"{type(model).__name__} does not say what it takes: pass example_inputs (a dict of keyword "
+                         "arguments, or a tuple), with the shapes that one rank will pass to forward")
+    inputs = {k: v for k, v in dummy.items() if isinstance(v, torch.Tensor)}
+    accepted = inspect.signature(model.forward).parameters
+    ids = inputs.get("input_ids")
+    if ids is not None and "labels" in accepted and "LMHead" in type(model).__name__ + "".join(
+            c.__name__ for c in type(model).__mro__) + ("LMHead" if "CausalLM" in type(model).__name__ else ""):
+        inputs["labels"] = ids.clone()
+    return canonical(model, (), inputs)
+
+
+def leaves(call: Call) -> dict[str, Any]:
+    """Path -> leaf: "input_ids", "0", "batch.mask"; the paths that capture names its inputs by."""
+    args, kwargs = call
+    out = {}
+    for tree in (args, kwargs):
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+            out[".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)] = leaf
+    return out
+
+
+def signature(call: Call) -> tuple:
+    """What a captured program depends on: structure, shapes, dtypes, which leaves want gradients, other leaves' values."""
+    parts = []
+    for path, leaf in leaves(call).items():
+        if isinstance(leaf, torch.Tensor):
+            parts.append((path, tuple(leaf.shape), leaf.dtype, leaf.requires_grad))
+        else:
+            parts.append((path, leaf if isinstance(leaf, int | float | str | bool | type(None)) else repr(leaf)))
+    return tuple(parts)
+
+
+def globalize(call: Call, plan: Plan, mesh: Mesh, batch: Mapping[str, int | None]) -> Call:
+    """A replica's call -> meta tensors of the global one: batch dims are multiplied by dp.
+
+    batch: input path -> batch dim (None for inputs that have none).
+    """
+    n = mesh.size(*mesh.strategies.get("dp", ()))
+
+    def widen(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        shape, dim = list(leaf.shape), batch.get(path)
+        if dim is not None:
+            shape[dim] *= n
+        return torch.empty(shape, dtype=leaf.dtype, device="meta").requires_grad_(leaf.requires_grad)
+
+    args, kwargs = call
+    named = leaves(call)
+    flat = iter([widen(p, v) for p, v in named.items()])
+    return pytree.tree_map(lambda _: next(flat), (args, kwargs))

@@ -1,0 +1,126 @@
+"""The device mesh: which axes there are, how ranks are numbered, and the process groups over them.
+
+`Mesh` is pure arithmetic (it works for any world size on a laptop); `bind` turns it into a
+`torch.distributed.DeviceMesh`. A strategy is a *group* of mesh axes: its axes are the finest split a
+plan needs, so ``tp=8`` over 4 key/value heads is the two axes ``tp0=4, tp1=2``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fxpar.plan import Plan
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Named axes, major to minor; the last one's ranks are neighbours.
+
+    names, sizes: the axes and their degrees.
+    strategies: the axes each strategy consists of, e.g. ``{"dp": ("dp",), "tp": ("tp0", "tp1")}``.
+    """
+
+    names: Axes
+    sizes: tuple[int, ...]
+    strategies: dict[str, Axes] = field(default_factory=dict, hash=False)
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.sizes)
+
+    def size(self, *axes: str) -> int:
+        """Ranks along these axes together; 1 for an axis the mesh does not have."""
+        return math.prod(self.sizes[self.names.index(a)] for a in axes if a in self.names)
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Where `rank` lies, axis by axis."""
+        out = {}
+        for name, size in zip(reversed(self.names), reversed(self.sizes), strict=True):
+            rank, out[name] = divmod(rank, size)
+        return {n: out[n] for n in self.names}
+
+    def index(self, rank: int, axes: Axes) -> int:
+        """The rank's index within the group over `axes` (first axis major)."""
+        at, i = self.coordinate(rank), 0
+        for a in axes:
+            i = i * self.size(a) + at[a]
+        return i
+
+    def groups(self, axes: Axes) -> list[list[int]]:
+        """All groups of ranks that differ only along `axes`, each in the order of `index`."""
+        found: dict[tuple, list[int]] = {}
+        for rank in range(self.world_size):
+            at = self.coordinate(rank)
+            found.setdefault(tuple(v for k, v in at.items() if k not in axes), []).append(rank)
+        return [sorted(g, key=lambda r: self.index(r, axes)) for g in found.values()]
+
+    def split(self, strategy: str, sizes: tuple[int, ...]) -> Mesh:
+        """The same ranks with a one-axis strategy split into finer axes of the given sizes."""
+        (name,) = self.strategies[strategy]
+        if math.prod(sizes) != self.size(name):
+            raise ValueError(f"{sizes} does not multiply to {strategy}={self.size(name)}")
+        fine = tuple(f"{strategy}{i}" for i in range(len(sizes)))
+        at = self.names.index(name)
+        return Mesh(
+            self.names[:at] + fine + self.names[at + 1 :],
+            self.sizes[:at] + tuple(sizes) + self.sizes[at + 1 :],
+            {**self.strategies, strategy: fine},
+        )
+
+    def __str__(self) -> str:
+        return " x ".join(f"{n}={s}" for n, s in zip(self.names, self.sizes, strict=True)) or "1 rank"
+
+
+def from_plan(plan: Plan) -> Mesh:
+    """The mesh of a plan: dp major, tp minor (tp's ranks are neighbours on one host).
+
+    Axes of degree 1 are left out, except that a plan of one rank keeps ``dp=1`` so that there is a mesh.
+    """
+    axes = [(n, s) for n, s in (("dp", plan.dp), ("tp", plan.tp)) if s > 1] or [("dp", 1)]
+    names, sizes = zip(*axes, strict=True)
+    return Mesh(names, sizes, {n: (n,) for n in names})
+
+
+class BoundMesh:
+    """A `Mesh` on running processes: its `DeviceMesh` and one process group per set of axes.
+
+    Groups are made in one fixed order on every rank, the first time a program needs them, because
+    making a group is itself a collective.
+    """
+
+    def __init__(self, mesh: Mesh, device_type: str):
+        self.mesh = mesh
+        self.device_mesh: DeviceMesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
+        for strategy, axes in mesh.strategies.items():
+            if len(axes) > 1:
+                self.device_mesh[axes]._flatten(strategy)
+        self.rank = torch.distributed.get_rank()
+        self._groups: dict[Axes, torch.distributed.ProcessGroup] = {}
+
+    def ordered(self, axes: Axes) -> Axes:
+        return tuple(a for a in self.mesh.names if a in axes)
+
+    def group(self, axes: Axes) -> torch.distributed.ProcessGroup:
+        axes = self.ordered(axes)
+        if axes not in self._groups:
+            if len(axes) == 1:
+                self._groups[axes] = self.device_mesh.get_group(axes[0])
+            else:
+                mine, _ = torch.distributed.new_subgroups_by_enumeration(self.mesh.groups(axes))
+                self._groups[axes] = mine
+        return self._groups[axes]
+
+    def index(self, axes: Axes) -> int:
+        return self.mesh.index(self.rank, axes)
+
+
+def subsets(axes: Axes) -> list[Axes]:
+    """All non-empty subsets of `axes`, in mesh order."""
+    return [c for n in range(1, len(axes) + 1) for c in itertools.combinations(axes, n)]

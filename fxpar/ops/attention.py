@@ -1,0 +1,61 @@
+"""Attention that ATen has no operator for."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool = False) -> bool:
+    """Whether `windowed_attention` is defined for operands of these shapes (it does not broadcast)."""
+    if not q.dim() == k.dim() == v.dim() == 4 or q.shape[3] != k.shape[3]:
+        return False
+    groups = q.shape[1] // k.shape[1] if enable_gqa else 1
+    return k.shape[:3] == v.shape[:3] == (q.shape[0], k.shape[1], q.shape[2]) and q.shape[1] == k.shape[1] * groups
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float | None = None,
+                       enable_gqa: bool = False) -> Tensor:  # fmt: skip
+    """Causal attention in which query i sees the keys i - window + 1 .. i.
+
+    Takes: q [b, h, l, d], k [b, kv, l, d], v [b, kv, l, e]; kv is h, or divides it if `enable_gqa`.
+    Returns [b, h, l, e]: what `scaled_dot_product_attention` gives with that mask, in memory proportional to
+    l * window at most. Raises ValueError for a window of no keys or operands of other shapes.
+
+    The sequence is cut into blocks of `window`. No query sees further back than the block before its own, and
+    in these two the mask is the same for every block; so the blocks are a batch that shares one small mask.
+    The first block has none before it and is causal attention.
+    """
+    if window < 1:
+        raise ValueError(f"window={window}: must be at least 1")
+    if not takes(q, k, v, enable_gqa):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"query, key and value of shapes {shapes}: must have 4 dims, one length, and heads that agree")
+    length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    attention = functools.partial(F.scaled_dot_product_attention, scale=scale)
+    q0, k0, v0 = q[:, :, :window], k[:, :, :window], v[:, :, :window]
+    first = attention(q0, k0, v0, is_causal=True, enable_gqa=enable_gqa)
+    if length <= window:
+        return first
+
+    def blocks(x: Tensor) -> Tensor:
+        """[b, h, l, d] -> [b, blocks, h, window, d]"""
+        padded = F.pad(x, (0, 0, 0, -length % window))
+        return padded.unflatten(2, (-1, window)).transpose(1, 2)
+
+    def with_previous(x: Tensor) -> Tensor:
+        """[b, kv, l, d] -> [b * (blocks - 1), kv, 2 * window, d]"""
+        x = blocks(x)
+        return torch.cat([x[:, :-1], x[:, 1:]], dim=3).flatten(0, 1)
+
+    # The queries of the heads that share a key head stand one below the other: no key is repeated.
+    own = blocks(q)[:, 1:].flatten(0, 1).reshape(-1, k.shape[1], groups * window, q.shape[3])
+    row = torch.arange(window, device=q.device).repeat(groups)[:, None]
+    column = torch.arange(2 * window, device=q.device)
+    seen = (column > row) & (column <= row + window)
+    rest = attention(own, with_previous(k), with_previous(v), attn_mask=seen)
+    rest = rest.reshape(q.shape[0], -1, q.shape[1], window, v.shape[3]).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, rest[:, :, : length - window]], dim=2)

@@ -1,0 +1,191 @@
+"""The typed collectives that the partitioner inserts: each a forward and the backward that is its conjugate.
+
+Along a mesh axis a value is sharded (S), replicated (R), or partial (P, a pending sum); its cotangent is sharded
+where it is sharded, and replicated where it is replicated or partial. ``vary`` is JAX's ``pvary``: from here on a
+replicated value is used differently on every rank, so its cotangents have to be summed.
+
+    =============================  ===========================  ====================
+    collective                     forward                      backward
+    =============================  ===========================  ====================
+    psum           P -> R          all-reduce                   identity
+    vary           R -> used in S  identity                     all-reduce
+    all_gather     S -> R          all-gather                   take my slice
+      varying      S -> used in S  all-gather                   reduce-scatter
+    reduce_scatter P -> S          reduce-scatter               all-gather
+    shard          R -> S          take my slice                all-gather
+    all_to_all     S(a) -> S(b)    all-to-all                   all-to-all back
+    =============================  ===========================  ====================
+
+These are plain functions on local tensors. Which ranks they speak to is decided by the `Runtime` that is active
+(`use_runtime`): process groups in a real run, all ranks in one process in a simulated one. A *place* is
+``(dim, outer)``: the dim seen as ``[outer, n, inner]``, of which the middle is what ranks split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fxpar.mesh import Axes
+
+Place = tuple[int, int]
+
+
+class Runtime(Protocol):
+    """What the collectives need from whoever runs them; all tensors are this rank's."""
+
+    def size(self, axes: Axes) -> int: ...
+    def index(self, axes: Axes) -> int: ...
+    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor: ...
+    def all_gather(self, x: Tensor, axes: Axes) -> Tensor: ...
+    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor: ...
+    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor: ...
+
+
+_active: ContextVar[Runtime] = ContextVar("fxpar_runtime")
+
+
+@contextlib.contextmanager
+def use_runtime(runtime: Runtime) -> Iterator[None]:
+    """The collectives called (or traced) inside speak to the ranks of `runtime`."""
+    token = _active.set(runtime)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def _front(x: Tensor, place: Place, ranks: int) -> Tensor:
+    """``[..., outer * (ranks * m) , ...] -> [ranks, ..., outer * m, ...]``: the parts of all ranks, stacked."""
+    dim, outer = place
+    shape = list(x.shape)
+    inner = shape[dim] // (outer * ranks)
+    y = x.reshape(*shape[:dim], outer, ranks, inner, *shape[dim + 1 :]).movedim(dim + 1, 0)
+    return y.reshape(ranks, *shape[:dim], outer * inner, *shape[dim + 1 :])
+
+
+def _back(y: Tensor, place: Place) -> Tensor:
+    """The inverse of `_front`."""
+    dim, outer = place
+    ranks, shape = y.shape[0], list(y.shape[1:])
+    inner = shape[dim] // outer
+    x = y.reshape(ranks, *shape[:dim], outer, inner, *shape[dim + 1 :]).movedim(0, dim + 1)
+    return x.reshape(*shape[:dim], outer * ranks * inner, *shape[dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One direction of a collective: prepare the local tensor, communicate, arrange the result.
+
+    Kept apart so that a simulation can prepare all ranks, exchange, and then arrange all ranks.
+    before(x, place, to, ranks, index), after(y, place, to); comm names a method of `Runtime`, None for no
+    communication.
+    """
+
+    before: Callable[[Tensor, Place, Place, int, int], Tensor]
+    comm: str | None
+    after: Callable[[Tensor, Place, Place], Tensor]
+
+    def flipped(self) -> Step:
+        """The same with `place` and `to` exchanged."""
+        return Step(lambda x, p, t, n, i: self.before(x, t, p, n, i), self.comm, lambda y, p, t: self.after(y, t, p))
+
+
+def _slice(x: Tensor, place: Place, to: Place, ranks: int, index: int) -> Tensor:
+    dim, outer = place
+    shape = list(x.shape)
+    y = x.reshape(*shape[:dim], outer, ranks, shape[dim] // (outer * ranks), *shape[dim + 1 :])
+    return y.select(dim + 1, index).reshape(*shape[:dim], shape[dim] // ranks, *shape[dim + 1 :])
+
+
+SAME = Step(lambda x, *_: x.view_as(x), None, lambda y, *_: y)
+SUM = Step(lambda x, *_: x.contiguous(), "all_reduce", lambda y, *_: y)
+GATHER = Step(lambda x, *_: x.contiguous().unsqueeze(0), "all_gather", lambda y, place, _: _back(y, place))
+SLICE = Step(_slice, None, lambda y, *_: y)
+SCATTER = Step(lambda x, place, to, n, _: _front(x, place, n).contiguous(), "reduce_scatter", lambda y, *_: y.squeeze(0))
+EXCHANGE = Step(lambda x, place, to, n, _: _front(x, to, n).contiguous(), "all_to_all",
+                lambda y, place, _: _back(y, place))  # fmt: skip
+
+CONJUGATE = {
+    "psum": (SUM, SAME),
+    "vary": (SAME, SUM),
+    "all_gather": (GATHER, SLICE),
+    "all_gather_varying": (GATHER, SCATTER),
+    "reduce_scatter": (SCATTER, GATHER),
+    "shard": (SLICE, GATHER),
+    "all_to_all": (EXCHANGE, EXCHANGE.flipped()),
+}
+"""name -> (forward, backward). The table of the module's docstring, and the only place that pairs them."""
+
+
+def run_step(step: Step, run: Runtime, x: Tensor, axes: Axes, place: Place, to: Place) -> Tensor:
+    """One direction on this rank."""
+    x = step.before(x, place, to, run.size(axes), run.index(axes))
+    if step.comm is not None:
+        x = getattr(run, step.comm)(x, axes)
+    return step.after(x, place, to)
+
+
+class _Typed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, kind: str, run: Runtime, axes: Axes, place: Place, to: Place) -> Tensor:
+        ctx.typed = (CONJUGATE[kind][1], run, axes, place, to)
+        return run_step(CONJUGATE[kind][0], run, x, axes, place, to)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        step, run, axes, place, to = ctx.typed
+        return run_step(step, run, grad, axes, place, to), None, None, None, None, None
+
+
+def _apply(kind: str, x: Tensor, axes: Axes, place: Place = (0, 1), to: Place = (0, 1)) -> Tensor:
+    return _Typed.apply(x, kind, _active.get(), axes, place, to)
+
+
+def psum(x: Tensor, axes: Axes) -> Tensor:
+    """Partial -> replicated: the sum over the ranks of `axes`."""
+    return _apply("psum", x, axes)
+
+
+def pmax(x: Tensor, axes: Axes) -> Tensor:
+    """The maximum over the ranks of `axes`; for values no gradient flows through."""
+    return _active.get().all_reduce(x.detach().contiguous(), axes, "max")
+
+
+def vary(x: Tensor, axes: Axes) -> Tensor:
+    """Replicated -> used differently on each rank of `axes`: the value itself; its cotangents are summed."""
+    return _apply("vary", x, axes)
+
+
+def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = False) -> Tensor:
+    """Sharded -> replicated along `dim`; `varying`: what follows differs from rank to rank."""
+    return _apply("all_gather_varying" if varying else "all_gather", x, axes, (dim, outer))
+
+
+def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
+    """Partial -> sharded along `dim`."""
+    return _apply("reduce_scatter", x, axes, (dim, outer))
+
+
+def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
+    """Replicated -> sharded along `dim`: this rank's slice."""
+    return _apply("shard", x, axes, (dim, outer))
+
+
+def all_to_all(x: Tensor, axes: Axes, dim: int, outer: int, to_dim: int, to_outer: int) -> Tensor:
+    """Sharded along one place -> sharded along another."""
+    return _apply("all_to_all", x, axes, (dim, outer), (to_dim, to_outer))
+
+
+def axis_index(axes: Axes) -> int:
+    """This rank's index along `axes`."""
+    return _active.get().index(axes)
+
+
+COLLECTIVES = (psum, pmax, vary, all_gather, reduce_scatter, shard, all_to_all)

@@ -1,0 +1,128 @@
+"""What the passes pass on: a `Program`, one flat FX graph plus what its inputs and outputs mean.
+
+Every pass is a function ``(program, ...) -> program``. The graph is functional ATen in PyTorch's
+training IR (before decomposition), every parameter, buffer, constant and input is a placeholder, and
+the output is one flat tuple. `Program.sources` and `Program.sinks` say, in order, what each of those
+is to the user's model, so that no pass has to parse names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.utils._pytree import TreeSpec
+
+from fxpar.mesh import Mesh
+from fxpar.plan import Plan
+
+SourceKind = Literal["param", "buffer", "constant", "input", "seed"]
+
+
+@dataclass(slots=True)
+class Source:
+    """One placeholder of the graph.
+
+    kind: what it is; "seed" is the int64 scalar that counter-based dropout draws from.
+    name: the parameter's or buffer's fully qualified name (for a tied parameter the first one, as
+        `named_parameters` reports it), or the input's path ("input_ids", "0").
+    value: the global tensor as captured: real for buffers and constants, fake for the rest.
+    storage_dtype: the dtype it is kept in, where that differs from the dtype it is computed in.
+    """
+
+    kind: SourceKind
+    name: str
+    value: torch.Tensor
+    requires_grad: bool = False
+    storage_dtype: torch.dtype | None = None
+
+
+@dataclass(slots=True)
+class Sink:
+    """One element of the output tuple: a leaf of the user's output, or a buffer's new value.
+
+    name: the buffer's name, or the output's path.
+    constant: for a leaf that is no tensor (None, a number): the value itself; it has no graph output.
+    """
+
+    kind: Literal["output", "buffer", "literal"]
+    name: str
+    constant: Any = None
+
+
+@dataclass
+class Program:
+    """A model, captured, with everything the passes have found out about it."""
+
+    module: fx.GraphModule
+    sources: list[Source]
+    sinks: list[Sink]
+    out_spec: TreeSpec
+    plan: Plan
+    mesh: Mesh
+    training: bool
+    notes: list[str] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    def source_of(self) -> dict[fx.Node, Source]:
+        return dict(zip(self.placeholders(), self.sources, strict=True))
+
+    def outputs(self) -> list[fx.Node]:
+        """The graph's outputs, in the order of the sinks that are not literals."""
+        return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def tensor_sinks(self) -> list[Sink]:
+        return [s for s in self.sinks if s.kind != "literal"]
+
+    def note(self, text: str) -> None:
+        """Record something the report must say (once)."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def value_of(node: fx.Node) -> Any:
+    """The (fake) tensor, or tuple of tensors, that `node` holds in the single-device program."""
+    return node.meta.get("val")
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+
+
+def user_line(node: fx.Node) -> str:
+    """``file:line  code`` of the user's model that made this value, or "" where it is not known."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    file, line, _, code = frames[-1]
+    return f"{file}:{line}  {code.strip()}"
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the submodule that made this value ("model.layers.0.mlp"), "" for the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(list(stack.values())))[0]
+    return re.sub(r"^L__self___?|^L\['self'\]\.?", "", path)
+
+
+def copy_provenance(new: fx.Node, old: fx.Node) -> None:
+    """`new` stands where `old` stood: it keeps the user's line and module."""
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]

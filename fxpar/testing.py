@@ -1,0 +1,183 @@
+"""`assert_equivalent`: a model under a plan against the plain model, value by value where they differ."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxpar.backends.eager import run_flat
+from fxpar.errors import EquivalenceError
+from fxpar.inputs import example_call
+from fxpar.inputs import leaves as input_leaves
+from fxpar.passes.layout import put
+from fxpar.plan import Plan
+from fxpar.program import Program, user_line
+from fxpar.simulation import Simulation, scalar_of
+
+LOSS_TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 1e-5
+NOISE = 1e-7
+"""Gradients that are zero but for rounding are compared to this much of the largest parameter gradient."""
+
+
+@dataclass
+class Reference:
+    """The plain model's step. `loss` and `grads` as in `fxpar.simulation.StepResult`."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+    input_grads: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def assert_equivalent(model: nn.Module, plan: Plan, example_inputs: Any, *, loss_tolerance: float = LOSS_TOLERANCE,
+                      gradient_tolerance: float = GRADIENT_TOLERANCE, seed: int = 0) -> None:
+    """Check that `model` under `plan` computes what `model` computes.
+
+    Runs every rank in this process on the *global* batch `example_inputs` (a dict of keyword arguments, or a tuple),
+    in the mode the model is in. Compares the loss (relative to it), every gradient (relative, in norm), and the
+    buffers that the model updates. A model without a loss is compared through a fixed weighted sum of its outputs. With
+    dropout on, the reference is the captured model on one device with the same counter-based masks.
+    Raises: `EquivalenceError` that names the gradient or loss, the first value of the program that differs, its
+    layout, the line of the model that made it, and the pass after which it differs.
+    """
+    stages: list[tuple[str, Program]] = []
+    simulation = Simulation(model, plan, example_inputs, observe=lambda name, p: stages.append((name, _frozen(p))))
+    call = example_call(model, example_inputs)
+    with torch.random.fork_rng(devices=[]):
+        if any(s.kind == "seed" for s in simulation.program.sources):
+            reference = _run_program(_before_partition(stages), model, input_leaves(call), seed)
+        else:
+            reference = _run_model(model, call)
+        result = simulation.step(*call[0], **call[1], seed=seed)
+    problem = _first_difference(reference, result, loss_tolerance, gradient_tolerance)
+    if problem is not None:
+        raise EquivalenceError(_explain(problem, model, simulation, stages, call, reference, seed, loss_tolerance,
+                                        gradient_tolerance))
+
+
+def _frozen(program: Program) -> Program:
+    """A copy that later passes, which edit in place, do not reach."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    frozen = copy.copy(program)
+    frozen.module = fx.GraphModule(program.module, graph)
+    frozen.sources = list(program.sources)
+    return frozen
+
+
+def _before_partition(stages: list[tuple[str, Program]]) -> Program:
+    return next(p for name, p in reversed(stages) if name == "infer")
+
+
+def _run_model(model: nn.Module, call: tuple) -> Reference:
+    """One step of the plain model, which is left as it was found."""
+    args, kwargs = copy.deepcopy(call)
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    inputs = {n: t for n, t in input_leaves((args, kwargs)).items() if isinstance(t, Tensor) and t.requires_grad}
+    try:
+        with torch.enable_grad():
+            loss = scalar_of(model(*args, **kwargs))
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        wanted = [*parameters.values(), *inputs.values()]
+        found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+        grads = {n: g for n, g in zip([*parameters, *inputs], found, strict=True) if g is not None}
+        changed = {n: b.detach().clone() for n, b in model.named_buffers()}
+    finally:
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                b.copy_(buffers[n])
+    return Reference(loss.detach(), {n: g for n, g in grads.items() if n in parameters},
+                     {n: g for n, g in grads.items() if n in inputs}, changed)
+
+
+def _run_program(program: Program, model: nn.Module, inputs: dict[str, Any], seed: int,
+                 record: dict[str, Any] | None = None) -> Reference:
+    """One step of a program that is still global, on this device."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    feed = []
+    for source in program.sources:
+        value: Any = {"param": parameters, "buffer": buffers, "input": inputs}.get(source.kind, {}).get(
+            source.name, torch.tensor(seed) if source.kind == "seed" else source.value)
+        if isinstance(value, Tensor):
+            value = value.detach().clone().to(source.value.dtype).requires_grad_(source.requires_grad)
+        feed.append(value)
+    outs = run_flat(program.module, feed, record)
+    sinks = program.tensor_sinks()
+    from fxpar.simulation import _unflatten
+
+    loss = scalar_of(_unflatten(program, outs))
+    wants = [(s, f) for s, f in zip(program.sources, feed, strict=True) if s.requires_grad]
+    found = torch.autograd.grad(loss, [f for _, f in wants], allow_unused=True) if loss.requires_grad else []
+    grads = {(s.kind, s.name): g for (s, _), g in zip(wants, found, strict=True) if g is not None}
+    new = {s.name: o.detach() for s, o in zip(sinks, outs, strict=True) if s.kind == "buffer"}
+    return Reference(loss.detach(), {n: g for (k, n), g in grads.items() if k == "param"},
+                     {n: g for (k, n), g in grads.items() if k == "input"}, new)
+
+
+def _first_difference(reference: Reference, result: Any, loss_tolerance: float, gradient_tolerance: float) -> str | None:
+    off = _relative(result.loss, reference.loss)
+    if not off <= loss_tolerance:
+        return f"the loss is {result.loss.item():.9g}, on one device {reference.loss.item():.9g} (off by {off:.2g})"
+    largest = max((g.norm().item() for g in reference.grads.values()), default=0.0)
+    for kind, mine, theirs in (("", result.grads, reference.grads), ("input ", result.input_grads, reference.input_grads)):
+        missing = set(theirs) ^ set(mine)
+        missing = {n for n in missing if (theirs.get(n, mine.get(n))).abs().max() > 0}
+        if missing:
+            return f"the gradient of {kind}{sorted(missing)[0]} exists on only one side"
+        for name in set(theirs) & set(mine):
+            error = (mine[name] - theirs[name]).norm().item()
+            if not error <= gradient_tolerance * theirs[name].norm().item() + NOISE * largest:
+                return (f"the gradient of {kind}{name} is off by {error / max(theirs[name].norm().item(), 1e-30):.2g} "
+                        "of its norm")
+    for name, value in result.buffers.items():
+        if name in reference.buffers and value.is_floating_point() and _relative(value, reference.buffers[name]) > 1e-5:
+            return f"the new value of buffer {name} is off by {_relative(value, reference.buffers[name]):.2g}"
+        if name in reference.buffers and not value.is_floating_point() and not torch.equal(value, reference.buffers[name]):
+            return f"the new value of buffer {name} differs"
+    return None
+
+
+def _relative(mine: Tensor, theirs: Tensor) -> float:
+    scale = theirs.double().norm().item()
+    return (mine.double() - theirs.double()).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def _explain(problem: str, model, simulation, stages, call, reference, seed, loss_tolerance, gradient_tolerance) -> str:
+    """Add to `problem` the pass after which the program differs, and the first value that does."""
+    inputs = input_leaves(call)
+    for name, program in stages:
+        if name == "partition":
+            break
+        alone = _run_program(program, model, inputs, seed)
+        if name != "capture" and any(s.kind == "seed" for s in simulation.program.sources) and not any(
+                s.kind == "seed" for s in program.sources):
+            continue
+        if _first_difference(reference, alone, loss_tolerance, gradient_tolerance):
+            return f"{problem}; the program differs from the model after pass {name!r}"
+    expected: dict[str, Any] = {}
+    _run_program(_before_partition(stages), model, inputs, seed, expected)
+    found: list[str] = []
+    mesh = simulation.program.mesh
+
+    def watch(node: fx.Node, values: list[Any]) -> None:
+        made = node.meta.get("of")
+        if found or made not in expected or not isinstance(values[0], Tensor) or node.op == "placeholder":
+            return
+        want = expected[made]
+        have = put([v.detach() for v in values], node.meta["tiling"], want.shape, mesh)
+        if want.is_floating_point() and not _relative(have, want) <= 1e-5 or not want.is_floating_point() and not torch.equal(
+                have, want):
+            found.append(f"first value that differs: {made} {node.meta['shows']} ({user_line(node)})")
+
+    simulation.watch = watch
+    simulation.step(*call[0], **call[1], seed=seed)
+    simulation.watch = None
+    where = found[0] if found else "every value of the forward agrees: a backward differs"
+    return f"{problem}; after pass 'partition'; {where}; plan {simulation.plan}"

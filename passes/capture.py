@@ -1,0 +1,238 @@
+"""capture: the user's model -> a flat, functional ATen graph (`Program`), without running or copying it.
+
+Uses `torch.export` in its training IR, so that `linear`, `scaled_dot_product_attention` and
+`cross_entropy_loss` are still one operator each. Parameters are replaced by fake tensors while tracing:
+a 70B model on the meta device is captured as readily as a small one on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from fxpar import compat
+from fxpar.errors import CaptureError
+from fxpar.mesh import Mesh
+from fxpar.passes.batchnorm import expand_batch_norm
+from fxpar.passes.regions import inline_regions
+from fxpar.plan import Plan
+from fxpar.program import Program, Sink, Source
+
+aten = torch.ops.aten
+
+
+def capture(model: nn.Module, plan: Plan, mesh: Mesh, args: tuple, kwargs: dict[str, Any],
+            device: torch.device) -> Program:
+    """Trace `model(*args, **kwargs)` on the *global* batch.
+
+    Takes: inputs whose shapes and dtypes are those of one device running everything (real, fake or
+    meta; values are never read), and the device the program will run on.
+    Afterwards: the program has one placeholder per distinct parameter, buffer, constant and input (tied
+    parameters share one; inputs that alias each other do not), no in-place operator, no nested graph,
+    and ends in a flat tuple: the user's outputs, then the new values of the buffers it updates.
+    The model is as it was.
+    Raises: `CaptureError` naming the line of the user's model that cannot be traced.
+    """
+    mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
+    fake_args, fake_kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: _fake_input(mode, t, device), (args, kwargs)
+    )
+    with _fake_parameters(model, mode, device, plan.param_dtype) as originals:
+        exported, prefix = _export(model, fake_args, fake_kwargs)
+        inline_regions(exported.graph_module)
+        expand_batch_norm(exported.graph)
+        if any(compat.mutates(n.target) for n in exported.graph.nodes):
+            exported = exported.run_decompositions({aten.copy.default: _copy})
+            inline_regions(exported.graph_module)
+    return _program(exported, prefix, model, originals, plan, mesh)
+
+
+def _fake_input(mode: compat.FakeTensorMode, t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return compat.fake_like(mode, t, device).requires_grad_(t.requires_grad)
+
+
+def _copy(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """`aten.copy` has no derivative; what it means has one."""
+    return src.to(dst.dtype).expand(dst.shape).clone()
+
+
+@contextlib.contextmanager
+def _fake_parameters(model: nn.Module, mode: compat.FakeTensorMode, device: torch.device,
+                     dtype: torch.dtype | None) -> Iterator[dict[str, nn.Parameter]]:
+    """Swap every parameter (and buffers on meta) for a fake one, ties kept; yields name -> the original."""
+    originals: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    undo: list[tuple[dict, str, Any]] = []
+    made: dict[int, Any] = {}
+    try:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for key, t in table.items():
+                    if t is None or (table is module._buffers and not t.is_meta and t.device == device):
+                        continue
+                    if id(t) not in made:
+                        made[id(t)] = _fake_tensor_of(t, mode, device, dtype)
+                    undo.append((table, key, t))
+                    table[key] = made[id(t)]
+        yield originals
+    finally:
+        for table, key, t in undo:
+            table[key] = t
+
+
+def _fake_tensor_of(t: torch.Tensor, mode: compat.FakeTensorMode, device: torch.device,
+                    dtype: torch.dtype | None) -> torch.Tensor:
+    if not isinstance(t, nn.Parameter):
+        return compat.fake_like(mode, t, device) if t.is_meta else t.to(device)
+    cast = dtype if dtype is not None and t.is_floating_point() else None
+    return nn.Parameter(compat.fake_like(mode, t, device, cast), requires_grad=t.requires_grad)
+
+
+def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.export.ExportedProgram, str]:
+    """The exported program, and the prefix its names carry ("model." where autocast had to be moved inside)."""
+    device, prefix = next((t.device.type for t in model.parameters()), "cpu"), ""
+    if torch.is_autocast_enabled(device):
+        model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
+    try:
+        with torch.autocast(device, enabled=False), torch.enable_grad():
+            return torch.export.export(model, args, kwargs, strict=False), prefix
+    except Exception as error:
+        raise _capture_error(error) from error
+
+
+class _Autocast(nn.Module):
+    """The model with the autocast that is active around it moved inside, where tracing sees it."""
+
+    def __init__(self, model: nn.Module, device: str, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.device, self.dtype = model, device, dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device, self.dtype):
+            return self.model(*args, **kwargs)
+
+
+_CAUSES = {
+    "GuardOnDataDependentSymNode": "control flow that depends on the values of a tensor",
+    "DataDependentOutputException": "a Python value read out of a tensor (.item(), bool(tensor))",
+    "DynamicOutputShapeException": "an operator whose output shape depends on values (nonzero, boolean indexing)",
+}
+
+
+def _capture_error(error: Exception) -> CaptureError:
+    kind, text = type(error).__name__, str(error)
+    cause = next((c for k, c in _CAUSES.items() if k == kind or k in text), f"{kind}: {text.splitlines()[0] if text else ''}")
+    return CaptureError(cause, where=_user_frame(error), way_out=(
+        "Make the branch depend on Python values or shapes, use torch.where / torch.cond, or move this part "
+        "out of the model; for mixture-of-experts models of Hugging Face set "
+        'experts_implementation="grouped_mm". The original error is chained to this one.'))
+
+
+def _user_frame(error: BaseException) -> str:
+    """The innermost frame of the traceback that lies neither in torch nor in fxpar."""
+    where, tb = "", error.__traceback__
+    while tb is not None:
+        name = tb.tb_frame.f_code.co_filename
+        if not re.search(r"[/\\](torch|fxpar|passes|backends)[/\\]", name):
+            where = f"{name}:{tb.tb_lineno} in {tb.tb_frame.f_code.co_name}"
+        tb = tb.tb_next
+    found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', str(error))
+    mine = [f for f in found if not re.search(r"[/\\]torch[/\\]", f[0])]
+    return f"{mine[-1][0]}:{mine[-1][1]} in {mine[-1][2]}" if mine else where
+
+
+def _program(exported: torch.export.ExportedProgram, prefix: str, model: nn.Module,
+             originals: dict[str, nn.Parameter], plan: Plan, mesh: Mesh) -> Program:
+    gm = exported.graph_module
+    first_name: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, p in originals.items():
+        if first_name.setdefault(id(p), name) != name:
+            tied[name] = first_name[id(p)]
+    tied.update(_tied_buffers(model))
+    sources = _sources(exported, prefix, originals, tied)
+    _flatten_output(gm)
+    program = Program(gm, sources, _sinks(exported, prefix), exported.call_spec.out_spec, plan, mesh, model.training, tied=tied)
+    _merge_tied(program)
+    return program
+
+
+def _tied_buffers(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    return {n: first[id(b)] for n, b in model.named_buffers(remove_duplicate=False) if first.setdefault(id(b), n) != n}
+
+
+def _sources(exported: torch.export.ExportedProgram, prefix: str, originals: dict[str, nn.Parameter],
+             tied: dict[str, str]) -> list[Source]:
+    out = []
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    specs = exported.graph_signature.input_specs
+    state: dict[str, Any] = {**dict(exported.named_buffers()), **exported.constants}
+    paths = iter(_input_paths(exported))
+    for node, spec in zip(placeholders, specs, strict=True):
+        val, name = node.meta["val"], (spec.target or "").removeprefix(prefix)
+        if spec.kind is InputKind.PARAMETER:
+            p = originals[name]
+            out.append(Source("param", tied.get(name, name), val, p.requires_grad,
+                              p.dtype if p.dtype != val.dtype else None))
+        elif spec.kind is InputKind.BUFFER:
+            out.append(Source("buffer", tied.get(name, name), state.get(spec.target, val)))
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            out.append(Source("constant", spec.target, state[spec.target]))
+        elif spec.kind is InputKind.USER_INPUT:
+            grad = isinstance(val, torch.Tensor) and val.requires_grad
+            out.append(Source("input", next(paths), val, grad))
+        else:
+            raise CaptureError(f"an input of kind {spec.kind.name} ({spec.target})", where="",
+                               way_out="Pass plain tensors and Python values as inputs.")
+    return out
+
+
+def _input_paths(exported: torch.export.ExportedProgram) -> list[str]:
+    """A readable name per input leaf: "input_ids", "0", "batch.mask"."""
+    spec = exported.call_spec.in_spec
+    args, kwargs = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+    paths = [p for tree in (args, kwargs) for p, _ in pytree.tree_flatten_with_path(tree)[0]]
+    return [".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in p) for p in paths]
+
+
+def _sinks(exported: torch.export.ExportedProgram, prefix: str) -> list[Sink]:
+    sinks, position = [], 0
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            sinks.append(Sink("buffer", (spec.target or "").removeprefix(prefix)))
+        elif spec.kind is OutputKind.USER_OUTPUT:
+            constant = None if spec.arg.name else getattr(spec.arg, "value", None)
+            sinks.append(Sink("output" if spec.arg.name else "literal", str(position), constant))
+            position += 1
+        else:
+            raise CaptureError(f"an output of kind {spec.kind.name} ({spec.target})", where="",
+                               way_out="A forward may update buffers, not its inputs.")
+    return sinks
+
+
+def _flatten_output(gm: fx.GraphModule) -> None:
+    node = gm.graph.output_node()
+    node.args = (tuple(a for a in node.args[0] if isinstance(a, fx.Node)),)  # type: ignore[union-attr]
+
+
+def _merge_tied(program: Program) -> None:
+    """One placeholder per parameter: the aliases that export makes are replaced by the first."""
+    kept: dict[tuple[str, str], fx.Node] = {}
+    sources = []
+    for node, source in zip(program.placeholders(), program.sources, strict=True):
+        key = (source.kind, source.name)
+        if source.kind in ("param", "buffer") and key in kept:
+            node.replace_all_uses_with(kept[key])
+            program.graph.erase_node(node)
+            continue
+        kept[key] = node
+        sources.append(source)
+    program.sources = sources
+    program.module.recompile()

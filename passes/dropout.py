@@ -1,0 +1,108 @@
+"""dropout: every dropout drawn from the counter-based generator, so that a plan does not change it."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+from torch import fx
+
+from fxpar.ops.rng import dropout_mask
+from fxpar.passes.rewrite import Rewriter, device_of
+from fxpar.passes.rules.spec import bind
+from fxpar.program import Program, Source
+
+aten = torch.ops.aten
+PLAIN = (aten.dropout.default, aten.native_dropout.default)
+FEATURE = aten.feature_dropout.default
+ATTENTION = aten.scaled_dot_product_attention.default
+
+
+def counter_dropout(program: Program) -> Program:
+    """Rewrite, in place, every dropout that is on to `fxpar.ops.rng.dropout_mask`.
+
+    Takes: a simplified program. Afterwards: if anything was rewritten there is one more source, the "seed" (an int64
+    scalar that the caller passes at every step); each dropout has a site number, in program order; an
+    attention with dropout is written out as two products around its softmax, as the mask is needed inside it.
+    """
+    sites = [n for n in program.graph.nodes if _rate(n)]
+    if not sites:
+        return program
+    seed = _seed(program, device_of(sites[0]))
+    for site, node in enumerate(sites):
+        r = Rewriter(program.graph, node)
+        if node.target is ATTENTION:
+            _attention(r, node, seed, site)
+        else:
+            _plain(r, node, seed, site)
+    program.graph.eliminate_dead_code()
+    program.module.recompile()
+    return program
+
+
+def _rate(node: fx.Node) -> float:
+    if node.op != "call_function" or node.target not in (*PLAIN, FEATURE, ATTENTION):
+        return 0.0
+    a = bind(node)
+    return a["dropout_p"] if node.target is ATTENTION else a["p"] if a["train"] in (True, None) else 0.0
+
+
+def _seed(program: Program, device: torch.device) -> fx.Node:
+    last = program.placeholders()[-1]
+    with program.graph.inserting_after(last):
+        node = program.graph.placeholder("dropout_seed")
+    mode = last.meta["val"].fake_mode if hasattr(last.meta["val"], "fake_mode") else None
+    value = torch.zeros((), dtype=torch.int64, device="meta" if mode is None else device) if mode is None else None
+    if value is None:
+        with mode:
+            value = torch.zeros((), dtype=torch.int64, device=device)
+    node.meta["val"] = value
+    program.sources.append(Source("seed", "dropout_seed", value))
+    return node
+
+
+def _drop(r: Rewriter, x: fx.Node, p: float, seed: fx.Node, site: int, like: fx.Node | None = None) -> fx.Node:
+    keep = r.call(dropout_mask, x if like is None else like, seed, p=p, site=site)
+    scaled = r.call(aten.mul.Tensor, x, 1 / (1 - p) if p < 1 else 0.0)
+    return r.call(aten.where.ScalarOther, keep, scaled, 0.0)
+
+
+def _plain(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
+    x, p = node.args[0], bind(node)["p"]
+    like = None
+    if node.target is FEATURE:
+        like = x
+        for d in range(2, x.meta["val"].dim()):
+            like = r.call(aten.slice.Tensor, like, d, 0, 1)
+    out = _drop(r, x, p, seed, site, like)
+    if node.target is aten.native_dropout.default:
+        for user in list(node.users):
+            if user.target is operator.getitem and user.args[1] == 0:
+                user.replace_all_uses_with(out)
+                r.graph.erase_node(user)
+        return
+    r.replace(out)
+
+
+def _attention(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
+    a = bind(node)
+    q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
+    if a["enable_gqa"] and q.meta["val"].shape[-3] != k.meta["val"].shape[-3]:
+        groups = q.meta["val"].shape[-3] // k.meta["val"].shape[-3]
+        k, v = (r.call(aten.repeat_interleave.self_int, t, groups, -3) for t in (k, v))
+    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(q.meta["val"].shape[-1])
+    scores = r.call(aten.matmul.default, r.call(aten.mul.Tensor, q, scale), r.call(aten.transpose.int, k, -2, -1))
+    if a["is_causal"]:
+        rows, columns = (int(n) for n in scores.meta["val"].shape[-2:])
+        device = device_of(q)
+        at = r.call(aten.unsqueeze.default, r.call(aten.arange.default, rows, device=device), 1)
+        allowed = r.call(aten.le.Tensor, r.call(aten.arange.default, columns, device=device), at)
+        scores = r.call(aten.where.ScalarOther, allowed, scores, -math.inf)
+    elif mask is not None and mask.meta["val"].dtype is torch.bool:
+        scores = r.call(aten.where.ScalarOther, mask, scores, -math.inf)
+    elif mask is not None:
+        scores = r.call(aten.add.Tensor, scores, mask)
+    weights = r.call(aten.softmax.int, scores, -1)
+    weights = _drop(r, weights, a["dropout_p"], seed, site)
+    r.replace(r.call(aten.matmul.default, weights, v))

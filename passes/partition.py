@@ -1,0 +1,233 @@
+"""partition: the global program -> the program of one rank, with collectives where layouts change.
+
+The result is one program for all ranks: what differs between them (which slice, which rows of a table) is read from
+the mesh when it runs, so every rank issues the same collectives in the same order by construction.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpar.mesh import Axes
+from fxpar.ops import collectives
+from fxpar.passes.factors import Dim, Dims, Factor, leaves
+from fxpar.passes.layout import Layout, local_extent, local_shape, place_of, show, tiling
+from fxpar.passes.place import Placement
+from fxpar.passes.reshard import Resharder
+from fxpar.passes.rules.spec import Op, Operand, Spec
+from fxpar.program import Program, copy_provenance
+
+aten = torch.ops.aten
+
+
+def partition(program: Program) -> Program:
+    """Build the local program.
+
+    Takes: a placed program.
+    Afterwards: `program.module` computes on local tensors; ``meta["tiling"]`` of every placeholder and output says which
+    part of the global tensor it is, ``meta["global"]`` its global shape and dtype; every inserted node carries
+    ``meta["fxpar"]`` (what it is and why). Outputs that hold a batch are this replica's part.
+    """
+    return _Partitioner(program).run()
+
+
+class _Partitioner:
+    def __init__(self, program: Program):
+        self.program, self.mesh = program, program.mesh
+        self.graph = fx.Graph()
+        self.local: dict[fx.Node, Any] = {}
+        self.reshard = Resharder(self.graph, self.mesh)
+
+    def run(self) -> Program:
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                self.graph.output(tuple(self._output(n) for n in node.args[0]))
+            else:
+                self.local[node] = getattr(self, "_" + node.op)(node)
+        self.graph.eliminate_dead_code()
+        self.program.module = fx.GraphModule(self.program.module, self.graph)
+        return self.program
+
+    def _placeholder(self, node: fx.Node) -> fx.Node:
+        new = self.graph.placeholder(node.name)
+        return self._describe(new, node)
+
+    def _get_attr(self, node: fx.Node) -> fx.Node:
+        return self.graph.node_copy(node)
+
+    def _describe(self, new: fx.Node, old: fx.Node, layout: Layout | None = None, dims: Dims | None = None) -> fx.Node:
+        """`new` is the local part of the global value `old`."""
+        copy_provenance(new, old)
+        value = old.meta.get("val")
+        if isinstance(value, torch.Tensor) and "dims" in old.meta:
+            dims = old.meta["dims"] if dims is None else dims
+            layout = old.meta["layout"] if layout is None else layout
+            new.meta.update(tiling=tiling(dims, layout, self.mesh), shows=show(dims, layout, self.mesh),
+                            needs_grad=old.meta.get("needs_grad", False), dtype=value.dtype)
+            new.meta["global"], new.meta["of"] = value, old.name
+        return new
+
+    def _call_function(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            new = self.graph.call_function(operator.getitem, (self.local[node.args[0]], node.args[1]))  # type: ignore[index]
+            return self._describe(new, node)
+        if "spec" not in node.meta:
+            return self.graph.node_copy(node, lambda n: self.local[n])
+        return Local(self, node).build()
+
+    def _output(self, node: fx.Node) -> fx.Node:
+        """An output's batch goes to dp, as its inputs' did; elsewhere it stays as it is."""
+        layout, dims = dict(node.meta.get("layout") or {}), node.meta.get("dims", ())
+        want: dict[str, Factor | bool] = {}
+        for axis in self.mesh.strategies.get("dp", ()):
+            batch = next((f for d in dims for f in leaves(d) if f.role == "batch" and f.size % self.mesh.size(axis) == 0), None)
+            if axis not in layout and batch is not None:
+                want[axis] = batch
+        new = self.reshard.to(self.local[node], dims, layout, {**layout, **want}, node)
+        return self._describe(new, node, {**layout, **want}) if want else new
+
+
+class Local:
+    """What a rule's `emit` builds with: the operands as this operator runs on them, and calls that add nodes."""
+
+    def __init__(self, owner: _Partitioner, node: fx.Node):
+        self.owner, self.node = owner, node
+        self.mesh, self.graph = owner.mesh, owner.graph
+        self.spec: Spec = node.meta["spec"]
+        self.placement: Placement = node.meta["placement"]
+        self.at = self.placement.at
+        self.op = Op(node, None)  # type: ignore[arg-type]
+        self.skip_deferred = bool(self.placement.pending) and any(o.deferred for o in self.spec.operands)
+        self._operands = {o.node: self._bring(o, self.at) for o in self.spec.operands
+                          if not (o.deferred and self.skip_deferred)}
+        self.args, self.kwargs = self._map(node.args), self._map(dict(node.kwargs))
+
+    def _map(self, tree: Any) -> Any:
+        skipped = {o.node for o in self.spec.operands if o.deferred} if self.skip_deferred else set()
+        return fx.map_arg(tree, lambda n: None if n in skipped else self._operands.get(n, self.owner.local[n]))
+
+    def _bring(self, operand: Operand, at: Layout) -> fx.Node:
+        """The operand in the layout the operator runs in: split like it, or whole; varying where the op is split."""
+        own = {f for d in operand.dims for f in leaves(d)} - {g for f in operand.gathered for g in f.leaves()}
+        want = {a: (f if f in own else True) for a, f in at.items()}
+        old = operand.node
+        return self.owner.reshard.to(self.owner.local[old], old.meta["dims"], old.meta["layout"], want, self.node)
+
+    def build(self) -> Any:
+        made = self.spec.emit(self) if self.spec.emit is not None else self.default()
+        if isinstance(self.node.meta["val"], torch.Tensor):
+            made = self._resolve(made)
+            if made in self._operands.values():
+                return made
+            return self.owner._describe(made, self.node)
+        copy_provenance(made, self.node)
+        return made
+
+    def _resolve(self, value: fx.Node) -> fx.Node:
+        """Pending sums and maxima, then what had to wait for them (a bias)."""
+        dims = self.spec.outs[0]
+        layout = self.placement.layouts[0]
+        done = {a: f for a, f in layout.items() if a not in self.placement.scatter}
+        for kind in ("sum", "max"):
+            axes = tuple(a for a in self.mesh.names
+                         if self.placement.pending.get(a) == kind and a not in self.placement.scatter)
+            if axes:
+                value = self.reduce(value, axes, kind)
+        for axis in self.mesh.names:
+            leaf = self.placement.scatter.get(axis)
+            if leaf is not None:
+                dim, outer = place_of(dims, done, self.mesh, leaf)
+                value = self.call(collectives.reduce_scatter, value, (axis,), dim, outer)
+                self._tag(value, "reduce_scatter", (axis,))
+                done[axis] = leaf
+        if self.skip_deferred:
+            value = self._add_deferred(value, dims, layout)
+        return value
+
+    def _add_deferred(self, value: fx.Node, dims: Dims, layout: Layout) -> fx.Node:
+        for operand in self.spec.operands:
+            if operand.deferred:
+                bias = self._bring(operand, layout)
+                rank = len(dims)
+                if len(operand.dims) == 1 and leaves(operand.dims[0]) != leaves(dims[-1]) and rank > 1:
+                    at = next((i for i, d in enumerate(dims) if leaves(d) == leaves(operand.dims[0])), rank - 1)
+                    bias = self.call(aten.reshape.default, bias, [-1] + [1] * (rank - 1 - at))
+                value = self.call(aten.add.Tensor, value, bias)
+        return value
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        new = self.graph.call_function(target, args, kwargs)
+        copy_provenance(new, self.node)
+        return new
+
+    def _tag(self, node: fx.Node, kind: str, axes: Axes) -> None:
+        node.meta["fxpar"] = {"kind": kind, "axes": axes, "for": self.node.name, "phase": "forward"}
+        self.owner.reshard.measure(node, self.node, self.spec.outs[0], self.at)
+
+    def default(self, **override: Any) -> fx.Node:
+        """The same operator on the local operands, with sizes and `override`n arguments localised."""
+        sizes = {name: local_shape(dims, self.at, self.mesh) for name, dims in self.spec.sizes.items()}
+        args, kwargs = list(self.args), {**self.kwargs}
+        schema = getattr(self.node.target, "_schema", None)
+        names = [a.name for a in schema.arguments] if schema else []
+        for name, value in {**sizes, **override}.items():
+            if name in names[: len(args)]:
+                args[names.index(name)] = value
+            else:
+                kwargs[name] = value
+        return self.call(self.node.target, *args, **kwargs)
+
+    def operand(self, i: int) -> fx.Node:
+        return self._operands[self.spec.operands[i].node]
+
+    def shape(self, dims: Dims) -> list[int]:
+        return local_shape(dims, self.at, self.mesh)
+
+    def extent(self, dim: Dim) -> int:
+        return local_extent(dim, self.at, self.mesh)
+
+    def axes(self, factors: Any) -> Axes:
+        """The mesh axes that split any of these factors here."""
+        flat = {leaf for f in factors for leaf in f.leaves()}
+        return tuple(a for a in self.mesh.names if self.at.get(a) in flat)
+
+    def ranks(self, factors: Any) -> int:
+        return self.mesh.size(*self.axes(factors))
+
+    def offset(self, dim: Dim) -> fx.Node | None:
+        """Where this rank's (contiguous) part of a dim begins; None if the dim is whole."""
+        axes = self.axes(dim)
+        if not axes:
+            return None
+        return self.call(operator.mul, self.call(collectives.axis_index, axes), self.extent(dim))
+
+    def grid(self, dims: Dims) -> tuple:
+        """Per dim, runs of (local size, global offset, global size): see `fxpar.ops.rng`."""
+        out = []
+        for dim in dims:
+            runs = []
+            for leaf in leaves(dim):
+                axes = self.axes((leaf,))
+                local = leaf.size // self.mesh.size(*axes)
+                offset = self.call(operator.mul, self.call(collectives.axis_index, axes), local) if axes else 0
+                runs.append((local, offset, leaf.size))
+            out.append(tuple(runs))
+        return tuple(out)
+
+    def reduce(self, value: fx.Node, axes: Axes, kind: str) -> fx.Node:
+        """The sum or maximum of every rank's value, on every rank."""
+        new = self.call(collectives.psum if kind == "sum" else collectives.pmax, value, axes)
+        self._tag(new, "all_reduce", axes)
+        return new
+
+    def vary(self, value: fx.Node, axes: Axes) -> fx.Node:
+        """`value` is used differently on the ranks of `axes` from here on."""
+        if not self.node.meta.get("needs_grad"):
+            return value
+        new = self.call(collectives.vary, value, axes)
+        new.meta["fxpar"] = {"kind": "vary", "axes": axes, "for": self.node.name, "phase": "backward"}
+        return new

@@ -1,0 +1,238 @@
+"""place: a plan's preferences -> the layout in which every operator runs and every value is kept.
+
+The single rule: *at every operator, walk the plan's ordered list of role -> axis; an axis goes to the first factor
+that wants it, may be split, and divides.* A factor wants an axis if its role says so, or if an operand already holds
+it there. An axis left partial is resolved at once, onto the first output factor that wants it
+(reduce-scatter), or to everyone (all-reduce). Megatron's column/row pairs, its vocabulary-parallel embedding
+and loss, and the all-gather/reduce-scatter pairs of sequence parallelism all fall out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fxpar.errors import PlanError
+from fxpar.mesh import Mesh
+from fxpar.passes.factors import Dims, Factor, leaves
+from fxpar.passes.layout import Layout, Tiling, restrict
+from fxpar.passes.rules import Spec
+from fxpar.plan import Plan
+from fxpar.program import Program, Source
+
+
+@dataclass(frozen=True)
+class Preference:
+    """``role -> strategy``; `beside`: only where a factor of that role occurs too."""
+
+    role: str
+    strategy: str
+    beside: str | None = None
+
+
+def preferences(plan: Plan) -> list[Preference]:
+    """The plan as an ordered list. The first that can be satisfied takes the axis."""
+    out = [Preference("heads", "tp"), Preference("ffn", "tp"), Preference("vocab", "tp")]
+    if plan.shards_sequence:
+        out.append(Preference("seq", "tp", beside="hidden"))
+    return [*out, Preference("batch", "dp")]
+
+
+@dataclass
+class Placement:
+    """How one operator runs.
+
+    at: the factor each mesh axis splits while it runs. layout: what its (first) output keeps.
+    pending: axis -> "sum" | "max", still to be resolved after it. scatter: of those, the axes resolved onto a factor.
+    """
+
+    at: Layout
+    layouts: list[Layout]
+    pending: dict[str, str] = field(default_factory=dict)
+    scatter: Layout = field(default_factory=dict)
+
+
+def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
+    """Give every operator its `Placement` and every value its layout.
+
+    Takes: an inferred program. pinned: parameters whose storage is given.
+    Afterwards: ``node.meta["placement"]`` on every operator, ``node.meta["layout"]`` on every value (a list for several
+    outputs): `Layout`, mesh axis -> factor. A parameter is kept in the layout its first use wants; what could
+    not be split although the plan asked for it is noted.
+    Raises: `PlanError` if a batch does not divide by dp.
+    """
+    walk = _Walk(program, pinned or {})
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            walk.source(node, walk.sources[node])
+        elif node.op == "call_function":
+            walk.call(node)
+    for node in program.graph.nodes:
+        if node.meta.get("layout") is None and "dims" in node.meta:
+            node.meta["layout"] = {}
+            if "spec" in node.meta:
+                node.meta["placement"] = Placement({}, [{} for _ in node.meta["spec"].outs])
+    _note_unsplit(program, walk.prefs)
+    return program
+
+
+class _Walk:
+    def __init__(self, program: Program, pinned: dict[str, Tiling]):
+        self.program, self.mesh, self.pinned = program, program.mesh, pinned
+        self.prefs = preferences(program.plan)
+        self.sources = program.source_of()
+        self.chains: dict[fx.Node, list[fx.Node]] = {}
+
+    def source(self, node: fx.Node, source: Source) -> None:
+        if source.kind == "param" and source.name not in self.pinned:
+            node.meta["layout"] = None
+            self.chains[node] = [node]
+            return
+        dims: Dims = node.meta.get("dims", ())
+        layout: Layout = {}
+        if source.kind == "param":
+            for leaf, piece in zip([f for d in dims for f in leaves(d)],
+                                   [p for d in self.pinned[source.name] for p in d if p.size != 1], strict=True):
+                layout.update(dict.fromkeys(piece.axes, leaf))
+        elif source.kind == "input":
+            layout = self._input(source, dims)
+        node.meta["layout"] = layout
+
+    def _input(self, source: Source, dims: Dims) -> Layout:
+        for dim in dims:
+            flat = leaves(dim)
+            if flat and flat[0].role == "batch":
+                for axis in self.mesh.strategies.get("dp", ()):
+                    if flat[0].size % self.mesh.size(axis):
+                        n = self.mesh.size(axis)
+                        raise PlanError("dp", n, f"must divide the global batch of {flat[0].size} (input {source.name!r})",
+                                        f"a batch of {-(-flat[0].size // n) * n}, or a dp that divides it")
+                return {a: flat[0] for a in self.mesh.strategies.get("dp", ())}
+        return {}
+
+    def call(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            made = node.args[0].meta.get("placement")
+            node.meta["layout"] = dict(made.layouts[node.meta["position"]]) if made else {}
+            return
+        spec: Spec | None = node.meta.get("spec")
+        if spec is None:
+            return
+        root = self._flexible_root(node, spec)
+        if root is not None:
+            node.meta["layout"] = None
+            self.chains[root].append(node)
+            self.chains[node] = self.chains[root]
+            return
+        at = self._assign(spec)
+        for operand in spec.operands:
+            if operand.node.meta["layout"] is None:
+                self._settle(operand.node, at, operand.gathered)
+        placement = self._outcome(spec, at)
+        node.meta["placement"] = placement
+        node.meta["layout"] = placement.layouts[0] if isinstance(node.meta["val"], torch.Tensor) else placement.layouts
+
+    def _flexible_root(self, node: fx.Node, spec: Spec) -> fx.Node | None:
+        """A parameter that is only cast or rearranged stays undecided until something uses it."""
+        if len(spec.operands) != 1 or spec.sums or spec.maxes or spec.inner or spec.whole or len(spec.outs) != 1:
+            return None
+        source = spec.operands[0].node
+        return source if source in self.chains and source.meta["layout"] is None else None
+
+    def _settle(self, node: fx.Node, at: Layout, gathered: Iterable[Factor]) -> None:
+        """The first use decides how a parameter (and what was made from it alone) is kept."""
+        for link in self.chains[node]:
+            layout = restrict(at, link.meta["dims"], gathered)
+            link.meta["layout"] = layout
+            if "spec" in link.meta:
+                link.meta["placement"] = Placement(dict(layout), [layout])
+
+    def _assign(self, spec: Spec) -> Layout:
+        """The rule of this module, for one operator."""
+        order = _candidates(spec)
+        held = {(a, f) for o in spec.operands for a, f in (o.node.meta["layout"] or {}).items()}
+        roles = {f.role for o in spec.operands for d in o.dims for f in leaves(d)}
+        roles |= {f.role for d in spec.outs[0] for f in leaves(d)} if spec.outs else set()
+        at: Layout = {}
+        for pref in self.prefs:
+            if pref.beside and pref.beside not in roles:
+                continue
+            for axis in self.mesh.strategies.get(pref.strategy, ()):
+                wanting = [f for f in order if f.role == pref.role]
+                wanting.sort(key=lambda f: (axis, f) not in held)
+                self._take(at, axis, wanting)
+        for axis in self.mesh.names:
+            self._take(at, axis, [f for f in order if (axis, f) in held])
+        return at
+
+    def _take(self, at: Layout, axis: str, wanting: list[Factor]) -> None:
+        if axis in at or self.mesh.size(axis) == 1:
+            return
+        for leaf in wanting:
+            if fits(at, leaf, axis, self.mesh):
+                at[axis] = leaf
+                return
+
+    def _outcome(self, spec: Spec, at: Layout) -> Placement:
+        sums = {f for s in spec.sums for f in s.leaves()}
+        maxes = {f for s in spec.maxes for f in s.leaves()}
+        pending = {a: "sum" if f in sums else "max" for a, f in at.items() if f in sums or f in maxes}
+        layouts = [restrict(at, dims) for dims in spec.outs]
+        placement = Placement(at, layouts, pending)
+        if len(spec.outs) == 1:
+            flat = [f for d in spec.outs[0] for f in leaves(d)]
+            for axis in [a for a, kind in pending.items() if kind == "sum"]:
+                leaf = self._target(flat, layouts[0], axis)
+                if leaf is not None:
+                    layouts[0][axis] = placement.scatter[axis] = leaf
+        return placement
+
+    def _target(self, flat: list[Factor], layout: Layout, axis: str) -> Factor | None:
+        """The output factor that a pending sum over `axis` is scattered onto: the first that wants it."""
+        roles = {f.role for f in flat}
+        for pref in self.prefs:
+            if axis in self.mesh.strategies.get(pref.strategy, ()) and (not pref.beside or pref.beside in roles):
+                for leaf in flat:
+                    if leaf.role == pref.role and fits(layout, leaf, axis, self.mesh):
+                        return leaf
+        return None
+
+
+def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
+    """Whether `axis` can split `leaf` further than `layout` does."""
+    ranks = mesh.size(axis)
+    for other, f in layout.items():
+        if f is leaf:
+            ranks *= mesh.size(other)
+    return leaf.size % ranks == 0
+
+
+def _candidates(spec: Spec) -> list[Factor]:
+    """The factors that may be split at this operator, in the order they occur."""
+    barred = {f for s in spec.whole for f in s.leaves()}
+    barred |= {f for d in spec.leading for f in leaves(d)[1:]}
+    reduced = {f for s in (*spec.sums, *spec.maxes, *spec.inner) for f in s.leaves()}
+    outs = [{f for d in dims for f in leaves(d)} for dims in spec.outs]
+    everywhere = set.intersection(*outs) if outs else set()
+    order = [f for o in spec.operands for d in o.dims for f in leaves(d)]
+    order += [f for dims in spec.outs for d in dims for f in leaves(d)]
+    return [f for f in dict.fromkeys(order) if f not in barred and (f in reduced or f in everywhere)]
+
+
+def _note_unsplit(program: Program, prefs: list[Preference]) -> None:
+    """Say which parameters' factors the plan wanted to split and could not, and why."""
+    for node, source in program.source_of().items():
+        if source.kind != "param":
+            continue
+        for i, dim in enumerate(node.meta["dims"]):
+            for leaf in leaves(dim):
+                pref = next((p for p in prefs if p.role == leaf.role and not p.beside), None)
+                axes = program.mesh.strategies.get(pref.strategy, ()) if pref else ()
+                n = program.mesh.size(*axes)
+                if n > 1 and leaf.size % n and leaf not in node.meta["layout"].values() and leaf.size > 1:
+                    program.note(f"{pref.role} {leaf.size} (dim {i} of {source.name}) does not divide by "
+                                 f"{pref.strategy}={n}: left whole")

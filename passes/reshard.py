@@ -1,0 +1,110 @@
+"""Resharding: from the layout a value is kept in to the one an operator runs in, one typed collective at a time.
+
+Nothing here knows about operators or models; the partitioner asks for a value in a layout and gets a node.
+The same request is answered with the same node, so a gather serves all of its users and their
+gradients are summed before they are communicated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpar.mesh import Axes, Mesh
+from fxpar.ops import collectives
+from fxpar.passes.factors import Dims, Factor
+from fxpar.passes.layout import Layout, local_shape, place_of
+from fxpar.program import copy_provenance
+
+Want = Mapping[str, "Factor | bool"]
+"""axis -> the factor to split there; True: whole, but used differently on every rank; absent: whole and the same."""
+
+
+class Resharder:
+    def __init__(self, graph: fx.Graph, mesh: Mesh):
+        self.graph, self.mesh = graph, mesh
+        self._made: dict[tuple, fx.Node] = {}
+
+    def to(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, user: fx.Node) -> fx.Node:
+        """`value`, kept in `layout`, as `want` asks for it.
+
+        Where the axes on one factor change, the common major ones stay; the others are gathered minor to major and
+        sliced major to minor. An axis that moves from one factor to another is exchanged.
+        """
+        grad = bool(value.meta.get("needs_grad")) if isinstance(value, fx.Node) else False
+        layout = dict(layout)
+        for axis in self.mesh.names:
+            old, new = layout.get(axis), want.get(axis)
+            if isinstance(old, Factor) and isinstance(new, Factor) and old is not new \
+                    and self._alone(layout, old, axis) and self._alone(layout, new, axis):
+                value = self._exchange(value, dims, layout, axis, new, user)
+        for axis in reversed(self.mesh.names):
+            if axis in layout and not self._stays(layout, want, axis):
+                value = self._gather(value, dims, layout, axis, varying=grad and bool(want.get(axis)), user=user)
+        for axis in self.mesh.names:
+            new = want.get(axis)
+            if isinstance(new, Factor) and axis not in layout:
+                value = self._shard(value, dims, layout, axis, new, user)
+        vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in self._varied(value))
+        return self._emit(value, user, dims, layout, "vary", vary) if vary and grad else value
+
+    def _alone(self, layout: Layout, factor: Factor, axis: str) -> bool:
+        return all(f is not factor or a == axis for a, f in layout.items())
+
+    def _stays(self, layout: Layout, want: Want, axis: str) -> bool:
+        """An axis stays on its factor if it is wanted there and every more major axis on that factor stays too."""
+        factor = layout[axis]
+        before = [a for a in self.mesh.names[: self.mesh.names.index(axis)] if layout.get(a) is factor
+                  or want.get(a) is factor]
+        return want.get(axis) is factor and all(layout.get(a) is factor and want.get(a) is factor for a in before)
+
+    def _varied(self, value: fx.Node) -> Axes:
+        """Axes that the last steps already made varying (a gather whose backward is a reduce-scatter)."""
+        done: list[str] = []
+        while isinstance(value, fx.Node) and value.meta.get("resharded"):
+            if value.target is collectives.all_gather and value.args[4]:
+                done += value.args[1]  # type: ignore[arg-type]
+            value = value.args[0]  # type: ignore[assignment]
+        return tuple(done)
+
+    def _gather(self, value, dims, layout, axis, varying, user) -> fx.Node:
+        place = place_of(dims, layout, self.mesh, layout[axis])
+        del layout[axis]
+        return self._emit(value, user, dims, layout, "all_gather", (axis,), *place, varying)
+
+    def _shard(self, value, dims, layout, axis, leaf, user) -> fx.Node:
+        place = place_of(dims, layout, self.mesh, leaf)
+        layout[axis] = leaf
+        return self._emit(value, user, dims, layout, "shard", (axis,), *place)
+
+    def _exchange(self, value, dims, layout, axis, leaf, user) -> fx.Node:
+        old = place_of(dims, layout, self.mesh, layout[axis])
+        rest = {a: f for a, f in layout.items() if a != axis}
+        new = place_of(dims, {**rest, axis: layout[axis]}, self.mesh, leaf)
+        if old[0] == new[0]:
+            return value
+        layout[axis] = leaf
+        return self._emit(value, user, dims, layout, "all_to_all", (axis,), *old, *new)
+
+    def _emit(self, value: fx.Node, user: fx.Node, dims: Dims, layout: Layout, kind: str, axes: Axes, *args: Any) -> fx.Node:
+        key = (value, kind, axes, *args)
+        if key not in self._made:
+            new = self.graph.call_function(getattr(collectives, kind), (value, axes, *args))
+            copy_provenance(new, user)
+            new.meta.update(needs_grad=value.meta.get("needs_grad", False), resharded=True, dtype=value.meta.get("dtype"))
+            new.meta["global"] = value.meta.get("global")
+            new.meta["fxpar"] = {"kind": kind, "axes": axes, "for": user.name,
+                                 "phase": "backward" if kind == "vary" else "forward"}
+            self.measure(new, value, dims, layout)
+            self._made[key] = new
+        return self._made[key]
+
+    def measure(self, node: fx.Node, value: fx.Node, dims: Dims, layout: Layout) -> None:
+        """Record how many bytes of result one rank holds (what the report counts)."""
+        held = value.meta.get("val", value.meta.get("global"))
+        if isinstance(held, torch.Tensor) and "fxpar" in node.meta:
+            node.meta["fxpar"]["bytes"] = math.prod(local_shape(dims, layout, self.mesh)) * held.element_size()

@@ -1,0 +1,159 @@
+"""Roles: what each factor is to the model, read off where it occurs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import fx
+
+from fxpar.errors import PlanError
+from fxpar.ops.attention import windowed_attention
+from fxpar.ops.pick import pick
+from fxpar.passes.factors import Factor, leaves
+from fxpar.program import Program
+
+aten = torch.ops.aten
+ROLES = ("batch", "seq", "heads", "ffn", "vocab", "experts", "hidden")
+ATTENTION = (aten.scaled_dot_product_attention.default, windowed_attention)
+
+
+def assign_roles(program: Program) -> None:
+    """Set `Factor.role` on every factor that has one.
+
+    batch: dim 0 of the inputs (or the batch of attention, where dim 0 turns out to be its sequence; or what the plan
+    says). seq: the query and key dims of attention. heads: the head dims of attention, or batch dims of a product of
+    two activations that come from a weight. vocab: the rows of a table looked up by an input and taller
+    than wide, the classes of the loss. experts: the groups of a grouped product. ffn: made by one weight and
+    contracted by another, and by nothing else. hidden: what remains of the weights' dims that other weights contract.
+    The first that applies stays. Raises `PlanError` if an override names no such dim.
+    """
+    params = [n for n, s in program.source_of().items() if s.kind == "param"]
+    in_params = {f for n in params for d in n.meta["dims"] for f in leaves(d)}
+    _overrides(program)
+    _attention(program, in_params)
+    _batch(program)
+    _vocab(program)
+    _weights(program, in_params)
+
+
+def _give(dim, role: str) -> None:
+    for f in leaves(dim):
+        if f.role is None:
+            f.role = role
+
+
+def _overrides(program: Program) -> None:
+    sources = {s.name: n for n, s in program.source_of().items() if s.kind in ("param", "input")}
+    for key, role in dict(program.plan.roles or ()).items():
+        name, _, index = key.rstrip("]").partition("[")
+        node = sources.get(name)
+        if node is None or not index.isdigit() or int(index) >= len(node.meta["dims"]):
+            known = ", ".join(list(sources)[:6])
+            raise PlanError("roles", key, 'must name a dim of a parameter or input, as "name[dim]"', f"one of {known}")
+        for f in leaves(node.meta["dims"][int(index)]):
+            f.role = role or "none"
+
+
+def _attention(program: Program, in_params: set[Factor]) -> None:
+    for node in program.graph.nodes:
+        if node.target in ATTENTION:
+            q, k = node.args[0].meta["dims"], node.args[1].meta["dims"]
+            _give(q[-2], "seq")
+            _give(k[-2], "seq")
+            if len(q) == 4:
+                _give([f for f in leaves(q[1]) if f in in_params or f.role], "heads")
+                _give([f for f in leaves(k[1]) if f in in_params], "heads")
+        elif node.target in (aten.matmul.default, aten.bmm.default):
+            a, b = (n.meta.get("dims") for n in node.args[:2])
+            if len(a) >= 3 and len(b) >= 3 and all(n.meta["needs_grad"] for n in node.args[:2]):
+                both = {f for d in a[:-2] for f in leaves(d)} & {f for d in b[:-2] for f in leaves(d)}
+                _give([f for f in both if f in in_params], "heads")
+
+
+def _batch(program: Program) -> None:
+    inputs = [(n, s) for n, s in program.source_of().items() if s.kind == "input" and n.meta.get("dims")]
+    asked = dict(program.plan.batch_dims or ())
+    unknown = set(asked) - {s.name for _, s in inputs}
+    if unknown:
+        raise PlanError("batch_dims", sorted(unknown)[0], "must name an input",
+                        f"one of {', '.join(s.name for _, s in inputs)}")
+    first: int | None = None
+    for node, source in inputs:
+        dims = node.meta["dims"]
+        if source.name in asked:
+            at = asked[source.name]
+        else:
+            at = next((i for i, d in enumerate(dims) if any(f.role == "batch" for f in leaves(d))), None)
+            if at is None:
+                at = _batch_dim(program, node, first)
+        if at is None:
+            continue
+        size = node.meta["val"].shape[at]
+        first = int(size) if first is None else first
+        for f in leaves(dims[at]):
+            f.role = "batch"
+
+
+def _batch_dim(program: Program, node: fx.Node, first: int | None) -> int | None:
+    """Dim 0, unless attention showed it to be a sequence: then the first dim that is not. Other inputs follow in size."""
+    dims, shape = node.meta["dims"], node.meta["val"].shape
+    for i, dim in enumerate(dims):
+        flat = leaves(dim)
+        if any(f.role == "seq" for f in flat):
+            continue
+        if not flat or (first is not None and int(shape[i]) != first) or any(f.role for f in flat):
+            return None
+        return i
+    return None
+
+
+def _vocab(program: Program) -> None:
+    sources = program.source_of()
+    from_inputs: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node in sources and sources[node].kind == "input" or any(n in from_inputs for n in node.all_input_nodes):
+            from_inputs.add(node)
+        if node.target is aten.embedding.default:
+            table, ids = node.args[:2]
+            rows, columns = table.meta["val"].shape
+            if ids in from_inputs and rows > columns:
+                _give(table.meta["dims"][0], "vocab")
+        elif node.target is pick:
+            _give(node.args[0].meta["dims"][-1], "vocab")
+        elif node.target is aten._grouped_mm.default:
+            _give(node.args[1].meta["dims"][0], "experts")
+
+
+def _weights(program: Program, in_params: set[Factor]) -> None:
+    """ffn and hidden, from how weights make and contract factors."""
+    made: Counter[Factor] = Counter()
+    contracted: Counter[Factor] = Counter()
+    reduced: set[Factor] = set()
+    for node in program.graph.nodes:
+        spec = node.meta.get("spec")
+        if spec is None or not node.meta.get("needs_grad"):
+            continue
+        sums = {f for s in spec.sums for f in s.leaves()}
+        weights = [o for o in spec.operands if not o.deferred and _is_weight(o.node)] if sums else []
+        activations = [o for o in spec.operands if not o.deferred and not _is_weight(o.node)] if sums else []
+        if weights and activations:
+            flat = [f for d in weights[0].dims for f in leaves(d)]
+            contracted.update(f for f in flat if f in sums)
+            made.update(f for f in flat if f not in sums)
+        else:
+            reduced |= sums
+        reduced |= {f for s in (*spec.whole, *spec.inner, *spec.maxes) for f in s.leaves()}
+    for f in in_params:
+        if f.role is None and made[f] and contracted[f] and f not in reduced:
+            f.role = "ffn"
+    for f in in_params:
+        if f.role is None and contracted[f]:
+            f.role = "hidden"
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """A parameter, possibly cast or rearranged."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" and bool(node.meta.get("is_param"))

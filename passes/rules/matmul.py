@@ -1,0 +1,157 @@
+"""Rules of matrix products, lookups and attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxpar.ops.attention import windowed_attention
+from fxpar.ops.pick import pick
+from fxpar.passes.factors import extent
+from fxpar.passes.rules.registry import notation, rule
+from fxpar.passes.rules.spec import Op, Spec, einsum
+
+aten = torch.ops.aten
+
+notation("... i, o i, +o -> ... o", aten.linear.default)
+notation("m k, k n -> m n", aten.mm.default)
+notation("b m k, b k n -> b m n", aten.bmm.default)
+notation("m k, k -> m", aten.mv.default)
+notation("k, k -> ", aten.dot.default, aten.vdot.default)
+notation("m, n -> m n", aten.outer.default, aten.ger.default)
+
+
+@rule(aten.addmm.default)
+def addmm(op: Op) -> Spec:
+    bias, x, w = op["self"], op["mat1"], op["mat2"]
+    left = "+n" if len(op.dims(bias)) == 1 else "+m n"
+    return einsum(op, f"m k, k n, {left} -> m n", [x, w, bias])
+
+
+@rule(aten.baddbmm.default)
+def baddbmm(op: Op) -> Spec:
+    return einsum(op, "b m k, b k n, +b m n -> b m n", [op["batch1"], op["batch2"], op["self"]])
+
+
+@rule(aten.matmul.default)
+def matmul(op: Op) -> Spec:
+    a, b = op["self"], op["other"]
+    left = "k" if len(op.dims(a)) == 1 else "... m k"
+    right = "k" if len(op.dims(b)) == 1 else "... k n"
+    lead = "... " if left != "k" or right != "k" else ""
+    result = lead + " ".join(c for c, t in (("m", left), ("n", right)) if t != "k")
+    return einsum(op, f"{left}, {right} -> {result}", [a, b])
+
+
+@rule(aten.einsum.default)
+def einsum_op(op: Op) -> Spec:
+    equation, nodes = op["equation"].replace(" ", ""), op["tensors"]
+    left, _, right = equation.partition("->")
+    if not right or "..." in equation or any(len(set(t)) != len(t) for t in left.split(",")):
+        from fxpar.passes.rules.spec import unknown
+
+        return unknown(op)
+    spaced = ", ".join(" ".join(t) for t in left.split(","))
+    return einsum(op, f"{spaced} -> {' '.join(right)}", nodes)
+
+
+@rule(aten.embedding.default)
+def embedding(op: Op) -> Spec:
+    """A table lookup; split over its rows each rank looks up what it has, and the sum is pending."""
+    table, ids = op["weight"], op["indices"]
+    spec = einsum(op, "v d, ... -> ... d", [table, ids])
+    spec.emit, spec.leading = _emit_embedding, [op.dim(table, 0)]
+    return spec
+
+
+def _emit_embedding(local):
+    weight, ids, *rest = local.args
+    offset = local.offset(local.spec.operands[0].dims[0])
+    if offset is None:
+        return local.default()
+    rows = local.extent(local.spec.operands[0].dims[0])
+    at = local.call(aten.sub.Tensor, ids, offset)
+    mine = local.call(aten.logical_and.default, local.call(aten.ge.Scalar, at, 0), local.call(aten.lt.Scalar, at, rows))
+    safe = local.call(aten.where.ScalarOther, mine, at, 0)
+    padding = rest[0] if rest else -1
+    if padding >= 0:
+        missing = local.call(aten.eq.Scalar, ids, padding)
+        mine_grad = local.call(aten.logical_not.default, missing)
+        found = local.call(aten.embedding.default, weight, safe)
+        keep = local.call(aten.unsqueeze.default, local.call(aten.logical_and.default, mine, mine_grad), -1)
+        plain = local.call(aten.detach.default, found)
+        frozen = local.call(aten.where.self, keep, found, plain)
+        return local.call(aten.where.ScalarOther, local.call(aten.unsqueeze.default, mine, -1), frozen, 0.0)
+    found = local.call(aten.embedding.default, weight, safe)
+    return local.call(aten.where.ScalarOther, local.call(aten.unsqueeze.default, mine, -1), found, 0.0)
+
+
+@rule(pick)
+def pick_one(op: Op) -> Spec:
+    """``x[..., index]``: split over the last dim each rank picks what it has, and the sum is pending."""
+    spec = einsum(op, "... v, ... -> ...", list(op.node.args[:2]))
+    spec.emit, spec.leading = _emit_pick, [op.dims(op.node.args[0])[-1]]
+    return spec
+
+
+def _emit_pick(local):
+    x, index = local.args
+    offset = local.offset(local.spec.operands[0].dims[-1])
+    return local.call(pick, x, index if offset is None else local.call(aten.sub.Tensor, index, offset))
+
+
+@rule(aten.scaled_dot_product_attention.default, windowed_attention)
+def attention(op: Op) -> Spec:
+    """Batch and heads are parallel; so is the query length where no implicit (causal) mask ties it to the keys."""
+    args = op.node.args
+    q, k, v = args[:3]
+    mask = op["attn_mask"] if op.target is not windowed_attention else None
+    tied = op.target is windowed_attention or bool(op["is_causal"])
+    grouped = bool(op["enable_gqa"]) and op.shape(q)[-3] != op.shape(k)[-3]
+    if len(op.dims(q)) != 4 or len(op.dims(k)) != 4 or len(op.dims(v)) != 4:
+        return _attention_any_rank(op, q, k, v, mask)
+    length = "q!" if tied else "q"
+    if not grouped:
+        spec = einsum(op, f"b h {length} d!, b h k! d!, b h k! e -> b h q e", [q, k, v])
+    else:
+        spec = einsum(op, f"b h {length} d!, b j k! d!, b j k! e -> b h q e", [q, k, v])
+        spec.sums.clear()
+        spec.maxes.clear()
+        _group_heads(op, spec, q, k)
+    spec.sums.clear()
+    if isinstance(mask, fx.Node):
+        _mask_operand(op, spec, mask)
+    return spec
+
+
+def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
+    """Query heads are (key/value heads, group): the major part is the key/value heads themselves."""
+    heads, kv = op.dim(q, 1), op.dim(k, 1)
+    group = op.factors.new(extent(heads) // max(extent(kv), 1))
+    if not op.factors.align(heads, (*kv, *group)):
+        spec.whole.update(heads, kv)
+    if not kv:
+        spec.whole.update(heads)
+
+
+def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:
+    """An explicit mask broadcasts to [b, h, q, k]."""
+    from fxpar.passes.rules.spec import Operand
+
+    q, k = spec.operands[0].dims, spec.operands[1].dims
+    dims = op.dims(mask)
+    for have, want in zip(reversed(dims), (k[2], q[2], q[1], q[0]), strict=False):
+        if have and not op.factors.align(want, have):
+            spec.whole.update(have, want)
+    spec.operands.append(Operand(mask, dims))
+
+
+def _attention_any_rank(op: Op, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> Spec:
+    spec = einsum(op, "... q! d!, ... k! d!, ... k! e -> ... q e", [q, k, v])
+    spec.sums.clear()
+    if isinstance(mask, fx.Node):
+        from fxpar.passes.rules.spec import Operand
+
+        spec.whole.update(f for d in op.dims(mask) for f in d)
+        spec.operands.append(Operand(mask, op.dims(mask)))
+    return spec

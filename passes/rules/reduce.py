@@ -1,0 +1,202 @@
+"""Rules of reductions, and of operators that need a whole dimension (softmax, norms, sorts, scans)."""
+
+from __future__ import annotations
+
+import torch
+
+from fxpar.passes.factors import leaves
+from fxpar.passes.rules.registry import rule
+from fxpar.passes.rules.spec import Op, Spec, untouched
+
+aten = torch.ops.aten
+
+
+def _reduced(op: Op) -> tuple[list[int], bool]:
+    """The reduced dims of the first operand (all of them where none are given), and keepdim."""
+    rank = len(op.dims(op.tensors()[0]))
+    dim = op["dim"]
+    dims = range(rank) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    return [d % rank for d in dims] if rank else [], bool(op["keepdim"])
+
+
+def _reduction(op: Op) -> Spec:
+    (x,) = op.tensors()
+    dims, keep = _reduced(op)
+    own = op.dims(x)
+    out = tuple(() if i in dims else d for i, d in enumerate(own) if keep or i not in dims)
+    return Spec(op.operands(), [out for _ in op.outs()])
+
+
+@rule(aten.sum, aten.nansum)
+def total(op: Op) -> Spec:
+    spec = _reduction(op)
+    (x,) = op.tensors()
+    spec.sums = {f for i in _reduced(op)[0] for f in op.dim(x, i)}
+    return spec
+
+
+@rule(aten.mean)
+def mean(op: Op) -> Spec:
+    spec = total(op)
+    spec.emit = _emit_mean
+    return spec
+
+
+def _emit_mean(local):
+    """The mean of equal parts is the sum of their means over their number."""
+    value, parts = local.default(), local.ranks(local.spec.sums)
+    return value if parts == 1 else local.call(aten.div.Tensor, value, parts)
+
+
+@rule(aten.amax, aten.max.default, aten.max.dim)
+def maximum(op: Op) -> Spec:
+    """A pending maximum, where no gradient flows and no index is asked for; else the dim stays whole."""
+    spec = _reduction(op)
+    (x,) = op.tensors()
+    reduced = {f for i in _reduced(op)[0] for f in op.dim(x, i)}
+    if op.needs_grad() or len(op.outs()) > 1:
+        spec.whole = reduced
+    else:
+        spec.maxes = reduced
+    return spec
+
+
+@rule(aten.amin, aten.min, aten.any, aten.all, aten.prod, aten.argmax, aten.argmin, aten.std, aten.var, aten.std_mean,
+      aten.var_mean, aten.linalg_vector_norm, aten.norm, aten.median, aten.nanmedian, aten.mode, aten.aminmax,
+      aten.count_nonzero, aten.kthvalue)  # fmt: skip
+def whole_reduction(op: Op) -> Spec:
+    spec = _reduction(op)
+    (x,) = op.tensors()
+    spec.whole = {f for i in _reduced(op)[0] for f in op.dim(x, i)}
+    return spec
+
+
+@rule(aten.logsumexp)
+def logsumexp(op: Op) -> Spec:
+    """Split, each rank sums the exponentials of what it has (against the common maximum)."""
+    spec = _reduction(op)
+    dims, _ = _reduced(op)
+    if len(dims) == 1:
+        spec.emit, spec.inner = _emit_logsumexp, set(op.dim(op.tensors()[0], dims[0]))
+    else:
+        spec.whole = {f for i in dims for f in op.dim(op.tensors()[0], i)}
+    return spec
+
+
+def _emit_logsumexp(local):
+    op = local.op
+    dim = _reduced(op)[0][0]
+    axes = local.axes(op.dim(op.tensors()[0], dim))
+    if not axes:
+        return local.default()
+    maximum, total = _max_and_sum(local, dim, axes)
+    out = local.call(aten.add.Tensor, local.call(aten.log.default, total), maximum)
+    return out if op["keepdim"] else local.call(aten.squeeze.dim, out, dim)
+
+
+def _max_and_sum(local, dim: int, axes):
+    """Over a split dim: the maximum (no gradient) and the sum of exponentials below it, on every rank."""
+    x = local.args[0]
+    top = local.call(aten.amax.default, local.call(aten.detach.default, x), [dim], True)
+    top = local.reduce(top, axes, "max")
+    shifted = local.call(aten.exp.default, local.call(aten.sub.Tensor, x, local.vary(top, axes)))
+    return top, local.reduce(local.call(aten.sum.dim_IntList, shifted, [dim], True), axes, "sum")
+
+
+@rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax)
+def softmax(op: Op) -> Spec:
+    (x,) = op.tensors()
+    return Spec(op.operands(), [op.dims(x)], emit=_emit_softmax)
+
+
+def _emit_softmax(local):
+    op = local.op
+    (node,) = op.tensors()
+    dim = op["dim"] % len(op.dims(node))
+    axes = local.axes(op.dim(node, dim))
+    if not axes:
+        return local.default()
+    x, log = local.args[0], "log" in str(op.target)
+    dtype = op.out.dtype
+    if x.meta.get("dtype", dtype) is not dtype:
+        x = local.call(aten.to.dtype, x, dtype)
+    top = local.reduce(local.call(aten.amax.default, local.call(aten.detach.default, x), [dim], True), axes, "max")
+    shifted = local.call(aten.sub.Tensor, x, local.vary(top, axes))
+    exps = local.call(aten.exp.default, shifted)
+    total = local.reduce(local.call(aten.sum.dim_IntList, exps, [dim], True), axes, "sum")
+    if log:
+        return local.call(aten.sub.Tensor, shifted, local.vary(local.call(aten.log.default, total), axes))
+    return local.call(aten.div.Tensor, exps, local.vary(total, axes))
+
+
+@rule(aten.cumsum, aten.cumprod, aten.sort, aten.argsort, aten.topk, aten.logcumsumexp, aten.cummax, aten.cummin,
+      aten.flip, aten.roll, aten.renorm)  # fmt: skip
+def along(op: Op) -> Spec:
+    """Works along some dims, which stay whole and may change their size."""
+    x = op.tensors()[0]
+    rank = len(op.dims(x))
+    dim = op["dim"] if "dim" in op.args else op["dims"]
+    dims = range(rank) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    spec = untouched(op, x, [d % rank for d in dims] if rank else [])
+    for i, value in enumerate(op.outs()):
+        spec.outs[i] = tuple(
+            d if int(value.shape[j]) == op.shape(x)[j] else op.factors.new(int(value.shape[j]))
+            for j, d in enumerate(spec.outs[i])
+        )
+        spec.whole.update(f for j, d in enumerate(spec.outs[i]) if int(value.shape[j]) != op.shape(x)[j] for f in d)
+    return spec
+
+
+@rule(aten.diff.default)
+def diff(op: Op) -> Spec:
+    (x, *more) = op.tensors()
+    at = op["dim"] % len(op.dims(x))
+    dims = list(op.dims(x))
+    whole = {f for node in op.tensors() for f in op.dim(node, at)}
+    for node in more:
+        for i, d in enumerate(op.dims(node)):
+            if i != at and not op.factors.align(dims[i], d):
+                whole.update(d, dims[i])
+    dims[at] = op.factors.new(int(op.out.shape[at]))
+    return Spec(op.operands(), [tuple(dims)], whole=whole | set(dims[at]))
+
+
+@rule(aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default)
+def layer_norm(op: Op) -> Spec:
+    """Normalises over the last dims, which stay whole; weights lie along them."""
+    x = op["input"]
+    own = op.dims(x)
+    last = len(op["normalized_shape"])
+    whole = {f for d in own[len(own) - last :] for f in d}
+    for node in op.tensors():
+        if node is not x:
+            for d, n in zip(own[len(own) - last :], op.dims(node), strict=True):
+                op.factors.align(d, n)
+            whole.update(f for d in op.dims(node) for f in d)
+    outs = [own if len(v.shape) == len(own) and v.shape[-1] == op.shape(x)[-1] else (*own[: len(own) - last],
+            *([()] * last)) for v in op.outs()]
+    return Spec(op.operands(), outs, whole=whole)
+
+
+@rule(aten.group_norm.default, aten.instance_norm.default)
+def group_norm(op: Op) -> Spec:
+    """The batch is parallel; channels and space stay whole."""
+    x = op["input"]
+    own = op.dims(x)
+    whole = {f for d in own[1:] for f in d}
+    for node in op.tensors():
+        if node is not x:
+            op.factors.align(own[1], op.dim(node, 0))
+            whole.update(op.dim(node, 0))
+    return Spec(op.operands(), [own], whole=whole)
+
+
+@rule(aten.batch_norm.default)
+def batch_norm_eval(op: Op) -> Spec:
+    """With running statistics it is an affine map per channel (in training it was written out: see batchnorm)."""
+    x = op["input"]
+    spec = Spec(op.operands(), [op.dims(x)])
+    for node in op.tensors():
+        if node is not x and not op.factors.align(op.dim(x, 1), op.dim(node, 0)):
+            spec.whole.update(leaves(op.dim(x, 1)), op.dim(node, 0))
+    return spec

@@ -1,0 +1,45 @@
+"""simplify: drop what computes nothing, so that later passes see only the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxpar.program import Program
+
+aten = torch.ops.aten
+
+CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default)
+ALIASES = (aten.alias.default, aten.lift_fresh_copy.default)
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
+            aten.feature_alpha_dropout.default)  # fmt: skip
+
+
+def simplify(program: Program) -> Program:
+    """Erase, in place: metadata assertions, casts to the same dtype and device, aliases, dropout that is off, dead code.
+
+    The values that remain are unchanged, bit for bit.
+    """
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif _is_noop(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.module.recompile()
+    return program
+
+
+def _is_noop(node: fx.Node) -> bool:
+    if node.target in ALIASES:
+        return True
+    if node.target in DROPOUTS:
+        return not node.args[2] or node.args[1] == 0
+    if node.target not in CASTS:
+        return False
+    old, new = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    return old.dtype == new.dtype and old.device == new.device
