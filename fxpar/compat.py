@@ -61,3 +61,10 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, inputs, config_patches=config or {})
+
+
+def strided_shard(dim: int, split_factor: int) -> Any:
+    """The DTensor placement of a factor that lies inside a dim, behind `split_factor` others."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return _StridedShard(dim, split_factor=split_factor)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from fxpar import mesh as meshes
+from fxpar.errors import PlanError
+from fxpar.inputs import Call, globalize, leaves
 from fxpar.passes.axes import refine_axes
 from fxpar.passes.capture import capture
 from fxpar.passes.dropout import counter_dropout
@@ -20,6 +22,7 @@ from fxpar.passes.losses import expand_losses
 from fxpar.passes.masks import fold_masks
 from fxpar.passes.partition import partition
 from fxpar.passes.place import place
+from fxpar.passes.precision import cast_parameters
 from fxpar.passes.simplify import simplify
 from fxpar.plan import Plan
 from fxpar.program import Program
@@ -32,6 +35,7 @@ def passes(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
     """The passes after capture, in order."""
     return [
         ("simplify", simplify),
+        ("precision", cast_parameters),
         ("masks", fold_masks),
         ("gqa", fold_repeat_kv),
         ("losses", expand_losses),
@@ -45,18 +49,62 @@ def passes(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
 
 def compile_program(model: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any], device: torch.device,
                     pinned: dict[str, Tiling] | None = None, observe: Observer | None = None) -> Program:
-    """Capture `model` on global inputs and run the passes: the program of one rank.
+    """Capture `model` on *global* inputs and run the passes: the program of one rank.
 
     `observe(name, program)` is called after capture and after every pass. `program.timings` has the seconds of each.
     """
-    timings: dict[str, float] = {}
+    return _run(_start(model, plan, (args, kwargs), device, observe), passes(pinned), observe)
+
+
+def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe: Observer | None, call: Call,
+                    pinned: dict[str, Tiling] | None) -> Program:
+    """The same from *one replica's* inputs: the global ones are dp times as many along each input's batch dim.
+
+    Which dim that is follows from the model (see roles); it is assumed to be dim 0, and the capture is repeated in the
+    rare case that it is not.
+    """
+    mesh = meshes.from_plan(plan)
+    front, back = _split(passes(pinned))
+    batch = _assumed(plan, call)
+    for _ in range(3):
+        program = _start(model, plan, globalize(call, plan, mesh, batch), device, observe)
+        program = _run(program, front, observe)
+        found = {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
+        if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):
+            return _run(program, back, observe)
+        batch = found
+    raise PlanError("batch_dims", dict(plan.batch_dims or ()), "must name the batch dim of each input, which could not be "
+                    "inferred", 'batch_dims={"input": 0}')
+
+
+def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
+    """Dim 0 of every input as long as the first one's; what the plan says of the others."""
+    asked = dict(plan.batch_dims or ())
+    tensors = {k: v for k, v in leaves(call).items() if isinstance(v, torch.Tensor) and v.dim()}
+    first = next((int(v.shape[0]) for k, v in tensors.items() if k not in asked), None)
+    return {k: asked[k] if k in asked else 0 if int(v.shape[0]) == first else None for k, v in tensors.items()}
+
+
+def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, observe: Observer | None) -> Program:
     start = time.perf_counter()
-    program = capture(model, plan, meshes.from_plan(plan), args, kwargs, device)
-    for name, apply in [("capture", lambda p: p), *passes(pinned)]:
+    program = capture(model, plan, meshes.from_plan(plan), *call, device)
+    program.timings["capture"] = time.perf_counter() - start
+    if observe is not None:
+        observe("capture", program)
+    return program
+
+
+def _run(program: Program, steps: list[tuple[str, Pass]], observe: Observer | None) -> Program:
+    for name, apply in steps:
+        start = time.perf_counter()
         program = apply(program)
-        timings[name] = time.perf_counter() - start
+        program.timings[name] = time.perf_counter() - start
         if observe is not None:
             observe(name, program)
-        start = time.perf_counter()
-    program.timings = timings
     return program
+
+
+def _split(steps: list[tuple[str, Pass]]) -> tuple[list[tuple[str, Pass]], list[tuple[str, Pass]]]:
+    """Before and after roles are known."""
+    at = [name for name, _ in steps].index("infer") + 1
+    return steps[:at], steps[at:]

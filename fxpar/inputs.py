@@ -53,13 +53,7 @@ def default_example(model: nn.Module) -> Call:
     if not isinstance(dummy, Mapping):
         raise InputError(f"{type(model).__name__} does not say what it takes: pass example_inputs (a dict of keyword "
                          "arguments, or a tuple), with the shapes that one rank will pass to forward")
-    inputs = {k: v for k, v in dummy.items() if isinstance(v, torch.Tensor)}
-    accepted = inspect.signature(model.forward).parameters
-    ids = inputs.get("input_ids")
-    if ids is not None and "labels" in accepted and "LMHead" in type(model).__name__ + "".join(
-            c.__name__ for c in type(model).__mro__) + ("LMHead" if "CausalLM" in type(model).__name__ else ""):
-        inputs["labels"] = ids.clone()
-    return canonical(model, (), inputs)
+    return canonical(model, (), {k: v for k, v in dummy.items() if isinstance(v, torch.Tensor)})
 
 
 def leaves(call: Call) -> dict[str, Any]:

@@ -38,8 +38,8 @@ class StepResult:
 def scalar_of(outputs: Any) -> Tensor:
     """The loss of a model's output: its `.loss`, its only floating scalar, or (for models without one) a pseudo-loss.
 
-    The pseudo-loss weighs every element of every floating output with a fixed, position-dependent weight, so that
-    its gradient tells outputs apart.
+    The pseudo-loss is the mean squared distance of every floating output to a fixed, position-dependent target: its
+    gradient tells outputs apart, and nothing in it cancels.
     """
     loss = getattr(outputs, "loss", None)
     if isinstance(loss, Tensor) and loss.dim() == 0:
@@ -50,7 +50,8 @@ def scalar_of(outputs: Any) -> Tensor:
         return scalars[0]
     if not flat:
         raise FxparError("the model returns no floating-point tensor to take gradients of")
-    return sum((t * torch.cos(torch.arange(t.numel(), device=t.device, dtype=t.dtype)).view_as(t)).mean() for t in flat)
+    targets = (torch.cos(torch.arange(t.numel(), device=t.device, dtype=t.dtype)).view_as(t) for t in flat)
+    return sum((t - target).square().mean() for t, target in zip(flat, targets, strict=True))
 
 
 class Simulation:

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.errors import CaptureError
 from fxpar.mesh import Mesh
 from fxpar.passes.batchnorm import expand_batch_norm
+from fxpar.passes.dropout import expand_dropout
 from fxpar.passes.regions import inline_regions
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
@@ -48,6 +50,7 @@ def capture(model: nn.Module, plan: Plan, mesh: Mesh, args: tuple, kwargs: dict[
         exported, prefix = _export(model, fake_args, fake_kwargs)
         inline_regions(exported.graph_module)
         expand_batch_norm(exported.graph)
+        expand_dropout(exported.graph)
         if any(compat.mutates(n.target) for n in exported.graph.nodes):
             exported = exported.run_decompositions({aten.copy.default: _copy})
             inline_regions(exported.graph_module)
@@ -100,10 +103,27 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torc
     if torch.is_autocast_enabled(device):
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
     try:
-        with torch.autocast(device, enabled=False), torch.enable_grad():
+        with torch.autocast(device, enabled=False), torch.enable_grad(), _Draws():
             return torch.export.export(model, args, kwargs, strict=False), prefix
     except Exception as error:
         raise _capture_error(error) from error
+
+
+class _Draws(TorchFunctionMode):
+    """Answers ``torch.rand([]) < p`` where it does not depend on the draw: p is 0 or 1 (layer dropping is off)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[torch.Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
+            if isinstance(args[1], int | float) and not 0 < args[1] < 1:
+                return args[1] >= 1
+        made = func(*args, **(kwargs or {}))
+        if func is torch.rand and made.dim() == 0:
+            self.draws.append(made)
+        return made
 
 
 class _Autocast(nn.Module):

@@ -29,10 +29,11 @@ _FILLS_WITH = {aten.full: 1, aten.full_like: 1, aten.new_full: 2}
 # The same elements, at most in another dtype.
 _COPIES = {aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh,
            aten.lift_fresh_copy}  # fmt: skip
-_RESHAPES = {aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten}
-_EXTENSIONS = {aten.expand, aten.unsqueeze, aten.squeeze}
-_SWAPS = {aten.transpose, aten.permute, aten.t}
-_CUTS = {aten.slice, aten.select}
+_RESHAPES = {aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.view_as,
+             aten.unsqueeze, aten.squeeze}  # fmt: skip
+_EXPANSIONS = {aten.expand, aten.expand_as, aten.broadcast_to}
+_SWAPS = {aten.transpose, aten.permute, aten.t, aten.swapaxes, aten.mT, aten.numpy_T}
+_CUTS = {aten.slice, aten.select, aten.narrow}
 _COMPARISONS = {aten.lt, aten.le, aten.gt, aten.ge, aten.eq, aten.ne, aten.less, aten.less_equal,
                 aten.greater, aten.greater_equal, aten.not_equal}  # fmt: skip
 _DIFFERENCES = {aten.sub, aten.subtract, aten.add}
@@ -70,7 +71,7 @@ def given(t: Tensor) -> Plain | None:
 def evaluate(node: fx.Node, values: Mapping[fx.Node, Value | None]) -> Value | None:
     """The value of `node`, given those of its arguments.
 
-    Takes: a call with its (fake) result in ``meta["val"]``; a value for each node it reads, unless it `is_fill`.
+    Takes: a call with its (fake) result in ``meta["val"]``; the value of what it reads, unless it `is_fill`.
     Returns None for everything that is not understood, or would take more than `bands.LIMIT` elements.
     """
     out, target = node.meta.get("val"), node.target
@@ -161,7 +162,8 @@ def _uniform(value: Value, out: Tensor) -> Value | None:
 def _small(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
     """Any function of small tensors: run it."""
     values = _values((args, kwargs))
-    if out.numel() > bands.LIMIT or any(isinstance(v, Band) or math.prod(v.shape) > bands.LIMIT for v in values):
+    large = any(isinstance(v, Band) or math.prod(v.shape) > bands.LIMIT for v in values)
+    if large or out.numel() > bands.LIMIT:
         return None
     return bands.plain(_call(target, args, kwargs, lambda v: v.full))  # type: ignore[union-attr]
 
@@ -181,11 +183,20 @@ def _reshape(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | Non
     )
 
 
-def _extend(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
-    value = args[0]
+def _expand(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+    value, shape = args[0], tuple(out.shape)
+    return bands.reshaped(value, shape) if isinstance(value, Band) else bands.plain(value.full.expand(shape))
+
+
+def _repeat(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+    """Along the dims in which the tensor is uniform, that is no more than expanding it."""
+    value, times = args
+    added = len(times) - len(value.shape)
     if isinstance(value, Band):
-        return bands.reshaped(value, tuple(out.shape))
-    return bands.plain(target(value.full, *args[1:], **kwargs))
+        return Band(tuple(out.shape), value.data) if times[-2:] == [1, 1] else None
+    if any(n > 1 and m != 1 for n, m in zip(value.data.shape, times[added:], strict=True)):
+        return _small(target, args, kwargs, out)
+    return Plain(tuple(out.shape), value.data.reshape((1,) * added + tuple(value.data.shape)))
 
 
 def _swap(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
@@ -197,8 +208,10 @@ def _swap(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
     order = list(range(out.dim()))
     if target.overloadpacket is aten.permute:
         order = [d % out.dim() for d in dims[0]]
+    elif target.overloadpacket is aten.numpy_T:
+        order.reverse()
     else:
-        a, b = dims or (0, 1)
+        a, b = dims or (-2, -1)
         order[a], order[b] = order[b], order[a]
     return bands.permuted(value, order, tuple(out.shape))
 
@@ -211,7 +224,7 @@ def _cut(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
     if kwargs:
         return None
     dim %= len(value.shape)
-    if target.overloadpacket is aten.select:
+    if target.overloadpacket is not aten.slice:
         return Band(tuple(out.shape), value.data) if dim < len(value.shape) - 2 else None
     if step != 1:
         return None
@@ -272,6 +285,7 @@ def _pointwise(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | N
 
 
 _RULES: list[tuple[Any, _Rule]] = [
-    (_COPIES, _copy), (_RESHAPES, _reshape), (_EXTENSIONS, _extend), (_SWAPS, _swap), (_CUTS, _cut),
-    ({aten.tril, aten.triu}, _triangle), (_ALONG, _along), ({aten.index}, _index), (_POINTWISE, _pointwise),
+    (_COPIES, _copy), (_RESHAPES, _reshape), (_EXPANSIONS, _expand), ({aten.repeat}, _repeat),
+    (_SWAPS, _swap), (_CUTS, _cut), ({aten.tril, aten.triu}, _triangle), (_ALONG, _along),
+    ({aten.index}, _index), (_POINTWISE, _pointwise),
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -15,8 +16,51 @@ from fxpar.program import Program, Source
 
 aten = torch.ops.aten
 PLAIN = (aten.dropout.default, aten.native_dropout.default)
-FEATURE = aten.feature_dropout.default
 ATTENTION = aten.scaled_dot_product_attention.default
+
+
+def expand_dropout(graph: fx.Graph) -> None:
+    """Rewrite, in place, what drops whole channels, and `AlphaDropout`, to plain dropout of a tensor of ones.
+
+    Takes: a graph as exported. Making it functional would turn them into random operators that nothing knows.
+    """
+    for node in list(graph.nodes):
+        build = RELATIVES.get(node.target)
+        if build is not None and node.args[1] and node.args[2]:
+            build(Rewriter(graph, node), *node.args[:2])
+
+
+def _noise(r: Rewriter, x: fx.Node, p: float, features: bool) -> fx.Node:
+    """Dropout of ones: 0 or 1 / (1 - p), for each element or for each channel."""
+    shape = list(x.meta["val"].shape)
+    shape = [n if i < 2 or not features else 1 for i, n in enumerate(shape)]
+    return r.call(aten.dropout.default, r.call(aten.new_ones.default, x, shape), p, True)
+
+
+def _features(r: Rewriter, x: fx.Node, p: float) -> None:
+    r.replace(r.call(aten.mul.Tensor, x, _noise(r, x, p, True)))
+
+
+def _alpha(features: bool) -> Callable[[Rewriter, fx.Node, float], None]:
+    """What is dropped becomes the lowest value of SELU; mean and variance are kept."""
+
+    def build(r: Rewriter, x: fx.Node, p: float) -> None:
+        lowest = 1.7580993408473766
+        scale = 1 / math.sqrt((lowest**2 * p + 1) * (1 - p)) if p < 1 else 0.0
+        keep = r.call(aten.mul.Tensor, _noise(r, x, p, features), 1 - p)
+        low = lowest * scale
+        shift = r.call(aten.add.Scalar, r.call(aten.mul.Tensor, keep, low), low * (p - 1))
+        kept = r.call(aten.mul.Tensor, x, r.call(aten.mul.Tensor, keep, scale))
+        r.replace(r.call(aten.add.Tensor, kept, shift))
+
+    return build
+
+
+RELATIVES = {
+    aten.feature_dropout.default: _features,
+    aten.alpha_dropout.default: _alpha(False),
+    aten.feature_alpha_dropout.default: _alpha(True),
+}
 
 
 def counter_dropout(program: Program) -> Program:
@@ -29,7 +73,7 @@ def counter_dropout(program: Program) -> Program:
     sites = [n for n in program.graph.nodes if _rate(n)]
     if not sites:
         return program
-    seed = _seed(program, device_of(sites[0]))
+    seed = _seed(program, device_of(sites[0].args[0]))  # type: ignore[arg-type]
     for site, node in enumerate(sites):
         r = Rewriter(program.graph, node)
         if node.target is ATTENTION:
@@ -42,7 +86,7 @@ def counter_dropout(program: Program) -> Program:
 
 
 def _rate(node: fx.Node) -> float:
-    if node.op != "call_function" or node.target not in (*PLAIN, FEATURE, ATTENTION):
+    if node.op != "call_function" or node.target not in (*PLAIN, ATTENTION):
         return 0.0
     a = bind(node)
     return a["dropout_p"] if node.target is ATTENTION else a["p"] if a["train"] in (True, None) else 0.0
@@ -62,27 +106,23 @@ def _seed(program: Program, device: torch.device) -> fx.Node:
     return node
 
 
-def _drop(r: Rewriter, x: fx.Node, p: float, seed: fx.Node, site: int, like: fx.Node | None = None) -> fx.Node:
-    keep = r.call(dropout_mask, x if like is None else like, seed, p=p, site=site)
+def _drop(r: Rewriter, x: fx.Node, p: float, seed: fx.Node, site: int) -> tuple[fx.Node, fx.Node]:
+    """(`x` with its zeros, the mask of what is kept)."""
+    keep = r.call(dropout_mask, x, seed, p=p, site=site)
     scaled = r.call(aten.mul.Tensor, x, 1 / (1 - p) if p < 1 else 0.0)
-    return r.call(aten.where.ScalarOther, keep, scaled, 0.0)
+    return r.call(aten.where.ScalarOther, keep, scaled, 0.0), keep
 
 
 def _plain(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
-    x, p = node.args[0], bind(node)["p"]
-    like = None
-    if node.target is FEATURE:
-        like = x
-        for d in range(2, x.meta["val"].dim()):
-            like = r.call(aten.slice.Tensor, like, d, 0, 1)
-    out = _drop(r, x, p, seed, site, like)
-    if node.target is aten.native_dropout.default:
-        for user in list(node.users):
-            if user.target is operator.getitem and user.args[1] == 0:
-                user.replace_all_uses_with(out)
-                r.graph.erase_node(user)
+    made = _drop(r, node.args[0], bind(node)["p"], seed, site)  # type: ignore[arg-type]
+    if node.target is aten.dropout.default:
+        r.replace(made[0])
         return
-    r.replace(out)
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+        r.graph.erase_node(user)
+    r.graph.erase_node(node)
 
 
 def _attention(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
@@ -104,5 +144,5 @@ def _attention(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
     elif mask is not None:
         scores = r.call(aten.add.Tensor, scores, mask)
     weights = r.call(aten.softmax.int, scores, -1)
-    weights = _drop(r, weights, a["dropout_p"], seed, site)
+    weights, _ = _drop(r, weights, a["dropout_p"], seed, site)
     r.replace(r.call(aten.matmul.default, weights, v))

@@ -54,7 +54,7 @@ def show(dims: Dims, layout: Layout, mesh: Mesh) -> str:
     """``[batch8/dp, seq16, heads4/tp d2 e8]``: dims in order, split factors with their axes."""
     def one(f: Factor) -> str:
         axes = [a for a in mesh.names if layout.get(a) is f]
-        return f"{f.role or f!r}{f.size if f.role else ''}" + "".join(f"/{a}" for a in axes)
+        return (f"{f.role}{f.size}" if f.role else repr(f)) + "".join(f"/{a}" for a in axes)
 
     return "[" + ", ".join(" ".join(one(f) for f in leaves(d)) or "1" for d in dims) + "]"
 

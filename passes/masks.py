@@ -38,8 +38,8 @@ def fold_masks(program: Program) -> Program:
 
     where "allows" is True or adding zero, and its contrary False or adding the lowest number or less. Every
     other mask is kept, such as one that depends on an input, a parameter, a random number or memory that was
-    never written, or that leaves a query without keys. Masks that nothing reads any more are gone. A buffer
-    counts as constant if the model does not update it; that its value was read is noted.
+    never written, or that leaves a query without keys. A buffer counts as constant if the model does not
+    update it; that its value was read is noted. Masks that nothing reads are gone, and views are reshapes.
     """
     if any(compat.mutates(n.target) for n in program.graph.nodes):
         return program
@@ -59,6 +59,7 @@ def fold_masks(program: Program) -> Program:
             _rewrite(program, node, mask, verdicts[case])
     for mask, *_ in verdicts:
         _drop_asserts(program, mask)
+    _forget_strides(program.graph)
     program.graph.eliminate_dead_code()
     program.graph.lint()
     program.module.recompile()
@@ -164,8 +165,9 @@ def _rewrite(program: Program, node: fx.Node, mask: fx.Node, allowed: Verdict | 
     operands, dropout = _operands(node), _option(node, 4, "dropout_p") or 0.0
     kwargs = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
     if isinstance(allowed, int):
-        if dropout or not takes(*map(value_of, operands), enable_gqa=bool(kwargs.get("enable_gqa"))):
-            program.note("a sliding-window mask is kept: windowed attention has no dropout, and does not broadcast")
+        query, key, value = map(value_of, operands)
+        if dropout or not takes(query, key, value, enable_gqa=bool(kwargs.get("enable_gqa"))):
+            program.note("a sliding-window mask is kept: windowed attention has no dropout nor broadcasting")
             return
         node.target, node.args = windowed_attention, operands
         kwargs["window"] = allowed
@@ -175,6 +177,13 @@ def _rewrite(program: Program, node: fx.Node, mask: fx.Node, allowed: Verdict | 
     sources = program.source_of()
     for name in sorted(sources[n].name for n in _cone(mask) if n in sources):
         program.note(f"the attention mask in {name} was read when the model was captured")
+
+
+def _forget_strides(graph: fx.Graph) -> None:
+    """Attention returns other strides without its mask, and a view that was possible may not be any more."""
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
 
 
 def _drop_asserts(program: Program, mask: fx.Node) -> None:

@@ -14,6 +14,7 @@ from torch import fx
 
 from fxpar.mesh import Axes
 from fxpar.ops import collectives
+from fxpar.passes.cost import forward_flops
 from fxpar.passes.factors import Dim, Dims, Factor, leaves
 from fxpar.passes.layout import Layout, local_extent, local_shape, place_of, show, tiling
 from fxpar.passes.place import Placement
@@ -39,6 +40,7 @@ class _Partitioner:
     def __init__(self, program: Program):
         self.program, self.mesh = program, program.mesh
         self.graph = fx.Graph()
+        self.sources = program.source_of()
         self.local: dict[fx.Node, Any] = {}
         self.reshard = Resharder(self.graph, self.mesh)
 
@@ -54,6 +56,7 @@ class _Partitioner:
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
         new = self.graph.placeholder(node.name)
+        new.meta["source"] = self.sources[node].name
         return self._describe(new, node)
 
     def _get_attr(self, node: fx.Node) -> fx.Node:
@@ -69,6 +72,7 @@ class _Partitioner:
             new.meta.update(tiling=tiling(dims, layout, self.mesh), shows=show(dims, layout, self.mesh),
                             needs_grad=old.meta.get("needs_grad", False), dtype=value.dtype)
             new.meta["global"], new.meta["of"] = value, old.name
+            new.meta.update({k: old.meta[k] for k in ("reduce_dtype", "batch_dim") if k in old.meta})
         return new
 
     def _call_function(self, node: fx.Node) -> Any:
@@ -119,6 +123,8 @@ class Local:
 
     def build(self) -> Any:
         made = self.spec.emit(self) if self.spec.emit is not None else self.default()
+        if isinstance(made, fx.Node):
+            made.meta["flops"] = forward_flops(self.node, self.spec, self.at, self.mesh)
         if isinstance(self.node.meta["val"], torch.Tensor):
             made = self._resolve(made)
             if made in self._operands.values():
@@ -142,8 +148,8 @@ class Local:
             if leaf is not None:
                 dim, outer = place_of(dims, done, self.mesh, leaf)
                 value = self.call(collectives.reduce_scatter, value, (axis,), dim, outer)
-                self._tag(value, "reduce_scatter", (axis,))
                 done[axis] = leaf
+                self._tag(value, "reduce_scatter", (axis,), done)
         if self.skip_deferred:
             value = self._add_deferred(value, dims, layout)
         return value
@@ -164,9 +170,9 @@ class Local:
         copy_provenance(new, self.node)
         return new
 
-    def _tag(self, node: fx.Node, kind: str, axes: Axes) -> None:
+    def _tag(self, node: fx.Node, kind: str, axes: Axes, layout: Layout) -> None:
         node.meta["fxpar"] = {"kind": kind, "axes": axes, "for": self.node.name, "phase": "forward"}
-        self.owner.reshard.measure(node, self.node, self.spec.outs[0], self.at)
+        self.owner.reshard.measure(node, self.node, self.spec.outs[0], layout)
 
     def default(self, **override: Any) -> fx.Node:
         """The same operator on the local operands, with sizes and `override`n arguments localised."""
@@ -221,7 +227,7 @@ class Local:
     def reduce(self, value: fx.Node, axes: Axes, kind: str) -> fx.Node:
         """The sum or maximum of every rank's value, on every rank."""
         new = self.call(collectives.psum if kind == "sum" else collectives.pmax, value, axes)
-        self._tag(new, "all_reduce", axes)
+        self._tag(new, "all_reduce", axes, self.at)
         return new
 
     def vary(self, value: fx.Node, axes: Axes) -> fx.Node:

@@ -95,12 +95,24 @@ class _Walk:
         dims: Dims = node.meta.get("dims", ())
         layout: Layout = {}
         if source.kind == "param":
-            for leaf, piece in zip([f for d in dims for f in leaves(d)],
-                                   [p for d in self.pinned[source.name] for p in d if p.size != 1], strict=True):
-                layout.update(dict.fromkeys(piece.axes, leaf))
+            layout = self._pinned(dims, self.pinned[source.name])
         elif source.kind == "input":
             layout = self._input(source, dims)
         node.meta["layout"] = layout
+
+    def _pinned(self, dims: Dims, tiles: Tiling) -> Layout:
+        """The layout that stores a parameter as `tiles`; a piece's axes lie on the major factor of what it became."""
+        layout: Layout = {}
+        for dim, pieces in zip(dims, tiles, strict=True):
+            flat = leaves(dim)
+            for piece in pieces:
+                size = 1
+                while size < piece.size:
+                    leaf = flat.pop(0)
+                    if size == 1:
+                        layout.update(dict.fromkeys(piece.axes, leaf))
+                    size *= leaf.size
+        return layout
 
     def _input(self, source: Source, dims: Dims) -> Layout:
         for dim in dims:
@@ -152,7 +164,7 @@ class _Walk:
                 link.meta["placement"] = Placement(dict(layout), [layout])
 
     def _assign(self, spec: Spec) -> Layout:
-        """The rule of this module, for one operator."""
+        """The rule of this module, for one operator. The axes of one strategy go to factors of one role."""
         order = _candidates(spec)
         held = {(a, f) for o in spec.operands for a, f in (o.node.meta["layout"] or {}).items()}
         roles = {f.role for o in spec.operands for d in o.dims for f in leaves(d)}
@@ -161,7 +173,10 @@ class _Walk:
         for pref in self.prefs:
             if pref.beside and pref.beside not in roles:
                 continue
-            for axis in self.mesh.strategies.get(pref.strategy, ()):
+            axes = self.mesh.strategies.get(pref.strategy, ())
+            if any(a in at and at[a].role != pref.role for a in axes):
+                continue
+            for axis in axes:
                 wanting = [f for f in order if f.role == pref.role]
                 wanting.sort(key=lambda f: (axis, f) not in held)
                 self._take(at, axis, wanting)

@@ -44,13 +44,34 @@ class Resharder:
                 value = self._exchange(value, dims, layout, axis, new, user)
         for axis in reversed(self.mesh.names):
             if axis in layout and not self._stays(layout, want, axis):
-                value = self._gather(value, dims, layout, axis, varying=grad and bool(want.get(axis)), user=user)
+                value = self._gather(value, dims, layout, axis, varying=grad and want.get(axis) is True, user=user)
         for axis in self.mesh.names:
             new = want.get(axis)
             if isinstance(new, Factor) and axis not in layout:
                 value = self._shard(value, dims, layout, axis, new, user)
         vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in self._varied(value))
-        return self._emit(value, user, dims, layout, "vary", vary) if vary and grad else value
+        if not vary or not grad:
+            return value
+        if "reduce_dtype" in value.meta:
+            return self._vary_as(value, dims, layout, vary, user)
+        return self._emit(value, user, dims, layout, "vary", vary)
+
+    def _vary_as(self, cast: fx.Node, dims: Dims, layout: Layout, axes: Axes, user: fx.Node) -> fx.Node:
+        """A parameter's cast, with its gradient summed over `axes` in the reduction dtype."""
+        stored, computed = cast.args
+        key = (cast, "vary_as", axes)
+        if key not in self._made:
+            wide = self._cast(stored, cast.meta["reduce_dtype"], cast)
+            self._made[key] = self._cast(self._emit(wide, user, dims, layout, "vary", axes), computed, cast)
+        return self._made[key]
+
+    def _cast(self, value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+        if value.meta.get("dtype") == dtype:
+            return value
+        new = self.graph.call_function(torch.ops.aten.to.dtype, (value, dtype))
+        copy_provenance(new, like)
+        new.meta.update({k: v for k, v in like.meta.items() if k in ("needs_grad", "global")}, dtype=dtype)
+        return new
 
     def _alone(self, layout: Layout, factor: Factor, axis: str) -> bool:
         return all(f is not factor or a == axis for a, f in layout.items())
@@ -107,4 +128,5 @@ class Resharder:
         """Record how many bytes of result one rank holds (what the report counts)."""
         held = value.meta.get("val", value.meta.get("global"))
         if isinstance(held, torch.Tensor) and "fxpar" in node.meta:
-            node.meta["fxpar"]["bytes"] = math.prod(local_shape(dims, layout, self.mesh)) * held.element_size()
+            width = (value.meta.get("dtype") or held.dtype).itemsize
+            node.meta["fxpar"]["bytes"] = math.prod(local_shape(dims, layout, self.mesh)) * width

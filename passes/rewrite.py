@@ -18,7 +18,7 @@ class Rewriter:
     def __init__(self, graph: fx.Graph, node: fx.Node):
         self.graph, self.node = graph, node
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Insert a call; its value is computed on fake tensors, its provenance is the replaced node's."""
         with self.graph.inserting_before(self.node):
             new = self.graph.call_function(target, args, kwargs)

@@ -91,6 +91,7 @@ def _batch(program: Program) -> None:
             continue
         size = node.meta["val"].shape[at]
         first = int(size) if first is None else first
+        node.meta["batch_dim"] = at
         for f in leaves(dims[at]):
             f.role = "batch"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fxpar import compat
 from fxpar.program import Program
 
 aten = torch.ops.aten
@@ -16,7 +17,8 @@ DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropo
 
 
 def simplify(program: Program) -> Program:
-    """Erase, in place: metadata assertions, casts to the same dtype and device, aliases, dropout that is off, dead code.
+    """Erase, in place: metadata assertions, casts to the same dtype and device, aliases, dropout that is off, dead
+    code (random numbers that nothing reads included).
 
     The values that remain are unchanged, bit for bit.
     """
@@ -26,12 +28,22 @@ def simplify(program: Program) -> Program:
             continue
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
+        elif node.target is aten.native_dropout.default and not (node.args[1] and node.args[2]):
+            _off(graph, node)
         elif _is_noop(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.is_impure() and not compat.is_random(node.target))
     program.module.recompile()
     return program
+
+
+def _off(graph: fx.Graph, node: fx.Node) -> None:
+    """Its mask, which nothing needs where it keeps everything, stays only if it is read."""
+    for user in list(node.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(user)
 
 
 def _is_noop(node: fx.Node) -> bool:

@@ -13,8 +13,9 @@ def takes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool = False) -> bool:
     """Whether `windowed_attention` is defined for operands of these shapes (it does not broadcast)."""
     if not q.dim() == k.dim() == v.dim() == 4 or q.shape[3] != k.shape[3]:
         return False
-    groups = q.shape[1] // k.shape[1] if enable_gqa else 1
-    return k.shape[:3] == v.shape[:3] == (q.shape[0], k.shape[1], q.shape[2]) and q.shape[1] == k.shape[1] * groups
+    (batch, heads, length, _), kv = q.shape, k.shape[1]
+    agree = heads % kv == 0 if enable_gqa else heads == kv
+    return agree and k.shape[:3] == v.shape[:3] == (batch, kv, length)
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float | None = None,
@@ -33,7 +34,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: f
         raise ValueError(f"window={window}: must be at least 1")
     if not takes(q, k, v, enable_gqa):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"query, key and value of shapes {shapes}: must have 4 dims, one length, and heads that agree")
+        raise ValueError(f"q, k, v of shapes {shapes}, enable_gqa={enable_gqa}: they do not agree")
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
     attention = functools.partial(F.scaled_dot_product_attention, scale=scale)
     q0, k0, v0 = q[:, :, :window], k[:, :, :window], v[:, :, :window]

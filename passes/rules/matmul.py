@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
+from fxpar.errors import UnsupportedOperator
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.pick import pick
 from fxpar.passes.factors import extent
 from fxpar.passes.rules.registry import notation, rule
-from fxpar.passes.rules.spec import Op, Spec, einsum
+from fxpar.passes.rules.spec import Op, Operand, Spec, einsum, unknown
+from fxpar.program import user_line
 
 aten = torch.ops.aten
 
@@ -25,12 +29,21 @@ notation("m, n -> m n", aten.outer.default, aten.ger.default)
 def addmm(op: Op) -> Spec:
     bias, x, w = op["self"], op["mat1"], op["mat2"]
     left = "+n" if len(op.dims(bias)) == 1 else "+m n"
-    return einsum(op, f"m k, k n, {left} -> m n", [x, w, bias])
+    return _product_and_bias(op, einsum(op, f"m k, k n, {left} -> m n", [x, w, bias]), aten.mm.default)
 
 
 @rule(aten.baddbmm.default)
 def baddbmm(op: Op) -> Spec:
-    return einsum(op, "b m k, b k n, +b m n -> b m n", [op["batch1"], op["batch2"], op["self"]])
+    nodes = [op["batch1"], op["batch2"], op["self"]]
+    return _product_and_bias(op, einsum(op, "b m k, b k n, +b m n -> b m n", nodes), aten.bmm.default)
+
+
+def _product_and_bias(op: Op, spec: Spec, product: Any) -> Spec:
+    """The product alone where the bias has to wait for a pending sum (with factors, the sum is not split)."""
+    if op["alpha"] != 1 or op["beta"] != 1:
+        spec.whole |= spec.sums
+    spec.emit = lambda local: local.call(product, *local.args[1:3]) if local.skip_deferred else local.default()
+    return spec
 
 
 @rule(aten.matmul.default)
@@ -48,11 +61,53 @@ def einsum_op(op: Op) -> Spec:
     equation, nodes = op["equation"].replace(" ", ""), op["tensors"]
     left, _, right = equation.partition("->")
     if not right or "..." in equation or any(len(set(t)) != len(t) for t in left.split(",")):
-        from fxpar.passes.rules.spec import unknown
-
         return unknown(op)
     spaced = ", ".join(" ".join(t) for t in left.split(","))
     return einsum(op, f"{spaced} -> {' '.join(right)}", nodes)
+
+
+@rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
+def grouped_product(op: Op) -> Spec:
+    """Rows of `x` in groups, one matrix for each: rows and groups stay whole, the matrices' own dims are parallel."""
+    x, weights, *rest = op.tensors()
+    if len(op.dims(x)) != 2 or len(op.dims(weights)) != 3:
+        return unknown(op)
+    spec = einsum(op, "t! k, e! k n -> t n", [x, weights])
+    spec.operands += [Operand(n, op.dims(n)) for n in rest]
+    spec.whole |= {f for n in rest for d in op.dims(n) for f in d}
+    return spec
+
+
+RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+
+
+@rule(*RECURRENT)
+def recurrent(op: Op) -> Spec:
+    """Only the batch is parallel: each step needs all of the one before it."""
+    if op["dropout"] and op["train"] and op["num_layers"] > 1:
+        raise UnsupportedOperator(str(op.target), where=user_line(op.node), way_out=(
+            "the dropout between its layers would depend on the plan: use one-layer modules with torch.nn.Dropout "
+            "between them"))
+    x, states = op["input"], op["hx"]
+    states = [states] if isinstance(states, fx.Node) else list(states)
+    at = 0 if op["batch_first"] else 1
+    batch, rest = op.dim(x, at), [d for i, d in enumerate(op.dims(x)) if i != at]
+    spec = Spec(op.operands(), [], whole={f for d in rest for f in d})
+    for node in op.tensors():
+        dims = list(op.dims(node))
+        if node in states:
+            if dims[1] and not op.factors.align(batch, dims[1]):
+                spec.whole.update(batch, dims[1])
+            dims[1] = ()
+        if node is not x:
+            spec.whole.update(f for d in dims for f in d)
+    for i, value in enumerate(op.outs()):
+        made = list(op.factors.fresh(value.shape))
+        made[at if i == 0 else 1] = ()
+        spec.whole.update(f for d in made for f in d)
+        made[at if i == 0 else 1] = batch
+        spec.outs.append(tuple(made))
+    return spec
 
 
 @rule(aten.embedding.default)
@@ -136,8 +191,6 @@ def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
 
 def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:
     """An explicit mask broadcasts to [b, h, q, k]."""
-    from fxpar.passes.rules.spec import Operand
-
     q, k = spec.operands[0].dims, spec.operands[1].dims
     dims = op.dims(mask)
     for have, want in zip(reversed(dims), (k[2], q[2], q[1], q[0]), strict=False):
@@ -150,8 +203,6 @@ def _attention_any_rank(op: Op, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Nod
     spec = einsum(op, "... q! d!, ... k! d!, ... k! e -> ... q e", [q, k, v])
     spec.sums.clear()
     if isinstance(mask, fx.Node):
-        from fxpar.passes.rules.spec import Operand
-
-        spec.whole.update(f for d in op.dims(mask) for f in d)
+            spec.whole.update(f for d in op.dims(mask) for f in d)
         spec.operands.append(Operand(mask, op.dims(mask)))
     return spec

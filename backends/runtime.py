@@ -1,0 +1,71 @@
+"""What collectives run on in a real run: process groups over sets of mesh axes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from fxpar.mesh import Axes, BoundMesh
+from fxpar.ops import collectives
+
+c10d = torch.ops._c10d_functional
+
+
+class GroupRuntime:
+    """The `Runtime` of one rank: functional collectives, which Inductor sees, buckets and overlaps."""
+
+    def __init__(self, mesh: BoundMesh):
+        self.mesh = mesh
+
+    def prepare(self, module: fx.GraphModule) -> None:
+        """Make every process group that `module` uses, in program order (the same on every rank)."""
+        for node in module.graph.nodes:
+            if node.target in collectives.COLLECTIVES:
+                self.mesh.group(node.args[1])
+
+    def size(self, axes: Axes) -> int:
+        return self.mesh.mesh.size(*axes)
+
+    def index(self, axes: Axes) -> int:
+        return self.mesh.index(axes)
+
+    def _name(self, axes: Axes) -> str:
+        return self.mesh.group(axes).group_name
+
+    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
+        return c10d.wait_tensor(c10d.all_reduce(x, op, self._name(axes)))
+
+    def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, self.size(axes), self._name(axes)))
+
+    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
+        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", self.size(axes), self._name(axes)))
+
+    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
+        ones = [1] * self.size(axes)
+        return c10d.wait_tensor(c10d.all_to_all_single(x, ones, ones, self._name(axes)))
+
+
+class Control:
+    """A gloo side channel on which ranks agree before they communicate, so that a mistake is an error and no hang."""
+
+    def __init__(self) -> None:
+        self.world = dist.get_world_size()
+        self.group = dist.new_group(backend="gloo") if self.world > 1 else None
+
+    def agree(self, number: int) -> bool:
+        """Whether every rank has the same number (63 bits); costs one small CPU all-reduce."""
+        if self.group is None:
+            return True
+        pair = torch.tensor([number, -number], dtype=torch.int64)
+        dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=self.group)
+        return pair[0].item() == -pair[1].item()
+
+    def exchange(self, thing: object) -> list:
+        """Every rank's `thing`, by rank."""
+        if self.group is None:
+            return [thing]
+        out: list = [None] * self.world
+        dist.all_gather_object(out, thing, group=self.group)
+        return out

@@ -1,0 +1,88 @@
+"""`fxpar.parallelize`: the one line."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fxpar import inputs as calls
+from fxpar.agreement import agree_on_program
+from fxpar.backends import eager, inductor
+from fxpar.backends.runtime import Control
+from fxpar.compiler import compile_replica
+from fxpar.dump import Dumper
+from fxpar.errors import PlanError
+from fxpar.mesh import BoundMesh
+from fxpar.module import ParallelModule
+from fxpar.plan import Plan
+
+BACKENDS = ("auto", "inductor", "eager")
+
+
+def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
+                dump_dir: str | Path | None = None) -> ParallelModule:
+    """Return `model` running on every rank under `plan`.
+
+    model: real or on the meta device; its parameters are replaced by DTensors. plan: a `Plan` or its text
+    ("dp=2,tp=2"). example_inputs: what one rank will pass to forward (a dict of keyword arguments or a tuple), for its
+    shapes; may be left out for Hugging Face models. backend: "inductor", "eager", or "auto" (inductor on CUDA, eager on
+    CPU). dump_dir: where the program after every pass is written, numbered, as readable Python (rank 0 only).
+    Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
+    Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`; on all ranks alike.
+    """
+    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    _check_model(model)
+    if backend not in BACKENDS:
+        raise PlanError("backend", backend, f"must be one of {', '.join(BACKENDS)}", "auto")
+    plan.require_supported()
+    device = _join()
+    plan.check_world(dist.get_world_size())
+    example = calls.default_example(model) if example_inputs is None else calls.example_call(model, example_inputs)
+    chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
+    lower = {"eager": eager.lower, "inductor": inductor.lower}[chosen]
+    dumper = Dumper(dump_dir) if dump_dir is not None and dist.get_rank() == 0 else None
+    compile_call = functools.partial(compile_replica, model, plan, device, dumper)
+    control = Control()
+    with agree_on_program(control) as made:
+        made.append(compile_call(example, None))
+    module = ParallelModule(model, plan, BoundMesh(made[0].mesh, device.type), control, device, compile_call, lower)
+    module.adopt(made[0], example)
+    return module
+
+
+def _check_model(model: nn.Module) -> None:
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"parallelize takes a torch.nn.Module, not {type(model).__name__}")
+    wrapped = [m for m in model.modules() if isinstance(m, ParallelModule | nn.parallel.DistributedDataParallel
+                                                        | nn.DataParallel)]
+    if wrapped:
+        raise PlanError("model", type(wrapped[0]).__name__, "is already wrapped", "the plain model")
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise PlanError("model", type(model).__name__, "has DTensor parameters already (fxpar, FSDP2 or DTensor TP)",
+                        "the plain model")
+
+
+def _join() -> torch.device:
+    """Join the process group that torchrun prepared (or one of a single process); this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if cuda else \
+        torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, **({"device_id": device} if cuda else {}))
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif dist.get_backend() == "gloo":
+        device = torch.device("cpu")
+    return device

@@ -1,0 +1,180 @@
+"""`fxpar.inspect` and `Report`: what a plan does to a model, without running it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxpar.compiler import compile_program
+from fxpar.inputs import default_example, example_call
+from fxpar.mesh import Mesh
+from fxpar.plan import Plan
+from fxpar.program import Program, module_path
+
+GIB = 2**30
+BACKWARD = {"vary": "all_reduce", "all_gather_varying": "reduce_scatter", "reduce_scatter": "all_gather",
+            "shard": "all_gather", "all_to_all": "all_to_all"}  # fmt: skip
+"""What the backward of each typed collective communicates, if anything."""
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """name, global shape, layout as text, shape and bytes that one rank holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: str
+    local_shape: tuple[int, ...]
+    local_bytes: int
+
+
+@dataclass(frozen=True)
+class CollectiveRow:
+    """Collectives alike: kind ("all_gather", ...), axes, phase ("forward" or "backward"), the module they serve (layer
+    numbers replaced by ``*``), how many a step, and the bytes of their results on one rank, all together."""
+
+    kind: str
+    axes: tuple[str, ...]
+    phase: str
+    where: str
+    count: int
+    bytes: int
+
+
+@dataclass
+class Report:
+    """What one rank holds, computes and communicates in one training step.
+
+    memory: bytes by what they are for: "parameters", "gradients", "optimizer" (two fp32 moments, as AdamW), "activations"
+    (every distinct value that the backward may need, nothing recomputed). flops: of one step, forward and backward.
+    """
+
+    plan: Plan
+    mesh: Mesh
+    parameters: list[ParameterRow]
+    collectives: list[CollectiveRow]
+    memory: dict[str, int]
+    flops: int
+    notes: list[str] = field(default_factory=list)
+
+    def count(self, kind: str, phase: str | None = None, axes: tuple[str, ...] | None = None) -> int:
+        """How many collectives of a kind a step has."""
+        return sum(r.count for r in self.collectives if r.kind == kind and phase in (None, r.phase)
+                   and axes in (None, r.axes))
+
+    def __str__(self) -> str:
+        return "\n".join([f"plan {self.plan}   mesh {self.mesh}   world size {self.mesh.world_size}", "",
+                          *_table(("parameter", "shape", "layout", "a rank holds", "MiB"), _parameter_rows(self.parameters)), "",
+                          *_table(("collective", "over", "phase", "where", "count", "MiB"), [
+                              (r.kind, "+".join(r.axes), r.phase, r.where, str(r.count), f"{r.bytes / 2**20:.2f}")
+                              for r in self.collectives]), "",
+                          "memory a rank: " + ", ".join(f"{k} {v / GIB:.3f} GiB" for k, v in self.memory.items()),
+                          f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",
+                          *(f"note: {n}" for n in self.notes)])
+
+
+def inspect(model: nn.Module, plan: Plan | str, example_inputs: Any = None) -> Report:
+    """What `plan` does to `model`: layouts, collectives, memory, FLOPs; for any world size, without processes.
+
+    model: may be on the meta device. example_inputs: the *global* batch (a dict of keyword arguments or a tuple), of which
+    only shapes and dtypes matter; may be left out for Hugging Face models.
+    """
+    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    plan.require_supported()
+    call = default_example(model) if example_inputs is None else example_call(model, example_inputs)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = torch.device("cpu") if device.type == "meta" else device
+    return report_of(compile_program(model, plan, *call, device))
+
+
+def report_of(program: Program) -> Report:
+    """The report of a partitioned program."""
+    parameters = [_parameter(n, program.mesh) for n, s in program.source_of().items() if s.kind == "param"]
+    trained = [(n, s) for n, s in program.source_of().items() if s.kind == "param" and s.requires_grad]
+    elements = sum(_local_numel(n, program.mesh) for n, _ in trained)
+    memory = {
+        "parameters": sum(p.local_bytes for p in parameters),
+        "gradients": sum(_local_numel(n, program.mesh) * n.meta["global"].element_size() for n, _ in trained),
+        "optimizer": elements * 8,
+        "activations": _activations(program),
+    }
+    forward = sum(n.meta.get("flops", 0) for n in program.graph.nodes)
+    return Report(program.plan, program.mesh, parameters, _collectives(program), memory,
+                  forward * (3 if program.training else 1), list(program.notes))
+
+
+def _local_shape(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
+    return tuple(math.prod(p.size // mesh.size(*p.axes) for p in dim) for dim in node.meta["tiling"])
+
+
+def _local_numel(node: fx.Node, mesh: Mesh) -> int:
+    return math.prod(_local_shape(node, mesh))
+
+
+def _parameter(node: fx.Node, mesh: Mesh) -> ParameterRow:
+    value = node.meta["global"]
+    return ParameterRow(node.meta["source"], tuple(value.shape), node.meta["shows"], _local_shape(node, mesh),
+                        _local_numel(node, mesh) * value.element_size())
+
+
+_VIEWS = ("view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "split", "detach", "t.", "select")
+
+
+def _activations(program: Program) -> int:
+    """Bytes of the distinct values on a gradient's path: outputs of operators that are no views."""
+    total = 0
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.meta.get("needs_grad") and "tiling" in node.meta and not any(
+                v in str(node.target) for v in _VIEWS):
+            total += _local_numel(node, program.mesh) * node.meta["global"].element_size()
+    return total
+
+
+def _collectives(program: Program) -> list[CollectiveRow]:
+    rows: dict[tuple, list[int]] = {}
+
+    def add(kind: str, axes: tuple, phase: str, node: fx.Node, size: int) -> None:
+        where = re.sub(r"\b\d+\b", "*", module_path(node))
+        entry = rows.setdefault((kind, axes, phase, where), [0, 0])
+        entry[0] += 1
+        entry[1] += size
+
+    for node in program.graph.nodes:
+        facts = node.meta.get("fxpar")
+        if not facts or node.op != "call_function":
+            continue
+        kind, axes, size = facts["kind"], tuple(facts["axes"]), facts.get("bytes", 0)
+        ranks = program.mesh.size(*axes)
+        if kind not in ("vary", "shard"):
+            add(kind, axes, "forward", node, size)
+        if not node.meta.get("needs_grad"):
+            continue
+        if kind == "all_gather" and node.args[4]:
+            kind = "all_gather_varying"
+        if kind in BACKWARD:
+            scale = {"all_gather_varying": 1 / ranks, "reduce_scatter": ranks, "shard": ranks}.get(kind, 1)
+            add(BACKWARD[kind], axes, "backward", node, int(size * scale))
+    return [CollectiveRow(*key, count, size) for key, (count, size) in sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))]
+
+
+def _parameter_rows(parameters: list[ParameterRow]) -> list[tuple[str, ...]]:
+    """Repeated layers share a line."""
+    lines: dict[tuple, list] = {}
+    for p in parameters:
+        key = (re.sub(r"\b\d+\b", "*", p.name), p.shape, p.layout, p.local_shape)
+        entry = lines.setdefault(key, [0, 0])
+        entry[0] += 1
+        entry[1] += p.local_bytes
+    return [(f"{name}{f'  (x{n})' if n > 1 else ''}", str(list(shape)), layout, str(list(local)), f"{size / 2**20:.2f}")
+            for (name, shape, layout, local), (n, size) in lines.items()]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows]]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

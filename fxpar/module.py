@@ -1,0 +1,359 @@
+"""`ParallelModule`: what `parallelize` returns, and what a training loop holds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from fxpar import inputs as calls
+from fxpar import storage
+from fxpar.agreement import agree_on_call, agree_on_program
+from fxpar.backends.runtime import Control, GroupRuntime
+from fxpar.errors import InputError
+from fxpar.mesh import BoundMesh
+from fxpar.passes.accumulate import defer_sums
+from fxpar.passes.layout import Tiling
+from fxpar.plan import Plan
+from fxpar.program import Program, Source
+
+
+@dataclass
+class Compiled:
+    """One captured call signature: its program and what runs it."""
+
+    program: Program
+    run: Callable[..., Any]
+    deferred: tuple[Callable[..., Any], list[Source]] | None = None
+    example: list[Any] = field(default_factory=list)
+
+
+class _ToLocal(torch.autograd.Function):
+    """DTensor parameters -> this rank's tensors; gradients come back as DTensors of the same placements."""
+
+    @staticmethod
+    def forward(ctx, receive: Callable, *parameters: DTensor):
+        ctx.receive = receive
+        return tuple(p.to_local().detach() for p in parameters)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        return (None, *ctx.receive(grads))
+
+
+class _Average(torch.autograd.Function):
+    """A replica's part of an output: a loss computed from it outside the model counts for 1/dp of the whole."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, replicas: int) -> Tensor:
+        ctx.replicas = replicas
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad / ctx.replicas, None
+
+
+class ParallelModule(nn.Module):
+    """The user's model, running on every rank of the mesh. Made by `fxpar.parallelize`.
+
+    `forward` takes what the model's takes, with the batch of this rank's data-parallel replica, and returns the model's
+    own output type. A loss is that of the global batch, the same on every rank, and ``.grad`` is its gradient. Other
+    outputs are this replica's part (a DTensor where tp shards it); a loss that you compute from them yourself is
+    averaged over the replicas, as in DDP.
+
+    Parameters are DTensors on `mesh`, under the original names. `plan` and `mesh` (a `DeviceMesh`) are attributes.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, bound: BoundMesh, control: Control, device: torch.device,
+                 compile_call: Callable[..., Program], lower: Callable[..., Callable]):
+        super().__init__()
+        self.__dict__.update(_model=model, _modules=model._modules, _parameters=model._parameters,
+                             _buffers=model._buffers, _non_persistent_buffers_set=model._non_persistent_buffers_set)
+        self.training = model.training
+        self.plan, self.device = plan, device
+        self._bound, self._control = bound, control
+        self._compile_call, self._lower = compile_call, lower
+        self._runtime = GroupRuntime(bound)
+        self._programs: dict[tuple, Program] = {}
+        self._compiled: dict[tuple, Compiled] = {}
+        self._tilings: dict[str, Tiling] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._sync = True
+        self._steps = 0
+        self.seed = 0
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        return self._bound.device_mesh
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_model"], name)
+
+    def train(self, mode: bool = True) -> ParallelModule:
+        self._model.train(mode)
+        return super().train(mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward on this replica's batch. A new signature (shapes, dtypes, mode) is captured once.
+
+        Raises: `InputError` for arguments that do not fit; `MismatchError` on every rank if ranks were given
+        different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
+        """
+        call = calls.canonical(self._model, args, kwargs)
+        compiled = self._lookup(call)
+        program = compiled.program
+        named = calls.leaves(call)
+        deferring = not self._sync and bool(self._dp_axes()) and torch.is_grad_enabled()
+        run, extra = self._deferred(compiled) if deferring else (compiled.run, [])
+        outs = run(*self._feed(program, named, extra))
+        self._update_buffers(program, outs)
+        return self._outputs(program, outs)
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward over the plan's microbatches; gradients are summed over ranks once. Returns the loss.
+
+        The loss (and its gradient) is the mean over microbatches; dim 0 of every batched input must divide by their number.
+        """
+        n = self.plan.microbatches
+        losses = []
+        for i, part in enumerate(self._microbatches(args, kwargs, n)):
+            with contextlib.nullcontext() if i == n - 1 else self.no_sync():
+                loss = loss_of(self(**part)) / n
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _microbatches(self, args: tuple, kwargs: dict[str, Any], n: int) -> Iterator[dict[str, Any]]:
+        call = calls.canonical(self._model, args, kwargs)
+        dims = self._batch_dims(call)
+        named = calls.leaves(call)
+        if n == 1:
+            yield call[1] if not call[0] else dict(zip(named, call[0], strict=False))
+            return
+        for path, dim in dims.items():
+            if dim is not None and named[path].shape[dim] % n:
+                raise InputError(f"plan field `microbatches`={n}: must divide the replica's batch of {named[path].shape[dim]} "
+                                 f"(input {path!r}); try a batch of {-(-named[path].shape[dim] // n) * n}")
+        for i in range(n):
+            part = {p: v.chunk(n, dims[p])[i] if dims.get(p) is not None else v for p, v in named.items()}
+            spec = pytree.tree_structure(call[1])
+            yield pytree.tree_unflatten([part[p] for p in named], spec)
+
+    def _batch_dims(self, call: calls.Call) -> dict[str, int | None]:
+        compiled = self._lookup(call)
+        out: dict[str, int | None] = {}
+        for node, source in compiled.program.source_of().items():
+            if source.kind == "input":
+                out[source.name] = node.meta.get("batch_dim")
+        return out
+
+    @torch.no_grad()
+    def eval_step(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` without gradients."""
+        return self(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients without summing them over replicas; the next backward outside sums them all.
+
+        Until then they are kept aside: ``.grad`` does not have them.
+        """
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def _dp_axes(self) -> tuple[str, ...]:
+        mesh = self._bound.mesh
+        return tuple(a for a in mesh.strategies.get("dp", ()) if mesh.size(a) > 1)
+
+    def _lookup(self, call: calls.Call) -> Compiled:
+        device = self.device.type
+        auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        captured = (calls.signature(call), self.training, auto)
+        key = (*captured, torch.is_grad_enabled())
+        agree_on_call(self._control, key)
+        if key not in self._compiled:
+            if captured not in self._programs:
+                with agree_on_program(self._control) as made:
+                    made.append(self._compile_call(call, self._tilings))
+                self._programs[captured] = made[0]
+            self._compiled[key] = self._compile(self._programs[captured], call)
+        return self._compiled[key]
+
+    def adopt(self, program: Program, call: calls.Call) -> None:
+        """Take the program of an example call, and its parameter layouts as the ones the parameters are stored in."""
+        self._programs[(calls.signature(call), self.training, None)] = program
+        self._store(program)
+        seeds = self._control.exchange(torch.initial_seed() & 0x7FFFFFFF)
+        self.seed = seeds[0]
+
+    def _compile(self, program: Program, call: calls.Call) -> Compiled:
+        self._runtime.prepare(program.module)
+        example = self._feed(program, calls.leaves(call), [])
+        return Compiled(program, self._lower(program.module, example, self._runtime), example=example)
+
+    def _store(self, program: Program) -> None:
+        """Replace the model's parameters by DTensors in the layouts the program wants; parameters it never uses stay whole."""
+        for node, source in program.source_of().items():
+            if source.kind == "param":
+                self._tilings[source.name] = node.meta["tiling"]
+        made: dict[int, nn.Parameter] = {}
+        for module_name, module in self._model.named_modules():
+            for key, p in module._parameters.items():
+                if p is None:
+                    continue
+                if id(p) not in made:
+                    name = f"{module_name}.{key}" if module_name else key
+                    tiles = self._tilings.setdefault(program.tied.get(name, name), tuple(() for _ in p.shape))
+                    made[id(p)] = storage.parameter(p, tiles, self._bound, self.device)
+                module._parameters[key] = made[id(p)]
+            for key, b in module._buffers.items():
+                if b is not None and not b.is_meta and b.device != self.device:
+                    module._buffers[key] = b.to(self.device)
+
+    def _feed(self, program: Program, named: dict[str, Any], extra: list[Source]) -> list[Any]:
+        parameters = dict(self._model.named_parameters())
+        buffers = dict(self._model.named_buffers())
+        used = [s for s in program.sources if s.kind == "param"]
+        names, more = [s.name for s in used], [s.name for s in extra]
+
+        def receive(grads):
+            return self._receive(names, more, grads)
+
+        locals_ = iter(_ToLocal.apply(receive, *(parameters[n] for n in names + more))) if names else iter(())
+        feed: list[Any] = []
+        for source in program.sources:
+            if source.kind == "param":
+                feed.append(next(locals_))
+            elif source.kind == "buffer":
+                feed.append(buffers[source.name])
+            elif source.kind == "constant":
+                source.value = source.value.to(self.device)
+                feed.append(source.value)
+            elif source.kind == "seed":
+                feed.append(torch.tensor(self._next_seed(), dtype=torch.int64, device=self.device))
+            else:
+                leaf = named[source.name]
+                feed.append(leaf.to(self.device) if isinstance(leaf, Tensor) else leaf)
+        return [*feed, *locals_]
+
+    def _next_seed(self) -> int:
+        self._steps += 1
+        return (self.seed * 1_000_003 + self._steps) & 0x7FFFFFFFFFFFFFFF
+
+    def _receive(self, names: list[str], more: list[str], grads: tuple) -> list[Any]:
+        """Gradients as DTensors; unsummed ones are kept aside, and added (summed) to the next that are not."""
+        first, unsummed = grads[: len(names)], grads[len(names) :]
+        for name, grad in zip(more, unsummed, strict=True):
+            if grad is not None:
+                self._pending[name] = self._pending[name] + grad if name in self._pending else grad
+        out: list[Any] = []
+        for name, grad in zip(names, first, strict=True):
+            if not more and name in self._pending:
+                late = self._runtime.all_reduce(self._pending.pop(name).contiguous(), self._dp_axes())
+                grad = late if grad is None else grad + late
+            out.append(None if grad is None else self._as_dtensor(name, grad))
+        return [*out, *[None] * len(more)]
+
+    def _as_dtensor(self, name: str, grad: Tensor) -> DTensor:
+        p = dict(self._model.named_parameters())[name]
+        return storage.wrap(grad, p.shape, self._tilings[name], self._bound)
+
+    def _deferred(self, compiled: Compiled) -> tuple[Callable[..., Any], list[Source]]:
+        if compiled.deferred is None:
+            module, extra = defer_sums(compiled.program, self._dp_axes())
+            parameters = dict(self._model.named_parameters())
+            example = [*compiled.example, *(parameters[s.name].to_local().detach().requires_grad_() for s in extra)]
+            compiled.deferred = (self._lower(module, example, self._runtime), extra)
+        return compiled.deferred
+
+    def _update_buffers(self, program: Program, outs: Any) -> None:
+        buffers = dict(self._model.named_buffers())
+        with torch.no_grad():
+            for sink, out in zip(program.tensor_sinks(), outs, strict=True):
+                if sink.kind == "buffer":
+                    buffers[sink.name].copy_(out)
+
+    def _outputs(self, program: Program, outs: Any) -> Any:
+        loss_only = self.plan.outputs == "loss"
+        flat: list[Any] = []
+        made = iter(zip(outs, program.outputs(), strict=True))
+        for sink in program.sinks:
+            if sink.kind == "literal":
+                flat.append(sink.constant)
+                continue
+            out, node = next(made)
+            if sink.kind == "output":
+                flat.append(None if loss_only and node.meta.get("dropped") else self._as_output(out, node))
+        return pytree.tree_unflatten(flat, program.out_spec)
+
+    def _as_output(self, out: Tensor, node: Any) -> Any:
+        mesh, dp = self._bound.mesh, self._dp_axes()
+        tiles = node.meta["tiling"]
+        split = {a for d in tiles for p in d for a in p.axes}
+        if split & set(dp) and out.requires_grad:
+            out = _Average.apply(out, mesh.size(*dp))
+        inner = tuple(a for a in mesh.names if a in split and a not in dp)
+        if not inner:
+            return out
+        places = [p for a, p in zip(mesh.names, storage.placements(tiles, mesh), strict=True) if a not in dp]
+        names = tuple(a for a in mesh.names if a not in dp)
+        sub = self.mesh[names] if len(names) < len(mesh.names) else self.mesh
+        return DTensor.from_local(out, sub, places, run_check=False)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients so that their joint norm over all ranks is at most `max_norm`; returns the norm before.
+
+        Every element of every parameter counts once, however it is sharded or replicated. norm_type: 2, any p > 0, or inf.
+        """
+        from fxpar.clip import clip_grad_norm
+
+        return clip_grad_norm(list(self.parameters()), max_norm, norm_type, self._bound, self._runtime)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill parameters (and buffers) that are on the meta device as the model's own initialisation would, from `seed`."""
+        from fxpar.initialize import init_weights
+
+        init_weights(self._model, seed, self._tilings, self._bound, self.device)
+
+    def report(self) -> Any:
+        """What the newest program does: layouts, collectives, memory (a `fxpar.inspection.Report`)."""
+        from fxpar.inspection import report_of
+
+        return report_of(self._newest())
+
+    def print_readable(self) -> str:
+        """Print (and return) the newest local program as annotated Python."""
+        from fxpar.dump import readable
+
+        text = readable(self._newest())
+        print(text)
+        return text
+
+    def _newest(self) -> Program:
+        return list(self._programs.values())[-1]
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """The loss in a model's output: `.loss`, or its only floating scalar. Raises `InputError` if there is none."""
+    loss = getattr(outputs, "loss", None)
+    scalars = [loss] if isinstance(loss, Tensor) else [
+        t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.dim() == 0 and t.is_floating_point()]
+    if not scalars:
+        raise InputError("train_step needs a loss: the model's output has no `.loss` and no floating-point scalar "
+                         "(for Hugging Face models pass labels)")
+    return scalars[0]

@@ -1,0 +1,40 @@
+"""cost: floating-point operations of one operator as one rank runs it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from fxpar.mesh import Mesh
+from fxpar.ops.attention import windowed_attention
+from fxpar.passes.factors import Factor, leaves
+from fxpar.passes.layout import Layout, local_shape
+from fxpar.passes.rules.spec import Spec
+
+ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, windowed_attention)
+LOOKUPS = (torch.ops.aten.embedding.default,)
+
+
+def forward_flops(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh) -> int:
+    """Multiply-adds count two. A contraction is the product of all the extents it ranges over; attention is two products
+    over the pairs of positions it looks at (half of them if causal); everything else counts nothing."""
+    if node.target in ATTENTION:
+        return _attention(node, spec, at, mesh)
+    if not spec.sums or len(spec.operands) < 2 or node.target in LOOKUPS:
+        return 0
+    seen: set[Factor] = {f for o in spec.operands if not o.deferred for d in o.dims for f in leaves(d)}
+    seen |= {f for d in spec.outs[0] for f in leaves(d)}
+    return 2 * math.prod(f.size // mesh.size(*(a for a, g in at.items() if g is f)) for f in seen)
+
+
+def _attention(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh) -> int:
+    q, k, v = (local_shape(o.dims, at, mesh) for o in spec.operands[:3])
+    pairs = q[-2] * k[-2]
+    if node.target is windowed_attention:
+        window = node.kwargs["window"]
+        pairs = q[-2] * min(window, k[-2])
+    elif (len(node.args) > 5 and node.args[5]) or node.kwargs.get("is_causal"):
+        pairs //= 2
+    return 2 * math.prod(q[:-2]) * pairs * (q[-1] + v[-1])

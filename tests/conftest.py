@@ -1,0 +1,9 @@
+"""Test runs are reproducible: hypothesis derives its examples from the test alone."""
+
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("fxpar", derandomize=True, database=None, deadline=None, print_blob=False,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile("fxpar")
+torch.set_num_threads(1)

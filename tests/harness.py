@@ -1,0 +1,292 @@
+"""Small programs in random layouts, run on every rank in this process and compared with one device.
+
+The partitioner must be right for *every* layout, not only for those that a plan arrives at. So `lay_out` replaces
+`fxpar.passes.place`: each value and each operator gets any layout that its rule allows.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxpar.backends import simulate
+from fxpar.mesh import Mesh
+from fxpar.passes.factors import Factor, leaves
+from fxpar.passes.infer import infer
+from fxpar.passes.layout import Layout, restrict, take
+from fxpar.passes.partition import partition
+from fxpar.passes.place import Placement, _candidates, fits
+from fxpar.passes.rules import Spec
+from fxpar.plan import Plan
+from fxpar.program import Program, Sink, Source
+
+MESHES = [Mesh(("a",), (2,)), Mesh(("a",), (3,)), Mesh(("a",), (4,)), Mesh(("a", "b"), (2, 2)), Mesh(("a", "b"), (3, 2)),
+          Mesh(("a", "b", "c"), (2, 2, 2))]  # fmt: skip
+SIZES = (1, 2, 2, 3, 4, 4, 6, 6, 8, 12)
+VALUES = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-6, torch.complex64: 1e-6}
+GRADIENTS = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-5, torch.complex64: 1e-5}
+"""What may be off, relative to the largest element. Every other dtype must agree exactly."""
+
+
+class Gen:
+    """Random arguments. Every tensor it makes may become an operand of the program."""
+
+    def __init__(self, r: Random, dtype: torch.dtype | None = None):
+        self.r = r
+        self.torch = torch.Generator().manual_seed(r.getrandbits(31))
+        self.dtype = dtype or (torch.float32 if r.random() < 0.25 else torch.float64)
+
+    def n(self, least: int = 1) -> int:
+        return self.r.choice([s for s in SIZES if s >= least])
+
+    def shape(self, low: int = 1, high: int = 4, least: int = 1) -> list[int]:
+        """Between `low` and `high` dims, of at most a few hundred elements."""
+        out: list[int] = []
+        for _ in range(self.r.randint(low, high)):
+            room = 300 // max(1, torch.Size(out).numel())
+            out.append(self.r.choice([s for s in SIZES if least <= s <= max(room, least, 2)]))
+        return out
+
+    def dim(self, rank: int) -> int:
+        """A dim of a tensor of that rank, counted from either end."""
+        return self.r.randint(-rank, rank - 1)
+
+    def dims(self, rank: int, least: int = 1) -> list[int]:
+        """Several different dims."""
+        chosen = self.r.sample(range(rank), self.r.randint(min(least, rank), rank))
+        return [d - rank if self.r.random() < 0.5 else d for d in chosen]
+
+    def maybe(self, p: float = 0.5) -> bool:
+        return self.r.random() < p
+
+    def pick(self, *options: Any) -> Any:
+        return self.r.choice(options)
+
+    def f(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Floats; gradients may be taken."""
+        return torch.randn(shape, generator=self.torch, dtype=torch.float64).to(dtype or self.dtype)
+
+    def positive(self, *shape: int) -> Tensor:
+        return self.f(*shape).abs() + 0.1
+
+    def i(self, high: int, *shape: int, low: int = 0) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.torch)
+
+    def b(self, *shape: int) -> Tensor:
+        return torch.randint(0, 2, shape, generator=self.torch).bool()
+
+    def any(self, *shape: int) -> Tensor:
+        """A tensor of any dtype, for operators that only move elements."""
+        kind = self.r.choice(["float", "float", "float", "bf16", "int", "bool"])
+        if kind == "bf16":
+            return self.f(*shape, dtype=torch.bfloat16)
+        return {"float": self.f, "int": lambda *s: self.i(100, *s), "bool": self.b}[kind](*shape)
+
+    def broadcast(self, shape: list[int]) -> list[int]:
+        """A shape that broadcasts to `shape`."""
+        cut = self.r.choice([0, 0, 0, self.r.randint(0, len(shape))])
+        return [1 if self.maybe(0.2) else n for n in shape[cut:]]
+
+
+@dataclass
+class Build:
+    """A graph under construction; its values are computed on the way."""
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    sources: list[Source] = field(default_factory=list)
+    feeds: list[Tensor] = field(default_factory=list)
+
+    def source(self, value: Tensor, grad: bool) -> fx.Node:
+        node = self.graph.placeholder(f"x{len(self.feeds)}")
+        node.meta["val"] = value
+        self.sources.append(Source("param", node.name, value, requires_grad=grad))
+        self.feeds.append(value)
+        return node
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        value = target(*_values(args), **_values(kwargs))
+        node.meta["val"] = tuple(value) if isinstance(value, list) else value
+        return node
+
+    def program(self, outputs: list[fx.Node], mesh: Mesh) -> Program:
+        self.graph.output(tuple(outputs))
+        sinks = [Sink("output", str(i)) for i in range(len(outputs))]
+        spec = pytree.tree_structure(tuple(range(len(outputs))))
+        module = fx.GraphModule(torch.nn.Module(), self.graph)
+        return Program(module, self.sources, sinks, spec, Plan(), mesh, training=True)
+
+
+def _values(tree: Any) -> Any:
+    return fx.map_arg(tree, lambda n: n.meta["val"])
+
+
+def one_op(r: Random, target: Any, args: tuple, kwargs: dict[str, Any], mesh: Mesh) -> Build:
+    """The operator as a program: each tensor of its arguments a placeholder, now and then seen through a `view`.
+
+    Those views make dims of several factors, before the operator and after it.
+    """
+    build, made, outputs = Build(), {}, []
+
+    def operand(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) not in made:
+            made[id(x)] = (_refined(r, build, x), x)
+        return made[id(x)][0]
+
+    with_nodes = pytree.tree_map(operand, (tuple(args), dict(kwargs)))
+    node = build.call(target, *with_nodes[0], **with_nodes[1])
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        results = [node]
+    else:
+        results = [build.call(operator.getitem, node, i) for i, v in enumerate(value) if isinstance(v, Tensor)]
+    for result in results:
+        shape = _cut(r, list(result.meta["val"].shape)) if r.random() < 0.3 else None
+        outputs.append(build.call(torch.ops.aten.reshape.default, result, shape) if shape else result)
+        if shape and r.random() < 0.5:
+            outputs.append(result)
+    build.outputs = outputs  # type: ignore[attr-defined]
+    return build
+
+
+def _refined(r: Random, build: Build, x: Tensor) -> fx.Node:
+    grad = (x.is_floating_point() or x.is_complex()) and r.random() < 0.85
+    shape = _cut(r, list(x.shape)) if r.random() < 0.4 else None
+    if shape is None or not x.is_contiguous():
+        return build.source(x, grad)
+    return build.call(torch.ops.aten.view.default, build.source(x.reshape(shape), grad), list(x.shape))
+
+
+def _cut(r: Random, shape: list[int]) -> list[int] | None:
+    """The shape with one dim cut in two, if it has one that can be."""
+    able = [i for i, n in enumerate(shape) if n in (4, 6, 8, 12, 16, 24)]
+    if not able:
+        return None
+    i = r.choice(able)
+    major = r.choice([k for k in (2, 3, 4, 6) if shape[i] % k == 0 and k < shape[i]])
+    return [*shape[:i], major, shape[i] // major, *shape[i + 1 :]]
+
+
+def lay_out(program: Program, r: Random) -> Program:
+    """What `place` does, at random: any layout that the rules allow."""
+    mesh = program.mesh
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and "dims" in node.meta:
+            node.meta["layout"] = _random(r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6)
+        elif node.target is operator.getitem:
+            node.meta["layout"] = dict(node.args[0].meta["placement"].layouts[node.meta["position"]])
+        elif "spec" in node.meta:
+            placement = _placement(node.meta["spec"], r, mesh)
+            node.meta["placement"] = placement
+            single = isinstance(node.meta["val"], Tensor)
+            node.meta["layout"] = placement.layouts[0] if single else placement.layouts
+    return program
+
+
+def _random(r: Random, order: list[Factor], mesh: Mesh, p: float) -> Layout:
+    at: Layout = {}
+    for axis in mesh.names:
+        able = [f for f in order if fits(at, f, axis, mesh)]
+        if able and r.random() < p:
+            at[axis] = r.choice(able)
+    return at
+
+
+def _placement(spec: Spec, r: Random, mesh: Mesh) -> Placement:
+    at = _random(r, _candidates(spec), mesh, 0.85)
+    sums = {f for s in spec.sums for f in s.leaves()}
+    maxes = {f for s in spec.maxes for f in s.leaves()}
+    pending = {a: "sum" if f in sums else "max" for a, f in at.items() if f in sums or f in maxes}
+    placement = Placement(at, [restrict(at, dims) for dims in spec.outs], pending)
+    if len(spec.outs) == 1:
+        for axis in [a for a, kind in pending.items() if kind == "sum"]:
+            flat = [f for d in spec.outs[0] for f in leaves(d)]
+            able = [f for f in flat if fits(placement.layouts[0], f, axis, mesh)]
+            if able and r.random() < 0.5:
+                placement.layouts[0][axis] = placement.scatter[axis] = r.choice(able)
+    return placement
+
+
+def check(build: Build, r: Random, mesh: Mesh, values: bool = True) -> Program:
+    """Infer, lay out, partition, run on all ranks; compare outputs and gradients with the whole program.
+
+    values: False where the operator leaves its elements undefined (`empty`): then shapes and dtypes alone.
+    """
+    outputs: list[fx.Node] = build.outputs  # type: ignore[attr-defined]
+    program = build.program(outputs, mesh)
+    wholes = _whole(program, build.feeds)
+    cotangents = [torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(i))
+                  if w.requires_grad else None for i, w in enumerate(wholes[0])]
+    expected = _gradients([wholes[0]], wholes[1], [cotangents])
+    program = partition(lay_out(infer(program), r))
+    text = _describe(program)
+    nodes = program.placeholders()
+    locals_ = [[take(x, n.meta["tiling"], mesh, rank).clone().requires_grad_(s.requires_grad)
+                for x, n, s in zip(build.feeds, nodes, program.sources, strict=True)]
+               for rank in range(mesh.world_size)]
+    results = simulate.run(program.module, mesh, locals_)
+    parts = [[None if c is None else take(c, n.meta["tiling"], mesh, rank).contiguous()
+              for c, n in zip(cotangents, program.outputs(), strict=True)] for rank in range(mesh.world_size)]
+    for rank, mine in enumerate(results):
+        for i, (node, whole, have) in enumerate(zip(program.outputs(), wholes[0], mine, strict=True)):
+            want = take(whole, node.meta["tiling"], mesh, rank)
+            _compare(f"output {i} on rank {rank}", have, want, whole, VALUES, text, values)
+    if not values:
+        return program
+    wants = [i for i, s in enumerate(program.sources) if s.requires_grad]
+    flat = [feed[i] for feed in locals_ for i in wants]
+    found = _gradients(results, flat, parts)
+    for rank in range(mesh.world_size):
+        for k, i in enumerate(wants):
+            have = found[rank * len(wants) + k]
+            want = take(expected[k], nodes[i].meta["tiling"], mesh, rank)
+            _compare(f"the gradient of {nodes[i].name} on rank {rank}", have, want, expected[k], GRADIENTS, text, True)
+    return program
+
+
+def _whole(program: Program, feeds: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The program on one device: its outputs, and the inputs to differentiate them by."""
+    own = [x.detach().clone().requires_grad_(s.requires_grad) for x, s in zip(feeds, program.sources, strict=True)]
+    outs = fx.Interpreter(program.module).run(*own)
+    return list(outs), [x for x in own if x.requires_grad]
+
+
+def _gradients(outs: list[list[Tensor]], wants: list[Tensor], cotangents: list[list[Tensor | None]]) -> list[Tensor]:
+    roots = [(o, c) for os, cs in zip(outs, cotangents, strict=True) for o, c in zip(os, cs, strict=True)
+             if c is not None and o.requires_grad]
+    if not roots or not wants:
+        return [torch.zeros_like(w) for w in wants]
+    found = torch.autograd.grad([o for o, _ in roots], wants, [c for _, c in roots], allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(wants, found, strict=True)]
+
+
+def _compare(what: str, have: Tensor, want: Tensor, whole: Tensor, tolerance: dict, text: str, values: bool) -> None:
+    assert have.dtype == want.dtype, f"{what}: {have.dtype} instead of {want.dtype}\n{text}"
+    assert have.shape == want.shape, f"{what}: shape {list(have.shape)} instead of {list(want.shape)}\n{text}"
+    if not values:
+        return
+    have, want = have.detach(), want.detach()
+    if have.dtype in tolerance:
+        finite = whole.detach()[whole.detach().isfinite()]
+        scale = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
+        off = torch.where(have == want, 0.0, (have - want).abs())
+        off = torch.where(have.isnan() & want.isnan(), 0.0, off)
+        worst = off.max().item() if off.numel() else 0.0
+        assert worst <= tolerance[have.dtype] * scale, f"{what}: off by {worst:.3g} of {scale:.3g}\n{text}"
+    elif tolerance is VALUES:
+        assert torch.equal(have, want), f"{what}: {have} instead of {want}\n{text}"
+
+
+def _describe(program: Program) -> str:
+    lines = [f"mesh {program.mesh}"]
+    for node in program.graph.nodes:
+        lines.append(f"  {node.format_node()}  {node.meta.get('shows', '')}")
+    return "\n".join(lines)
