@@ -20,6 +20,7 @@ from fxpar.passes.infer import infer
 from fxpar.passes.layout import Tiling
 from fxpar.passes.losses import expand_losses
 from fxpar.passes.masks import fold_masks
+from fxpar.passes.outputs import keep_loss
 from fxpar.passes.partition import partition
 from fxpar.passes.place import place
 from fxpar.passes.precision import cast_parameters
@@ -35,6 +36,7 @@ def passes(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
     """The passes after capture, in order."""
     return [
         ("simplify", simplify),
+        ("outputs", keep_loss),
         ("precision", cast_parameters),
         ("masks", fold_masks),
         ("gqa", fold_repeat_kv),

@@ -288,7 +288,6 @@ class ParallelModule(nn.Module):
                     buffers[sink.name].copy_(out)
 
     def _outputs(self, program: Program, outs: Any) -> Any:
-        loss_only = self.plan.outputs == "loss"
         flat: list[Any] = []
         made = iter(zip(outs, program.outputs(), strict=True))
         for sink in program.sinks:
@@ -297,7 +296,7 @@ class ParallelModule(nn.Module):
                 continue
             out, node = next(made)
             if sink.kind == "output":
-                flat.append(None if loss_only and node.meta.get("dropped") else self._as_output(out, node))
+                flat.append(self._as_output(out, node))
         return pytree.tree_unflatten(flat, program.out_spec)
 
     def _as_output(self, out: Tensor, node: Any) -> Any:

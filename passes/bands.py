@@ -126,15 +126,14 @@ def of_ranges(target: Any, a: Value, b: Value, rows: int, columns: int) -> Tenso
     """
     diagonal = torch.arange(1 - rows, columns)
     at = {(rows, 1): (-diagonal).clamp(min=0), (1, columns): diagonal.clamp(min=0)}
-    extents, steps, picked = [], [], []
+    steps, picked = [], []
     for value in (a, b):
         extent = ((1, 1) + tuple(value.data.shape))[-2:]
         if isinstance(value, Band) or extent not in at or value.data.numel() != math.prod(extent):
             return None
-        extents.append(extent)
         steps.append(_step(value.data.reshape(-1)))
         picked.append(value.data.reshape(-1)[at[extent]])
-    if extents[0] == extents[1] or steps[0] is None or steps[1] is None:
+    if steps[0] is None or steps[1] is None:
         return None
     if steps[0] != (-steps[1] if target.overloadpacket is aten.add else steps[1]):
         return None

@@ -13,7 +13,7 @@ from fxpar.errors import UnsupportedOperator
 from fxpar.passes.factors import Dims, Factors
 from fxpar.passes.layout import Tiling
 from fxpar.passes.roles import assign_roles
-from fxpar.passes.rules import RULES, spec_for
+from fxpar.passes.rules.registry import find, spec_for
 from fxpar.program import Program, user_line
 
 
@@ -51,7 +51,7 @@ def _infer_call(program: Program, node: fx.Node, factors: Factors) -> None:
     if node.target is operator.getitem:
         _infer_getitem(node)
         return
-    if compat.is_random(node.target) and node.target not in RULES:
+    if compat.is_random(node.target) and find(node.target) is None:
         raise UnsupportedOperator(str(node.target), where=user_line(node), way_out=(
             "Its random numbers would depend on the plan. Use torch.nn.functional.dropout (drawn from a counter-based "
             "generator), or make the random tensor outside the model and pass it as an input."))

@@ -82,10 +82,10 @@ def take(tensor: torch.Tensor, tiles: Tiling, mesh: Mesh, rank: int) -> torch.Te
     """The part of a global tensor that `rank` holds."""
     for i, dim in enumerate(tiles):
         before = 1
-        for piece in dim:
+        for k, piece in enumerate(dim):
             if piece.axes:
                 n, at = mesh.size(*piece.axes), mesh.index(rank, piece.axes)
-                tail = tensor.shape[i] // (before * piece.size)
+                tail = math.prod(p.size for p in dim[k + 1 :])
                 y = tensor.reshape(*tensor.shape[:i], before, n, piece.size // n, tail, *tensor.shape[i + 1 :])
                 y = y.select(i + 1, at)
                 tensor = y.reshape(*tensor.shape[:i], before * (piece.size // n) * tail, *tensor.shape[i + 1 :])

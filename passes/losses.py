@@ -148,7 +148,10 @@ def _elementwise(r: Rewriter, node: fx.Node) -> None:
     """``loss(..., reduction=mean)`` -> mean(loss(..., reduction=none))."""
     a = bind(node)
     reduction = a["reduction"]
-    each = r.call(node.target, **{**a, "reduction": NONE})
+    a["reduction"] = NONE
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    each = r.call(node.target, *(a[s.name] for s in schema if not s.kwarg_only),
+                  **{s.name: a[s.name] for s in schema if s.kwarg_only})
     r.replace(r.call(aten.mean.default if reduction == MEAN else aten.sum.default, each))
 
 

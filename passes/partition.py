@@ -17,7 +17,7 @@ from fxpar.ops import collectives
 from fxpar.passes.cost import forward_flops
 from fxpar.passes.factors import Dim, Dims, Factor, leaves
 from fxpar.passes.layout import Layout, local_extent, local_shape, place_of, show, tiling
-from fxpar.passes.place import Placement
+from fxpar.passes.place import Placement, fits
 from fxpar.passes.reshard import Resharder
 from fxpar.passes.rules.spec import Op, Operand, Spec
 from fxpar.program import Program, copy_provenance
@@ -88,11 +88,12 @@ class _Partitioner:
         layout, dims = dict(node.meta.get("layout") or {}), node.meta.get("dims", ())
         want: dict[str, Factor | bool] = {}
         for axis in self.mesh.strategies.get("dp", ()):
-            batch = next((f for d in dims for f in leaves(d) if f.role == "batch" and f.size % self.mesh.size(axis) == 0), None)
+            batch = next((f for d in dims for f in leaves(d) if f.role == "batch"
+                          and fits({**layout, **want}, f, axis, self.mesh)), None)
             if axis not in layout and batch is not None:
                 want[axis] = batch
         new = self.reshard.to(self.local[node], dims, layout, {**layout, **want}, node)
-        return self._describe(new, node, {**layout, **want}) if want else new
+        return self._describe(new, node, {**layout, **want}) if want or "tiling" not in new.meta else new
 
 
 class Local:
@@ -158,10 +159,8 @@ class Local:
         for operand in self.spec.operands:
             if operand.deferred:
                 bias = self._bring(operand, layout)
-                rank = len(dims)
-                if len(operand.dims) == 1 and leaves(operand.dims[0]) != leaves(dims[-1]) and rank > 1:
-                    at = next((i for i, d in enumerate(dims) if leaves(d) == leaves(operand.dims[0])), rank - 1)
-                    bias = self.call(aten.reshape.default, bias, [-1] + [1] * (rank - 1 - at))
+                if operand.along != -1:
+                    bias = self.call(aten.reshape.default, bias, [-1] + [1] * (-1 - operand.along))
                 value = self.call(aten.add.Tensor, value, bias)
         return value
 

@@ -200,7 +200,7 @@ class _Walk:
         placement = Placement(at, layouts, pending)
         if len(spec.outs) == 1:
             flat = [f for d in spec.outs[0] for f in leaves(d)]
-            for axis in [a for a, kind in pending.items() if kind == "sum"]:
+            for axis in [a for a in self.mesh.names if pending.get(a) == "sum"]:
                 leaf = self._target(flat, layouts[0], axis)
                 if leaf is not None:
                     layouts[0][axis] = placement.scatter[axis] = leaf
@@ -212,7 +212,7 @@ class _Walk:
         for pref in self.prefs:
             if axis in self.mesh.strategies.get(pref.strategy, ()) and (not pref.beside or pref.beside in roles):
                 for leaf in flat:
-                    if leaf.role == pref.role and fits(layout, leaf, axis, self.mesh):
+                    if leaf.role == pref.role and appends(layout, leaf, axis, self.mesh):
                         return leaf
         return None
 
@@ -223,7 +223,13 @@ def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
     for other, f in layout.items():
         if f is leaf:
             ranks *= mesh.size(other)
-    return leaf.size % ranks == 0
+    return leaf.size > 0 and leaf.size % ranks == 0
+
+
+def appends(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
+    """Whether `axis` can split the parts of `leaf` that `layout` leaves: it fits, and is more minor than those there."""
+    later = mesh.names[mesh.names.index(axis) :]
+    return fits(layout, leaf, axis, mesh) and not any(layout.get(a) is leaf for a in later)
 
 
 def _candidates(spec: Spec) -> list[Factor]:

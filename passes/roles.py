@@ -11,10 +11,14 @@ from fxpar.errors import PlanError
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.pick import pick
 from fxpar.passes.factors import Factor, leaves
+from fxpar.passes.rules.matmul import grouped_product
+from fxpar.passes.rules.registry import find
 from fxpar.program import Program
 
 aten = torch.ops.aten
 ROLES = ("batch", "seq", "heads", "ffn", "vocab", "experts", "hidden")
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
 ATTENTION = (aten.scaled_dot_product_attention.default, windowed_attention)
 
 
@@ -22,9 +26,9 @@ def assign_roles(program: Program) -> None:
     """Set `Factor.role` on every factor that has one.
 
     batch: dim 0 of the inputs (or the batch of attention, where dim 0 turns out to be its sequence; or what the plan
-    says). seq: the query and key dims of attention. heads: the head dims of attention, or batch dims of a product of
-    two activations that come from a weight. vocab: the rows of a table looked up by an input and taller
-    than wide, the classes of the loss. experts: the groups of a grouped product. ffn: made by one weight and
+    says). seq: the query and key dims of attention, also where it is written out. heads: the head dims of
+    attention, or batch dims of a product of two activations that come from a weight. vocab: the rows of a table
+    looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product. ffn: made by one weight and
     contracted by another, and by nothing else. hidden: what remains of the weights' dims that other weights contract.
     The first that applies stays. Raises `PlanError` if an override names no such dim.
     """
@@ -56,6 +60,7 @@ def _overrides(program: Program) -> None:
 
 
 def _attention(program: Program, in_params: set[Factor]) -> None:
+    scores: set[tuple[Factor, Factor]] = set()
     for node in program.graph.nodes:
         if node.target in ATTENTION:
             q, k = node.args[0].meta["dims"], node.args[1].meta["dims"]
@@ -64,11 +69,18 @@ def _attention(program: Program, in_params: set[Factor]) -> None:
             if len(q) == 4:
                 _give([f for f in leaves(q[1]) if f in in_params or f.role], "heads")
                 _give([f for f in leaves(k[1]) if f in in_params], "heads")
-        elif node.target in (aten.matmul.default, aten.bmm.default):
+        elif node.target in SOFTMAX and len(node.meta["dims"]) >= 3:
+            rows, columns = (leaves(d) for d in node.meta["dims"][-2:])
+            if any((r, c) in scores for r in rows for c in columns):
+                _give(rows, "seq")
+                _give(columns, "seq")
+        elif node.target in PRODUCTS:
             a, b = (n.meta.get("dims") for n in node.args[:2])
             if len(a) >= 3 and len(b) >= 3 and all(n.meta["needs_grad"] for n in node.args[:2]):
                 both = {f for d in a[:-2] for f in leaves(d)} & {f for d in b[:-2] for f in leaves(d)}
                 _give([f for f in both if f in in_params], "heads")
+                rows, columns = (leaves(d) for d in node.meta["dims"][-2:])
+                scores |= {(r, c) for r in rows for c in columns}
 
 
 def _batch(program: Program) -> None:
@@ -122,7 +134,7 @@ def _vocab(program: Program) -> None:
                 _give(table.meta["dims"][0], "vocab")
         elif node.target is pick:
             _give(node.args[0].meta["dims"][-1], "vocab")
-        elif node.target is aten._grouped_mm.default:
+        elif find(node.target) is grouped_product and "spec" in node.meta:
             _give(node.args[1].meta["dims"][0], "experts")
 
 
@@ -140,7 +152,8 @@ def _weights(program: Program, in_params: set[Factor]) -> None:
         activations = [o for o in spec.operands if not o.deferred and not _is_weight(o.node)] if sums else []
         if weights and activations:
             flat = [f for d in weights[0].dims for f in leaves(d)]
-            contracted.update(f for f in flat if f in sums)
+            if node.target is not aten.embedding.default:  # a lookup contracts its rows in name only
+                contracted.update(f for f in flat if f in sums)
             made.update(f for f in flat if f not in sums)
         else:
             reduced |= sums

@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from fxpar.backends import simulate
 from fxpar.mesh import Mesh
-from fxpar.passes.factors import Factor, leaves
+from fxpar.passes.factors import Dims, Factor, Factors, leaves
 from fxpar.passes.infer import infer
 from fxpar.passes.layout import Layout, restrict, take
 from fxpar.passes.partition import partition
-from fxpar.passes.place import Placement, _candidates, fits
+from fxpar.passes.place import Placement, _candidates, appends, fits
 from fxpar.passes.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
@@ -40,6 +40,7 @@ class Gen:
     def __init__(self, r: Random, dtype: torch.dtype | None = None):
         self.r = r
         self.torch = torch.Generator().manual_seed(r.getrandbits(31))
+        self.constants: list[Tensor] = []
         self.dtype = dtype or (torch.float32 if r.random() < 0.25 else torch.float64)
 
     def n(self, least: int = 1) -> int:
@@ -71,6 +72,11 @@ class Gen:
     def f(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Floats; gradients may be taken."""
         return torch.randn(shape, generator=self.torch, dtype=torch.float64).to(dtype or self.dtype)
+
+    def constant(self, x: Tensor) -> Tensor:
+        """No gradient will be taken by it."""
+        self.constants.append(x)
+        return x
 
     def positive(self, *shape: int) -> Tensor:
         return self.f(*shape).abs() + 0.1
@@ -105,7 +111,7 @@ class Build:
     def source(self, value: Tensor, grad: bool) -> fx.Node:
         node = self.graph.placeholder(f"x{len(self.feeds)}")
         node.meta["val"] = value
-        self.sources.append(Source("param", node.name, value, requires_grad=grad))
+        self.sources.append(Source("param", node.name, value.detach(), requires_grad=grad))
         self.feeds.append(value)
         return node
 
@@ -127,7 +133,7 @@ def _values(tree: Any) -> Any:
     return fx.map_arg(tree, lambda n: n.meta["val"])
 
 
-def one_op(r: Random, target: Any, args: tuple, kwargs: dict[str, Any], mesh: Mesh) -> Build:
+def one_op(r: Random, target: Any, args: tuple, kwargs: dict[str, Any], constants: list[Tensor]) -> Build:
     """The operator as a program: each tensor of its arguments a placeholder, now and then seen through a `view`.
 
     Those views make dims of several factors, before the operator and after it.
@@ -138,7 +144,7 @@ def one_op(r: Random, target: Any, args: tuple, kwargs: dict[str, Any], mesh: Me
         if not isinstance(x, Tensor):
             return x
         if id(x) not in made:
-            made[id(x)] = (_refined(r, build, x), x)
+            made[id(x)] = (_refined(r, build, x, any(x is c for c in constants)), x)
         return made[id(x)][0]
 
     with_nodes = pytree.tree_map(operand, (tuple(args), dict(kwargs)))
@@ -157,8 +163,8 @@ def one_op(r: Random, target: Any, args: tuple, kwargs: dict[str, Any], mesh: Me
     return build
 
 
-def _refined(r: Random, build: Build, x: Tensor) -> fx.Node:
-    grad = (x.is_floating_point() or x.is_complex()) and r.random() < 0.85
+def _refined(r: Random, build: Build, x: Tensor, constant: bool) -> fx.Node:
+    grad = not constant and (x.is_floating_point() or x.is_complex()) and r.random() < 0.85
     shape = _cut(r, list(x.shape)) if r.random() < 0.4 else None
     if shape is None or not x.is_contiguous():
         return build.source(x, grad)
@@ -180,7 +186,7 @@ def lay_out(program: Program, r: Random) -> Program:
     mesh = program.mesh
     for node in program.graph.nodes:
         if node.op == "placeholder" and "dims" in node.meta:
-            node.meta["layout"] = _random(r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6)
+            node.meta["layout"] = random_layout(r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6)
         elif node.target is operator.getitem:
             node.meta["layout"] = dict(node.args[0].meta["placement"].layouts[node.meta["position"]])
         elif "spec" in node.meta:
@@ -191,7 +197,15 @@ def lay_out(program: Program, r: Random) -> Program:
     return program
 
 
-def _random(r: Random, order: list[Factor], mesh: Mesh, p: float) -> Layout:
+def random_dims(r: Random) -> Dims:
+    """The dims of a tensor: up to three, each of up to three factors."""
+    factors = Factors()
+    return factors.beside(tuple(tuple(f for n in r.choices((1, 2, 3, 4, 6, 8), k=r.randint(0, 3)) for f in factors.new(n))
+                                for _ in range(r.randint(1, 3))))
+
+
+def random_layout(r: Random, order: list[Factor], mesh: Mesh, p: float) -> Layout:
+    """Each axis, with probability `p`, on a factor that it can still split."""
     at: Layout = {}
     for axis in mesh.names:
         able = [f for f in order if fits(at, f, axis, mesh)]
@@ -201,15 +215,15 @@ def _random(r: Random, order: list[Factor], mesh: Mesh, p: float) -> Layout:
 
 
 def _placement(spec: Spec, r: Random, mesh: Mesh) -> Placement:
-    at = _random(r, _candidates(spec), mesh, 0.85)
+    at = random_layout(r, _candidates(spec), mesh, 0.85)
     sums = {f for s in spec.sums for f in s.leaves()}
     maxes = {f for s in spec.maxes for f in s.leaves()}
     pending = {a: "sum" if f in sums else "max" for a, f in at.items() if f in sums or f in maxes}
     placement = Placement(at, [restrict(at, dims) for dims in spec.outs], pending)
     if len(spec.outs) == 1:
-        for axis in [a for a, kind in pending.items() if kind == "sum"]:
+        for axis in [a for a in mesh.names if pending.get(a) == "sum"]:
             flat = [f for d in spec.outs[0] for f in leaves(d)]
-            able = [f for f in flat if fits(placement.layouts[0], f, axis, mesh)]
+            able = [f for f in flat if appends(placement.layouts[0], f, axis, mesh)]
             if able and r.random() < 0.5:
                 placement.layouts[0][axis] = placement.scatter[axis] = r.choice(able)
     return placement

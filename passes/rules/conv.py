@@ -25,7 +25,7 @@ def convolution(op: Op) -> Spec:
     whole = {f for d in (*own[2 if batched else 1 :], *kernel[2:]) for f in d}
     group = op.factors.new(groups)
     if transposed and groups > 1:
-        whole.update(*channels, *rows, *columns)
+        whole.update((*channels, *rows, *columns))
         out: Dim = op.factors.new(int(op.out.shape[1 if batched else 0]))
         whole.update(out)
         inner: Dim = ()
@@ -42,7 +42,7 @@ def convolution(op: Op) -> Spec:
     if bias is not None:
         if not op.factors.align(op.dim(bias, 0), out):
             whole.update(out, op.dim(bias, 0))
-        operands.append(Operand(bias, op.dims(bias), deferred=True))
+        operands.append(Operand(bias, op.dims(bias), deferred=True, along=-1 - len(space)))
     spec = Spec(operands, [(*own[:1], out, *space) if batched else (out, *space)], sums=set(inner), whole=whole)
     if groups > 1:
         spec.emit = lambda local: local.default(groups=groups // local.ranks(group))

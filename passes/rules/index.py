@@ -90,9 +90,18 @@ def split(op: Op) -> Spec:
     piece = _pieces(op, own[at], len(sizes), whole) if equal else None
     if len(sizes) == 1:
         piece = own[at]
+    unit = min(sizes)
+    if piece is None and unit and not equal and all(n % unit == 0 for n in sizes):
+        piece = _pieces(op, own[at], sum(sizes) // unit, whole)  # as in [q, kv]: one piece and two of its size
     if piece is None:
         outs = [(*own[:at], _cut(op, own[at], n, whole), *own[at + 1 :]) for n in sizes]
         return Spec(op.operands(), outs, whole=whole)
+    if not equal:
+        numbers = [op.factors.new(n // unit) for n in sizes]
+        whole.update(f for number in numbers for f in number)
+        outs = [(*own[:at], (*number, *piece), *own[at + 1 :]) for number in numbers]
+        return Spec(op.operands(), outs, whole=whole, emit=lambda local: local.call(
+            aten.split_with_sizes.default, local.operand(0), [n // unit * local.extent(piece) for n in sizes], at))
 
     def emit(local):
         return local.call(aten.split.Tensor, local.operand(0), local.extent(piece), at)
@@ -169,7 +178,7 @@ def index_select(op: Op) -> Spec:
 def gather(op: Op) -> Spec:
     """Along `dim` the operand stays whole; the other dims are parallel where the index spans them all."""
     x, index = op["self"], op["index"] if "index" in op.args else op["indices"]
-    if op["dim"] is None:
+    if op["dim"] is None or op.target is aten.take_along_dim.default and _stretched(op, x, index):
         return unknown(op)
     at = op["dim"] % len(op.dims(x)) if op.dims(x) else 0
     whole: set = set(op.dim(x, at)) if op.dims(x) else set()
@@ -182,6 +191,12 @@ def gather(op: Op) -> Spec:
         else:
             whole.update(a, b)
     return Spec(op.operands(), [tuple(dims)], whole=whole)
+
+
+def _stretched(op: Op, x: fx.Node, index: fx.Node) -> bool:
+    """Whether operand and index broadcast against each other."""
+    at = op["dim"] % len(op.dims(x))
+    return any(n != m for i, (n, m) in enumerate(zip(op.shape(x), op.shape(index), strict=True)) if i != at)
 
 
 @rule(aten.scatter, aten.scatter_add.default, aten.scatter_reduce.two, aten.index_add.default, aten.index_copy.default,
@@ -238,4 +253,5 @@ def advanced_index(op: Op) -> Spec:
 def one_hot(op: Op) -> Spec:
     (x,) = op.tensors()
     classes = op.factors.new(int(op.out.shape[-1]))
-    return Spec(op.operands(), [(*op.dims(x), classes)], whole=set(classes))
+    return Spec(op.operands(), [(*op.dims(x), classes)], whole=set(classes),
+                emit=lambda local: local.call(aten.one_hot.default, local.operand(0), int(op.out.shape[-1])))

@@ -28,14 +28,20 @@ notation("m, n -> m n", aten.outer.default, aten.ger.default)
 @rule(aten.addmm.default)
 def addmm(op: Op) -> Spec:
     bias, x, w = op["self"], op["mat1"], op["mat2"]
-    left = "+n" if len(op.dims(bias)) == 1 else "+m n"
-    return _product_and_bias(op, einsum(op, f"m k, k n, {left} -> m n", [x, w, bias]), aten.mm.default)
+    added = _last("m n", len(op.dims(bias)))
+    return _product_and_bias(op, einsum(op, f"m k, k n, {added} -> m n", [x, w, bias]), aten.mm.default)
 
 
 @rule(aten.baddbmm.default)
 def baddbmm(op: Op) -> Spec:
     nodes = [op["batch1"], op["batch2"], op["self"]]
-    return _product_and_bias(op, einsum(op, "b m k, b k n, +b m n -> b m n", nodes), aten.bmm.default)
+    added = _last("b m n", len(op.dims(op["self"])))
+    return _product_and_bias(op, einsum(op, f"b m k, b k n, {added} -> b m n", nodes), aten.bmm.default)
+
+
+def _last(letters: str, rank: int) -> str:
+    """The notation of a bias of `rank` dims that broadcasts to `letters`."""
+    return "+" + " ".join(letters.split()[len(letters.split()) - rank :])
 
 
 def _product_and_bias(op: Op, spec: Spec, product: Any) -> Spec:
@@ -73,6 +79,7 @@ def grouped_product(op: Op) -> Spec:
     if len(op.dims(x)) != 2 or len(op.dims(weights)) != 3:
         return unknown(op)
     spec = einsum(op, "t! k, e! k n -> t n", [x, weights])
+    spec.sums -= set(op.dim(weights, 0))
     spec.operands += [Operand(n, op.dims(n)) for n in rest]
     spec.whole |= {f for n in rest for d in op.dims(n) for f in d}
     return spec
@@ -116,6 +123,8 @@ def embedding(op: Op) -> Spec:
     table, ids = op["weight"], op["indices"]
     spec = einsum(op, "v d, ... -> ... d", [table, ids])
     spec.emit, spec.leading = _emit_embedding, [op.dim(table, 0)]
+    if op["scale_grad_by_freq"]:  # the gradient depends on how often an id occurs in all of the batch
+        spec.whole |= {f for d in (op.dim(table, 0), *op.dims(ids)) for f in d}
     return spec
 
 
@@ -203,6 +212,6 @@ def _attention_any_rank(op: Op, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Nod
     spec = einsum(op, "... q! d!, ... k! d!, ... k! e -> ... q e", [q, k, v])
     spec.sums.clear()
     if isinstance(mask, fx.Node):
-            spec.whole.update(f for d in op.dims(mask) for f in d)
+        spec.whole.update(f for d in op.dims(mask) for f in d)
         spec.operands.append(Operand(mask, op.dims(mask)))
     return spec

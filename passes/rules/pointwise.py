@@ -10,13 +10,13 @@ from torch import fx
 
 from fxpar.ops.rng import dropout_mask
 from fxpar.passes.rules.registry import rule
-from fxpar.passes.rules.spec import Op, Spec, elementwise
+from fxpar.passes.rules.spec import Op, Operand, Spec, elementwise
 
 aten = torch.ops.aten
 
 UNTAGGED = (
     aten.to, aten._to_copy, aten.detach, aten.alias, aten.contiguous, aten.lift_fresh_copy, aten.where,
-    aten.masked_fill, aten.ones_like, aten.zeros_like, aten.full_like, aten.empty_like, aten.type_as, aten.__and__,
+    aten.masked_fill, aten.fill, aten.ones_like, aten.zeros_like, aten.full_like, aten.empty_like, aten.__and__,
     aten.__or__, aten.__xor__, aten.rsub, aten.true_divide, aten.floor_divide, aten.not_equal, aten.hardswish,
     aten.log_sigmoid, aten.multiply, aten.divide, aten.subtract, aten.greater, aten.greater_equal, aten.less,
     aten.less_equal, aten.negative, aten.absolute, aten.fix, aten.special_expit, aten.special_erf, aten.polar,
@@ -24,9 +24,15 @@ UNTAGGED = (
 )  # fmt: skip
 
 
-@rule(*UNTAGGED)
+@rule(*(getattr(p, o) for p in UNTAGGED for o in p.overloads() if (p, o) != (aten.where, "default")))
 def pointwise(op: Op) -> Spec:
     return elementwise(op)
+
+
+@rule(aten.type_as.default, aten.to.other)
+def like(op: Op) -> Spec:
+    """The second operand only says which dtype."""
+    return elementwise(op, [op["self"]])
 
 
 @rule(aten.isin.Tensor_Scalar, aten.bucketize.Tensor)
@@ -70,7 +76,7 @@ def glu(op: Op) -> Spec:
 def counter_dropout(op: Op) -> Spec:
     """Each element's mask depends on its global index alone; the local program offsets the index."""
     x: fx.Node = op.node.args[0]  # type: ignore[assignment]
-    spec = elementwise(op, [x])
+    spec = Spec([Operand(x, op.dims(x))], [tuple(d if n != 1 else () for d, n in zip(op.dims(x), op.out.shape, strict=True))])
     spec.emit = _emit_dropout
     return spec
 

@@ -112,8 +112,8 @@ def softmax(op: Op) -> Spec:
 def _emit_softmax(local):
     op = local.op
     (node,) = op.tensors()
-    dim = op["dim"] % len(op.dims(node))
-    axes = local.axes(op.dim(node, dim))
+    dim = op["dim"] % max(len(op.dims(node)), 1)
+    axes = local.axes(op.dim(node, dim)) if op.dims(node) else ()
     if not axes:
         return local.default()
     x, log = local.args[0], "log" in str(op.target)
@@ -130,7 +130,7 @@ def _emit_softmax(local):
 
 
 @rule(aten.cumsum, aten.cumprod, aten.sort, aten.argsort, aten.topk, aten.logcumsumexp, aten.cummax, aten.cummin,
-      aten.flip, aten.roll, aten.renorm)  # fmt: skip
+      aten.flip, aten.roll)  # fmt: skip
 def along(op: Op) -> Spec:
     """Works along some dims, which stay whole and may change their size."""
     x = op.tensors()[0]
@@ -145,6 +145,25 @@ def along(op: Op) -> Spec:
         )
         spec.whole.update(f for j, d in enumerate(spec.outs[i]) if int(value.shape[j]) != op.shape(x)[j] for f in d)
     return spec
+
+
+@rule(aten.renorm.default)
+def renorm(op: Op) -> Spec:
+    """Each slice along `dim` is scaled by its own norm, over all other dims."""
+    (x,) = op.tensors()
+    rank = len(op.dims(x))
+    return untouched(op, x, [i for i in range(rank) if i != op["dim"] % rank])
+
+
+@rule(aten.histc.default)
+def histogram(op: Op) -> Spec:
+    """Split, each rank counts what it has; but where no bounds are given they are those of all of the operand."""
+    (x,) = op.tensors()
+    made = op.factors.fresh(op.out.shape)
+    everything, bins = {f for d in op.dims(x) for f in d}, {f for d in made for f in d}
+    if op["min"] == op["max"]:
+        return Spec(op.operands(), [made], whole=everything | bins)
+    return Spec(op.operands(), [made], sums=everything, whole=bins)
 
 
 @rule(aten.diff.default)
@@ -173,8 +192,8 @@ def layer_norm(op: Op) -> Spec:
             for d, n in zip(own[len(own) - last :], op.dims(node), strict=True):
                 op.factors.align(d, n)
             whole.update(f for d in op.dims(node) for f in d)
-    outs = [own if len(v.shape) == len(own) and v.shape[-1] == op.shape(x)[-1] else (*own[: len(own) - last],
-            *([()] * last)) for v in op.outs()]
+    reduced = (*own[: len(own) - last], *([()] * last))
+    outs = [reduced if i else own for i in range(len(op.outs()))]
     return Spec(op.operands(), outs, whole=whole)
 
 
@@ -196,6 +215,8 @@ def batch_norm_eval(op: Op) -> Spec:
     """With running statistics it is an affine map per channel (in training it was written out: see batchnorm)."""
     x = op["input"]
     spec = Spec(op.operands(), [op.dims(x)])
+    if op["training"]:
+        spec.whole = {f for i, d in enumerate(op.dims(x)) if i != 1 for f in d}
     for node in op.tensors():
         if node is not x and not op.factors.align(op.dim(x, 1), op.dim(node, 0)):
             spec.whole.update(leaves(op.dim(x, 1)), op.dim(node, 0))

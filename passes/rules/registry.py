@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxpar import compat
@@ -16,7 +17,10 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of these operators (an overload packet means all its overloads)."""
+    """Register a function as the rule of these operators.
+
+    An overload packet means all its overloads; an operator that another library may define is given by name.
+    """
 
     def register(function: Rule) -> Rule:
         for target in targets:
@@ -32,10 +36,16 @@ def notation(text: str, *targets: Any) -> None:
     rule(*targets)(lambda op: einsum(op, text))
 
 
+def find(target: Any) -> Rule | None:
+    """The rule of an operator, if it has one."""
+    named = target.name() if isinstance(target, torch._ops.OpOverload) else None
+    return RULES.get(target) or RULES.get(named)
+
+
 def spec_for(node: fx.Node, factors: Factors) -> Spec:
     """The spec of a call: its rule's, that of a pointwise operator, or `unknown`."""
     op = Op(node, factors)
-    function = RULES.get(node.target)
+    function = find(node.target)
     if function is not None:
         return finish(op, function(op))
     if compat.is_pointwise(node.target) and op.tensors():

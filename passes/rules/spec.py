@@ -24,12 +24,17 @@ from fxpar.passes.factors import Dim, Dims, Factor, Factors, extent, leaves
 
 @dataclass
 class Operand:
-    """One tensor operand. gathered: factors that this operand must hold whole although the op splits them."""
+    """One tensor operand.
+
+    gathered: factors that it must hold whole although the op splits them. deferred: it is added after a
+    pending sum; its last dim then lies along the output's dim `along`, counted from the end.
+    """
 
     node: fx.Node
     dims: Dims
     gathered: set[Factor] = field(default_factory=set)
     deferred: bool = False
+    along: int = -1
 
 
 @dataclass
@@ -99,14 +104,13 @@ class Op:
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by the names of the operator's schema (positional index for plain functions)."""
+    """The node's arguments by the names of the operator's schema, in its order (index for plain functions)."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {**{str(i): a for i, a in enumerate(node.args)}, **node.kwargs}
-    out = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    out.update({a.name: v for a, v in zip(schema.arguments, node.args, strict=False)})
-    out.update(node.kwargs)
-    return out
+    given = {**{a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}, **node.kwargs}
+    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments
+            if a.name in given or a.has_default_value()}
 
 
 def relate(op: Op, dims: Sequence[Dim], spec_whole: set[Factor], size: int) -> Dim:
@@ -162,7 +166,8 @@ def broadcast(op: Op, operands: Sequence[Dims], shape: Sequence[int], whole: set
 
 def einsum(op: Op, notation: str, nodes: Sequence[fx.Node | None] | None = None) -> Spec:
     """A `Spec` from einsum notation (see the module's docstring). A ``None`` operand is skipped."""
-    nodes = op.tensors() if nodes is None else list(nodes)
+    if nodes is None:  # an operand that is given twice stands for two terms
+        nodes = [a for a in op.args.values() if isinstance(a, fx.Node)]
     left, right = notation.split("->")
     texts = [t.split() for t in left.split(",")]
     marks = {"!": set(), "^": set()}
@@ -171,26 +176,27 @@ def einsum(op: Op, notation: str, nodes: Sequence[fx.Node | None] | None = None)
     for text, node in zip(texts, nodes, strict=False):
         if node is None:
             continue
+        deferred, text = text[:1] == ["+"] or text[0].startswith("+"), [t for t in text if t != "+"]
         letters = [t.lstrip("+").rstrip("!^") for t in text]
         for t, letter in zip(text, letters, strict=True):
             if t[-1] in marks:
                 marks[t[-1]].add(letter)
         terms.append(letters)
-        operands.append(Operand(node, op.dims(node), deferred=text[0].startswith("+")))
+        operands.append(Operand(node, op.dims(node), deferred=deferred))
     result = right.split()
     spec = Spec(operands, [])
     where: dict[str, list[Dim]] = {}
     batches: list[Dims] = []
     for operand, letters in zip(operands, terms, strict=True):
         dims = list(operand.dims)
-        if letters[0] == "...":
+        if letters[:1] == ["..."]:
             tail = len(letters) - 1
             batches.append(tuple(dims[: len(dims) - tail]))
             letters, dims = letters[1:], dims[len(dims) - tail :]
         for letter, dim in zip(letters, dims[len(dims) - len(letters) :], strict=True):
             where.setdefault(letter, []).append(dim)
     shape = [int(n) for n in op.outs()[0].shape]
-    named = {c: relate(op, [d for d in ds if d] or ds[:1], spec.whole, extent(ds[0])) for c, ds in where.items()}
+    named = {c: relate(op, [d for d in ds if d] or ds[:1], spec.whole, max(map(extent, ds))) for c, ds in where.items()}
     lead = broadcast(op, batches, shape[: len(shape) - len(result) + 1], spec.whole) if result[:1] == ["..."] else ()
     spec.outs = [(*lead, *(named[c] for c in result if c != "..."))]
     spec.whole.update(f for c in marks["!"] if c in named for d in (*where[c], named[c]) for f in d)

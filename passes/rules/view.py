@@ -18,7 +18,7 @@ def _plain(op: Op, dims: Dims) -> Spec:
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
       aten._reshape_alias.default)  # fmt: skip
 def view(op: Op) -> Spec:
-    """The same factors in the same order, cut into dims differently."""
+    """The same factors in the same order, cut into dims differently (whole where there is nothing to cut)."""
     (x,) = op.tensors()
     whole: set = set()
     out = regroup(op, op.dims(x), [int(n) for n in op.out.shape], whole)
@@ -32,6 +32,8 @@ def regroup(op: Op, dims: Dims, shape: list[int], whole: set) -> Dims:
     Runs of dims with equal products on both sides are matched on their own, so that a cut that cannot be
     expressed (``[4, 6] -> [8, 3]``) holds only its own run whole.
     """
+    if 0 in shape:
+        return op.factors.fresh(shape) if not whole.update(f for d in dims for f in d) else ()
     out: list[Dim] = []
     i, j = 0, 0
     while i < len(dims) or j < len(shape):
@@ -99,7 +101,13 @@ def transpose(op: Op) -> Spec:
     return _plain(op, tuple(dims))
 
 
-@rule(aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default)
+@rule(aten.numpy_T.default)
+def reverse(op: Op) -> Spec:
+    (x,) = op.tensors()
+    return _plain(op, op.dims(x)[::-1])
+
+
+@rule(aten.t.default, aten.mT.default, aten.adjoint.default)
 def matrix_transpose(op: Op) -> Spec:
     (x,) = op.tensors()
     dims = op.dims(x)

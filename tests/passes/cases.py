@@ -206,8 +206,7 @@ def to_other(g: Gen):
 
 
 @case(aten.detach.default, aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default,
-      aten.ones_like.default, aten.zeros_like.default, aten.empty_like.default, aten.conj.default, aten._conj.default,
-      aten.resolve_conj.default)  # fmt: skip
+      aten.ones_like.default, aten.zeros_like.default, aten.empty_like.default)  # fmt: skip
 def moved(g: Gen):
     return (g.any(*g.shape()),)
 
@@ -303,7 +302,7 @@ def unary(g: Gen):
     return (g.f(*g.shape()),)
 
 
-@case(aten.imag.default, aten.real.default)
+@case(aten.imag.default, aten.real.default, aten.conj.default, aten._conj.default, aten.resolve_conj.default)
 def of_complex(g: Gen):
     shape = g.shape()
     return (torch.complex(g.f(*shape), g.f(*shape)),)
@@ -530,7 +529,7 @@ def group_norm(g: Gen):
 def instance_norm(g: Gen):
     c = g.n()
     weights = (g.f(c), g.f(c)) if g.maybe() else (None, None)
-    running = (g.f(c), g.positive(c)) if g.maybe(0.3) else (None, None)
+    running = (g.constant(g.f(c)), g.constant(g.positive(c))) if g.maybe(0.3) else (None, None)
     return g.f(g.n(), c, *g.shape(1, 2, least=2)), *weights, *running, running[0] is None, 0.1, 1e-5, False
 
 
@@ -540,7 +539,7 @@ def batch_norm(g: Gen):
     weights = (g.f(c), g.f(c)) if g.maybe() else (None, None)
     if g.maybe(0.2):
         return g.f(g.n(2), c, *g.shape(1, 2, least=2)), *weights, None, None, True, 0.1, 1e-5, False
-    return g.f(g.n(), c, *g.shape(0, 2)), *weights, g.f(c), g.positive(c), False, 0.1, 1e-5, False
+    return g.f(g.n(), c, *g.shape(0, 2)), *weights, g.constant(g.f(c)), g.constant(g.positive(c)), False, 0.1, 1e-5, False
 
 
 # ---- views ----
@@ -759,7 +758,7 @@ def chunk(g: Gen):
     return x, g.pick(1, 2, 3, 4), g.dim(x.dim())
 
 
-@case(aten.split_with_sizes.default, aten.split.sizes)
+@case(aten.split_with_sizes.default, aten.split.sizes, aten.split.default)
 def split_with_sizes(g: Gen):
     shape = g.shape()
     dim = g.dim(len(shape))
@@ -802,7 +801,7 @@ def stack(g: Gen):
 def pad(g: Gen):
     x = g.f(*g.shape(3, 4, least=2))
     if g.maybe():
-        return x, [g.pick(0, 1), g.pick(0, 1)], g.pick("reflect", "replicate", "circular")
+        return x, [g.pick(0, 1) for _ in range(2 * (x.dim() - 2))], g.pick("reflect", "replicate", "circular")
     return x, [g.pick(0, 0, 1, 2, -1) for _ in range(2 * g.r.randint(1, 3))], "constant", 0.5
 
 
@@ -860,7 +859,7 @@ def _scattered(g: Gen):
     shape = g.shape(0, 3)
     dim = g.dim(max(len(shape), 1))
     inside = _inside(g, shape, dim, free=False)
-    return g.f(*shape), dim, _unique(g, shape, inside, dim), g.f(*[n if g.maybe(0.8) else n + 2 for n in inside])
+    return g.f(*shape), dim, _unique(g, shape, inside, dim), g.f(*inside)
 
 
 def _unique(g: Gen, shape: list[int], inside: list[int], dim: int) -> torch.Tensor:
@@ -871,10 +870,16 @@ def _unique(g: Gen, shape: list[int], inside: list[int], dim: int) -> torch.Tens
     return full[tuple(slice(0, n) for n in inside)].contiguous()
 
 
-case(aten.scatter.src, aten.scatter_add.default)(_scattered)
+case(aten.scatter.src, aten.scatter_add.default)(lambda g: _larger_source(g) if g.maybe(0.3) else _scattered(g))
 case(aten.scatter.value)(lambda g: (*_scattered(g)[:3], 0.5))
-case(aten.scatter.reduce)(lambda g: ((*_scattered(g),), {"reduce": "add"}))
-case(aten.scatter.value_reduce)(lambda g: ((*_scattered(g)[:3], 0.5), {"reduce": "multiply"}))
+case(aten.scatter.reduce)(lambda g: ((*_larger_source(g),), {"reduce": "add"}))
+case(aten.scatter.value_reduce)(lambda g: ((*_larger_source(g)[:3], 3), {"reduce": "multiply"}))
+
+
+def _larger_source(g: Gen):
+    """Integers, as no gradient is defined here."""
+    x, dim, index, _ = _scattered(g)
+    return g.i(9, *x.shape), dim, index, g.i(9, *[n if g.maybe(0.8) else n + 2 for n in index.shape])
 
 
 @case(aten.scatter_reduce.two)
@@ -944,11 +949,15 @@ def masked_scatter(g: Gen):
     return x, g.b(*g.broadcast(shape)), g.f(x.numel())
 
 
-@case(aten.index.Tensor, aten._unsafe_index.Tensor)
+@case(aten.index.Tensor)
+def index_or_mask(g: Gen):
+    x = g.f(*g.shape(1, 4))
+    return (x, [g.b(*x.shape)]) if g.maybe(0.1) else index(g)
+
+
+@case(aten._unsafe_index.Tensor)
 def index(g: Gen):
     x = g.f(*g.shape(1, 4))
-    if g.maybe(0.1):
-        return x, [g.b(*x.shape)]
     together = g.shape(0, 2)
     used = sorted(g.r.sample(range(x.dim()), g.r.randint(1, x.dim())))
     indices: list[Any] = [None] * (used[-1] + 1)
@@ -969,13 +978,13 @@ CASES |= {
     aten.arange.start: lambda g: ((2, 2 + g.n()), {}),
     aten.arange.start_step: lambda g: ((1, 1 + 2 * g.n(), 2), {}),
     aten.linspace.default: lambda g: ((0, 1, g.n()), {}),
-    aten.linspace.Tensor_Tensor: lambda g: ((g.f(), g.f(), g.n()), {}),
-    aten.linspace.Tensor_Scalar: lambda g: ((g.f(), 2, g.n()), {}),
-    aten.linspace.Scalar_Tensor: lambda g: ((2, g.f(), g.n()), {}),
+    aten.linspace.Tensor_Tensor: lambda g: ((g.constant(g.f()), g.constant(g.f()), g.n()), {}),
+    aten.linspace.Tensor_Scalar: lambda g: ((g.constant(g.f()), 2, g.n()), {}),
+    aten.linspace.Scalar_Tensor: lambda g: ((2, g.constant(g.f()), g.n()), {}),
     aten.logspace.default: lambda g: ((0, 1, g.n()), {}),
-    aten.logspace.Tensor_Tensor: lambda g: ((g.f(), g.f(), g.n()), {}),
-    aten.logspace.Tensor_Scalar: lambda g: ((g.f(), 2, g.n()), {}),
-    aten.logspace.Scalar_Tensor: lambda g: ((2, g.f(), g.n()), {}),
+    aten.logspace.Tensor_Tensor: lambda g: ((g.constant(g.f()), g.constant(g.f()), g.n()), {}),
+    aten.logspace.Tensor_Scalar: lambda g: ((g.constant(g.f()), 2, g.n()), {}),
+    aten.logspace.Scalar_Tensor: lambda g: ((2, g.constant(g.f()), g.n()), {}),
     aten.eye.default: lambda g: ((g.n(),), {}),
     aten.eye.m: lambda g: ((g.n(), g.n()), {}),
     aten.scalar_tensor.default: lambda g: ((3,), {}),
@@ -1060,3 +1069,34 @@ for name, spatial in {"upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsamp
 case(aten.pixel_shuffle.default)(lambda g: (g.f(*g.shape(0, 2), 4 * g.pick(1, 2), g.n(), g.pick(1, 2)), 2))
 case(aten.pixel_unshuffle.default)(lambda g: (g.f(*g.shape(0, 2), g.n(), 4, 2 * g.pick(1, 2)), 2))
 case(aten.channel_shuffle.default)(lambda g: (g.f(g.n(), 2 * g.pick(1, 2, 3), *g.shape(1, 2)), 2))
+
+
+# ---- recurrence, groups ----
+
+
+def _recurrent(g: Gen, gates: int, states: int):
+    into, hidden, layers, first = g.pick(2, 3), g.pick(2, 4), g.pick(1, 2), g.maybe()
+    both, bias = g.maybe(), g.maybe()
+    batch, length, ways = g.pick(1, 2, 4, 6), g.pick(1, 3), 2 if both else 1
+    x = g.f(*((batch, length) if first else (length, batch)), into)
+    weights = []
+    for layer in range(layers):
+        for _ in range(ways):
+            weights += [g.f(gates * hidden, into if layer == 0 else ways * hidden), g.f(gates * hidden, hidden)]
+            weights += [g.f(gates * hidden), g.f(gates * hidden)] if bias else []
+    start = [g.f(layers * ways, batch, hidden) for _ in range(states)]
+    return x, start if states == 2 else start[0], weights, bias, layers, 0.0, True, both, first
+
+
+@case(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
+def grouped_product(g: Gen):
+    groups, rows = g.pick(2, 3, 4), g.pick(4, 6, 8)
+    ends = sorted(g.r.randint(0, rows) for _ in range(groups - 1))
+    offsets = torch.tensor([*ends, rows], dtype=torch.int32)
+    single = torch.float32
+    return g.f(rows, 32, dtype=single), g.f(groups, 32, g.pick(32, 64), dtype=single), offsets
+
+
+case(aten.lstm.input)(lambda g: _recurrent(g, 4, 2))
+case(aten.gru.input)(lambda g: _recurrent(g, 3, 1))
+case(aten.rnn_tanh.input, aten.rnn_relu.input)(lambda g: _recurrent(g, 1, 1))
