@@ -13,15 +13,24 @@ import torch
 from torch import fx
 
 from fxpar import compat
+from fxpar.backends import overlap
 from fxpar.ops.collectives import Runtime, use_runtime
 
 
-def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, config: dict[str, Any] | None = None) -> Callable:
+def settings() -> dict[str, Any]:
+    """Inductor's settings for one graph: our order of operators, which its own reordering must not undo."""
+    return {
+        "post_grad_custom_post_pass": compat.graph_pass(overlap.overlap_communication, overlap.__file__),
+        "reorder_for_peak_memory": False,
+    }
+
+
+def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime) -> Callable:
     """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters)."""
     tensors = [i for i, x in enumerate(example) if isinstance(x, torch.Tensor)]
     plain = _tensor_inputs_only(module, example)
     with use_runtime(runtime):
-        compiled = compat.compile_graph(plain, [example[i] for i in tensors], config)
+        compiled = compat.compile_graph(plain, [example[i] for i in tensors], settings())
 
     def run(*inputs: Any) -> Any:
         with use_runtime(runtime):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fxpar import compat
 from fxpar.backends.runtime import GroupRuntime
 from fxpar.mesh import Axes, BoundMesh
 
@@ -22,7 +23,7 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, norm_type: f
         local = grad
         if isinstance(grad, DTensor):
             axes = tuple(a for a, p in zip(bound.mesh.names, grad.placements, strict=True) if not p.is_replicate())
-            local = grad.to_local()
+            local = compat.local_part(grad)
         groups.setdefault(axes, []).append(local)
     device = grads[0].device if grads else torch.device("cpu")
     parts = []

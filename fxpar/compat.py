@@ -68,3 +68,29 @@ def strided_shard(dim: int, split_factor: int) -> Any:
     from torch.distributed.tensor.placement_types import _StridedShard
 
     return _StridedShard(dim, split_factor=split_factor)
+
+
+def local_part(tensor: Any) -> torch.Tensor:
+    """This rank's part of a DTensor, detached, without the dispatch that `to_local` costs per parameter."""
+    return tensor._local_tensor.detach()
+
+
+def like_dtensor(local: torch.Tensor, like: Any) -> Any:
+    """A local tensor as a DTensor with the mesh, placements and shape of another."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(local, like._spec, requires_grad=False)
+
+
+def graph_pass(function: Callable[[fx.Graph], None], *files: str) -> Any:
+    """An Inductor graph pass whose compiled results may be cached as long as these source files do not change."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            function(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files(files)
+
+    return Pass()

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from fxpar import compat, storage
 from fxpar import inputs as calls
-from fxpar import storage
 from fxpar.agreement import agree_on_call, agree_on_program
 from fxpar.backends.runtime import Control, GroupRuntime
 from fxpar.errors import InputError
@@ -41,11 +41,13 @@ class _ToLocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, receive: Callable, *parameters: DTensor):
         ctx.receive = receive
-        return tuple(p.to_local().detach() for p in parameters)
+        ctx.parameters = parameters
+        ctx.set_materialize_grads(False)
+        return tuple(compat.local_part(p) for p in parameters)
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
-        return (None, *ctx.receive(grads))
+        return (None, *ctx.receive(ctx.parameters, grads))
 
 
 class _Average(torch.autograd.Function):
@@ -85,6 +87,7 @@ class ParallelModule(nn.Module):
         self._programs: dict[tuple, Program] = {}
         self._compiled: dict[tuple, Compiled] = {}
         self._tilings: dict[str, Tiling] = {}
+        self._slots: dict[str, tuple[dict[str, Any], str]] = {}
         self._pending: dict[str, Tensor] = {}
         self._sync = True
         self._steps = 0
@@ -223,23 +226,24 @@ class ParallelModule(nn.Module):
             for key, b in module._buffers.items():
                 if b is not None and not b.is_meta and b.device != self.device:
                     module._buffers[key] = b.to(self.device)
+            for table in (module._parameters, module._buffers):
+                for key in table:
+                    self._slots[f"{module_name}.{key}" if module_name else key] = (table, key)
 
     def _feed(self, program: Program, named: dict[str, Any], extra: list[Source]) -> list[Any]:
-        parameters = dict(self._model.named_parameters())
-        buffers = dict(self._model.named_buffers())
-        used = [s for s in program.sources if s.kind == "param"]
-        names, more = [s.name for s in used], [s.name for s in extra]
+        names = [s.name for s in program.sources if s.kind == "param"]
+        more = [s.name for s in extra]
 
-        def receive(grads):
-            return self._receive(names, more, grads)
+        def receive(parameters, grads):
+            return self._receive(parameters, names, more, grads)
 
-        locals_ = iter(_ToLocal.apply(receive, *(parameters[n] for n in names + more))) if names else iter(())
+        locals_ = iter(_ToLocal.apply(receive, *map(self._state, names + more)) if names else ())
         feed: list[Any] = []
         for source in program.sources:
             if source.kind == "param":
                 feed.append(next(locals_))
             elif source.kind == "buffer":
-                feed.append(buffers[source.name])
+                feed.append(self._state(source.name))
             elif source.kind == "constant":
                 source.value = source.value.to(self.device)
                 feed.append(source.value)
@@ -250,42 +254,42 @@ class ParallelModule(nn.Module):
                 feed.append(leaf.to(self.device) if isinstance(leaf, Tensor) else leaf)
         return [*feed, *locals_]
 
+    def _state(self, name: str) -> Tensor:
+        """The parameter or buffer of that name, as the model has it now."""
+        table, key = self._slots[name]
+        return table[key]
+
     def _next_seed(self) -> int:
         self._steps += 1
         return (self.seed * 1_000_003 + self._steps) & 0x7FFFFFFFFFFFFFFF
 
-    def _receive(self, names: list[str], more: list[str], grads: tuple) -> list[Any]:
+    def _receive(self, parameters: tuple[DTensor, ...], names: list[str], more: list[str], grads: tuple) -> list[Any]:
         """Gradients as DTensors; unsummed ones are kept aside, and added (summed) to the next that are not."""
         first, unsummed = grads[: len(names)], grads[len(names) :]
         for name, grad in zip(more, unsummed, strict=True):
             if grad is not None:
                 self._pending[name] = self._pending[name] + grad if name in self._pending else grad
         out: list[Any] = []
-        for name, grad in zip(names, first, strict=True):
+        for p, name, grad in zip(parameters, names, first, strict=False):
             if not more and name in self._pending:
                 late = self._runtime.all_reduce(self._pending.pop(name).contiguous(), self._dp_axes())
                 grad = late if grad is None else grad + late
-            out.append(None if grad is None else self._as_dtensor(name, grad))
+            out.append(None if grad is None else compat.like_dtensor(grad, p))
         return [*out, *[None] * len(more)]
-
-    def _as_dtensor(self, name: str, grad: Tensor) -> DTensor:
-        p = dict(self._model.named_parameters())[name]
-        return storage.wrap(grad, p.shape, self._tilings[name], self._bound)
 
     def _deferred(self, compiled: Compiled) -> tuple[Callable[..., Any], list[Source]]:
         if compiled.deferred is None:
             module, extra = defer_sums(compiled.program, self._dp_axes())
-            parameters = dict(self._model.named_parameters())
-            example = [*compiled.example, *(parameters[s.name].to_local().detach().requires_grad_() for s in extra)]
+            example = [*compiled.example,
+                       *(compat.local_part(self._state(s.name)).requires_grad_() for s in extra)]
             compiled.deferred = (self._lower(module, example, self._runtime), extra)
         return compiled.deferred
 
     def _update_buffers(self, program: Program, outs: Any) -> None:
-        buffers = dict(self._model.named_buffers())
         with torch.no_grad():
             for sink, out in zip(program.tensor_sinks(), outs, strict=True):
                 if sink.kind == "buffer":
-                    buffers[sink.name].copy_(out)
+                    self._state(sink.name).copy_(out)
 
     def _outputs(self, program: Program, outs: Any) -> Any:
         flat: list[Any] = []

@@ -230,13 +230,18 @@ def _placement(spec: Spec, r: Random, mesh: Mesh) -> Placement:
 
 
 def check(build: Build, r: Random, mesh: Mesh, values: bool = True) -> Program:
+    """`check_program` for a graph built here."""
+    return check_program(build.program(build.outputs, mesh), build.feeds, r, values)  # type: ignore[attr-defined]
+
+
+def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool = True) -> Program:
     """Infer, lay out, partition, run on all ranks; compare outputs and gradients with the whole program.
 
-    values: False where the operator leaves its elements undefined (`empty`): then shapes and dtypes alone.
+    feeds: the value of each placeholder. values: False where the program leaves elements undefined (`empty`): then
+    shapes and dtypes alone.
     """
-    outputs: list[fx.Node] = build.outputs  # type: ignore[attr-defined]
-    program = build.program(outputs, mesh)
-    wholes = _whole(program, build.feeds)
+    mesh = program.mesh
+    wholes = _whole(program, feeds)
     cotangents = [torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(i))
                   if w.requires_grad else None for i, w in enumerate(wholes[0])]
     expected = _gradients([wholes[0]], wholes[1], [cotangents])
@@ -244,7 +249,7 @@ def check(build: Build, r: Random, mesh: Mesh, values: bool = True) -> Program:
     text = _describe(program)
     nodes = program.placeholders()
     locals_ = [[take(x, n.meta["tiling"], mesh, rank).clone().requires_grad_(s.requires_grad)
-                for x, n, s in zip(build.feeds, nodes, program.sources, strict=True)]
+                for x, n, s in zip(feeds, nodes, program.sources, strict=True)]
                for rank in range(mesh.world_size)]
     results = simulate.run(program.module, mesh, locals_)
     parts = [[None if c is None else take(c, n.meta["tiling"], mesh, rank).contiguous()

@@ -1,10 +1,10 @@
 """Models of many families under many plans, each against the plain model on one device."""
 
 import pytest
-import zoo
 
 from fxpar.plan import Plan
 from fxpar.testing import assert_equivalent
+from tests import zoo
 
 PLANS = ["dp=2", "dp=4", "tp=2", "tp=4", "dp=2,tp=2", "dp=2,tp=4"]
 PLANS += [f"{plan},sequence_parallel=false" for plan in PLANS if "tp" in plan]

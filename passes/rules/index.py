@@ -226,14 +226,22 @@ def scatter(op: Op) -> Spec:
                     spec.whole.update(a, b)
         return spec
     spec.whole = {f for n in op.tensors() for d in op.dims(n) for f in d}
+    if op.target in (aten.index_put.default, aten._index_put_impl.default) and not _has_mask(op["indices"]):
+        made = [d if i is None else op.factors.new(n) for d, n, i in zip(own, op.shape(x), op["indices"], strict=False)]
+        spec.outs = [(*made, *own[len(made) :])]  # what is put together by an index is a dim of its own
+        spec.whole.update(f for d in made for f in d)
     return spec
+
+
+def _has_mask(indices: list) -> bool:
+    return any(isinstance(i, fx.Node) and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices)
 
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def advanced_index(op: Op) -> Spec:
     """``x[i, j]``: indexed dims stay whole; the rest, and the index's own dims, are parallel."""
     x, indices = op["self"], list(op["indices"])
-    if any(isinstance(i, fx.Node) and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
+    if _has_mask(indices):
         return unknown(op)
     own = op.dims(x)
     used = [k for k, i in enumerate(indices) if i is not None]

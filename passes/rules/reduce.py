@@ -132,18 +132,17 @@ def _emit_softmax(local):
 @rule(aten.cumsum, aten.cumprod, aten.sort, aten.argsort, aten.topk, aten.logcumsumexp, aten.cummax, aten.cummin,
       aten.flip, aten.roll)  # fmt: skip
 def along(op: Op) -> Spec:
-    """Works along some dims, which stay whole and may change their size."""
+    """Works along some dims, which stay whole. A place in a sorted dim is not one of the dim that was sorted."""
     x = op.tensors()[0]
     rank = len(op.dims(x))
     dim = op["dim"] if "dim" in op.args else op["dims"]
     dims = range(rank) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
-    spec = untouched(op, x, [d % rank for d in dims] if rank else [])
-    for i, value in enumerate(op.outs()):
-        spec.outs[i] = tuple(
-            d if int(value.shape[j]) == op.shape(x)[j] else op.factors.new(int(value.shape[j]))
-            for j, d in enumerate(spec.outs[i])
-        )
-        spec.whole.update(f for j, d in enumerate(spec.outs[i]) if int(value.shape[j]) != op.shape(x)[j] for f in d)
+    dims = [d % rank for d in dims] if rank else []
+    spec = untouched(op, x, dims)
+    if getattr(op.target, "overloadpacket", None) in (aten.sort, aten.argsort, aten.topk):
+        made = {d: op.factors.new(int(op.outs()[0].shape[d])) for d in dims}
+        spec.outs = [tuple(made.get(j, d) for j, d in enumerate(out)) for out in spec.outs]
+        spec.whole.update(f for d in made.values() for f in d)
     return spec
 
 

@@ -57,8 +57,6 @@ def test_take_is_a_slice_of_each_factor(r):
 def test_place_finds_the_factor_in_the_local_tensor(r):
     """Splitting at (dim, outer) by one more axis gives what the layout with that axis gives."""
     mesh, dims, layout = example(r)
-    if not layout:
-        layout = {}
     for axis in reversed(mesh.names):  # the most minor axis of its factor
         leaf = layout.get(axis)
         if leaf is None:

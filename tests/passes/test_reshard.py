@@ -1,0 +1,229 @@
+"""Reshards: the right part reaches every rank, and the gradient that comes back is that of the global value."""
+
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from fxpar.backends import simulate
+from fxpar.mesh import Mesh
+from fxpar.ops import collectives
+from fxpar.passes.factors import Factor, Factors, leaves
+from fxpar.passes.layout import local_shape, take, tiling
+from fxpar.passes.reshard import Resharder
+from tests.harness import MESHES, random_dims, random_layout
+
+RANDOM = st.randoms(use_true_random=False)
+
+
+class Exchange:
+    """A value in one layout, asked for in others; run on every rank."""
+
+    def __init__(self, mesh, dims, layout, grad=True):
+        self.mesh, self.dims, self.layout = mesh, dims, layout
+        self.graph = fx.Graph()
+        self.value = self.graph.placeholder("x")
+        self.value.meta["needs_grad"] = grad
+        self.reshard = Resharder(self.graph, mesh)
+        shape = [int(torch.tensor([f.size for f in d]).prod()) for d in dims]
+        self.x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def to(self, want, value=None, layout=None):
+        value = self.value if value is None else value
+        return self.reshard.to(value, self.dims, self.layout if layout is None else layout, want, self.value)
+
+    def run(self, outputs):
+        self.graph.output(tuple(outputs))
+        self.module = fx.GraphModule(torch.nn.Module(), self.graph)
+        tiles = tiling(self.dims, self.layout, self.mesh)
+        self.inputs = [take(self.x, tiles, self.mesh, r).clone().requires_grad_() for r in range(self.mesh.world_size)]
+        return simulate.run(self.module, self.mesh, [[x] for x in self.inputs])
+
+    def part(self, want, rank, x=None):
+        split = {a: f for a, f in want.items() if isinstance(f, Factor)}
+        return take(self.x if x is None else x, tiling(self.dims, split, self.mesh), self.mesh, rank)
+
+
+def example(r: Random, varying=True):
+    mesh = r.choice(MESHES)
+    dims = random_dims(r)
+    flat = [f for d in dims for f in leaves(d)]
+    layout = random_layout(r, flat, mesh, 0.7)
+    wants = []
+    for _ in range(r.randint(1, 3)):
+        want = random_layout(r, flat, mesh, 0.7)
+        wants.append({a: want.get(a, True) for a in mesh.names if a in want or varying and r.random() < 0.5})
+    return Exchange(mesh, dims, layout), wants
+
+
+@settings(max_examples=300)
+@given(RANDOM)
+def test_values_and_gradients(r):
+    """`True` means: used differently on every rank, so cotangents differ; an absent axis: the same, so they agree."""
+    e, wants = example(r)
+    outs = e.run([e.to(w) for w in wants])
+    x = e.x.clone().requires_grad_()
+    reference = torch.zeros((), dtype=torch.float64)
+    roots, cotangents = [], []
+    for i, want in enumerate(wants):
+        for rank in range(e.mesh.world_size):
+            have = outs[rank][i]
+            assert torch.equal(have, e.part(want, rank)), (want, rank)
+            at = e.mesh.coordinate(rank)
+            distinct = tuple(at[a] if a in want else 0 for a in e.mesh.names)
+            seed = hash((i, distinct)) % 2**31
+            c = torch.randn(have.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            roots.append(have)
+            cotangents.append(c)
+            if all(at[a] == 0 for a in e.mesh.names if a not in want):
+                reference = reference + (e.part(want, rank, x) * c).sum()
+    (expected,) = torch.autograd.grad(reference, x)
+    found = torch.autograd.grad(roots, e.inputs, cotangents)
+    for rank, grad in enumerate(found):
+        torch.testing.assert_close(grad, e.part(e.layout, rank, expected), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=200)
+@given(RANDOM)
+def test_there_and_back_is_the_identity(r):
+    e, (want, *_) = example(r, varying=False)
+    there = e.to(want)
+    back = e.to(e.layout, there, want)
+    outs = e.run([there, back])
+    for rank, (_, mine) in enumerate(outs):
+        assert torch.equal(mine, e.inputs[rank])
+    found = torch.autograd.grad([o[1] for o in outs], e.inputs, [2 * x.detach() for x in e.inputs])
+    assert all(torch.equal(g, 2 * x) for g, x in zip(found, e.inputs, strict=True))
+
+
+@given(RANDOM)
+def test_the_same_request_is_answered_with_the_same_node(r):
+    e, wants = example(r)
+    assert all(e.to(w) is e.to(dict(w)) for w in wants)
+    assert e.to(e.layout) is e.value
+
+
+@given(RANDOM)
+def test_a_value_without_gradient_is_never_varied(r):
+    e, wants = example(r)
+    plain = Exchange(e.mesh, e.dims, e.layout, grad=False)
+    outs = [plain.to(w) for w in wants]
+    assert not any(n.target is collectives.vary or n.target is collectives.all_gather and n.args[4]
+                   for n in plain.graph.nodes)
+    for rank, mine in enumerate(plain.run(outs)):
+        assert all(torch.equal(m, e.part(w, rank)) for m, w in zip(mine, wants, strict=True))
+
+
+@given(RANDOM)
+def test_measured_bytes_are_what_a_rank_holds(r):
+    e, wants = example(r)
+    e.value.meta["global"] = e.x
+    nodes = [e.to(w) for w in wants]
+    for node, mine in zip(nodes, e.run(nodes)[0], strict=True):
+        if node is not e.value:
+            assert node.meta["fxpar"]["bytes"] == mine.numel() * mine.element_size()
+
+
+# ---- what is issued ----
+
+MESH = Mesh(("a", "b"), (2, 2))
+
+
+def issued(layout, want, dims, mesh=MESH):
+    e = Exchange(mesh, dims, layout)
+    node, out = e.to(want), []
+    while node is not e.value:
+        out.append((node.target.__name__, node.args[1]))
+        node = node.args[0]
+    return out[::-1]
+
+
+@pytest.mark.parametrize("layout, want, kinds", [
+    ({"a": 0}, {"a": 0}, []),
+    ({}, {"a": True}, [("vary", ("a",))]),
+    ({}, {"a": True, "b": True}, [("vary", ("a", "b"))]),
+    ({"a": 0}, {"a": True}, [("all_gather", ("a",))]),
+    ({"a": 0}, {}, [("all_gather", ("a",))]),
+    ({}, {"a": 0}, [("shard", ("a",))]),
+    ({"a": 0}, {"a": 1}, [("all_to_all", ("a",))]),
+    ({"a": 0, "b": 0}, {"a": 0}, [("all_gather", ("b",))]),
+    ({"a": 0, "b": 0}, {"a": 0, "b": 1}, [("all_gather", ("b",)), ("shard", ("b",))]),
+    ({"b": 0}, {"a": 0, "b": 0}, [("all_gather", ("b",)), ("shard", ("a",)), ("shard", ("b",))]),
+    ({"a": 0, "b": 1}, {"a": 1, "b": 0}, [("all_gather", ("b",)), ("all_gather", ("a",)), ("shard", ("a",)),
+                                         ("shard", ("b",))]),
+])  # fmt: skip
+def test_collectives(layout, want, kinds):
+    dims = Factors().fresh([8, 8])
+    flat = [d[0] for d in dims]
+
+    def named(places):
+        return {a: flat[i] if i is not True else True for a, i in places.items()}
+
+    assert issued(named(layout), named(want), dims) == kinds
+
+
+# ---- collectives that reshards of whole values do not use ----
+
+
+def partials(kind, *args, axes=("a",), mesh=MESH):
+    """Runs a collective on a value that is partial: every rank has its own x."""
+    graph = fx.Graph()
+    graph.output((graph.call_function(kind, (graph.placeholder("x"), axes, *args)),))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    xs = [torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(r)).requires_grad_()
+          for r in range(mesh.world_size)]
+    return xs, [o[0] for o in simulate.run(module, mesh, [[x] for x in xs])]
+
+
+@pytest.mark.parametrize("axes", [("a",), ("b",), ("a", "b")])
+def test_psum_adds_and_its_backward_is_the_identity(axes):
+    xs, ys = partials(collectives.psum, axes=axes)
+    for group in MESH.groups(axes):
+        total = sum(xs[r] for r in group)
+        cotangent = torch.randn(4, 6, dtype=torch.float64)
+        found = torch.autograd.grad([ys[r] for r in group], [xs[r] for r in group], [cotangent] * len(group),
+                                    retain_graph=True)
+        assert all(torch.allclose(ys[r], total) for r in group)
+        (expected,) = torch.autograd.grad(total, xs[group[0]], cotangent)
+        assert all(torch.equal(g, expected) for g in found)
+
+
+@pytest.mark.parametrize("dim, outer", [(0, 1), (0, 2), (1, 1), (1, 3)])
+def test_reduce_scatter_is_a_slice_of_the_sum(dim, outer):
+    xs, ys = partials(collectives.reduce_scatter, dim, outer)
+    factors = Factors()
+    dims = tuple(factors.new(n) for n in (4, 6))
+    sizes = [4, 6]
+    if outer > 1:
+        factors.split(dims[dim][0], outer)
+    layout = {"a": leaves(dims[dim])[-1]}
+    tiles = tiling(dims, layout, MESH)
+    for group in MESH.groups(("a",)):
+        total = sum(xs[r] for r in group)
+        cotangent = torch.randn(sizes, dtype=torch.float64)
+        parts = [take(cotangent, tiles, MESH, r).contiguous() for r in group]
+        for r in group:
+            assert list(ys[r].shape) == local_shape(dims, layout, MESH)
+            assert torch.allclose(ys[r], take(total, tiles, MESH, r))
+        found = torch.autograd.grad([ys[r] for r in group], [xs[r] for r in group], parts, retain_graph=True)
+        assert all(torch.equal(g, cotangent) for g in found)
+
+
+@pytest.mark.parametrize("axes", [("a",), ("b",), ("a", "b")])
+def test_pmax_is_the_maximum_and_carries_no_gradient(axes):
+    xs, ys = partials(collectives.pmax, axes=axes)
+    for group in MESH.groups(axes):
+        top = torch.stack([xs[r] for r in group]).amax(0)
+        assert all(torch.equal(ys[r], top) and not ys[r].requires_grad for r in group)
+
+
+@pytest.mark.parametrize("kind", collectives.CONJUGATE)
+def test_the_backward_of_a_collective_has_the_shape_of_its_input(kind):
+    forward, backward = collectives.CONJUGATE[kind]
+    mesh, place, to = Mesh(("a",), (2,)), (0, 2), (1, 1)
+    xs = [torch.randn(8, 6, dtype=torch.float64) for _ in range(2)]
+    ys = simulate.run_all(forward, mesh, ("a",), place, to, xs)
+    assert all(g.shape == x.shape for g, x in zip(simulate.run_all(backward, mesh, ("a",), place, to, ys), xs, strict=True))
