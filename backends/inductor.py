@@ -13,14 +13,19 @@ import torch
 from torch import fx
 
 from fxpar import compat
-from fxpar.backends import overlap
+from fxpar.backends import buckets, overlap
 from fxpar.ops.collectives import Runtime, use_runtime
+
+
+def _schedule(graph: fx.Graph) -> None:
+    overlap.overlap_communication(graph)
+    buckets.bucket_reductions(graph)
 
 
 def settings() -> dict[str, Any]:
     """Inductor's settings for one graph: our order of operators, which its own reordering must not undo."""
     return {
-        "post_grad_custom_post_pass": compat.graph_pass(overlap.overlap_communication, overlap.__file__),
+        "post_grad_custom_post_pass": compat.graph_pass(_schedule, overlap.__file__, buckets.__file__),
         "reorder_for_peak_memory": False,
     }
 

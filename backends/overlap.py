@@ -19,7 +19,7 @@ WAIT = c10d.wait_tensor.default
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 FLOPS_PER_BYTE = 2000
 """Operations a GPU computes while a link moves one byte (600 TFLOP/s beside 300 GB/s)."""
-PATIENCE = 60
+PATIENCE = 250
 """A weight gradient is held back for at most this many operators (what it needs stays in memory meanwhile)."""
 
 

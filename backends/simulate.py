@@ -39,7 +39,7 @@ def run_all(step: Step, mesh: Mesh, axes: Axes, place: Place, to: Place, xs: lis
         for group in mesh.groups(axes):
             for rank, y in zip(group, _COMM[step.comm]([ys[r] for r in group]), strict=True):
                 ys[rank] = y
-    return [step.after(y, place, to).clone() for y in ys]
+    return [step.after(y, place, to, n).clone() for y in ys]
 
 
 _COMM = {

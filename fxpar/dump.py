@@ -143,7 +143,7 @@ class Alone:
         return torch.cat([x] * self.size(axes))
 
     def reduce_scatter(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
-        return x[:1] * self.size(axes)
+        return x[: x.shape[0] // self.size(axes)] * self.size(axes)
 
     def all_to_all(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
         return x[:1].repeat(self.size(axes), *[1] * (x.dim() - 1))

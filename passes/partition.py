@@ -223,6 +223,16 @@ class Local:
             out.append(tuple(runs))
         return tuple(out)
 
+    def exchanged_dim(self) -> int | None:
+        """The dim along which the first operand was just gathered, or else the output will be scattered, if it is whole."""
+        first = self.operand(0)
+        if first.target is collectives.all_gather:
+            return first.args[2] if first.args[3] == 1 else None  # type: ignore[return-value]
+        for leaf in self.placement.scatter.values():
+            dim, outer = place_of(self.spec.outs[0], self.at, self.mesh, leaf)
+            return dim if outer == 1 else None
+        return None
+
     def reduce(self, value: fx.Node, axes: Axes, kind: str) -> fx.Node:
         """The sum or maximum of every rank's value, on every rank."""
         new = self.call(collectives.psum if kind == "sum" else collectives.pmax, value, axes)

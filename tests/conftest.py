@@ -3,9 +3,19 @@
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-settings.register_profile("fxpar", derandomize=True, database=None, deadline=None, print_blob=False,
-                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-settings.register_profile("unshrunk", settings.get_profile("fxpar"), phases=[Phase.explicit, Phase.generate],
-                          report_multiple_bugs=False)  # for a first look at many failures
+settings.register_profile(
+    "fxpar",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile(
+    "unshrunk",
+    settings.get_profile("fxpar"),
+    phases=[Phase.explicit, Phase.generate],
+    report_multiple_bugs=False,
+)  # for a first look at many failures
 settings.load_profile("fxpar")
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Small programs in random layouts, run on every rank in this process and compared with one device.
 
-The partitioner must be right for *every* layout, not only for those that a plan arrives at. So `lay_out` replaces
-`fxpar.passes.place`: each value and each operator gets any layout that its rule allows.
+The partitioner must be right for *every* layout, not only for those that a plan arrives at. So `lay_out`
+replaces `fxpar.passes.place`: each value and each operator gets any layout that its rule allows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from fxpar.passes.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
 
-MESHES = [Mesh(("a",), (2,)), Mesh(("a",), (3,)), Mesh(("a",), (4,)), Mesh(("a", "b"), (2, 2)), Mesh(("a", "b"), (3, 2)),
-          Mesh(("a", "b", "c"), (2, 2, 2))]  # fmt: skip
+MESHES = [
+    Mesh(("a",), (2,)),
+    Mesh(("a",), (3,)),
+    Mesh(("a",), (4,)),
+    Mesh(("a", "b"), (2, 2)),
+    Mesh(("a", "b"), (3, 2)),
+    Mesh(("a", "b", "c"), (2, 2, 2)),
+]
 SIZES = (1, 2, 2, 3, 4, 4, 6, 6, 8, 12)
 VALUES = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-6, torch.complex64: 1e-6}
 GRADIENTS = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-5, torch.complex64: 1e-5}
@@ -134,7 +140,7 @@ def _values(tree: Any) -> Any:
 
 
 def one_op(r: Random, target: Any, args: tuple, kwargs: dict[str, Any], constants: list[Tensor]) -> Build:
-    """The operator as a program: each tensor of its arguments a placeholder, now and then seen through a `view`.
+    """The operator as a program: its tensors are placeholders, now and then seen through a `view`.
 
     Those views make dims of several factors, before the operator and after it.
     """
@@ -153,7 +159,9 @@ def one_op(r: Random, target: Any, args: tuple, kwargs: dict[str, Any], constant
     if isinstance(value, Tensor):
         results = [node]
     else:
-        results = [build.call(operator.getitem, node, i) for i, v in enumerate(value) if isinstance(v, Tensor)]
+        results = [
+            build.call(operator.getitem, node, i) for i, v in enumerate(value) if isinstance(v, Tensor)
+        ]
     for result in results:
         shape = _cut(r, list(result.meta["val"].shape)) if r.random() < 0.3 else None
         outputs.append(build.call(torch.ops.aten.reshape.default, result, shape) if shape else result)
@@ -186,7 +194,9 @@ def lay_out(program: Program, r: Random) -> Program:
     mesh = program.mesh
     for node in program.graph.nodes:
         if node.op == "placeholder" and "dims" in node.meta:
-            node.meta["layout"] = random_layout(r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6)
+            node.meta["layout"] = random_layout(
+                r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6
+            )
         elif node.target is operator.getitem:
             node.meta["layout"] = dict(node.args[0].meta["placement"].layouts[node.meta["position"]])
         elif "spec" in node.meta:
@@ -200,8 +210,12 @@ def lay_out(program: Program, r: Random) -> Program:
 def random_dims(r: Random) -> Dims:
     """The dims of a tensor: up to three, each of up to three factors."""
     factors = Factors()
-    return factors.beside(tuple(tuple(f for n in r.choices((1, 2, 3, 4, 6, 8), k=r.randint(0, 3)) for f in factors.new(n))
-                                for _ in range(r.randint(1, 3))))
+    return factors.beside(
+        tuple(
+            tuple(f for n in r.choices((1, 2, 3, 4, 6, 8), k=r.randint(0, 3)) for f in factors.new(n))
+            for _ in range(r.randint(1, 3))
+        )
+    )
 
 
 def random_layout(r: Random, order: list[Factor], mesh: Mesh, p: float) -> Layout:
@@ -237,23 +251,36 @@ def check(build: Build, r: Random, mesh: Mesh, values: bool = True) -> Program:
 def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool = True) -> Program:
     """Infer, lay out, partition, run on all ranks; compare outputs and gradients with the whole program.
 
-    feeds: the value of each placeholder. values: False where the program leaves elements undefined (`empty`): then
-    shapes and dtypes alone.
+    feeds: the value of each placeholder. values: False where the program leaves elements undefined (`empty`):
+    then shapes and dtypes alone.
     """
     mesh = program.mesh
     wholes = _whole(program, feeds)
-    cotangents = [torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(i))
-                  if w.requires_grad else None for i, w in enumerate(wholes[0])]
+    cotangents = [
+        torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(i))
+        if w.requires_grad
+        else None
+        for i, w in enumerate(wholes[0])
+    ]
     expected = _gradients([wholes[0]], wholes[1], [cotangents])
     program = partition(lay_out(infer(program), r))
     text = _describe(program)
     nodes = program.placeholders()
-    locals_ = [[take(x, n.meta["tiling"], mesh, rank).clone().requires_grad_(s.requires_grad)
-                for x, n, s in zip(feeds, nodes, program.sources, strict=True)]
-               for rank in range(mesh.world_size)]
+    locals_ = [
+        [
+            take(x, n.meta["tiling"], mesh, rank).clone().requires_grad_(s.requires_grad)
+            for x, n, s in zip(feeds, nodes, program.sources, strict=True)
+        ]
+        for rank in range(mesh.world_size)
+    ]
     results = simulate.run(program.module, mesh, locals_)
-    parts = [[None if c is None else take(c, n.meta["tiling"], mesh, rank).contiguous()
-              for c, n in zip(cotangents, program.outputs(), strict=True)] for rank in range(mesh.world_size)]
+    parts = [
+        [
+            None if c is None else take(c, n.meta["tiling"], mesh, rank).contiguous()
+            for c, n in zip(cotangents, program.outputs(), strict=True)
+        ]
+        for rank in range(mesh.world_size)
+    ]
     for rank, mine in enumerate(results):
         for i, (node, whole, have) in enumerate(zip(program.outputs(), wholes[0], mine, strict=True)):
             want = take(whole, node.meta["tiling"], mesh, rank)
@@ -267,27 +294,46 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
         for k, i in enumerate(wants):
             have = found[rank * len(wants) + k]
             want = take(expected[k], nodes[i].meta["tiling"], mesh, rank)
-            _compare(f"the gradient of {nodes[i].name} on rank {rank}", have, want, expected[k], GRADIENTS, text, True)
+            _compare(
+                f"the gradient of {nodes[i].name} on rank {rank}",
+                have,
+                want,
+                expected[k],
+                GRADIENTS,
+                text,
+                True,
+            )
     return program
 
 
 def _whole(program: Program, feeds: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The program on one device: its outputs, and the inputs to differentiate them by."""
-    own = [x.detach().clone().requires_grad_(s.requires_grad) for x, s in zip(feeds, program.sources, strict=True)]
+    own = [
+        x.detach().clone().requires_grad_(s.requires_grad)
+        for x, s in zip(feeds, program.sources, strict=True)
+    ]
     outs = fx.Interpreter(program.module).run(*own)
     return list(outs), [x for x in own if x.requires_grad]
 
 
-def _gradients(outs: list[list[Tensor]], wants: list[Tensor], cotangents: list[list[Tensor | None]]) -> list[Tensor]:
-    roots = [(o, c) for os, cs in zip(outs, cotangents, strict=True) for o, c in zip(os, cs, strict=True)
-             if c is not None and o.requires_grad]
+def _gradients(
+    outs: list[list[Tensor]], wants: list[Tensor], cotangents: list[list[Tensor | None]]
+) -> list[Tensor]:
+    roots = [
+        (o, c)
+        for os, cs in zip(outs, cotangents, strict=True)
+        for o, c in zip(os, cs, strict=True)
+        if c is not None and o.requires_grad
+    ]
     if not roots or not wants:
         return [torch.zeros_like(w) for w in wants]
     found = torch.autograd.grad([o for o, _ in roots], wants, [c for _, c in roots], allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(wants, found, strict=True)]
 
 
-def _compare(what: str, have: Tensor, want: Tensor, whole: Tensor, tolerance: dict, text: str, values: bool) -> None:
+def _compare(
+    what: str, have: Tensor, want: Tensor, whole: Tensor, tolerance: dict, text: str, values: bool
+) -> None:
     assert have.dtype == want.dtype, f"{what}: {have.dtype} instead of {want.dtype}\n{text}"
     assert have.shape == want.shape, f"{what}: shape {list(have.shape)} instead of {list(want.shape)}\n{text}"
     if not values:

@@ -62,21 +62,28 @@ def use_runtime(runtime: Runtime) -> Iterator[None]:
 
 
 def _front(x: Tensor, place: Place, ranks: int) -> Tensor:
-    """``[..., outer * (ranks * m) , ...] -> [ranks, ..., outer * m, ...]``: the parts of all ranks, stacked."""
+    """Bring what ranks exchange to the front: all ranks' parts along dim 0, one after the other, contiguous.
+
+    A whole dim is only moved there, so that whoever makes the tensor can write it in that order at once; a run inside a
+    dim (``outer > 1``) is ``[..., outer, ranks, inner, ...] -> [ranks * outer * inner, ...]``.
+    """
     dim, outer = place
+    if outer == 1:
+        return x.movedim(dim, 0).contiguous()
     shape = list(x.shape)
-    inner = shape[dim] // (outer * ranks)
-    y = x.reshape(*shape[:dim], outer, ranks, inner, *shape[dim + 1 :]).movedim(dim + 1, 0)
-    return y.reshape(ranks, *shape[:dim], outer * inner, *shape[dim + 1 :])
+    y = x.reshape(*shape[:dim], outer, ranks, shape[dim] // (outer * ranks), *shape[dim + 1 :])
+    y = y.movedim((dim + 1, dim, dim + 2), (0, 1, 2))
+    return y.reshape(shape[dim], *y.shape[3:])
 
 
-def _back(y: Tensor, place: Place) -> Tensor:
-    """The inverse of `_front`."""
+def _back(y: Tensor, place: Place, ranks: int) -> Tensor:
+    """The inverse of `_front`, of a tensor that now has the parts of `ranks` ranks along dim 0."""
     dim, outer = place
-    ranks, shape = y.shape[0], list(y.shape[1:])
-    inner = shape[dim] // outer
-    x = y.reshape(ranks, *shape[:dim], outer, inner, *shape[dim + 1 :]).movedim(0, dim + 1)
-    return x.reshape(*shape[:dim], outer * ranks * inner, *shape[dim + 1 :])
+    if outer == 1:
+        return y.movedim(0, dim)
+    inner = y.shape[0] // (ranks * outer)
+    y = y.reshape(ranks, outer, inner, *y.shape[1:]).movedim((0, 1, 2), (dim + 1, dim, dim + 2))
+    return y.reshape(*y.shape[:dim], outer * ranks * inner, *y.shape[dim + 3 :])
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,17 @@ class Step:
     """One direction of a collective: prepare the local tensor, communicate, arrange the result.
 
     Kept apart so that a simulation can prepare all ranks, exchange, and then arrange all ranks.
-    before(x, place, to, ranks, index), after(y, place, to); comm names a method of `Runtime`, None for no
+    before(x, place, to, ranks, index), after(y, place, to, ranks); comm names a method of `Runtime`, None for no
     communication.
     """
 
     before: Callable[[Tensor, Place, Place, int, int], Tensor]
     comm: str | None
-    after: Callable[[Tensor, Place, Place], Tensor]
+    after: Callable[[Tensor, Place, Place, int], Tensor]
 
     def flipped(self) -> Step:
         """The same with `place` and `to` exchanged."""
-        return Step(lambda x, p, t, n, i: self.before(x, t, p, n, i), self.comm, lambda y, p, t: self.after(y, t, p))
+        return Step(lambda x, p, t, n, i: self.before(x, t, p, n, i), self.comm, lambda y, p, t, n: self.after(y, t, p, n))
 
 
 def _slice(x: Tensor, place: Place, to: Place, ranks: int, index: int) -> Tensor:
@@ -106,11 +113,28 @@ def _slice(x: Tensor, place: Place, to: Place, ranks: int, index: int) -> Tensor
 
 SAME = Step(lambda x, *_: x.view_as(x), None, lambda y, *_: y)
 SUM = Step(lambda x, *_: x.contiguous(), "all_reduce", lambda y, *_: y)
-GATHER = Step(lambda x, *_: x.contiguous().unsqueeze(0), "all_gather", lambda y, place, _: _back(y, place))
+GATHER = Step(lambda x, place, *_: _front(x, place, 1), "all_gather", lambda y, place, _, n: _back(y, place, n))
 SLICE = Step(_slice, None, lambda y, *_: y)
-SCATTER = Step(lambda x, place, to, n, _: _front(x, place, n).contiguous(), "reduce_scatter", lambda y, *_: y.squeeze(0))
-EXCHANGE = Step(lambda x, place, to, n, _: _front(x, to, n).contiguous(), "all_to_all",
-                lambda y, place, _: _back(y, place))  # fmt: skip
+SCATTER = Step(lambda x, place, to, n, _: _front(x, place, n), "reduce_scatter", lambda y, place, *_: _back(y, place, 1))
+EXCHANGE = Step(lambda x, place, to, n, _: _parts(x, to, n), "all_to_all", lambda y, place, to, n: _joined(y, place))
+
+
+def _parts(x: Tensor, place: Place, ranks: int) -> Tensor:
+    """``[ranks, ...]``: the part of each rank, with the other dims as they were."""
+    dim, outer = place
+    shape = list(x.shape)
+    inner = shape[dim] // (outer * ranks)
+    y = x.reshape(*shape[:dim], outer, ranks, inner, *shape[dim + 1 :]).movedim(dim + 1, 0)
+    return y.reshape(ranks, *shape[:dim], outer * inner, *shape[dim + 1 :]).contiguous()
+
+
+def _joined(y: Tensor, place: Place) -> Tensor:
+    """The inverse of `_parts`."""
+    dim, outer = place
+    ranks, shape = y.shape[0], list(y.shape[1:])
+    x = y.reshape(ranks, *shape[:dim], outer, shape[dim] // outer, *shape[dim + 1 :]).movedim(0, dim + 1)
+    return x.reshape(*shape[:dim], ranks * shape[dim], *shape[dim + 1 :])
+
 
 CONJUGATE = {
     "psum": (SUM, SAME),
@@ -129,7 +153,7 @@ def run_step(step: Step, run: Runtime, x: Tensor, axes: Axes, place: Place, to: 
     x = step.before(x, place, to, run.size(axes), run.index(axes))
     if step.comm is not None:
         x = getattr(run, step.comm)(x, axes)
-    return step.after(x, place, to)
+    return step.after(x, place, to, run.size(axes))
 
 
 class _Typed(torch.autograd.Function):

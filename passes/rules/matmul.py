@@ -17,12 +17,28 @@ from fxpar.program import user_line
 
 aten = torch.ops.aten
 
-notation("... i, o i, +o -> ... o", aten.linear.default)
 notation("m k, k n -> m n", aten.mm.default)
 notation("b m k, b k n -> b m n", aten.bmm.default)
 notation("m k, k -> m", aten.mv.default)
 notation("k, k -> ", aten.dot.default, aten.vdot.default)
 notation("m, n -> m n", aten.outer.default, aten.ger.default)
+
+
+@rule(aten.linear.default)
+def linear(op: Op) -> Spec:
+    spec = einsum(op, "... i, o i, +o -> ... o")
+    spec.emit = _emit_linear
+    return spec
+
+
+def _emit_linear(local):
+    """The rows of a product may come in any order: where they were gathered, or will be scattered, along a dim that is
+    not the first, they come in that dim's order, so that neither needs a copy."""
+    at = local.exchanged_dim()
+    if not at or at >= len(local.spec.outs[0]) - 1:
+        return local.default()
+    first = local.call(aten.movedim.int, local.args[0], at, 0)
+    return local.call(aten.movedim.int, local.call(aten.linear.default, first, *local.args[1:]), 0, at)
 
 
 @rule(aten.addmm.default)

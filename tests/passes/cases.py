@@ -15,8 +15,14 @@ from tests.harness import Gen
 aten = torch.ops.aten
 Call = tuple[tuple, dict[str, Any]]
 CASES: dict[Any, Callable[[Gen], Call]] = {}
-UNDEFINED: set[Any] = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default,
-                       aten.empty_permuted.default, aten.empty_strided.default, aten.new_empty_strided.default}
+UNDEFINED: set[Any] = {
+    aten.empty.memory_format,
+    aten.new_empty.default,
+    aten.empty_like.default,
+    aten.empty_permuted.default,
+    aten.empty_strided.default,
+    aten.new_empty_strided.default,
+}
 """Operators whose elements are undefined."""
 
 
@@ -26,7 +32,11 @@ def case(*targets: Any, **fixed: Any):
     def register(function):
         def make(gen: Gen) -> Call:
             made = function(gen, **fixed)
-            return made if len(made) == 2 and isinstance(made[0], tuple) and isinstance(made[1], dict) else (made, {})
+            return (
+                made
+                if len(made) == 2 and isinstance(made[0], tuple) and isinstance(made[1], dict)
+                else (made, {})
+            )
 
         for target in targets:
             assert target not in CASES, target
@@ -107,9 +117,23 @@ def matmul(g: Gen):
 
 @case(aten.einsum.default)
 def einsum(g: Gen):
-    equation = g.pick("bhqd,bhkd->bhqk", "ij,jk->ik", "bij,bjk->bik", "i,j->ij", "ij->ji", "ijk->j", "ij,ij->i",
-                      "bid,bjd,d->bij", "...ij,jk->...ik", "ii->i", "ab,bc", "iJ,Jk->ik", "ij,jk -> ik", "ab->",
-                      "i,i->")  # fmt: skip
+    equation = g.pick(
+        "bhqd,bhkd->bhqk",
+        "ij,jk->ik",
+        "bij,bjk->bik",
+        "i,j->ij",
+        "ij->ji",
+        "ijk->j",
+        "ij,ij->i",
+        "bid,bjd,d->bij",
+        "...ij,jk->...ik",
+        "ii->i",
+        "ab,bc",
+        "iJ,Jk->ik",
+        "ij,jk -> ik",
+        "ab->",
+        "i,i->",
+    )
     sizes: dict[str, int] = {}
     tensors = []
     for term in equation.replace(" ", "").partition("->")[0].split(","):
@@ -129,9 +153,7 @@ def embedding(g: Gen):
     if g.maybe(0.3):
         return g.f(rows, width), ids
     if g.maybe(0.2):
-        return g.f(rows, width), ids, g.i(rows).item(), False, False, *[]
-    if g.maybe(0.2):
-        return g.f(rows, width), ids, -1, True
+        return g.f(rows, width), ids, -1, True  # a gradient that depends on how often an id occurs
     return g.f(rows, width), ids, g.i(rows).item()
 
 
@@ -173,7 +195,14 @@ def attention(g: Gen):
 
 @case(windowed_attention)
 def windowed(g: Gen):
-    b, j, group, length, d, e = g.pick(1, 2, 4), g.pick(1, 2, 4), g.pick(1, 1, 2, 3), g.pick(2, 4, 6), 4, g.pick(2, 4)
+    b, j, group, length, d, e = (
+        g.pick(1, 2, 4),
+        g.pick(1, 2, 4),
+        g.pick(1, 1, 2, 3),
+        g.pick(2, 4, 6),
+        4,
+        g.pick(2, 4),
+    )
     kwargs = {"window": g.pick(1, 2, 3), **({"enable_gqa": True} if group > 1 else {})}
     return (g.f(b, j * group, length, d), g.f(b, j, length, d), g.f(b, j, length, e)), kwargs
 
@@ -181,13 +210,14 @@ def windowed(g: Gen):
 # ---- pointwise ----
 
 
-@case(aten.to.dtype, aten._to_copy.default)
+@case(aten.to.dtype)
 def cast(g: Gen):
-    x, dtype = g.any(*g.shape()), g.pick(torch.float64, torch.float32, torch.int64, torch.bool)
-    return x, dtype
+    return g.any(*g.shape()), g.pick(torch.float64, torch.float32, torch.int64, torch.bool)
 
 
-CASES[aten._to_copy.default] = lambda g: ((g.any(*g.shape()),), {"dtype": torch.float64})
+@case(aten._to_copy.default)
+def to_copy(g: Gen):
+    return (g.any(*g.shape()),), {"dtype": torch.float64}
 
 
 @case(aten.to.device)
@@ -205,8 +235,15 @@ def to_other(g: Gen):
     return g.any(*g.shape()), g.any(*g.shape())
 
 
-@case(aten.detach.default, aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default,
-      aten.ones_like.default, aten.zeros_like.default, aten.empty_like.default)  # fmt: skip
+@case(
+    aten.detach.default,
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.empty_like.default,
+)
 def moved(g: Gen):
     return (g.any(*g.shape()),)
 
@@ -222,20 +259,30 @@ def where(g: Gen):
     return g.b(*g.broadcast(shape)), g.f(*g.broadcast(shape)), g.f(*g.broadcast(shape))
 
 
-@case(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
-def where_scalar(g: Gen):
-    raise NotImplementedError
+@case(aten.where.ScalarOther)
+def where_scalar_other(g: Gen):
+    shape = g.shape()
+    return g.b(*g.broadcast(shape)), g.f(*shape), 0.5
 
 
-CASES[aten.where.ScalarOther] = lambda g: (lambda s: ((g.b(*g.broadcast(s)), g.f(*s), 0.5), {}))(g.shape())
-CASES[aten.where.ScalarSelf] = lambda g: (lambda s: ((g.b(*g.broadcast(s)), 0.5, g.f(*s)), {}))(g.shape())
-CASES[aten.where.Scalar] = lambda g: ((g.b(*g.shape()), 0.5, 2.0), {})
+@case(aten.where.ScalarSelf)
+def where_scalar_self(g: Gen):
+    shape = g.shape()
+    return g.b(*g.broadcast(shape)), 0.5, g.f(*shape)
+
+
+case(aten.where.Scalar)(lambda g: (g.b(*g.shape()), 0.5, 2.0))
 
 
 @case(aten.masked_fill.Scalar)
 def masked_fill(g: Gen):
     shape = g.shape()
     return g.f(*g.broadcast(shape)), g.b(*g.broadcast(shape)), -1.5
+
+
+case(aten.fill.Scalar)(lambda g: (g.f(*g.shape()), 0.5))
+case(aten.fill.Tensor)(lambda g: (g.f(*g.shape()), g.f()))
+case(aten.histc.default)(lambda g: (g.constant(g.f(*g.shape())), g.pick(2, 4), -1, 1))
 
 
 @case(aten.masked_fill.Tensor)
@@ -259,21 +306,38 @@ def bits_scalar(g: Gen):
     return g.i(16, *g.shape()), 5
 
 
-@case(aten.rsub.Tensor, aten.true_divide.Tensor, aten.not_equal.Tensor, aten.multiply.Tensor, aten.divide.Tensor,
-      aten.subtract.Tensor, aten.greater.Tensor, aten.greater_equal.Tensor, aten.less.Tensor, aten.less_equal.Tensor,
-      aten.polar.default, aten.complex.default)  # fmt: skip
+@case(
+    aten.rsub.Tensor,
+    aten.true_divide.Tensor,
+    aten.not_equal.Tensor,
+    aten.multiply.Tensor,
+    aten.divide.Tensor,
+    aten.subtract.Tensor,
+    aten.greater.Tensor,
+    aten.greater_equal.Tensor,
+    aten.less.Tensor,
+    aten.less_equal.Tensor,
+    aten.polar.default,
+    aten.complex.default,
+)
 def arithmetic(g: Gen):
     return _pair(g, lambda *s: g.positive(*s))
 
 
-@case(aten.rsub.Scalar, aten.true_divide.Scalar, aten.not_equal.Scalar, aten.multiply.Scalar, aten.divide.Scalar,
-      aten.subtract.Scalar, aten.greater.Scalar, aten.greater_equal.Scalar, aten.less.Scalar, aten.less_equal.Scalar,
-      aten.ldexp.default)  # fmt: skip
+@case(
+    aten.rsub.Scalar,
+    aten.true_divide.Scalar,
+    aten.not_equal.Scalar,
+    aten.multiply.Scalar,
+    aten.divide.Scalar,
+    aten.subtract.Scalar,
+    aten.greater.Scalar,
+    aten.greater_equal.Scalar,
+    aten.less.Scalar,
+    aten.less_equal.Scalar,
+)
 def arithmetic_scalar(g: Gen):
     return g.f(*g.shape()), 2
-
-
-CASES.pop(aten.ldexp.default)
 
 
 @case(aten.floor_divide.default, aten.ldexp.Tensor)
@@ -296,8 +360,15 @@ def divide_scalar_mode(g: Gen):
     return (g.i(20, *g.shape()), 3), {"rounding_mode": "trunc"}
 
 
-@case(aten.hardswish.default, aten.log_sigmoid.default, aten.negative.default, aten.absolute.default, aten.fix.default,
-      aten.special_expit.default, aten.special_erf.default)  # fmt: skip
+@case(
+    aten.hardswish.default,
+    aten.log_sigmoid.default,
+    aten.negative.default,
+    aten.absolute.default,
+    aten.fix.default,
+    aten.special_expit.default,
+    aten.special_erf.default,
+)
 def unary(g: Gen):
     return (g.f(*g.shape()),)
 
@@ -327,7 +398,7 @@ def prelu(g: Gen):
 
 @case(aten.glu.default)
 def glu(g: Gen):
-    shape, at = g.shape(), 0
+    shape = g.shape()
     at = g.dim(len(shape))
     shape[at] = 2 * g.pick(1, 2, 3, 4)
     return g.f(*shape), at
@@ -358,14 +429,32 @@ def _over(g: Gen, make=None, several: bool = True, none: bool = True):
     return x, (g.pick(None, dims, dims, dims) if none else dims), g.maybe()
 
 
-for target in (aten.sum.default, aten.nansum.default, aten.mean.default, aten.max.default, aten.min.default,
-               aten.prod.default, aten.std.default, aten.var.default, aten.median.default, aten.nanmedian.default,
-               aten.count_nonzero.default, aten.linalg_vector_norm.default, aten.norm.Scalar):  # fmt: skip
+for target in (
+    aten.sum.default,
+    aten.nansum.default,
+    aten.mean.default,
+    aten.max.default,
+    aten.min.default,
+    aten.prod.default,
+    aten.std.default,
+    aten.var.default,
+    aten.median.default,
+    aten.nanmedian.default,
+    aten.count_nonzero.default,
+    aten.linalg_vector_norm.default,
+    aten.norm.Scalar,
+):
     case(target)(_plain_reduction)
 for target in (aten.any.default, aten.all.default):
     case(target)(lambda g: _plain_reduction(g, g.b))
-for target in (aten.sum.dim_IntList, aten.mean.dim, aten.var.correction, aten.std.correction,
-               aten.std_mean.correction, aten.var_mean.correction):  # fmt: skip
+for target in (
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.var.correction,
+    aten.std.correction,
+    aten.std_mean.correction,
+    aten.var_mean.correction,
+):
     case(target)(lambda g: _with_keepdim(g))
 for target in (aten.std.dim, aten.var.dim, aten.std_mean.dim, aten.var_mean.dim):
     case(target)(lambda g: (lambda x, d, k: (x, d, g.maybe(), k))(*_over(g)))
@@ -449,14 +538,22 @@ def _softmax(g: Gen):
     return (x, dim, torch.float64) if g.maybe(0.2) else (x, dim)
 
 
-for target in (aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default,
-               aten.cummin.default):  # fmt: skip
+for target in (
+    aten.cumsum.default,
+    aten.cumprod.default,
+    aten.logcumsumexp.default,
+    aten.cummax.default,
+    aten.cummin.default,
+):
     case(target)(lambda g: (lambda x: (x, g.dim(max(x.dim(), 1))))(g.f(*g.shape(0, 3))))
 for target in (aten.sort.default, aten.argsort.default):
     case(target)(lambda g: (lambda x: (x, g.dim(x.dim()), g.maybe()))(g.f(*g.shape())))
 for target in (aten.sort.stable, aten.argsort.stable):
-    case(target)(lambda g: (lambda x: ((x,), {"stable": True, "dim": g.dim(x.dim()), "descending": g.maybe()}))(
-        g.i(3, *g.shape())))
+    case(target)(
+        lambda g: (lambda x: ((x,), {"stable": True, "dim": g.dim(x.dim()), "descending": g.maybe()}))(
+            g.i(3, *g.shape())
+        )
+    )
 
 
 @case(aten.topk.default)
@@ -539,7 +636,16 @@ def batch_norm(g: Gen):
     weights = (g.f(c), g.f(c)) if g.maybe() else (None, None)
     if g.maybe(0.2):
         return g.f(g.n(2), c, *g.shape(1, 2, least=2)), *weights, None, None, True, 0.1, 1e-5, False
-    return g.f(g.n(), c, *g.shape(0, 2)), *weights, g.constant(g.f(c)), g.constant(g.positive(c)), False, 0.1, 1e-5, False
+    return (
+        g.f(g.n(), c, *g.shape(0, 2)),
+        *weights,
+        g.constant(g.f(c)),
+        g.constant(g.positive(c)),
+        False,
+        0.1,
+        1e-5,
+        False,
+    )
 
 
 # ---- views ----
@@ -673,8 +779,10 @@ def squeeze_dims(g: Gen):
 def expand(g: Gen):
     shape = g.shape(1, 4)
     own = g.broadcast(shape)
-    return g.any(*own), [-1 if i >= len(shape) - len(own) and g.maybe(0.2) and own[i - len(shape)] == n else n
-                         for i, n in enumerate(shape)]
+    return g.any(*own), [
+        -1 if i >= len(shape) - len(own) and g.maybe(0.2) and own[i - len(shape)] == n else n
+        for i, n in enumerate(shape)
+    ]
 
 
 @case(aten.expand_as.default)
@@ -725,7 +833,12 @@ def slice_(g: Gen):
     parts = g.r.choice([k for k in (1, 2, 3, 4) if n % k == 0])
     at, each = g.r.randrange(parts), n // parts
     if g.maybe(0.6):
-        return x, dim, at * each - (n if g.maybe() and at else 0), (at + 1) * each if at + 1 < parts else 2**63 - 1
+        return (
+            x,
+            dim,
+            at * each - (n if g.maybe() and at else 0),
+            (at + 1) * each if at + 1 < parts else 2**63 - 1,
+        )
     start = g.r.randint(-n - 1, n - 1)
     return x, dim, g.pick(start, None), g.pick(None, g.r.randint(-n, n + 2)), g.pick(1, 1, 2)
 
@@ -870,7 +983,9 @@ def _unique(g: Gen, shape: list[int], inside: list[int], dim: int) -> torch.Tens
     return full[tuple(slice(0, n) for n in inside)].contiguous()
 
 
-case(aten.scatter.src, aten.scatter_add.default)(lambda g: _larger_source(g) if g.maybe(0.3) else _scattered(g))
+case(aten.scatter.src, aten.scatter_add.default)(
+    lambda g: _larger_source(g) if g.maybe(0.3) else _scattered(g)
+)
 case(aten.scatter.value)(lambda g: (*_scattered(g)[:3], 0.5))
 case(aten.scatter.reduce)(lambda g: ((*_larger_source(g),), {"reduce": "add"}))
 case(aten.scatter.value_reduce)(lambda g: ((*_larger_source(g)[:3], 3), {"reduce": "multiply"}))
@@ -1021,15 +1136,27 @@ def _convolution(g: Gen, spatial: int, transposed: bool = False):
 
 
 for spatial, target in ((1, aten.conv1d.default), (2, aten.conv2d.default), (3, aten.conv3d.default)):
-    case(target, n=spatial)(lambda g, n: (lambda x, w, b, groups: (
-        x, w, b, [g.pick(1, 2)] * n, [g.pick(0, 1)] * n, [1] * n, groups))(*_convolution(g, n)))
+    case(target, n=spatial)(
+        lambda g, n: (
+            lambda x, w, b, groups: (x, w, b, [g.pick(1, 2)] * n, [g.pick(0, 1)] * n, [1] * n, groups)
+        )(*_convolution(g, n))
+    )
 for spatial, target in ((1, aten.conv1d.padding), (2, aten.conv2d.padding), (3, aten.conv3d.padding)):
-    case(target, n=spatial)(lambda g, n: (lambda x, w, b, groups: (
-        x, w, b, [1] * n, g.pick("same", "valid"), [1] * n, groups))(*_convolution(g, n)))
-for spatial, target in ((1, aten.conv_transpose1d.default), (2, aten.conv_transpose2d.input),
-                        (3, aten.conv_transpose3d.input)):  # fmt: skip
-    case(target, n=spatial)(lambda g, n: (lambda x, w, b, groups: (
-        x, w, b, [g.pick(1, 2)] * n, [0] * n, [0] * n, groups, [1] * n))(*_convolution(g, n, True)))
+    case(target, n=spatial)(
+        lambda g, n: (lambda x, w, b, groups: (x, w, b, [1] * n, g.pick("same", "valid"), [1] * n, groups))(
+            *_convolution(g, n)
+        )
+    )
+for spatial, target in (
+    (1, aten.conv_transpose1d.default),
+    (2, aten.conv_transpose2d.input),
+    (3, aten.conv_transpose3d.input),
+):
+    case(target, n=spatial)(
+        lambda g, n: (
+            lambda x, w, b, groups: (x, w, b, [g.pick(1, 2)] * n, [0] * n, [0] * n, groups, [1] * n)
+        )(*_convolution(g, n, True))
+    )
 
 
 @case(aten.convolution.default)
@@ -1046,24 +1173,44 @@ def _space(g: Gen, spatial: int, batched: bool = False):
     return g.f(*lead, *[g.pick(4, 6) for _ in range(spatial)])
 
 
-for spatial, names in {1: ("max_pool1d", "avg_pool1d", "max_pool1d_with_indices"),
-                       2: ("max_pool2d", "avg_pool2d", "max_pool2d_with_indices"),
-                       3: ("max_pool3d", "avg_pool3d", "max_pool3d_with_indices")}.items():  # fmt: skip
+for spatial, names in {
+    1: ("max_pool1d", "avg_pool1d", "max_pool1d_with_indices"),
+    2: ("max_pool2d", "avg_pool2d", "max_pool2d_with_indices"),
+    3: ("max_pool3d", "avg_pool3d", "max_pool3d_with_indices"),
+}.items():
     for name in names:
-        case(getattr(aten, name).default, n=spatial)(lambda g, n: (_space(g, n), [g.pick(1, 2, 3)] * n, [g.pick(1, 2)] * n))
-for spatial, names in {1: ("adaptive_avg_pool1d",), 2: ("adaptive_avg_pool2d", "_adaptive_avg_pool2d",
-                       "adaptive_max_pool2d"), 3: ("adaptive_avg_pool3d", "_adaptive_avg_pool3d")}.items():  # fmt: skip
+        case(getattr(aten, name).default, n=spatial)(
+            lambda g, n: (_space(g, n), [g.pick(1, 2, 3)] * n, [g.pick(1, 2)] * n)
+        )
+for spatial, names in {
+    1: ("adaptive_avg_pool1d",),
+    2: ("adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"),
+    3: ("adaptive_avg_pool3d", "_adaptive_avg_pool3d"),
+}.items():
     for name in names:
         case(getattr(aten, name).default, n=spatial)(lambda g, n: (_space(g, n), [g.pick(1, 2, 3)] * n))
 case(aten.adaptive_max_pool1d.default)(lambda g: (_space(g, 1), [g.pick(1, 2, 3)]))
 
-for name, spatial in {"upsample_nearest1d": 1, "upsample_nearest2d": 2, "upsample_nearest3d": 3,
-                      "_upsample_nearest_exact1d": 1, "_upsample_nearest_exact2d": 2}.items():  # fmt: skip
+for name, spatial in {
+    "upsample_nearest1d": 1,
+    "upsample_nearest2d": 2,
+    "upsample_nearest3d": 3,
+    "_upsample_nearest_exact1d": 1,
+    "_upsample_nearest_exact2d": 2,
+}.items():
     case(getattr(aten, name).default, n=spatial)(lambda g, n: (_space(g, n, True), [g.pick(3, 8)] * n))
     case(getattr(aten, name).vec, n=spatial)(lambda g, n: (_space(g, n, True), None, [2.0] * n))
-for name, spatial in {"upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3,
-                      "upsample_linear1d": 1, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2}.items():  # fmt: skip
-    case(getattr(aten, name).default, n=spatial)(lambda g, n: (_space(g, n, True), [g.pick(3, 8)] * n, g.maybe()))
+for name, spatial in {
+    "upsample_bilinear2d": 2,
+    "upsample_bicubic2d": 2,
+    "upsample_trilinear3d": 3,
+    "upsample_linear1d": 1,
+    "_upsample_bilinear2d_aa": 2,
+    "_upsample_bicubic2d_aa": 2,
+}.items():
+    case(getattr(aten, name).default, n=spatial)(
+        lambda g, n: (_space(g, n, True), [g.pick(3, 8)] * n, g.maybe())
+    )
     case(getattr(aten, name).vec, n=spatial)(lambda g, n: (_space(g, n, True), None, g.maybe(), [2.0] * n))
 
 case(aten.pixel_shuffle.default)(lambda g: (g.f(*g.shape(0, 2), 4 * g.pick(1, 2), g.n(), g.pick(1, 2)), 2))
@@ -1082,7 +1229,10 @@ def _recurrent(g: Gen, gates: int, states: int):
     weights = []
     for layer in range(layers):
         for _ in range(ways):
-            weights += [g.f(gates * hidden, into if layer == 0 else ways * hidden), g.f(gates * hidden, hidden)]
+            weights += [
+                g.f(gates * hidden, into if layer == 0 else ways * hidden),
+                g.f(gates * hidden, hidden),
+            ]
             weights += [g.f(gates * hidden), g.f(gates * hidden)] if bias else []
     start = [g.f(layers * ways, batch, hidden) for _ in range(states)]
     return x, start if states == 2 else start[0], weights, bias, layers, 0.0, True, both, first

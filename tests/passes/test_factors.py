@@ -1,5 +1,6 @@
 """Factors: relating dims never loses an extent, never makes one factor of two that stand in one tensor."""
 
+import itertools
 from random import Random
 
 import pytest
@@ -17,7 +18,9 @@ def sizes(dim):
 
 
 def tensor(r: Random, factors: Factors):
-    dims = tuple(tuple(f for n in r.choices(EXTENTS, k=r.randint(0, 3)) for f in factors.new(n)) for _ in range(3))
+    dims = tuple(
+        tuple(f for n in r.choices(EXTENTS, k=r.randint(0, 3)) for f in factors.new(n)) for _ in range(3)
+    )
     return factors.beside(dims)
 
 
@@ -78,7 +81,7 @@ def test_align_is_idempotent_and_symmetric(r):
 
 @given(st.lists(st.sampled_from(EXTENTS), max_size=4), st.lists(st.sampled_from(EXTENTS), max_size=4))
 def test_align_finds_the_coarsest_common_refinement(left, right):
-    """Two fresh lists align exactly if each cut of one nests in the other's, and then have no more cuts than both."""
+    """Two fresh lists align exactly if their cuts nest, and then have no more cuts than both."""
     factors = Factors()
     a = tuple(f for n in left for f in factors.new(n))
     b = tuple(f for n in right for f in factors.new(n))
@@ -91,16 +94,25 @@ def test_align_finds_the_coarsest_common_refinement(left, right):
         return out
 
     every = sorted(cuts(left) | cuts(right) | {1})
-    nest = all(hi % lo == 0 for lo, hi in zip(every, every[1:], strict=False))
+    nest = all(hi % lo == 0 for lo, hi in itertools.pairwise(every))
     same = extent(a) == extent(b)
     assert factors.align(a, b) == (same and nest)
     if same and nest:
-        assert sizes(a) == sizes(b) == [hi // lo for lo, hi in zip(every, every[1:], strict=False)][::-1]
+        assert sizes(a) == sizes(b) == [hi // lo for lo, hi in itertools.pairwise(every)][::-1]
 
 
-@pytest.mark.parametrize("left, right, common", [
-    ([12], [3, 4], [3, 4]), ([3, 4], [12], [3, 4]), ([2, 6], [4, 3], [2, 2, 3]), ([4, 6], [6, 4], None),
-    ([6], [4], None), ([], [], []), ([8], [2, 2, 2], [2, 2, 2])])  # fmt: skip
+@pytest.mark.parametrize(
+    "left, right, common",
+    [
+        ([12], [3, 4], [3, 4]),
+        ([3, 4], [12], [3, 4]),
+        ([2, 6], [4, 3], [2, 2, 3]),
+        ([4, 6], [6, 4], None),
+        ([6], [4], None),
+        ([], [], []),
+        ([8], [2, 2, 2], [2, 2, 2]),
+    ],
+)
 def test_align(left, right, common):
     factors = Factors()
     a = tuple(f for n in left for f in factors.new(n))

@@ -1,5 +1,6 @@
 """Layouts: the parts that ranks hold make up the whole, each element exactly where the layout says."""
 
+import itertools
 import math
 from random import Random
 
@@ -50,7 +51,9 @@ def test_take_is_a_slice_of_each_factor(r):
         for axis in mesh.names:  # major to minor
             if layout.get(axis) is f:
                 fine = fine.chunk(mesh.size(axis), dim=i)[at[axis]]
-    assert torch.equal(take(x, tiling(dims, layout, mesh), mesh, rank), fine.reshape(local_shape(dims, layout, mesh)))
+    assert torch.equal(
+        take(x, tiling(dims, layout, mesh), mesh, rank), fine.reshape(local_shape(dims, layout, mesh))
+    )
 
 
 @given(RANDOM)
@@ -68,7 +71,9 @@ def test_place_finds_the_factor_in_the_local_tensor(r):
         rank = r.randrange(mesh.world_size)
         before = take(whole(dims), tiling(dims, rest, mesh), mesh, rank)
         n, shape = mesh.size(axis), list(before.shape)
-        cut = before.reshape(*shape[:dim], outer, n, -1, *shape[dim + 1 :]).select(dim + 1, mesh.coordinate(rank)[axis])
+        cut = before.reshape(*shape[:dim], outer, n, -1, *shape[dim + 1 :]).select(
+            dim + 1, mesh.coordinate(rank)[axis]
+        )
         after = take(whole(dims), tiling(dims, layout, mesh), mesh, rank)
         assert torch.equal(cut.reshape(after.shape), after)
 
@@ -79,9 +84,10 @@ def test_pieces_cover_each_dim(r):
     for dim in dims:
         cut = pieces(dim, layout, mesh)
         assert math.prod(p.size for p in cut) == math.prod(f.size for f in dim)
-        assert not any(not a.axes and not b.axes for a, b in zip(cut, cut[1:], strict=False))
+        assert not any(not a.axes and not b.axes for a, b in itertools.pairwise(cut))
         assert local_extent(dim, layout, mesh) * math.prod(mesh.size(*p.axes) for p in cut) == math.prod(
-            f.size for f in dim)
+            f.size for f in dim
+        )
 
 
 def test_put_is_differentiable():

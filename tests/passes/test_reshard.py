@@ -1,4 +1,4 @@
-"""Reshards: the right part reaches every rank, and the gradient that comes back is that of the global value."""
+"""Reshards: the right part reaches every rank; the gradient that comes back is that of the global value."""
 
 from random import Random
 
@@ -39,7 +39,9 @@ class Exchange:
         self.graph.output(tuple(outputs))
         self.module = fx.GraphModule(torch.nn.Module(), self.graph)
         tiles = tiling(self.dims, self.layout, self.mesh)
-        self.inputs = [take(self.x, tiles, self.mesh, r).clone().requires_grad_() for r in range(self.mesh.world_size)]
+        self.inputs = [
+            take(self.x, tiles, self.mesh, r).clone().requires_grad_() for r in range(self.mesh.world_size)
+        ]
         return simulate.run(self.module, self.mesh, [[x] for x in self.inputs])
 
     def part(self, want, rank, x=None):
@@ -55,14 +57,16 @@ def example(r: Random, varying=True):
     wants = []
     for _ in range(r.randint(1, 3)):
         want = random_layout(r, flat, mesh, 0.7)
-        wants.append({a: want.get(a, True) for a in mesh.names if a in want or varying and r.random() < 0.5})
+        wants.append(
+            {a: want.get(a, True) for a in mesh.names if a in want or (varying and r.random() < 0.5)}
+        )
     return Exchange(mesh, dims, layout), wants
 
 
 @settings(max_examples=300)
 @given(RANDOM)
 def test_values_and_gradients(r):
-    """`True` means: used differently on every rank, so cotangents differ; an absent axis: the same, so they agree."""
+    """`True`: used differently on every rank, so cotangents differ. An absent axis: the same, so they agree."""
     e, wants = example(r)
     outs = e.run([e.to(w) for w in wants])
     x = e.x.clone().requires_grad_()
@@ -111,8 +115,10 @@ def test_a_value_without_gradient_is_never_varied(r):
     e, wants = example(r)
     plain = Exchange(e.mesh, e.dims, e.layout, grad=False)
     outs = [plain.to(w) for w in wants]
-    assert not any(n.target is collectives.vary or n.target is collectives.all_gather and n.args[4]
-                   for n in plain.graph.nodes)
+    assert not any(
+        n.target is collectives.vary or (n.target is collectives.all_gather and n.args[4])
+        for n in plain.graph.nodes
+    )
     for rank, mine in enumerate(plain.run(outs)):
         assert all(torch.equal(m, e.part(w, rank)) for m, w in zip(mine, wants, strict=True))
 
@@ -141,20 +147,26 @@ def issued(layout, want, dims, mesh=MESH):
     return out[::-1]
 
 
-@pytest.mark.parametrize("layout, want, kinds", [
-    ({"a": 0}, {"a": 0}, []),
-    ({}, {"a": True}, [("vary", ("a",))]),
-    ({}, {"a": True, "b": True}, [("vary", ("a", "b"))]),
-    ({"a": 0}, {"a": True}, [("all_gather", ("a",))]),
-    ({"a": 0}, {}, [("all_gather", ("a",))]),
-    ({}, {"a": 0}, [("shard", ("a",))]),
-    ({"a": 0}, {"a": 1}, [("all_to_all", ("a",))]),
-    ({"a": 0, "b": 0}, {"a": 0}, [("all_gather", ("b",))]),
-    ({"a": 0, "b": 0}, {"a": 0, "b": 1}, [("all_gather", ("b",)), ("shard", ("b",))]),
-    ({"b": 0}, {"a": 0, "b": 0}, [("all_gather", ("b",)), ("shard", ("a",)), ("shard", ("b",))]),
-    ({"a": 0, "b": 1}, {"a": 1, "b": 0}, [("all_gather", ("b",)), ("all_gather", ("a",)), ("shard", ("a",)),
-                                         ("shard", ("b",))]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, want, kinds",
+    [
+        ({"a": 0}, {"a": 0}, []),
+        ({}, {"a": True}, [("vary", ("a",))]),
+        ({}, {"a": True, "b": True}, [("vary", ("a", "b"))]),
+        ({"a": 0}, {"a": True}, [("all_gather", ("a",))]),
+        ({"a": 0}, {}, [("all_gather", ("a",))]),
+        ({}, {"a": 0}, [("shard", ("a",))]),
+        ({"a": 0}, {"a": 1}, [("all_to_all", ("a",))]),
+        ({"a": 0, "b": 0}, {"a": 0}, [("all_gather", ("b",))]),
+        ({"a": 0, "b": 0}, {"a": 0, "b": 1}, [("all_gather", ("b",)), ("shard", ("b",))]),
+        ({"b": 0}, {"a": 0, "b": 0}, [("all_gather", ("b",)), ("shard", ("a",)), ("shard", ("b",))]),
+        (
+            {"a": 0, "b": 1},
+            {"a": 1, "b": 0},
+            [("all_gather", ("b",)), ("all_gather", ("a",)), ("shard", ("a",)), ("shard", ("b",))],
+        ),
+    ],
+)
 def test_collectives(layout, want, kinds):
     dims = Factors().fresh([8, 8])
     flat = [d[0] for d in dims]
@@ -173,8 +185,10 @@ def partials(kind, *args, axes=("a",), mesh=MESH):
     graph = fx.Graph()
     graph.output((graph.call_function(kind, (graph.placeholder("x"), axes, *args)),))
     module = fx.GraphModule(torch.nn.Module(), graph)
-    xs = [torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(r)).requires_grad_()
-          for r in range(mesh.world_size)]
+    xs = [
+        torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(r)).requires_grad_()
+        for r in range(mesh.world_size)
+    ]
     return xs, [o[0] for o in simulate.run(module, mesh, [[x] for x in xs])]
 
 
@@ -184,8 +198,9 @@ def test_psum_adds_and_its_backward_is_the_identity(axes):
     for group in MESH.groups(axes):
         total = sum(xs[r] for r in group)
         cotangent = torch.randn(4, 6, dtype=torch.float64)
-        found = torch.autograd.grad([ys[r] for r in group], [xs[r] for r in group], [cotangent] * len(group),
-                                    retain_graph=True)
+        found = torch.autograd.grad(
+            [ys[r] for r in group], [xs[r] for r in group], [cotangent] * len(group), retain_graph=True
+        )
         assert all(torch.allclose(ys[r], total) for r in group)
         (expected,) = torch.autograd.grad(total, xs[group[0]], cotangent)
         assert all(torch.equal(g, expected) for g in found)
@@ -226,4 +241,7 @@ def test_the_backward_of_a_collective_has_the_shape_of_its_input(kind):
     mesh, place, to = Mesh(("a",), (2,)), (0, 2), (1, 1)
     xs = [torch.randn(8, 6, dtype=torch.float64) for _ in range(2)]
     ys = simulate.run_all(forward, mesh, ("a",), place, to, xs)
-    assert all(g.shape == x.shape for g, x in zip(simulate.run_all(backward, mesh, ("a",), place, to, ys), xs, strict=True))
+    assert all(
+        g.shape == x.shape
+        for g, x in zip(simulate.run_all(backward, mesh, ("a",), place, to, ys), xs, strict=True)
+    )
