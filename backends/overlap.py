@@ -29,7 +29,9 @@ def overlap_communication(graph: fx.Graph) -> None:
     Takes: a functional graph with ``_c10d_functional`` operators and fake values in ``meta["val"]``.
     Afterwards: the same operators in another valid order. Waits come right before their first use. Products that only
     outputs follow from (weight gradients) are held back until a collective that others wait for has started, and
-    then run beside it, as many as the transfer takes time.
+    then run beside it, as many as the transfer takes time. What follows such a product (a cast: a short kernel) comes
+    right after the next start, before the next product, so that the collective is on the GPU before a kernel that
+    takes all of it.
     """
     _Scheduler(graph).run()
 
@@ -42,6 +44,7 @@ class _Scheduler:
         self.done: set[fx.Node] = set()
         self.placed: list[fx.Node] = []
         self.held: deque[tuple[int, fx.Node]] = deque()
+        self.trailing: list[fx.Node] = []
 
     def run(self) -> None:
         for at, node in enumerate(self.nodes):
@@ -60,6 +63,7 @@ class _Scheduler:
                 self._release()
         while self.held:
             self._release()
+        self._follow()
         for node in self.nodes:
             self._place(node)
         output = self.graph.output_node()
@@ -73,20 +77,27 @@ class _Scheduler:
 
     def _cover(self, flops: float) -> None:
         """Run held products beside a transfer that takes as long as `flops`."""
+        self._follow()
         while self.held and flops > 0:
             flops -= _flops(self.held[0][1])
             self._release()
 
     def _release(self) -> None:
-        """Place the oldest held product, and what of its followers can start (its own reduction, not its wait)."""
+        """Place the oldest held product, after what followed the one before."""
+        self._follow()
         _, product = self.held.popleft()
-        stack = [product]
+        self._place(product)
+        self.trailing.append(product)
+
+    def _follow(self) -> None:
+        """Place what follows the last product and can start (its own reduction, not the wait for it)."""
+        stack = [u for product in self.trailing for u in product.users if u in self.late]
+        self.trailing.clear()
         while stack:
             node = stack.pop()
-            if node.target is WAIT or self._behind_held(node):
-                continue
-            self._place(node)
-            stack.extend(u for u in node.users if u in self.late)
+            if node.target is not WAIT and not self._behind_held(node):
+                self._place(node)
+                stack.extend(u for u in node.users if u in self.late)
 
     def _place(self, node: fx.Node) -> None:
         """Place a node after everything that it needs."""

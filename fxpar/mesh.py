@@ -7,13 +7,13 @@ plan needs, so ``tp=8`` over 4 key/value heads is the two axes ``tp0=4, tp1=2``.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fxpar import compat
 from fxpar.plan import Plan
 
 Axes = tuple[str, ...]
@@ -108,19 +108,14 @@ class BoundMesh:
         return tuple(a for a in self.mesh.names if a in axes)
 
     def group(self, axes: Axes) -> torch.distributed.ProcessGroup:
+        """The group of this rank over `axes`. On GPUs its stream goes before others, so that a transfer that could
+        start is not kept waiting by a kernel that fills the device."""
         axes = self.ordered(axes)
         if axes not in self._groups:
-            if len(axes) == 1:
-                self._groups[axes] = self.device_mesh.get_group(axes[0])
-            else:
-                mine, _ = torch.distributed.new_subgroups_by_enumeration(self.mesh.groups(axes))
-                self._groups[axes] = mine
+            options = compat.priority_options() if self.device_mesh.device_type == "cuda" else None
+            mine, _ = torch.distributed.new_subgroups_by_enumeration(self.mesh.groups(axes), pg_options=options)
+            self._groups[axes] = mine
         return self._groups[axes]
 
     def index(self, axes: Axes) -> int:
         return self.mesh.index(self.rank, axes)
-
-
-def subsets(axes: Axes) -> list[Axes]:
-    """All non-empty subsets of `axes`, in mesh order."""
-    return [c for n in range(1, len(axes) + 1) for c in itertools.combinations(axes, n)]

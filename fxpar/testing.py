@@ -21,7 +21,7 @@ from fxpar.simulation import Simulation, scalar_of
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
 NOISE = 1e-7
-"""Gradients that are zero but for rounding are compared to this much of the largest parameter gradient."""
+"""What is zero but for rounding is compared to this much of the largest parameter gradient, or buffer."""
 
 
 @dataclass
@@ -136,9 +136,12 @@ def _first_difference(reference: Reference, result: Any, loss_tolerance: float, 
             if not error <= gradient_tolerance * theirs[name].norm().item() + NOISE * largest:
                 return (f"the gradient of {kind}{name} is off by {error / max(theirs[name].norm().item(), 1e-30):.2g} "
                         "of its norm")
+    widest = max((b.double().norm().item() for n, b in reference.buffers.items() if n in result.buffers), default=0.0)
     for name, value in result.buffers.items():
-        if name in reference.buffers and value.is_floating_point() and _relative(value, reference.buffers[name]) > 1e-5:
-            return f"the new value of buffer {name} is off by {_relative(value, reference.buffers[name]):.2g}"
+        if name in reference.buffers and value.is_floating_point():
+            error = (value.double() - reference.buffers[name].double()).norm().item()
+            if not error <= 1e-5 * reference.buffers[name].double().norm().item() + NOISE * widest:
+                return f"the new value of buffer {name} is off by {_relative(value, reference.buffers[name]):.2g}"
         if name in reference.buffers and not value.is_floating_point() and not torch.equal(value, reference.buffers[name]):
             return f"the new value of buffer {name} differs"
     return None

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -38,6 +39,21 @@ SIZES = (1, 2, 2, 3, 4, 4, 6, 6, 8, 12)
 VALUES = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-6, torch.complex64: 1e-6}
 GRADIENTS = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-5, torch.complex64: 1e-5}
 """What may be off, relative to the largest element. Every other dtype must agree exactly."""
+
+
+class Seeded(Random):
+    """A generator that prints as what makes it again."""
+
+    def __init__(self, seed: int):
+        super().__init__(seed)
+        self.made_by = seed
+
+    def __repr__(self) -> str:
+        return f"Seeded({self.made_by})"
+
+
+RANDOM = st.integers(0, 2**64 - 1).map(Seeded)
+"""Choices from a seed: hypothesis's own `randoms` favours 0; a few dozen examples would reach too little."""
 
 
 class Gen:

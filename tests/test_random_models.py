@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from fxpar.compiler import passes
 from fxpar.passes.capture import capture
 from fxpar.plan import Plan
 from fxpar.testing import assert_equivalent
-from tests.harness import MESHES, check_program
+from tests.harness import MESHES, RANDOM, check_program
 
 BATCH, LENGTH = 8, 8
 
@@ -241,26 +240,26 @@ def in_any_layout(r: Random) -> None:
 
 
 @settings(max_examples=30)
-@given(st.randoms(use_true_random=False))
+@given(RANDOM)
 def test_random_models_under_random_plans(r):
     under_a_plan(r)
 
 
 @settings(max_examples=24)
-@given(st.randoms(use_true_random=False))
+@given(RANDOM)
 def test_random_models_in_random_layouts(r):
     in_any_layout(r)
 
 
 @pytest.mark.slow
 @settings(max_examples=500)
-@given(st.randoms(use_true_random=False))
+@given(RANDOM)
 def test_random_models_in_random_layouts_slow(r):
     in_any_layout(r)
 
 
 @pytest.mark.slow
 @settings(max_examples=500)
-@given(st.randoms(use_true_random=False))
+@given(RANDOM)
 def test_random_models_under_random_plans_slow(r):
     under_a_plan(r)

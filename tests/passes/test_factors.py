@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxpar.passes.factors import Factors, extent, label, leaves
+from tests.harness import RANDOM
 
-RANDOM = st.randoms(use_true_random=False)
 EXTENTS = (1, 2, 3, 4, 6, 8, 12, 24)
 
 

@@ -6,14 +6,11 @@ from random import Random
 
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from fxpar.mesh import Mesh
 from fxpar.passes.factors import Factors, leaves
 from fxpar.passes.layout import local_extent, local_shape, pieces, place_of, put, restrict, show, take, tiling
-from tests.harness import MESHES, random_dims, random_layout
-
-RANDOM = st.randoms(use_true_random=False)
+from tests.harness import MESHES, RANDOM, random_dims, random_layout
 
 
 def example(r: Random):

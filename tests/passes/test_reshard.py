@@ -5,7 +5,6 @@ from random import Random
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import fx
 
 from fxpar.backends import simulate
@@ -14,9 +13,7 @@ from fxpar.ops import collectives
 from fxpar.passes.factors import Factor, Factors, leaves
 from fxpar.passes.layout import local_shape, take, tiling
 from fxpar.passes.reshard import Resharder
-from tests.harness import MESHES, random_dims, random_layout
-
-RANDOM = st.randoms(use_true_random=False)
+from tests.harness import MESHES, RANDOM, random_dims, random_layout
 
 
 class Exchange:
@@ -66,7 +63,7 @@ def example(r: Random, varying=True):
 @settings(max_examples=300)
 @given(RANDOM)
 def test_values_and_gradients(r):
-    """`True`: used differently on every rank, so cotangents differ. An absent axis: the same, so they agree."""
+    """`True`: used differently on every rank, so cotangents differ. Absent: the same, so they agree."""
     e, wants = example(r)
     outs = e.run([e.to(w) for w in wants])
     x = e.x.clone().requires_grad_()

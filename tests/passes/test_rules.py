@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fxpar import compat
 from fxpar.passes.rules import RULES
-from tests.harness import MESHES, Gen, check, one_op
+from tests.harness import MESHES, RANDOM, Gen, check, one_op
 from tests.passes.cases import CASES, UNDEFINED
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def test_every_case_is_of_a_registered_operator():
 @pytest.mark.parametrize("target", CASES, ids=name)
 def test_rule(target):
     @settings(max_examples=60 if target in MANY else 12)
-    @given(st.randoms(use_true_random=False))
+    @given(RANDOM)
     def holds(r):
         run(r, target)
 
@@ -92,7 +92,7 @@ def test_rule(target):
 @pytest.mark.parametrize("target", CASES, ids=name)
 def test_rule_slow(target):
     @settings(max_examples=600)
-    @given(st.randoms(use_true_random=False))
+    @given(RANDOM)
     def holds(r):
         run(r, target)
 
@@ -128,7 +128,7 @@ NUMBERS = {"Scalar": 2, "number": 2, "int": 1, "float": 0.5, "bool": True}
 
 
 def pointwise_call(gen: Gen, target):
-    """Broadcast operands in (0, 1), else small integers, else complex; None if the operator takes none of them."""
+    """Broadcast operands in (0, 1), else small integers, else complex; None if it takes none."""
     shape = gen.shape()
     for make in MAKERS:
         first, args, kwargs = True, [], {}
@@ -181,7 +181,7 @@ def differentiable(args: tuple, kwargs: dict, target) -> bool:
 def test_tagged_pointwise_operators():
     tried = set()
 
-    def attempt(r, target):
+    def attempt(target, r):
         gen = Gen(r)
         call = pointwise_call(gen, target)
         if call is not None:
@@ -197,9 +197,9 @@ def test_tagged_pointwise_operators():
     for target in targets:
 
         @settings(max_examples=6)
-        @given(st.randoms(use_true_random=False))
-        def holds(r, target=target):
-            attempt(r, target)
+        @given(st.just(target), RANDOM)
+        def holds(target, r):
+            attempt(target, r)
 
         holds()
     assert {

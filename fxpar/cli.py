@@ -1,0 +1,108 @@
+"""``python -m fxpar``: what a plan does to a model, and whether it computes the same, from the shell.
+
+MODEL is ``module:callable`` (a function or class that returns the module, or ``(module, example_inputs)``), a Hugging Face
+class with a configuration (``LlamaForCausalLM:config.json``), or a directory that has a ``config.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect as python_inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxpar.errors import FxparError
+from fxpar.inspection import inspect
+from fxpar.plan import Plan
+from fxpar.testing import assert_equivalent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 on success, 1 where a check failed, 2 for a mistake in the arguments."""
+    args = _parser().parse_args(argv)
+    try:
+        plan = Plan.parse(args.plan)
+        if args.command == "plan":
+            print(f"{plan}   world size {plan.world_size}")
+            plan.require_supported()
+            return 0
+        model, example = load_model(args.model, meta=args.command == "inspect", batch=args.batch, seq=args.seq)
+        if args.command == "inspect":
+            print(inspect(model, plan, example))
+        else:
+            model.train(not args.eval)
+            assert_equivalent(model, plan, example)
+            print(f"equal: {args.model} under {plan} computes what one device computes")
+        return 0
+    except AssertionError as error:
+        print(f"differs: {error}", file=sys.stderr)
+        return 1
+    except FxparError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fxpar", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("inspect", "layouts, collectives, memory and FLOPs; no processes, no weights"),
+                       ("check", "run every rank in this process and compare with one device")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("model", metavar="MODEL")
+        command.add_argument("--plan", required=True, help="for example dp=2,tp=2")
+        command.add_argument("--batch", type=int, help="global batch (Hugging Face models); default: 2 x dp")
+        command.add_argument("--seq", type=int, default=128, help="sequence length (Hugging Face models)")
+        command.add_argument("--eval", action="store_true", help="check the model in eval mode")
+    plan = commands.add_parser("plan", help="parse and validate a plan")
+    plan.add_argument("plan", metavar="PLAN")
+    return parser
+
+
+def load_model(spec: str, *, meta: bool, batch: int | None = None, seq: int = 128) -> tuple[nn.Module, Any]:
+    """The model that `spec` names, and example inputs (None if unknown). meta: build it without weights."""
+    path = Path(spec)
+    if path.is_dir():
+        config = json.loads((path / "config.json").read_text())
+        return _hugging_face((config.get("architectures") or ["AutoModel"])[0], config, meta, batch, seq)
+    head, _, tail = spec.partition(":")
+    if tail.endswith(".json"):
+        return _hugging_face(head, json.loads(Path(tail).read_text()), meta, batch, seq)
+    if not tail:
+        raise FxparError(f"MODEL {spec!r}: must be module:callable, Class:config.json, or a directory with a config.json")
+    sys.path.insert(0, "")
+    made = getattr(importlib.import_module(head), tail)()
+    return made if isinstance(made, tuple) else (made, None)
+
+
+def _hugging_face(name: str, config: dict[str, Any], meta: bool, batch: int | None, seq: int) -> tuple[nn.Module, Any]:
+    import transformers
+
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise FxparError(f"transformers has no class {name!r}")
+    made = cls.config_class.from_dict({**config, "use_cache": False})
+    torch.manual_seed(0)
+    with torch.device("meta" if meta else "cpu"):
+        model = cls(made)
+    return model, _example(model, made, batch or 8, seq)
+
+
+def _example(model: nn.Module, config: Any, batch: int, seq: int) -> Any:
+    """Token ids and labels for a language model; what the model itself offers for others."""
+    takes = python_inspect.signature(model.forward).parameters
+    if "input_ids" not in takes:
+        return None
+    vocab = getattr(config, "vocab_size", 2)
+    tokens = torch.randint(0, vocab, (batch, seq))
+    example = {"input_ids": tokens}
+    if "labels" in takes and ("CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
+                              or "MaskedLM" in type(model).__name__):
+        example["labels"] = tokens.clone()
+    return example

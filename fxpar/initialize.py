@@ -1,0 +1,178 @@
+"""Initialising a model that was built on the meta device, with the values that one device would have drawn.
+
+The model's own initialisation is run once with every parameter on meta, while a tape notes what it does to each of
+them; random operators are carried out on a throw-away tensor, so that the generator advances as it would have. Then
+each parameter's part of the tape is played on its own, from the generator's state at that moment: only
+one whole parameter is in memory at a time, and each rank keeps its part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxpar import compat
+from fxpar.mesh import BoundMesh
+from fxpar.passes.layout import Tiling, take
+
+
+def init_weights(model: nn.Module, seed: int, tilings: dict[str, Tiling], mesh: BoundMesh, device: torch.device) -> None:
+    """Fill `model`'s parameters (DTensors) and its meta buffers as ``torch.manual_seed(seed)`` and the model's own
+    initialisation on a CPU would.
+
+    Its own initialisation is: construction from its `config` for Hugging Face models; its `init_weights()` if it has
+    one; else `reset_parameters()` of every submodule, in order. The caller's generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tape = _Tape()
+        fresh = _initialize(model, tape)
+        for name, made in fresh.named_parameters():
+            slot = _slot(model, name)
+            value = tape.play(made)
+            if value is not None:
+                part = take(value, tilings[name], mesh.mesh, mesh.rank)
+                compat.local_part(slot[0][slot[1]]).copy_(part)
+        for name, made in fresh.named_buffers():
+            table, key = _slot(model, name)
+            if not made.is_meta and table[key] is not made:
+                table[key] = made.to(device)
+    for name, b in model.named_buffers():
+        if b.is_meta:
+            raise ValueError(f"buffer {name} is on the meta device and the model's own initialisation does not fill it; "
+                             "build the model on the CPU, or load a checkpoint that has it")
+
+
+def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if key in module._parameters else module._buffers), key
+
+
+def _initialize(model: nn.Module, tape: _Tape) -> nn.Module:
+    """Run the model's own initialisation under `tape`; the module whose parameters it ran on."""
+    if hasattr(model, "config") and hasattr(type(model), "_from_config"):
+        with _parameters_on_meta(), tape:
+            return type(model)(model.config)
+    fresh = _on_meta(model)
+    with tape:
+        if callable(getattr(type(model), "init_weights", None)):
+            fresh.init_weights()
+        else:
+            for module in fresh.modules():
+                if callable(getattr(module, "reset_parameters", None)):
+                    module.reset_parameters()
+    return fresh
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy of the module tree with plain meta parameters in place of the DTensors, ties kept."""
+    import copy
+
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered inside land on meta; buffers stay real."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class _Tape(TorchDispatchMode):
+    """Notes every operator on meta tensors, grouped by the tensors it connects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[tuple[Any, Any, Any, list[int], Tensor | None]] = []
+        self.group: dict[int, int] = {}
+        self.alive: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        metas = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_meta]
+        if not metas:
+            return func(*args, **kwargs)
+        state = None
+        if compat.is_random(func):
+            state = torch.get_rng_state()
+            real_args, real_kwargs = pytree.tree_map_only(Tensor, _scratch, (args, kwargs))
+            func(*real_args, **_on_cpu(real_kwargs))
+        out = func(*args, **kwargs)
+        outs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        ids = [self._track(t) for t in outs]
+        for t in [*metas, *outs]:
+            self._join(self._track(metas[0]), self._track(t))
+        refs = pytree.tree_map_only(Tensor, lambda t: _Ref(self._track(t)) if t.is_meta else t, (args, kwargs))
+        self.entries.append((func, *refs, ids, state))
+        return out
+
+    def _track(self, t: Tensor) -> int:
+        self.alive[id(t)] = t
+        self.group.setdefault(id(t), id(t))
+        return id(t)
+
+    def _find(self, i: int) -> int:
+        while self.group[i] != i:
+            i = self.group[i]
+        return i
+
+    def _join(self, a: int, b: int) -> None:
+        self.group[self._find(b)] = self._find(a)
+
+    def play(self, parameter: Tensor) -> Tensor | None:
+        """The value that initialisation gives `parameter`; None if it does nothing to it."""
+        if id(parameter) not in self.group:
+            return None
+        mine = self._find(id(parameter))
+        values: dict[int, Tensor] = {}
+
+        def real(ref: _Ref) -> Tensor:
+            if ref.id not in values:
+                values[ref.id] = _scratch(self.alive[ref.id])
+            return values[ref.id]
+
+        for func, args, kwargs, ids, state in self.entries:
+            if self._find(ids[0]) != mine:
+                continue
+            args, kwargs = pytree.tree_map_only(_Ref, real, (args, kwargs))
+            if state is not None:
+                torch.set_rng_state(state)
+            out = func(*args, **_on_cpu(kwargs))
+            for i, t in zip(ids, [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)], strict=True):
+                values.setdefault(i, t)
+        return values.get(id(parameter))
+
+
+class _Ref:
+    """Stands for a meta tensor in the tape's arguments."""
+
+    def __init__(self, id: int):
+        self.id = id
+
+
+def _scratch(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) if t.is_meta else t
+
+
+def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in kwargs.items()}
