@@ -1,1 +1,8 @@
-"""What runs a partitioned program: inductor, eager, simulate. Imported as ``fxpar.backends``."""
+"""What runs a program.
+
+eager      node by node, as it stands; the reference, and for debugging
+inductor   AOTAutograd and Inductor, with communication ordered beside computation (overlap) and bucketed (buckets)
+simulate   every rank of a plan in one process, with gradients
+runtime    process groups for the collectives, and the side channel on which ranks agree
+kernels    Triton kernels, where Inductor cannot fuse across what the partitioner inserted
+"""

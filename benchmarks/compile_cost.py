@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpar
 
-SHAPE = dict(hidden=8192, heads=64, kv_heads=8, ffn=28672, vocab=128256, seq=8192, batch=1)
+SHAPE = dict(hidden=8192, heads=64, kv_heads=8, ffn=28672, vocab=128256, seq=8192, batch=2)
 
 
 def parse_args():
@@ -39,7 +39,7 @@ def build_meta(args, layers):
         attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.device("meta"):
-        tokens = torch.zeros(args.batch, args.seq, dtype=torch.long)  # one replica's batch
+        tokens = torch.zeros(args.batch, args.seq, dtype=torch.long)  # the global batch
         return LlamaForCausalLM(config), dict(input_ids=tokens, labels=tokens)
 
 

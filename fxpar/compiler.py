@@ -11,7 +11,7 @@ from torch import nn
 
 from fxpar import mesh as meshes
 from fxpar.errors import PlanError
-from fxpar.inputs import Call, globalize, leaves
+from fxpar.inputs import Call, default_example, example_call, globalize, leaves
 from fxpar.passes.axes import refine_axes
 from fxpar.passes.capture import capture
 from fxpar.passes.dropout import counter_dropout
@@ -49,13 +49,22 @@ def passes(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
     ]
 
 
-def compile_program(model: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any], device: torch.device,
-                    pinned: dict[str, Tiling] | None = None, observe: Observer | None = None) -> Program:
-    """Capture `model` on *global* inputs and run the passes: the program of one rank.
+def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *,
+                    device: torch.device | str | None = None, observe: Observer | None = None) -> Program:
+    """Capture `model` on *global* inputs and run the passes: the program of one rank, without processes.
 
-    `observe(name, program)` is called after capture and after every pass. `program.timings` has the seconds of each.
+    model: may be on the meta device. example_inputs: the global batch (a dict of keyword arguments or a tuple), of which
+    only shapes and dtypes matter; may be left out for Hugging Face models. device: where the program is to run (default:
+    where the parameters are; the CPU for a meta model). `observe(name, program)` is called after capture and after
+    every pass. ``program.timings`` has the seconds of each.
     """
-    return _run(_start(model, plan, (args, kwargs), device, observe), passes(pinned), observe)
+    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    plan.require_supported()
+    call = default_example(model) if example_inputs is None else example_call(model, example_inputs)
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = torch.device("cpu") if device.type == "meta" else device
+    return _run(_start(model, plan, call, torch.device(device), observe), passes(), observe)
 
 
 def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe: Observer | None, call: Call,

@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from fxpar.compiler import compile_program
-from fxpar.inputs import default_example, example_call
 from fxpar.mesh import Mesh
 from fxpar.plan import Plan
 from fxpar.program import Program, module_path
@@ -84,12 +83,7 @@ def inspect(model: nn.Module, plan: Plan | str, example_inputs: Any = None) -> R
     model: may be on the meta device. example_inputs: the *global* batch (a dict of keyword arguments or a tuple), of which
     only shapes and dtypes matter; may be left out for Hugging Face models.
     """
-    plan = Plan.parse(plan) if isinstance(plan, str) else plan
-    plan.require_supported()
-    call = default_example(model) if example_inputs is None else example_call(model, example_inputs)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    device = torch.device("cpu") if device.type == "meta" else device
-    return report_of(compile_program(model, plan, *call, device))
+    return report_of(compile_program(model, plan, example_inputs))
 
 
 def report_of(program: Program) -> Report:

@@ -68,7 +68,9 @@ class Simulation:
     def _compile(self, call: Call) -> Program:
         key = (signature(call), self.model.training)
         if key not in self._programs:
-            self._programs[key] = compile_program(self.model, self.plan, *call, self.device, observe=self.observe)
+            args, kwargs = call
+            self._programs[key] = compile_program(self.model, self.plan, kwargs or args, device=self.device,
+                                                  observe=self.observe)
         return self._programs[key]
 
     def step(self, *args: Any, seed: int = 0, **kwargs: Any) -> StepResult:

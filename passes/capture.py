@@ -255,4 +255,3 @@ def _merge_tied(program: Program) -> None:
         kept[key] = node
         sources.append(source)
     program.sources = sources
-    program.module.recompile()

@@ -81,7 +81,6 @@ def counter_dropout(program: Program) -> Program:
         else:
             _plain(r, node, seed, site)
     program.graph.eliminate_dead_code()
-    program.module.recompile()
     return program
 
 

@@ -38,7 +38,6 @@ def fold_repeat_kv(program: Program) -> Program:
             node.kwargs = {**node.kwargs, "enable_gqa": True}
     program.graph.eliminate_dead_code()
     program.graph.lint()
-    program.module.recompile()
     return program
 
 

@@ -37,7 +37,6 @@ def expand_losses(program: Program) -> Program:
         elif node.target in ELEMENTWISE and bind(node)["reduction"] != NONE:
             _elementwise(Rewriter(program.graph, node), node)
     program.graph.eliminate_dead_code()
-    program.module.recompile()
     return program
 
 

@@ -62,7 +62,6 @@ def fold_masks(program: Program) -> Program:
     _forget_strides(program.graph)
     program.graph.eliminate_dead_code()
     program.graph.lint()
-    program.module.recompile()
     return program
 
 

@@ -37,5 +37,4 @@ def keep_loss(program: Program) -> Program:
     program.sinks = sinks
     program.graph.output_node().args = (tuple(kept),)
     program.graph.eliminate_dead_code()
-    program.module.recompile()
     return program

@@ -31,5 +31,4 @@ def cast_parameters(program: Program) -> Program:
         with computed.fake_mode:
             node.meta["val"] = torch.empty_strided(computed.shape, computed.stride(), dtype=stored, device=computed.device)
         source.value = node.meta["val"]
-    program.module.recompile()
     return program

@@ -34,7 +34,6 @@ def simplify(program: Program) -> Program:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
     graph.eliminate_dead_code(lambda node: node.is_impure() and not compat.is_random(node.target))
-    program.module.recompile()
     return program
 
 

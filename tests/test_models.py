@@ -15,7 +15,7 @@ def check(name, plan, train=True):
     assert_equivalent(model.train(train), Plan.parse(plan), inputs)
 
 
-@pytest.mark.parametrize("plan", ["dp=2,tp=2"])
+@pytest.mark.parametrize("plan", ["dp=2,tp=2", "tp=4,sequence_parallel=false"])
 @pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.HELD_OUT])
 def test_model(name, plan):
     check(name, plan)

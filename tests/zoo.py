@@ -236,8 +236,8 @@ class NanoGPT(nn.Module):
     def __init__(self, vocab: int = VOCAB, width: int = 32, heads: int = 4, layers: int = 2,
                  dropout: float = 0.1):
         super().__init__()
-        self.wte, self.wpe, self.drop = nn.Embedding(vocab, width), nn.Embedding(64, width),
-        nn.Dropout(dropout)
+        self.wte, self.wpe = nn.Embedding(vocab, width), nn.Embedding(64, width)
+        self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocab, bias=False)
         self.wte.weight = self.lm_head.weight

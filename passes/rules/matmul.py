@@ -98,7 +98,17 @@ def grouped_product(op: Op) -> Spec:
     spec.sums -= set(op.dim(weights, 0))
     spec.operands += [Operand(n, op.dims(n)) for n in rest]
     spec.whole |= {f for n in rest for d in op.dims(n) for f in d}
+    spec.emit = _emit_grouped
     return spec
+
+
+def _emit_grouped(local):
+    """The kernels want rows of 16 bytes: what a gather left transposed is copied, and so is such a cotangent."""
+    x, weights, *rest = (local.call(aten.contiguous.default, a) if isinstance(a, fx.Node) and a.meta.get("resharded")
+                         else a for a in local.args)
+    made = local.call(local.op.target, x, weights, *rest, **local.kwargs)
+    flat = local.call(aten.reshape.default, made, [-1])  # its backward makes the cotangent contiguous
+    return local.call(aten.reshape.default, flat, local.shape(local.spec.outs[0]))
 
 
 RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
