@@ -38,15 +38,16 @@ lint: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch comes first and alone, so that nothing that follows chooses another build of it. timm and torchvision come
-# without dependencies for the same reason; where torchvision's compiled operators do not load (a CPU build of
-# torch), the tests register stand-ins for them.
+# torch comes first and alone, so that nothing that follows chooses another build of it; timm comes without dependencies
+# for the same reason. torchvision, which timm imports, has no build for a CPU torch: it lies in a folder of its own, where
+# transformers does not find it, and the one test that needs it registers stand-ins for its compiled operators.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("fxpar needs Python 3.11 or newer; $(PYTHON) is %d.%d: make PYTHON=python3.12" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_TORCH) torch
 	$(PIP) setuptools sympy rich safetensors transformers pytest pytest-xdist hypothesis ruff mypy
 	$(PIP) huggingface_hub PyYAML pillow
-	$(PIP) --no-deps timm torchvision
+	$(PIP) --no-deps timm
+	$(PIP) --no-deps --upgrade --target $(VENV)/vision torchvision
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
