@@ -36,7 +36,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
     Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`; on all ranks alike.
     """
-    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    plan = Plan.of(plan)
     _check_model(model)
     if backend not in BACKENDS:
         raise PlanError("backend", backend, f"must be one of {', '.join(BACKENDS)}", "auto")

@@ -94,10 +94,3 @@ def graph_pass(function: Callable[[fx.Graph], None], *files: str) -> Any:
             return get_hash_for_files(files)
 
     return Pass()
-
-
-def priority_options() -> Any:
-    """NCCL options for a communicator on a high-priority stream."""
-    options = torch.distributed.ProcessGroupNCCL.Options()
-    options.is_high_priority_stream = True
-    return options

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxpar import mesh as meshes
-from fxpar.errors import PlanError
+from fxpar.errors import CaptureError, PlanError
 from fxpar.inputs import Call, default_example, example_call, globalize, leaves
 from fxpar.passes.axes import refine_axes
 from fxpar.passes.capture import capture
@@ -26,7 +27,7 @@ from fxpar.passes.place import place
 from fxpar.passes.precision import cast_parameters
 from fxpar.passes.simplify import simplify
 from fxpar.plan import Plan
-from fxpar.program import Program
+from fxpar.program import Program, user_line
 
 Pass = Callable[[Program], Program]
 Observer = Callable[[str, Program], None]
@@ -58,7 +59,7 @@ def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = No
     where the parameters are; the CPU for a meta model). `observe(name, program)` is called after capture and after
     every pass. ``program.timings`` has the seconds of each.
     """
-    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    plan = Plan.of(plan)
     plan.require_supported()
     call = default_example(model) if example_inputs is None else example_call(model, example_inputs)
     if device is None:
@@ -99,10 +100,20 @@ def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
 def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, observe: Observer | None) -> Program:
     start = time.perf_counter()
     program = capture(model, plan, meshes.from_plan(plan), *call, device)
+    _require_shapes(program)
     program.timings["capture"] = time.perf_counter() - start
     if observe is not None:
         observe("capture", program)
     return program
+
+
+def _require_shapes(program: Program) -> None:
+    for node in program.graph.nodes:
+        values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+        if any(not isinstance(n, int) for v in values for n in v.shape):
+            raise CaptureError("an operator whose output shape depends on values (nonzero, boolean indexing)",
+                               user_line(node) or None, "use torch.where, a product with the mask, or topk, whose shapes "
+                               "are fixed")
 
 
 def _run(program: Program, steps: list[tuple[str, Pass]], observe: Observer | None) -> Program:

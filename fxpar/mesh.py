@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fxpar import compat
 from fxpar.plan import Plan
 
 Axes = tuple[str, ...]
@@ -108,13 +107,13 @@ class BoundMesh:
         return tuple(a for a in self.mesh.names if a in axes)
 
     def group(self, axes: Axes) -> torch.distributed.ProcessGroup:
-        """The group of this rank over `axes`. On GPUs its stream goes before others, so that a transfer that could
-        start is not kept waiting by a kernel that fills the device."""
+        """The group of this rank over `axes`."""
         axes = self.ordered(axes)
         if axes not in self._groups:
-            options = compat.priority_options() if self.device_mesh.device_type == "cuda" else None
-            mine, _ = torch.distributed.new_subgroups_by_enumeration(self.mesh.groups(axes), pg_options=options)
-            self._groups[axes] = mine
+            if len(axes) == 1:
+                self._groups[axes] = self.device_mesh.get_group(axes[0])
+            else:
+                self._groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(self.mesh.groups(axes))
         return self._groups[axes]
 
     def index(self, axes: Axes) -> int:

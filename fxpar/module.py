@@ -221,14 +221,24 @@ class ParallelModule(nn.Module):
                 if id(p) not in made:
                     name = f"{module_name}.{key}" if module_name else key
                     tiles = self._tilings.setdefault(program.tied.get(name, name), tuple(() for _ in p.shape))
-                    made[id(p)] = storage.parameter(p, tiles, self._bound, self.device)
+                    made[id(p)] = storage.parameter(self._of_rank_0(p), tiles, self._bound, self.device)
                 module._parameters[key] = made[id(p)]
             for key, b in module._buffers.items():
-                if b is not None and not b.is_meta and b.device != self.device:
-                    module._buffers[key] = b.to(self.device)
+                if b is not None and not b.is_meta:
+                    module._buffers[key] = self._of_rank_0(b)
             for table in (module._parameters, module._buffers):
                 for key in table:
                     self._slots[f"{module_name}.{key}" if module_name else key] = (table, key)
+
+    def _of_rank_0(self, t: Tensor) -> Tensor:
+        """The same initial value on every rank, as DDP has it: ranks may have built the model from different seeds."""
+        if t.is_meta:
+            return t
+        if t.device != self.device or not t.is_contiguous():
+            t = t.detach().to(self.device).contiguous().requires_grad_(t.requires_grad)
+        if torch.distributed.get_world_size() > 1 and t.numel():
+            torch.distributed.broadcast(t.detach().reshape(-1).view(torch.uint8), 0)  # gloo knows no bool
+        return t
 
     def _feed(self, program: Program, named: dict[str, Any], extra: list[Source]) -> list[Any]:
         names = [s.name for s in program.sources if s.kind == "param"]
@@ -286,10 +296,15 @@ class ParallelModule(nn.Module):
         return compiled.deferred
 
     def _update_buffers(self, program: Program, outs: Any) -> None:
+        """Buffers are kept whole on every rank, wherever their new values were computed."""
         with torch.no_grad():
-            for sink, out in zip(program.tensor_sinks(), outs, strict=True):
-                if sink.kind == "buffer":
-                    self._state(sink.name).copy_(out)
+            for sink, out, node in zip(program.tensor_sinks(), outs, program.outputs(), strict=True):
+                if sink.kind != "buffer":
+                    continue
+                tiles = node.meta["tiling"]
+                if any(p.axes for dim in tiles for p in dim):
+                    out = storage.wrap(out.detach(), node.meta["global"].shape, tiles, self._bound).full_tensor()
+                self._state(sink.name).copy_(out)
 
     def _outputs(self, program: Program, outs: Any) -> Any:
         flat: list[Any] = []

@@ -133,6 +133,15 @@ class Plan:
         return f"Plan.parse({str(self)!r})"
 
     @classmethod
+    def of(cls, plan: Plan | str) -> Plan:
+        """A plan, or the plan that a text describes. Raises PlanError for anything else."""
+        if isinstance(plan, str):
+            return cls.parse(plan)
+        if not isinstance(plan, cls):
+            raise PlanError("plan", plan, 'must be a fxpar.Plan or its text ("dp=2,tp=2")', "fxpar.Plan()")
+        return plan
+
+    @classmethod
     def parse(cls, text: str) -> Plan:
         """The plan written as `field=value`, separated by commas: "dp=2,tp=2,zero=3".
 

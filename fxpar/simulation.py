@@ -57,7 +57,8 @@ def scalar_of(outputs: Any) -> Tensor:
 class Simulation:
     """A model under a plan, all ranks in this process. Made by `fxpar.simulate`."""
 
-    def __init__(self, model: nn.Module, plan: Plan, example: Any, observe: Observer | None = None):
+    def __init__(self, model: nn.Module, plan: Plan | str, example: Any, observe: Observer | None = None):
+        plan = Plan.of(plan)
         plan.require_supported()
         self.model, self.plan, self.observe = model, plan, observe
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -160,7 +161,7 @@ def _unflatten(program: Program, tensors: list[Any]) -> Any:
     return pytree.tree_unflatten(flat, program.out_spec)
 
 
-def simulate(model: nn.Module, plan: Plan, example_inputs: Any) -> Simulation:
+def simulate(model: nn.Module, plan: Plan | str, example_inputs: Any) -> Simulation:
     """Every rank of `plan` in this process. `example_inputs`: the global batch, a dict of keyword arguments or a tuple.
 
     The simulation's ``step(**global_batch)`` gives the loss, the outputs and the full gradients, by the same local

@@ -39,5 +39,5 @@ def wrap(local: Tensor, shape: torch.Size, tiles: Tiling, mesh: BoundMesh) -> DT
                               shape=torch.Size(shape), stride=tuple(stride))
 
 
-def parameter(full: nn.Parameter, tiles: Tiling, mesh: BoundMesh, device: torch.device) -> nn.Parameter:
+def parameter(full: Tensor, tiles: Tiling, mesh: BoundMesh, device: torch.device) -> nn.Parameter:
     return nn.Parameter(distribute(full, tiles, mesh, device), requires_grad=full.requires_grad)

@@ -34,7 +34,7 @@ class Reference:
     buffers: dict[str, Tensor]
 
 
-def assert_equivalent(model: nn.Module, plan: Plan, example_inputs: Any, *, loss_tolerance: float = LOSS_TOLERANCE,
+def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any, *, loss_tolerance: float = LOSS_TOLERANCE,
                       gradient_tolerance: float = GRADIENT_TOLERANCE, seed: int = 0) -> None:
     """Check that `model` under `plan` computes what `model` computes.
 

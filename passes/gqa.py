@@ -18,7 +18,8 @@ _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
 def fold_repeat_kv(program: Program) -> Program:
     """Let attention repeat the key and value heads, instead of the graph; in place.
 
-    Takes: attention without a mask (with one, most kernels cannot repeat heads), on 4 dims.
+    Takes: attention without a mask (with one, most kernels cannot repeat heads), on 4 dims; on a GPU in half precision (the
+    kernel for fp32 there cannot repeat heads, and PyTorch would fall back to one that makes all scores).
     Afterwards: where each key head and each value head is repeated the same number of times in a row, by
     `repeat_interleave` or by unsqueeze, expand and reshape, it reads the heads that there are, and has
     ``enable_gqa=True``, which means the same repetition.
@@ -29,6 +30,8 @@ def fold_repeat_kv(program: Program) -> Program:
         if (len(node.args) > 3 and node.args[3] is not None) or node.kwargs.get("attn_mask") is not None:
             continue
         query, key, value = (n for n in node.args[:3] if isinstance(n, fx.Node))
+        if value_of(query).device.type == "cuda" and value_of(query).dtype not in (torch.float16, torch.bfloat16):
+            continue
         of_key, of_value = _unrepeated(key), _unrepeated(value)
         if of_key is None or of_value is None or value_of(query).dim() != 4:
             continue

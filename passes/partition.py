@@ -109,10 +109,12 @@ class Local:
         self.skip_deferred = bool(self.placement.pending) and any(o.deferred for o in self.spec.operands)
         self._operands = {o.node: self._bring(o, self.at) for o in self.spec.operands
                           if not (o.deferred and self.skip_deferred)}
+        if self.spec.contiguous:
+            self._operands = {n: self.call(aten.contiguous.default, x) for n, x in self._operands.items()}
         self.args, self.kwargs = self._map(node.args), self._map(dict(node.kwargs))
 
     def _map(self, tree: Any) -> Any:
-        skipped = {o.node for o in self.spec.operands if o.deferred} if self.skip_deferred else set()
+        skipped = {o.node for o in self.spec.operands if o.deferred and o.node not in self._operands}
         return fx.map_arg(tree, lambda n: None if n in skipped else self._operands.get(n, self.owner.local[n]))
 
     def _bring(self, operand: Operand, at: Layout) -> fx.Node:

@@ -180,6 +180,8 @@ class _Walk:
                 wanting = [f for f in order if f.role == pref.role]
                 wanting.sort(key=lambda f: (axis, f) not in held)
                 self._take(at, axis, wanting)
+                if pref.beside and axis not in at:
+                    self._note_indivisible(wanting, pref, axis)
         for axis in self.mesh.names:
             self._take(at, axis, [f for f in order if (axis, f) in held])
         return at
@@ -192,6 +194,12 @@ class _Walk:
                 at[axis] = leaf
                 return
 
+    def _note_indivisible(self, wanting: list[Factor], pref: Preference, axis: str) -> None:
+        n = self.mesh.size(axis)
+        for leaf in wanting:
+            if n > 1 and leaf.size % n:
+                self.program.note(f"{pref.role} {leaf.size} does not divide by {axis}={n}: left whole")
+
     def _outcome(self, spec: Spec, at: Layout) -> Placement:
         sums = {f for s in spec.sums for f in s.leaves()}
         maxes = {f for s in spec.maxes for f in s.leaves()}
@@ -199,7 +207,7 @@ class _Walk:
         layouts = [restrict(at, dims) for dims in spec.outs]
         placement = Placement(at, layouts, pending)
         if len(spec.outs) == 1:
-            flat = [f for d in spec.outs[0] for f in leaves(d)]
+            flat = scatterable(spec)
             for axis in [a for a in self.mesh.names if pending.get(a) == "sum"]:
                 leaf = self._target(flat, layouts[0], axis)
                 if leaf is not None:
@@ -224,6 +232,15 @@ def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
         if f is leaf:
             ranks *= mesh.size(other)
     return leaf.size > 0 and leaf.size % ranks == 0
+
+
+def scatterable(spec: Spec) -> list[Factor]:
+    """The output's factors that a pending sum may be scattered onto: all, or those that what is added later shares."""
+    flat = [f for d in spec.outs[0] for f in leaves(d)]
+    if any(o.deferred for o in spec.operands):
+        whole = {f for s in spec.whole for f in s.leaves()}
+        return [f for f in flat if f not in whole]
+    return flat
 
 
 def appends(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:

@@ -1,5 +1,6 @@
 """Test runs are reproducible: hypothesis derives its examples from the test alone."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -19,3 +20,11 @@ settings.register_profile(
 )  # for a first look at many failures
 settings.load_profile("fxpar")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group():
+    """`parallelize` makes a process group of one where there is none; no test leaves one to the next."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -22,7 +22,7 @@ from fxpar.passes.factors import Dims, Factor, Factors, leaves
 from fxpar.passes.infer import infer
 from fxpar.passes.layout import Layout, restrict, take
 from fxpar.passes.partition import partition
-from fxpar.passes.place import Placement, _candidates, appends, fits
+from fxpar.passes.place import Placement, _candidates, appends, fits, scatterable
 from fxpar.passes.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
@@ -252,8 +252,7 @@ def _placement(spec: Spec, r: Random, mesh: Mesh) -> Placement:
     placement = Placement(at, [restrict(at, dims) for dims in spec.outs], pending)
     if len(spec.outs) == 1:
         for axis in [a for a in mesh.names if pending.get(a) == "sum"]:
-            flat = [f for d in spec.outs[0] for f in leaves(d)]
-            able = [f for f in flat if appends(placement.layouts[0], f, axis, mesh)]
+            able = [f for f in scatterable(spec) if appends(placement.layouts[0], f, axis, mesh)]
             if able and r.random() < 0.5:
                 placement.layouts[0][axis] = placement.scatter[axis] = r.choice(able)
     return placement

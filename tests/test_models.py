@@ -2,6 +2,7 @@
 
 import pytest
 
+from fxpar.errors import CaptureError, UnsupportedOperator
 from fxpar.plan import Plan
 from fxpar.testing import assert_equivalent
 from tests import zoo
@@ -27,3 +28,18 @@ def test_model(name, plan):
 @pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.HELD_OUT])
 def test_every_model_plan_and_mode(name, plan, train):
     check(name, plan, train)
+
+
+def test_layer_dropping_that_is_on_is_refused():
+    model, inputs = zoo.build("whisper")
+    model.model.encoder.layerdrop = 0.5
+    with pytest.raises(CaptureError, match=r"control flow that depends on the values.*modeling_whisper"):
+        assert_equivalent(model, Plan(tp=2), inputs)
+
+
+def test_dropout_inside_a_recurrent_operator_is_refused():
+    model, inputs = zoo.build("lstm")
+    model.cell.dropout = 0.5
+    with pytest.raises(UnsupportedOperator, match=r"aten.lstm.*one-layer modules"):
+        assert_equivalent(model, Plan(tp=2), inputs)
+    assert_equivalent(model.eval(), Plan(tp=2), inputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ BATCH, SEQ, VOCAB = 4, 8, 96
 
 
 def _stand_ins() -> torch.library.Library | None:
-    """Where torchvision's compiled operators do not load, let it be imported (transformers and timm do)."""
+    """Where torchvision's compiled operators do not load, let it be imported (timm does). It may lie in the environment's
+    folder "vision", apart from the rest."""
+    sys.path.append(str(Path(sys.prefix) / "vision"))
     try:
         import torchvision  # noqa: F401
     except ImportError:

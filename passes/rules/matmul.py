@@ -225,10 +225,9 @@ def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
 
 
 def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:
-    """An explicit mask broadcasts to [b, h, q, k]."""
-    q, k = spec.operands[0].dims, spec.operands[1].dims
-    dims = op.dims(mask)
-    for have, want in zip(reversed(dims), (k[2], q[2], q[1], q[0]), strict=False):
+    """An explicit mask broadcasts to [..., q, k]."""
+    dims, keys, rows = op.dims(mask), spec.operands[1].dims[-2], spec.outs[0][:-1]
+    for have, want in zip(reversed(dims), (keys, *reversed(rows)), strict=False):
         if have and not op.factors.align(want, have):
             spec.whole.update(have, want)
     spec.operands.append(Operand(mask, dims))
@@ -238,6 +237,5 @@ def _attention_any_rank(op: Op, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Nod
     spec = einsum(op, "... q! d!, ... k! d!, ... k! e -> ... q e", [q, k, v])
     spec.sums.clear()
     if isinstance(mask, fx.Node):
-        spec.whole.update(f for d in op.dims(mask) for f in d)
-        spec.operands.append(Operand(mask, op.dims(mask)))
+        _mask_operand(op, spec, mask)
     return spec

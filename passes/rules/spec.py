@@ -48,7 +48,7 @@ class Spec:
     split, so that each rank's part is contiguous.
     sizes: arguments that spell sizes, and the dims they spell (rewritten to local sizes).
     emit: how to build the local program, where calling the same operator on local operands is not it.
-    unknown: the operator has no rule; it runs whole.
+    contiguous: its operands must be (what was gathered need not be). unknown: the operator has no rule; it runs whole.
     """
 
     operands: list[Operand]
@@ -60,6 +60,7 @@ class Spec:
     leading: list[Dim] = field(default_factory=list)
     sizes: dict[str, Dims] = field(default_factory=dict)
     emit: Callable[[Any], Any] | None = None
+    contiguous: bool = False
     unknown: bool = False
 
 
@@ -217,4 +218,4 @@ def unknown(op: Op) -> Spec:
     operands = op.operands()
     outs = [op.factors.fresh(v.shape) for v in op.outs()]
     whole = {f for o in operands for d in o.dims for f in d} | {f for o in outs for d in o for f in d}
-    return Spec(operands, outs, whole=whole, unknown=True)
+    return Spec(operands, outs, whole=whole, contiguous=True, unknown=True)

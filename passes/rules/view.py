@@ -78,7 +78,7 @@ def reinterpret(op: Op) -> Spec:
     if list(op.out.shape) == op.shape(x):
         return _plain(op, own)
     last = op.factors.new(int(op.out.shape[-1]))
-    return Spec(op.operands(), [(*own[:-1], last)], whole={*own[-1], *last})
+    return Spec(op.operands(), [(*own[:-1], last)], whole={*own[-1], *last}, contiguous=True)
 
 
 @rule(aten.view_as.default, aten.reshape_as.default)

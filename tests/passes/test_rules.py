@@ -91,7 +91,7 @@ def test_rule(target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", CASES, ids=name)
 def test_rule_slow(target):
-    @settings(max_examples=100)
+    @settings(max_examples=600)
     @given(RANDOM)
     def holds(r):
         run(r, target)

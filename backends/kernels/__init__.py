@@ -1,1 +1,0 @@
-"""Triton kernels, for what Inductor cannot fuse; imported as ``fxpar.backends.kernels``."""
