@@ -33,12 +33,13 @@ def bucket_reductions(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
 def _leaves(node: fx.Node) -> bool:
     """Whether the result is waited for and returned, and nothing else."""
     waits = list(node.users)
-    return len(waits) == 1 and waits[0].target is c10d.wait_tensor.default and all(
-        _only_output(u) for u in waits[0].users)
+    return (
+        len(waits) == 1 and waits[0].target is c10d.wait_tensor.default and all(_only_output(u) for u in waits[0].users)
+    )
 
 
 def _only_output(node: fx.Node) -> bool:
-    return node.op == "output" or len(node.all_input_nodes) == 1 and all(_only_output(u) for u in node.users)
+    return node.op == "output" or (len(node.all_input_nodes) == 1 and all(_only_output(u) for u in node.users))
 
 
 def _bytes(node: fx.Node) -> int:

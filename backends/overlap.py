@@ -26,7 +26,7 @@ def overlap_communication(graph: fx.Graph) -> None:
     """
     late: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.target is WAIT or _rearranges(node) and set(node.all_input_nodes) & late:
+        if node.target is WAIT or (_rearranges(node) and set(node.all_input_nodes) & late):
             late.add(node)
     placed: dict[fx.Node, None] = {}
     for node in graph.nodes:
@@ -42,7 +42,19 @@ def overlap_communication(graph: fx.Graph) -> None:
     graph.lint()
 
 
-VIEWS = ("view", "permute", "reshape", "squeeze", "unsqueeze", "slice", "select", "t", "transpose", "as_strided", "alias")
+VIEWS = (
+    "view",
+    "permute",
+    "reshape",
+    "squeeze",
+    "unsqueeze",
+    "slice",
+    "select",
+    "t",
+    "transpose",
+    "as_strided",
+    "alias",
+)
 
 
 def _rearranges(node: fx.Node) -> bool:

@@ -43,7 +43,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     plan.require_supported()
     device = _join()
     plan.check_world(dist.get_world_size())
-    example = calls.default_example(model) if example_inputs is None else calls.example_call(model, example_inputs)
+    example = calls.example_call(model, example_inputs)
     chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
     lower = {"eager": eager.lower, "inductor": inductor.lower}[chosen]
     dumper = Dumper(dump_dir) if dump_dir is not None and dist.get_rank() == 0 else None

@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{plan}   world size {plan.world_size}")
             plan.require_supported()
             return 0
-        model, example = load_model(args.model, meta=args.command == "inspect", batch=args.batch, seq=args.seq)
+        model, example = load_model(args.model, meta=args.command == "inspect", batch=args.batch or 2 * plan.dp,
+                                    seq=args.seq)
         if args.command == "inspect":
             print(inspect(model, plan, example))
         else:
@@ -65,23 +66,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_model(spec: str, *, meta: bool, batch: int | None = None, seq: int = 128) -> tuple[nn.Module, Any]:
-    """The model that `spec` names, and example inputs (None if unknown). meta: build it without weights."""
+def load_model(spec: str, *, meta: bool, batch: int = 8, seq: int = 128) -> tuple[nn.Module, Any]:
+    """The model that `spec` names, and example inputs (None if unknown). meta: build it without weights.
+
+    Raises: `FxparError` if there is no such thing.
+    """
     path = Path(spec)
     if path.is_dir():
-        config = json.loads((path / "config.json").read_text())
+        config = _config(path / "config.json")
         return _hugging_face((config.get("architectures") or ["AutoModel"])[0], config, meta, batch, seq)
     head, _, tail = spec.partition(":")
     if tail.endswith(".json"):
-        return _hugging_face(head, json.loads(Path(tail).read_text()), meta, batch, seq)
+        return _hugging_face(head, _config(Path(tail)), meta, batch, seq)
     if not tail:
         raise FxparError(f"MODEL {spec!r}: must be module:callable, Class:config.json, or a directory with a config.json")
     sys.path.insert(0, "")
-    made = getattr(importlib.import_module(head), tail)()
-    return made if isinstance(made, tuple) else (made, None)
+    try:
+        build = getattr(importlib.import_module(head), tail)
+    except (ImportError, AttributeError) as error:
+        raise FxparError(f"MODEL {spec!r}: {error}") from error
+    made = build() if callable(build) else build
+    model, example = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise FxparError(f"MODEL {spec!r}: is no torch.nn.Module and no function that returns one, but a {type(model).__name__}")
+    return model, example
 
 
-def _hugging_face(name: str, config: dict[str, Any], meta: bool, batch: int | None, seq: int) -> tuple[nn.Module, Any]:
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FxparError(f"no configuration in {path}: {error}") from error
+
+
+def _hugging_face(name: str, config: dict[str, Any], meta: bool, batch: int, seq: int) -> tuple[nn.Module, Any]:
     import transformers
 
     cls = getattr(transformers, name, None)
@@ -91,7 +109,7 @@ def _hugging_face(name: str, config: dict[str, Any], meta: bool, batch: int | No
     torch.manual_seed(0)
     with torch.device("meta" if meta else "cpu"):
         model = cls(made)
-    return model, _example(model, made, batch or 8, seq)
+    return model, _example(model, made, batch, seq)
 
 
 def _example(model: nn.Module, config: Any, batch: int, seq: int) -> Any:

@@ -14,8 +14,18 @@ from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["FakeTensor", "FakeTensorMode", "compile_graph", "detect_fake_mode", "fake_like",
-           "is_pointwise", "is_random", "mutates", "no_grad_region", "autocast_region"]
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "autocast_region",
+    "compile_graph",
+    "detect_fake_mode",
+    "fake_like",
+    "is_pointwise",
+    "is_random",
+    "mutates",
+    "no_grad_region",
+]
 
 
 def fake_like(mode: FakeTensorMode, t: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None,

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxpar import mesh as meshes
 from fxpar.errors import CaptureError, PlanError
-from fxpar.inputs import Call, default_example, example_call, globalize, leaves
+from fxpar.inputs import Call, example_call, globalize, leaves
 from fxpar.passes.axes import refine_axes
 from fxpar.passes.capture import capture
 from fxpar.passes.dropout import counter_dropout
@@ -61,7 +61,7 @@ def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = No
     """
     plan = Plan.of(plan)
     plan.require_supported()
-    call = default_example(model) if example_inputs is None else example_call(model, example_inputs)
+    call = example_call(model, example_inputs)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         device = torch.device("cpu") if device.type == "meta" else device

@@ -33,13 +33,10 @@ class Dumper:
 def readable(program: Program, stage: str = "partition") -> str:
     """The program as a Python module: `forward` on flat inputs, and a main that runs it on made-up ones."""
     local = any("tiling" in n.meta for n in program.placeholders())
-    functions = sorted({n.target for n in program.graph.nodes if n.op == "call_function" and callable(n.target)
-                        and not isinstance(n.target, torch._ops.OpOverload) and n.target.__module__.startswith("fxpar")},
-                       key=lambda f: f.__name__)
+    modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})
     lines = [f'"""After pass {stage!r}. Plan {program.plan}; mesh {program.mesh}; '
-             f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch", "from torch import device",
-             "", "inf, nan = float('inf'), float('nan')"]
-    lines += [f"from {f.__module__} import {f.__name__}" for f in functions]
+             f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch", *(f"import {m}" for m in modules),
+             "from torch import device", "", "inf, nan = float('inf'), float('nan')"]
     lines += ["", "", "def forward("]
     for node, source in zip(program.placeholders(), program.sources, strict=True):
         lines.append(f"    {node.name},{_comment(node, f'{source.kind} {source.name}')}")
@@ -71,8 +68,18 @@ def _expression(node: fx.Node) -> str:
         return f"{args[0]}[{args[1]}]"
     if node.target in _BINARY:
         return f"{args[0]} {_BINARY[node.target]} {args[1]}"
-    name = f"torch.ops.{node.target}" if isinstance(node.target, torch._ops.OpOverload) else node.target.__name__  # type: ignore[union-attr]
-    return f"{name}({', '.join([*args, *(f'{k}={_text(v)}' for k, v in node.kwargs.items())])})"
+    return f"{_callee(node.target)}({', '.join([*args, *(f'{k}={_text(v)}' for k, v in node.kwargs.items())])})"
+
+
+def _ours(target: Any) -> bool:
+    return getattr(target, "__module__", "").startswith("fxpar")
+
+
+def _callee(target: Any) -> str:
+    """Written in full, because values are named after the functions that made them."""
+    if isinstance(target, torch._ops.OpOverload):
+        return f"torch.ops.{target}"
+    return f"{target.__module__}.{target.__name__}" if _ours(target) else target.__name__
 
 
 def _text(value: Any) -> str:

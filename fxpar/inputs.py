@@ -41,7 +41,9 @@ def canonical(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
 
 
 def example_call(model: nn.Module, example: Any) -> Call:
-    """The canonical call of `example_inputs` (a dict, a tuple, or one tensor)."""
+    """The canonical call of `example_inputs` (a dict, a tuple, one tensor; None: what the model says it takes)."""
+    if example is None:
+        return default_example(model)
     if isinstance(example, Mapping):
         return canonical(model, (), example)
     return canonical(model, tuple(example) if isinstance(example, tuple | list) else (example,), {})

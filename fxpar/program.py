@@ -8,6 +8,7 @@ is to the user's model, so that no pass has to parse names.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -100,15 +101,16 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
 def user_line(node: fx.Node) -> str:
-    """``file:line  code`` of the user's model that made this value, or "" where it is not known."""
+    """``file:line  code`` of the user's model (not of torch's modules) that made this value, "" where it is not known."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    file, line, _, code = frames[-1]
+    file, line, _, code = ([f for f in frames if not f[0].startswith(_TORCH)] or frames)[-1]
     return f"{file}:{line}  {code.strip()}"
 
 

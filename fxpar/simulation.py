@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxpar.backends import simulate as backend
 from fxpar.compiler import Observer, compile_program
-from fxpar.errors import FxparError
+from fxpar.errors import EquivalenceError, FxparError
 from fxpar.inputs import Call, canonical, example_call, leaves, signature
 from fxpar.passes.layout import put, take
 from fxpar.plan import Plan
@@ -150,7 +150,7 @@ def _check_replicas(name: str, parts: Iterable[Tensor], total: Tensor, node, pro
         mine = take(total, node.meta["tiling"], program.mesh, rank)
         worst = (mine - part).abs().max().item() if part.numel() else 0.0
         if not worst <= 1e-4 * scale:
-            raise FxparError(f"ranks disagree about the gradient of {name} (rank {rank}: off by {worst:.3g} of {scale:.3g}); "
+            raise EquivalenceError(f"ranks disagree about the gradient of {name} (rank {rank}: off by {worst:.3g} of {scale:.3g}); "
                              "this is a bug in fxpar: please report the model and the plan")
 
 
@@ -161,7 +161,7 @@ def _unflatten(program: Program, tensors: list[Any]) -> Any:
     return pytree.tree_unflatten(flat, program.out_spec)
 
 
-def simulate(model: nn.Module, plan: Plan | str, example_inputs: Any) -> Simulation:
+def simulate(model: nn.Module, plan: Plan | str, example_inputs: Any = None) -> Simulation:
     """Every rank of `plan` in this process. `example_inputs`: the global batch, a dict of keyword arguments or a tuple.
 
     The simulation's ``step(**global_batch)`` gives the loss, the outputs and the full gradients, by the same local

@@ -34,7 +34,7 @@ class Reference:
     buffers: dict[str, Tensor]
 
 
-def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any, *, loss_tolerance: float = LOSS_TOLERANCE,
+def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, loss_tolerance: float = LOSS_TOLERANCE,
                       gradient_tolerance: float = GRADIENT_TOLERANCE, seed: int = 0) -> None:
     """Check that `model` under `plan` computes what `model` computes.
 
@@ -175,8 +175,8 @@ def _explain(problem: str, model, simulation, stages, call, reference, seed, los
             return
         want = expected[made]
         have = put([v.detach() for v in values], node.meta["tiling"], want.shape, mesh)
-        if want.is_floating_point() and not _relative(have, want) <= 1e-5 or not want.is_floating_point() and not torch.equal(
-                have, want):
+        if (want.is_floating_point() and not _relative(have, want) <= 1e-5) or (not want.is_floating_point() and not torch.equal(
+                have, want)):
             found.append(f"first value that differs: {made} {node.meta['shows']} ({user_line(node)})")
 
     simulation.watch = watch

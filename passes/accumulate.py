@@ -49,7 +49,9 @@ def _from_parameter(node: fx.Node, params: dict[fx.Node, Source], axes: Axes) ->
     return chain
 
 
-def _rebuild(graph: fx.Graph, vary: fx.Node, chain: list[fx.Node], again: dict[fx.Node, fx.Node], axes: Axes) -> fx.Node:
+def _rebuild(
+    graph: fx.Graph, vary: fx.Node, chain: list[fx.Node], again: dict[fx.Node, fx.Node], axes: Axes
+) -> fx.Node:
     value = again[chain[0]]
     for link in chain[1:-1]:
         value = graph.node_copy(link, lambda _, v=value: v)

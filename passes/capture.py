@@ -30,8 +30,9 @@ from fxpar.program import Program, Sink, Source
 aten = torch.ops.aten
 
 
-def capture(model: nn.Module, plan: Plan, mesh: Mesh, args: tuple, kwargs: dict[str, Any],
-            device: torch.device) -> Program:
+def capture(
+    model: nn.Module, plan: Plan, mesh: Mesh, args: tuple, kwargs: dict[str, Any], device: torch.device
+) -> Program:
     """Trace `model(*args, **kwargs)` on the *global* batch.
 
     Takes: inputs whose shapes and dtypes are those of one device running everything (real, fake or
@@ -43,9 +44,7 @@ def capture(model: nn.Module, plan: Plan, mesh: Mesh, args: tuple, kwargs: dict[
     Raises: `CaptureError` naming the line of the user's model that cannot be traced.
     """
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
-    fake_args, fake_kwargs = pytree.tree_map_only(
-        torch.Tensor, lambda t: _fake_input(mode, t, device), (args, kwargs)
-    )
+    fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _fake_input(mode, t, device), (args, kwargs))
     with _fake_parameters(model, mode, device, plan.param_dtype) as originals:
         exported, prefix = _export(model, fake_args, fake_kwargs)
         inline_regions(exported.graph_module)
@@ -67,8 +66,9 @@ def _copy(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> t
 
 
 @contextlib.contextmanager
-def _fake_parameters(model: nn.Module, mode: compat.FakeTensorMode, device: torch.device,
-                     dtype: torch.dtype | None) -> Iterator[dict[str, nn.Parameter]]:
+def _fake_parameters(
+    model: nn.Module, mode: compat.FakeTensorMode, device: torch.device, dtype: torch.dtype | None
+) -> Iterator[dict[str, nn.Parameter]]:
     """Swap every parameter (and buffers on meta) for a fake one, ties kept; yields name -> the original."""
     originals: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
     undo: list[tuple[dict, str, Any]] = []
@@ -89,8 +89,9 @@ def _fake_parameters(model: nn.Module, mode: compat.FakeTensorMode, device: torc
             table[key] = t
 
 
-def _fake_tensor_of(t: torch.Tensor, mode: compat.FakeTensorMode, device: torch.device,
-                    dtype: torch.dtype | None) -> torch.Tensor:
+def _fake_tensor_of(
+    t: torch.Tensor, mode: compat.FakeTensorMode, device: torch.device, dtype: torch.dtype | None
+) -> torch.Tensor:
     if not isinstance(t, nn.Parameter):
         return compat.fake_like(mode, t, device) if t.is_meta else t.to(device)
     cast = dtype if dtype is not None and t.is_floating_point() else None
@@ -147,11 +148,18 @@ _CAUSES = {
 
 def _capture_error(error: Exception) -> CaptureError:
     kind, text = type(error).__name__, str(error)
-    cause = next((c for k, c in _CAUSES.items() if k == kind or k in text), f"{kind}: {text.splitlines()[0] if text else ''}")
-    return CaptureError(cause, where=_user_frame(error), way_out=(
-        "Make the branch depend on Python values or shapes, use torch.where / torch.cond, or move this part "
-        "out of the model; for mixture-of-experts models of Hugging Face set "
-        'experts_implementation="grouped_mm". The original error is chained to this one.'))
+    cause = next(
+        (c for k, c in _CAUSES.items() if k == kind or k in text), f"{kind}: {text.splitlines()[0] if text else ''}"
+    )
+    return CaptureError(
+        cause,
+        where=_user_frame(error),
+        way_out=(
+            "Make the branch depend on Python values or shapes, use torch.where / torch.cond, or move this part "
+            "out of the model; for mixture-of-experts models of Hugging Face set "
+            'experts_implementation="grouped_mm". The original error is chained to this one.'
+        ),
+    )
 
 
 def _user_frame(error: BaseException) -> str:
@@ -167,8 +175,14 @@ def _user_frame(error: BaseException) -> str:
     return f"{mine[-1][0]}:{mine[-1][1]} in {mine[-1][2]}" if mine else where
 
 
-def _program(exported: torch.export.ExportedProgram, prefix: str, model: nn.Module,
-             originals: dict[str, nn.Parameter], plan: Plan, mesh: Mesh) -> Program:
+def _program(
+    exported: torch.export.ExportedProgram,
+    prefix: str,
+    model: nn.Module,
+    originals: dict[str, nn.Parameter],
+    plan: Plan,
+    mesh: Mesh,
+) -> Program:
     gm = exported.graph_module
     first_name: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -178,7 +192,9 @@ def _program(exported: torch.export.ExportedProgram, prefix: str, model: nn.Modu
     tied.update(_tied_buffers(model))
     sources = _sources(exported, prefix, originals, tied)
     _flatten_output(gm)
-    program = Program(gm, sources, _sinks(exported, prefix), exported.call_spec.out_spec, plan, mesh, model.training, tied=tied)
+    program = Program(
+        gm, sources, _sinks(exported, prefix), exported.call_spec.out_spec, plan, mesh, model.training, tied=tied
+    )
     _merge_tied(program)
     return program
 
@@ -188,8 +204,9 @@ def _tied_buffers(model: nn.Module) -> dict[str, str]:
     return {n: first[id(b)] for n, b in model.named_buffers(remove_duplicate=False) if first.setdefault(id(b), n) != n}
 
 
-def _sources(exported: torch.export.ExportedProgram, prefix: str, originals: dict[str, nn.Parameter],
-             tied: dict[str, str]) -> list[Source]:
+def _sources(
+    exported: torch.export.ExportedProgram, prefix: str, originals: dict[str, nn.Parameter], tied: dict[str, str]
+) -> list[Source]:
     out = []
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     specs = exported.graph_signature.input_specs
@@ -199,8 +216,9 @@ def _sources(exported: torch.export.ExportedProgram, prefix: str, originals: dic
         val, name = node.meta["val"], (spec.target or "").removeprefix(prefix)
         if spec.kind is InputKind.PARAMETER:
             p = originals[name]
-            out.append(Source("param", tied.get(name, name), val, p.requires_grad,
-                              p.dtype if p.dtype != val.dtype else None))
+            out.append(
+                Source("param", tied.get(name, name), val, p.requires_grad, p.dtype if p.dtype != val.dtype else None)
+            )
         elif spec.kind is InputKind.BUFFER:
             out.append(Source("buffer", tied.get(name, name), state.get(spec.target, val)))
         elif spec.kind is InputKind.CONSTANT_TENSOR:
@@ -209,8 +227,11 @@ def _sources(exported: torch.export.ExportedProgram, prefix: str, originals: dic
             grad = isinstance(val, torch.Tensor) and val.requires_grad
             out.append(Source("input", next(paths), val, grad))
         else:
-            raise CaptureError(f"an input of kind {spec.kind.name} ({spec.target})", where="",
-                               way_out="Pass plain tensors and Python values as inputs.")
+            raise CaptureError(
+                f"an input of kind {spec.kind.name} ({spec.target})",
+                where="",
+                way_out="Pass plain tensors and Python values as inputs.",
+            )
     return out
 
 
@@ -232,8 +253,11 @@ def _sinks(exported: torch.export.ExportedProgram, prefix: str) -> list[Sink]:
             sinks.append(Sink("output" if spec.arg.name else "literal", str(position), constant))
             position += 1
         else:
-            raise CaptureError(f"an output of kind {spec.kind.name} ({spec.target})", where="",
-                               way_out="A forward may update buffers, not its inputs.")
+            raise CaptureError(
+                f"an output of kind {spec.kind.name} ({spec.target})",
+                where="",
+                way_out="A forward may update buffers, not its inputs.",
+            )
     return sinks
 
 

@@ -35,8 +35,9 @@ def infer(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
             node.meta["needs_grad"], node.meta["is_param"] = source.requires_grad, source.kind == "param"
             if isinstance(node.meta["val"], torch.Tensor):
                 tiles = (pinned or {}).get(source.name) if source.kind == "param" else None
-                node.meta["dims"] = factors.beside(_pinned(factors, tiles) if tiles is not None
-                                                   else factors.fresh(node.meta["val"].shape))
+                node.meta["dims"] = factors.beside(
+                    _pinned(factors, tiles) if tiles is not None else factors.fresh(node.meta["val"].shape)
+                )
         elif node.op == "call_function":
             _infer_call(program, node, factors)
     assign_roles(program)
@@ -52,9 +53,14 @@ def _infer_call(program: Program, node: fx.Node, factors: Factors) -> None:
         _infer_getitem(node)
         return
     if compat.is_random(node.target) and find(node.target) is None:
-        raise UnsupportedOperator(str(node.target), where=user_line(node), way_out=(
-            "Its random numbers would depend on the plan. Use torch.nn.functional.dropout (drawn from a counter-based "
-            "generator), or make the random tensor outside the model and pass it as an input."))
+        raise UnsupportedOperator(
+            str(node.target),
+            where=user_line(node),
+            way_out=(
+                "Its random numbers would depend on the plan. Use torch.nn.functional.dropout (drawn from a counter-based "
+                "generator), or make the random tensor outside the model and pass it as an input."
+            ),
+        )
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor | tuple | list):
         return

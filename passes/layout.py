@@ -52,6 +52,7 @@ def restrict(layout: Layout, dims: Dims, without: Iterable[Factor] = ()) -> Layo
 
 def show(dims: Dims, layout: Layout, mesh: Mesh) -> str:
     """``[batch8/dp, seq16, heads4/tp d2 e8]``: dims in order, split factors with their axes."""
+
     def one(f: Factor) -> str:
         axes = [a for a in mesh.names if layout.get(a) is f]
         return (f"{f.role}{f.size}" if f.role else repr(f)) + "".join(f"/{a}" for a in axes)

@@ -62,8 +62,11 @@ def _cross_entropy(r: Rewriter, node: fx.Node) -> None:
     if smoothing:
         classes = x.meta["val"].shape[-1]
         even = _even(r, x, lse, a["weight"], classes)
-        loss = r.call(aten.add.Tensor, r.call(aten.mul.Tensor, loss, 1 - smoothing),
-                      r.call(aten.mul.Tensor, even, smoothing / classes))
+        loss = r.call(
+            aten.add.Tensor,
+            r.call(aten.mul.Tensor, loss, 1 - smoothing),
+            r.call(aten.mul.Tensor, even, smoothing / classes),
+        )
     _reduce_rows(r, loss, valid, weights, a["reduction"])
 
 
@@ -79,8 +82,9 @@ def _soft_cross_entropy(r: Rewriter, a: dict) -> None:
     x, target = _classes_last(r, a["self"]), _classes_last(r, a["target"])
     smoothing, weight = a["label_smoothing"], a["weight"]
     if smoothing:
-        target = r.call(aten.add.Tensor, r.call(aten.mul.Tensor, target, 1 - smoothing),
-                        smoothing / x.meta["val"].shape[-1])
+        target = r.call(
+            aten.add.Tensor, r.call(aten.mul.Tensor, target, 1 - smoothing), smoothing / x.meta["val"].shape[-1]
+        )
     if weight is not None:
         target = r.call(aten.mul.Tensor, target, weight)
     lse = r.call(aten.logsumexp.default, x, [-1])
@@ -149,8 +153,11 @@ def _elementwise(r: Rewriter, node: fx.Node) -> None:
     reduction = a["reduction"]
     a["reduction"] = NONE
     schema = node.target._schema.arguments  # type: ignore[union-attr]
-    each = r.call(node.target, *(a[s.name] for s in schema if not s.kwarg_only),
-                  **{s.name: a[s.name] for s in schema if s.kwarg_only})
+    each = r.call(
+        node.target,
+        *(a[s.name] for s in schema if not s.kwarg_only),
+        **{s.name: a[s.name] for s in schema if s.kwarg_only},
+    )
     r.replace(r.call(aten.mean.default if reduction == MEAN else aten.sum.default, each))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from fxpar.errors import PlanError
 from fxpar.program import Program, Sink
 

@@ -69,8 +69,12 @@ class _Partitioner:
         if isinstance(value, torch.Tensor) and "dims" in old.meta:
             dims = old.meta["dims"] if dims is None else dims
             layout = old.meta["layout"] if layout is None else layout
-            new.meta.update(tiling=tiling(dims, layout, self.mesh), shows=show(dims, layout, self.mesh),
-                            needs_grad=old.meta.get("needs_grad", False), dtype=value.dtype)
+            new.meta.update(
+                tiling=tiling(dims, layout, self.mesh),
+                shows=show(dims, layout, self.mesh),
+                needs_grad=old.meta.get("needs_grad", False),
+                dtype=value.dtype,
+            )
             new.meta["global"], new.meta["of"] = value, old.name
             new.meta.update({k: old.meta[k] for k in ("reduce_dtype", "batch_dim") if k in old.meta})
         return new
@@ -88,9 +92,16 @@ class _Partitioner:
         layout, dims = dict(node.meta.get("layout") or {}), node.meta.get("dims", ())
         want: dict[str, Factor | bool] = {}
         for axis in self.mesh.strategies.get("dp", ()):
-            batch = next((f for d in dims for f in leaves(d) if f.role == "batch"
-                          and fits({**layout, **want}, f, axis, self.mesh)), None)
-            if axis not in layout and batch is not None:
+            batch = next(
+                (
+                    f
+                    for d in dims
+                    for f in leaves(d)
+                    if f.role == "batch" and fits({**layout, **want}, f, axis, self.mesh)
+                ),
+                None,
+            )
+            if axis not in layout and batch is not None and self.mesh.size(axis) > 1:
                 want[axis] = batch
         new = self.reshard.to(self.local[node], dims, layout, {**layout, **want}, node)
         return self._describe(new, node, {**layout, **want}) if want or "tiling" not in new.meta else new
@@ -107,8 +118,9 @@ class Local:
         self.at = self.placement.at
         self.op = Op(node, None)  # type: ignore[arg-type]
         self.skip_deferred = bool(self.placement.pending) and any(o.deferred for o in self.spec.operands)
-        self._operands = {o.node: self._bring(o, self.at) for o in self.spec.operands
-                          if not (o.deferred and self.skip_deferred)}
+        self._operands = {
+            o.node: self._bring(o, self.at) for o in self.spec.operands if not (o.deferred and self.skip_deferred)
+        }
         if self.spec.contiguous:
             self._operands = {n: self.call(aten.contiguous.default, x) for n, x in self._operands.items()}
         self.args, self.kwargs = self._map(node.args), self._map(dict(node.kwargs))
@@ -142,8 +154,9 @@ class Local:
         layout = self.placement.layouts[0]
         done = {a: f for a, f in layout.items() if a not in self.placement.scatter}
         for kind in ("sum", "max"):
-            axes = tuple(a for a in self.mesh.names
-                         if self.placement.pending.get(a) == kind and a not in self.placement.scatter)
+            axes = tuple(
+                a for a in self.mesh.names if self.placement.pending.get(a) == kind and a not in self.placement.scatter
+            )
             if axes:
                 value = self.reduce(value, axes, kind)
         for axis in self.mesh.names:

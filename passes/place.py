@@ -121,9 +121,13 @@ class _Walk:
                 for axis in self.mesh.strategies.get("dp", ()):
                     if flat[0].size % self.mesh.size(axis):
                         n = self.mesh.size(axis)
-                        raise PlanError("dp", n, f"must divide the global batch of {flat[0].size} (input {source.name!r})",
-                                        f"a batch of {-(-flat[0].size // n) * n}, or a dp that divides it")
-                return {a: flat[0] for a in self.mesh.strategies.get("dp", ())}
+                        raise PlanError(
+                            "dp",
+                            n,
+                            f"must divide the global batch of {flat[0].size} (input {source.name!r})",
+                            f"a batch of {-(-flat[0].size // n) * n}, or a dp that divides it",
+                        )
+                return {a: flat[0] for a in self.mesh.strategies.get("dp", ()) if self.mesh.size(a) > 1}
         return {}
 
     def call(self, node: fx.Node) -> None:
@@ -272,5 +276,7 @@ def _note_unsplit(program: Program, prefs: list[Preference]) -> None:
                 axes = program.mesh.strategies.get(pref.strategy, ()) if pref else ()
                 n = program.mesh.size(*axes)
                 if n > 1 and leaf.size % n and leaf not in node.meta["layout"].values() and leaf.size > 1:
-                    program.note(f"{pref.role} {leaf.size} (dim {i} of {source.name}) does not divide by "
-                                 f"{pref.strategy}={n}: left whole")
+                    program.note(
+                        f"{pref.role} {leaf.size} (dim {i} of {source.name}) does not divide by "
+                        f"{pref.strategy}={n}: left whole"
+                    )

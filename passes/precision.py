@@ -29,6 +29,8 @@ def cast_parameters(program: Program) -> Program:
         node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
         cast.meta.update(val=computed, reduce_dtype=reduced)
         with computed.fake_mode:
-            node.meta["val"] = torch.empty_strided(computed.shape, computed.stride(), dtype=stored, device=computed.device)
+            node.meta["val"] = torch.empty_strided(
+                computed.shape, computed.stride(), dtype=stored, device=computed.device
+            )
         source.value = node.meta["val"]
     return program

@@ -39,8 +39,13 @@ class Resharder:
         layout = dict(layout)
         for axis in self.mesh.names:
             old, new = layout.get(axis), want.get(axis)
-            if isinstance(old, Factor) and isinstance(new, Factor) and old is not new \
-                    and self._alone(layout, old, axis) and self._alone(layout, new, axis):
+            if (
+                isinstance(old, Factor)
+                and isinstance(new, Factor)
+                and old is not new
+                and self._alone(layout, old, axis)
+                and self._alone(layout, new, axis)
+            ):
                 value = self._exchange(value, dims, layout, axis, new, user)
         for axis in reversed(self.mesh.names):
             if axis in layout and not self._stays(layout, want, axis):
@@ -79,8 +84,11 @@ class Resharder:
     def _stays(self, layout: Layout, want: Want, axis: str) -> bool:
         """An axis stays on its factor if it is wanted there and every more major axis on that factor stays too."""
         factor = layout[axis]
-        before = [a for a in self.mesh.names[: self.mesh.names.index(axis)] if layout.get(a) is factor
-                  or want.get(a) is factor]
+        before = [
+            a
+            for a in self.mesh.names[: self.mesh.names.index(axis)]
+            if layout.get(a) is factor or want.get(a) is factor
+        ]
         return want.get(axis) is factor and all(layout.get(a) is factor and want.get(a) is factor for a in before)
 
     def _varied(self, value: fx.Node) -> Axes:
@@ -111,15 +119,23 @@ class Resharder:
         layout[axis] = leaf
         return self._emit(value, user, dims, layout, "all_to_all", (axis,), *old, *new)
 
-    def _emit(self, value: fx.Node, user: fx.Node, dims: Dims, layout: Layout, kind: str, axes: Axes, *args: Any) -> fx.Node:
+    def _emit(
+        self, value: fx.Node, user: fx.Node, dims: Dims, layout: Layout, kind: str, axes: Axes, *args: Any
+    ) -> fx.Node:
         key = (value, kind, axes, *args)
         if key not in self._made:
             new = self.graph.call_function(getattr(collectives, kind), (value, axes, *args))
             copy_provenance(new, user)
-            new.meta.update(needs_grad=value.meta.get("needs_grad", False), resharded=True, dtype=value.meta.get("dtype"))
+            new.meta.update(
+                needs_grad=value.meta.get("needs_grad", False), resharded=True, dtype=value.meta.get("dtype")
+            )
             new.meta["global"] = value.meta.get("global")
-            new.meta["fxpar"] = {"kind": kind, "axes": axes, "for": user.name,
-                                 "phase": "backward" if kind == "vary" else "forward"}
+            new.meta["fxpar"] = {
+                "kind": kind,
+                "axes": axes,
+                "for": user.name,
+                "phase": "backward" if kind == "vary" else "forward",
+            }
             self.measure(new, value, dims, layout)
             self._made[key] = new
         return self._made[key]

@@ -25,7 +25,8 @@ class Rewriter:
         copy_provenance(new, self.node)
         values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         mode = compat.detect_fake_mode(pytree.tree_leaves((values, keywords))) or compat.detect_fake_mode(
-            [n.meta.get("val") for n in self.graph.nodes])
+            [n.meta.get("val") for n in self.graph.nodes]
+        )
         with mode or compat.FakeTensorMode(), torch.no_grad():
             new.meta["val"] = target(*values, **keywords)
         return new

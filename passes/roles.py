@@ -88,8 +88,9 @@ def _batch(program: Program) -> None:
     asked = dict(program.plan.batch_dims or ())
     unknown = set(asked) - {s.name for _, s in inputs}
     if unknown:
-        raise PlanError("batch_dims", sorted(unknown)[0], "must name an input",
-                        f"one of {', '.join(s.name for _, s in inputs)}")
+        raise PlanError(
+            "batch_dims", sorted(unknown)[0], "must name an input", f"one of {', '.join(s.name for _, s in inputs)}"
+        )
     first: int | None = None
     for node, source in inputs:
         dims = node.meta["dims"]
@@ -125,7 +126,7 @@ def _vocab(program: Program) -> None:
     sources = program.source_of()
     from_inputs: set[fx.Node] = set()
     for node in program.graph.nodes:
-        if node in sources and sources[node].kind == "input" or any(n in from_inputs for n in node.all_input_nodes):
+        if (node in sources and sources[node].kind == "input") or any(n in from_inputs for n in node.all_input_nodes):
             from_inputs.add(node)
         if node.target is aten.embedding.default:
             table, ids = node.args[:2]
@@ -150,10 +151,11 @@ def _weights(program: Program, in_params: set[Factor]) -> None:
         sums = {f for s in spec.sums for f in s.leaves()}
         weights = [o for o in spec.operands if not o.deferred and _is_weight(o.node)] if sums else []
         activations = [o for o in spec.operands if not o.deferred and not _is_weight(o.node)] if sums else []
+        if node.target is aten.embedding.default:
+            continue  # a lookup contracts its rows in name only, and what it makes is the residual stream
         if weights and activations:
             flat = [f for d in weights[0].dims for f in leaves(d)]
-            if node.target is not aten.embedding.default:  # a lookup contracts its rows in name only
-                contracted.update(f for f in flat if f in sums)
+            contracted.update(f for f in flat if f in sums)
             made.update(f for f in flat if f not in sums)
         else:
             reduced |= sums

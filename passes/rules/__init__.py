@@ -15,5 +15,20 @@ from fxpar.passes.rules import conv, factory, index, matmul, pointwise, reduce, 
 from fxpar.passes.rules.registry import RULES, notation, rule, spec_for
 from fxpar.passes.rules.spec import Op, Operand, Spec, einsum
 
-__all__ = ["RULES", "Op", "Operand", "Spec", "conv", "einsum", "factory", "index", "matmul", "notation", "pointwise",
-           "reduce", "rule", "spec_for", "view"]
+__all__ = [
+    "RULES",
+    "Op",
+    "Operand",
+    "Spec",
+    "conv",
+    "einsum",
+    "factory",
+    "index",
+    "matmul",
+    "notation",
+    "pointwise",
+    "reduce",
+    "rule",
+    "spec_for",
+    "view",
+]

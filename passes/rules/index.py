@@ -100,8 +100,14 @@ def split(op: Op) -> Spec:
         numbers = [op.factors.new(n // unit) for n in sizes]
         whole.update(f for number in numbers for f in number)
         outs = [(*own[:at], (*number, *piece), *own[at + 1 :]) for number in numbers]
-        return Spec(op.operands(), outs, whole=whole, emit=lambda local: local.call(
-            aten.split_with_sizes.default, local.operand(0), [n // unit * local.extent(piece) for n in sizes], at))
+        return Spec(
+            op.operands(),
+            outs,
+            whole=whole,
+            emit=lambda local: local.call(
+                aten.split_with_sizes.default, local.operand(0), [n // unit * local.extent(piece) for n in sizes], at
+            ),
+        )
 
     def emit(local):
         return local.call(aten.split.Tensor, local.operand(0), local.extent(piece), at)
@@ -143,8 +149,9 @@ def stack(op: Op) -> Spec:
     at = op["dim"] % len(op.out.shape)
     whole: set = set()
     first = op["tensors"][0]
-    dims = [relate(op, [op.dim(n, i) for n in op["tensors"]], whole, op.shape(first)[i])
-            for i in range(len(op.dims(first)))]
+    dims = [
+        relate(op, [op.dim(n, i) for n in op["tensors"]], whole, op.shape(first)[i]) for i in range(len(op.dims(first)))
+    ]
     number = op.factors.new(len(op["tensors"]))
     whole.update(number)
     dims.insert(at, number)
@@ -156,8 +163,10 @@ def stack(op: Op) -> Spec:
 def pad(op: Op) -> Spec:
     (x,) = op.tensors()
     whole: set = set()
-    dims = tuple(d if n == int(m) else _cut(op, d, int(m), whole)
-                 for d, n, m in zip(op.dims(x), op.shape(x), op.out.shape, strict=True))
+    dims = tuple(
+        d if n == int(m) else _cut(op, d, int(m), whole)
+        for d, n, m in zip(op.dims(x), op.shape(x), op.out.shape, strict=True)
+    )
     amounts = op["pad"] if "pad" in op.args else op["padding"]
     touched = {len(op.dims(x)) - 1 - i // 2 for i, n in enumerate(amounts) if n}
     whole.update(f for i in touched for f in (*op.dim(x, i), *dims[i]))
@@ -178,7 +187,7 @@ def index_select(op: Op) -> Spec:
 def gather(op: Op) -> Spec:
     """Along `dim` the operand stays whole; the other dims are parallel where the index spans them all."""
     x, index = op["self"], op["index"] if "index" in op.args else op["indices"]
-    if op["dim"] is None or op.target is aten.take_along_dim.default and _stretched(op, x, index):
+    if op["dim"] is None or (op.target is aten.take_along_dim.default and _stretched(op, x, index)):
         return unknown(op)
     at = op["dim"] % len(op.dims(x)) if op.dims(x) else 0
     whole: set = set(op.dim(x, at)) if op.dims(x) else set()
@@ -261,5 +270,9 @@ def advanced_index(op: Op) -> Spec:
 def one_hot(op: Op) -> Spec:
     (x,) = op.tensors()
     classes = op.factors.new(int(op.out.shape[-1]))
-    return Spec(op.operands(), [(*op.dims(x), classes)], whole=set(classes),
-                emit=lambda local: local.call(aten.one_hot.default, local.operand(0), int(op.out.shape[-1])))
+    return Spec(
+        op.operands(),
+        [(*op.dims(x), classes)],
+        whole=set(classes),
+        emit=lambda local: local.call(aten.one_hot.default, local.operand(0), int(op.out.shape[-1])),
+    )

@@ -104,8 +104,10 @@ def grouped_product(op: Op) -> Spec:
 
 def _emit_grouped(local):
     """The kernels want rows of 16 bytes: what a gather left transposed is copied, and so is such a cotangent."""
-    x, weights, *rest = (local.call(aten.contiguous.default, a) if isinstance(a, fx.Node) and a.meta.get("resharded")
-                         else a for a in local.args)
+    x, weights, *rest = (
+        local.call(aten.contiguous.default, a) if isinstance(a, fx.Node) and a.meta.get("resharded") else a
+        for a in local.args
+    )
     made = local.call(local.op.target, x, weights, *rest, **local.kwargs)
     flat = local.call(aten.reshape.default, made, [-1])  # its backward makes the cotangent contiguous
     return local.call(aten.reshape.default, flat, local.shape(local.spec.outs[0]))
@@ -118,9 +120,14 @@ RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu
 def recurrent(op: Op) -> Spec:
     """Only the batch is parallel: each step needs all of the one before it."""
     if op["dropout"] and op["train"] and op["num_layers"] > 1:
-        raise UnsupportedOperator(str(op.target), where=user_line(op.node), way_out=(
-            "the dropout between its layers would depend on the plan: use one-layer modules with torch.nn.Dropout "
-            "between them"))
+        raise UnsupportedOperator(
+            str(op.target),
+            where=user_line(op.node),
+            way_out=(
+                "the dropout between its layers would depend on the plan: use one-layer modules with torch.nn.Dropout "
+                "between them"
+            ),
+        )
     x, states = op["input"], op["hx"]
     states = [states] if isinstance(states, fx.Node) else list(states)
     at = 0 if op["batch_first"] else 1

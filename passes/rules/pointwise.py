@@ -76,7 +76,9 @@ def glu(op: Op) -> Spec:
 def counter_dropout(op: Op) -> Spec:
     """Each element's mask depends on its global index alone; the local program offsets the index."""
     x: fx.Node = op.node.args[0]  # type: ignore[assignment]
-    spec = Spec([Operand(x, op.dims(x))], [tuple(d if n != 1 else () for d, n in zip(op.dims(x), op.out.shape, strict=True))])
+    spec = Spec(
+        [Operand(x, op.dims(x))], [tuple(d if n != 1 else () for d, n in zip(op.dims(x), op.out.shape, strict=True))]
+    )
     spec.emit = _emit_dropout
     return spec
 

@@ -110,8 +110,9 @@ def bind(node: fx.Node) -> dict[str, Any]:
     if schema is None:
         return {**{str(i): a for i, a in enumerate(node.args)}, **node.kwargs}
     given = {**{a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}, **node.kwargs}
-    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments
-            if a.name in given or a.has_default_value()}
+    return {
+        a.name: given.get(a.name, a.default_value) for a in schema.arguments if a.name in given or a.has_default_value()
+    }
 
 
 def relate(op: Op, dims: Sequence[Dim], spec_whole: set[Factor], size: int) -> Dim:

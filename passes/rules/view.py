@@ -22,8 +22,12 @@ def view(op: Op) -> Spec:
     (x,) = op.tensors()
     whole: set = set()
     out = regroup(op, op.dims(x), [int(n) for n in op.out.shape], whole)
-    return Spec(op.operands(), [out], whole=whole, emit=lambda local: local.call(
-        aten.reshape.default, local.operand(0), local.shape(local.spec.outs[0])))
+    return Spec(
+        op.operands(),
+        [out],
+        whole=whole,
+        emit=lambda local: local.call(aten.reshape.default, local.operand(0), local.shape(local.spec.outs[0])),
+    )
 
 
 def regroup(op: Op, dims: Dims, shape: list[int], whole: set) -> Dims:
@@ -87,8 +91,12 @@ def view_as(op: Op) -> Spec:
     whole: set = set()
     out = regroup(op, op.dims(x), [int(n) for n in op.out.shape], whole)
     at = op.tensors().index(x)
-    return Spec([op.operands()[at]], [out], whole=whole, emit=lambda local: local.call(
-        aten.reshape.default, local.operand(0), local.shape(local.spec.outs[0])))
+    return Spec(
+        [op.operands()[at]],
+        [out],
+        whole=whole,
+        emit=lambda local: local.call(aten.reshape.default, local.operand(0), local.shape(local.spec.outs[0])),
+    )
 
 
 @rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
@@ -162,11 +170,15 @@ def expand(op: Op) -> Spec:
         other = op.dims(op["other"])
         dims = tuple(own[i - lead] if i >= lead and own[i - lead] else other[i] for i in range(len(shape)))
     else:
-        dims = tuple(own[i - lead] if i >= lead and (own[i - lead] or n == 1) else op.factors.new(n)
-                     for i, n in enumerate(shape))
+        dims = tuple(
+            own[i - lead] if i >= lead and (own[i - lead] or n == 1) else op.factors.new(n) for i, n in enumerate(shape)
+        )
     operand = op.operands()[op.tensors().index(x)]
-    return Spec([operand], [dims], emit=lambda local: local.call(
-        aten.expand.default, local.operand(0), local.shape(local.spec.outs[0])))
+    return Spec(
+        [operand],
+        [dims],
+        emit=lambda local: local.call(aten.expand.default, local.operand(0), local.shape(local.spec.outs[0])),
+    )
 
 
 @rule(aten.repeat.default, aten.tile.default)

@@ -1,0 +1,79 @@
+"""What test_gpu.py starts on every GPU: three training steps of a Llama, compared with one GPU.
+
+    torchrun --nproc-per-node=2 tests/nccl_program.py tp=2 float32
+
+In fp32 the first step must agree to 1e-6 (loss) and 1e-5 (each gradient). In bf16 rounding differs with the order of
+sums, so the parallel gradients may be no farther from those in fp32 than 1.5 times what one GPU's in bf16 are.
+"""
+
+import copy
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxpar
+
+
+def build(dtype):
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=256, intermediate_size=640, num_hidden_layers=2, num_attention_heads=8,
+                         num_key_value_heads=4, vocab_size=512, use_cache=False)  # fmt: skip
+    return LlamaForCausalLM(config).train().to(dtype)
+
+
+def step(model, batch):
+    """The loss and the full gradients, by name."""
+    loss = model(**batch).loss
+    loss.backward()
+    full = {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)().float() for n, p in model.named_parameters()}
+    return loss.detach().float(), full
+
+
+def distance(a, b):
+    """The norm of all differences together."""
+    return torch.stack([(a[n] - b[n]).norm() for n in a]).norm()
+
+
+def main(plan, dtype):
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    ids = torch.randint(0, 512, (4, 128), generator=torch.Generator().manual_seed(1)).to(device)
+    whole = {"input_ids": ids, "labels": ids}
+    single, exact = build(dtype).to(device), build(torch.float32).to(device)
+    rows = ids.chunk(plan.dp)[0]
+    module = fxpar.parallelize(copy.deepcopy(single), plan, {"input_ids": rows, "labels": rows})
+    replica = module.mesh["dp"].get_local_rank() if "dp" in module.mesh.mesh_dim_names else 0
+    rows = ids.chunk(plan.dp)[replica]
+    mine = {"input_ids": rows, "labels": rows}
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True) for m in (single, module)]
+    for index in range(3):
+        loss, grads = step(single, whole)
+        other, others = step(module, mine)
+        if index == 0:
+            compare(dtype, (loss, grads), (other, others), step(exact, whole))
+        norms = torch.nn.utils.clip_grad_norm_(single.parameters(), 0.1), module.clip_grad_norm_(0.1)
+        assert torch.allclose(norms[0].float(), norms[1].float(), rtol=1e-5 if dtype is torch.float32 else 2e-2), norms
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    if dist.get_rank() == 0:
+        print(f"equal: {plan}, {dtype}")
+    dist.destroy_process_group()
+
+
+def compare(dtype, one, parallel, exact):
+    (loss, grads), (other, others) = one, parallel
+    if dtype is torch.float32:
+        assert abs(other - loss) <= 1e-6 * loss, (other, loss)
+        for name, grad in grads.items():
+            assert (others[name] - grad).norm() <= 1e-5 * grad.norm(), name
+    else:
+        assert abs(other - exact[0]) <= 1e-2 * exact[0], (other, exact[0])
+        assert distance(others, exact[1]) <= 1.5 * distance(grads, exact[1])
+
+
+if __name__ == "__main__":
+    main(fxpar.Plan.parse(sys.argv[1]), getattr(torch, sys.argv[2]))

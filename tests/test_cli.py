@@ -1,0 +1,111 @@
+"""``python -m fxpar``: commands, the three ways to name a model, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from fxpar.cli import load_model, main
+from fxpar.ops import collectives
+from tests import zoo
+
+LLAMA = {**zoo.LLAMA, "vocab_size": 96, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+def classifier():
+    """What ``tests.test_cli:classifier`` names: a model and its inputs."""
+    return zoo.build("mlp")
+
+
+def bare() -> nn.Module:
+    """A model without inputs."""
+    return nn.Linear(4, 4)
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    return path
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_plan_is_printed_in_full(capsys):
+    assert run(capsys, "plan", "tp=2, dp=4") == (0, "dp=4,tp=2   world size 8\n", "")
+
+
+@pytest.mark.parametrize("text, named", [("dp=0", "`dp`=0"), ("banana=1", "`banana`"), ("pp=2", "`pp`=2")])
+def test_a_bad_plan_exits_with_2(capsys, text, named):
+    code, _, err = run(capsys, "plan", text)
+    assert code == 2 and err.startswith("error: ") and named in err and "try" in err
+
+
+@pytest.mark.parametrize("spec", ["class", "directory"])
+def test_inspect_a_configuration(capsys, config, spec):
+    model = f"LlamaForCausalLM:{config}" if spec == "class" else str(config.parent)
+    code, out, _ = run(capsys, "inspect", model, "--plan", "tp=2", "--batch", "2", "--seq", "16")
+    assert code == 0
+    assert "world size 2" in out and "vocab96/tp" in out and "reduce_scatter  tp" in out
+
+
+def test_inspect_builds_no_weights(config):
+    model, example = load_model(f"LlamaForCausalLM:{config}", meta=True, batch=2, seq=16)
+    assert all(p.is_meta for p in model.parameters())
+    assert example["input_ids"].shape == (2, 16) and example["labels"].equal(example["input_ids"])
+
+
+def test_check_a_callable(capsys):
+    code, out, _ = run(capsys, "check", "tests.test_cli:classifier", "--plan", "dp=2,tp=2")
+    assert code == 0 and out.startswith("equal: tests.test_cli:classifier under dp=2,tp=2")
+
+
+def test_check_a_configuration_in_evaluation_mode(capsys, config, monkeypatch):
+    seen = []
+    monkeypatch.setattr("fxpar.cli.assert_equivalent", lambda model, plan, example: seen.append(model.training))
+    assert run(capsys, "check", str(config.parent), "--plan", "dp=2", "--eval")[0] == 0
+    assert seen == [False]
+
+
+def test_check_exits_with_1_where_values_differ(capsys, monkeypatch):
+    monkeypatch.setitem(collectives.CONJUGATE, "vary", (collectives.SAME, collectives.SAME))
+    code, _, err = run(capsys, "check", "tests.test_cli:classifier", "--plan", "dp=2")
+    assert code == 1 and err.startswith("differs: ")
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["inspect", "tests.test_cli", "--plan", "dp=2"], "must be module:callable"),
+    (["inspect", "tests.test_cli:nothing", "--plan", "dp=2"], "nothing"),
+    (["inspect", "tests.no_such_file:x", "--plan", "dp=2"], "tests.no_such_file"),
+    (["inspect", "tests.test_cli:LLAMA", "--plan", "dp=2"], "LLAMA"),
+    (["inspect", "LlamaForCausalLM:no/config.json", "--plan", "dp=2"], "no/config.json"),
+    (["inspect", "NoSuchModel:{config}", "--plan", "dp=2"], "NoSuchModel"),
+    (["inspect", "{empty}", "--plan", "dp=2"], "config.json"),
+    (["check", "tests.test_cli:bare", "--plan", "dp=2"], "pass example_inputs"),
+    (["check", "tests.test_cli:classifier", "--plan", "dp=3"], "`dp`=3"),
+])  # fmt: skip
+def test_mistakes_exit_with_2_and_name_what_is_wrong(capsys, config, tmp_path, argv, named):
+    (tmp_path / "empty").mkdir()
+    argv = [a.format(config=config, empty=tmp_path / "empty") for a in argv]
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and err.startswith("error: ") and named in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["bake"], ["inspect", "x"], ["inspect", "x", "--plan", "dp=1", "--batch", "two"]])
+def test_arguments_that_argparse_refuses(argv):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+
+
+def test_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "fxpar", "plan", "dp=2,pp=2"], capture_output=True, text=True)
+    assert done.returncode == 2 and "pp=1" in done.stderr
