@@ -28,7 +28,8 @@ class _Lockstep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return (None, None, None, None, None, *run_all(*ctx.typed, list(grads)))
+        step, mesh, axes, place, to = ctx.typed
+        return (None, None, None, None, None, *run_all(step, mesh, axes, place, to, list(grads)))
 
 
 def run_all(step: Step, mesh: Mesh, axes: Axes, place: Place, to: Place, xs: list[Tensor]) -> list[Tensor]:
@@ -87,11 +88,13 @@ def run(module: fx.GraphModule, mesh: Mesh, inputs: list[list[Any]], watch: Watc
 
 def _call(node: fx.Node, env: dict[fx.Node, list[Any]], rank: int) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n][rank])
-    return node.target(*args, **kwargs)
+    target: Any = node.target
+    return target(*args, **kwargs)
 
 
 def _collective(node: fx.Node, mesh: Mesh, xs: list[Tensor]) -> list[Tensor]:
-    _, axes, *rest = node.args
+    args: Any = node.args
+    _, axes, *rest = args
     if node.target is collectives.pmax:
         ys = [x.detach() for x in xs]
         for group in mesh.groups(axes):
@@ -104,5 +107,5 @@ def _collective(node: fx.Node, mesh: Mesh, xs: list[Tensor]) -> list[Tensor]:
     if kind == "all_gather":
         place, kind = (rest[0], rest[1]), "all_gather_varying" if rest[2] else kind
     elif rest:
-        place, to = (rest[0], rest[1]), tuple(rest[2:]) or to
+        place, to = (rest[0], rest[1]), (rest[2], rest[3]) if len(rest) > 2 else to
     return list(_Lockstep.apply(kind, mesh, axes, place, to, *xs))

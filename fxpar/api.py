@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fxpar import inputs as calls
 from fxpar.agreement import agree_on_program
@@ -57,8 +58,6 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
 
 
 def _check_model(model: nn.Module) -> None:
-    from torch.distributed.tensor import DTensor
-
     if not isinstance(model, nn.Module):
         raise TypeError(f"parallelize takes a torch.nn.Module, not {type(model).__name__}")
     wrapped = [m for m in model.modules() if isinstance(m, ParallelModule | nn.parallel.DistributedDataParallel
@@ -80,7 +79,7 @@ def _join() -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, **({"device_id": device} if cuda else {}))
+            dist.init_process_group(backend, device_id=device if cuda else None)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     elif dist.get_backend() == "gloo":

@@ -13,6 +13,8 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 __all__ = [
     "FakeTensor",
@@ -75,8 +77,6 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
 
 def strided_shard(dim: int, split_factor: int) -> Any:
     """The DTensor placement of a factor that lies inside a dim, behind `split_factor` others."""
-    from torch.distributed.tensor.placement_types import _StridedShard
-
     return _StridedShard(dim, split_factor=split_factor)
 
 
@@ -87,8 +87,6 @@ def local_part(tensor: Any) -> torch.Tensor:
 
 def like_dtensor(local: torch.Tensor, like: Any) -> Any:
     """A local tensor as a DTensor with the mesh, placements and shape of another."""
-    from torch.distributed.tensor import DTensor
-
     return DTensor(local, like._spec, requires_grad=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpar.passes.factors import leaves
+from fxpar.passes.factors import Factor, leaves
 from fxpar.program import Program, user_line
 
 _BINARY = {operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//"}
@@ -35,8 +35,8 @@ def readable(program: Program, stage: str = "partition") -> str:
     local = any("tiling" in n.meta for n in program.placeholders())
     modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})
     lines = [f'"""After pass {stage!r}. Plan {program.plan}; mesh {program.mesh}; '
-             f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch", *(f"import {m}" for m in modules),
-             "from torch import device", "", "inf, nan = float('inf'), float('nan')"]
+             f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch",
+             *(f"import {m}" for m in modules), "from torch import device", "", "inf, nan = float('inf'), float('nan')"]
     lines += ["", "", "def forward("]
     for node, source in zip(program.placeholders(), program.sources, strict=True):
         lines.append(f"    {node.name},{_comment(node, f'{source.kind} {source.name}')}")
@@ -96,7 +96,7 @@ def _comment(node: fx.Node, extra: str = "") -> str:
     if "shows" in node.meta:
         parts.append(node.meta["shows"])
     elif "dims" in node.meta and isinstance(node.meta["dims"], tuple):
-        parts.append("[" + ", ".join(" ".join(f"{f.role}{f.size}" if f.role else repr(f) for f in leaves(d)) or "1" for d in node.meta["dims"]) + "]")
+        parts.append(f"[{', '.join(' '.join(_factor(f) for f in leaves(d)) or '1' for d in node.meta['dims'])}]")
     elif isinstance(node.meta.get("val"), torch.Tensor):
         value = node.meta["val"]
         parts.append(f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
@@ -104,6 +104,10 @@ def _comment(node: fx.Node, extra: str = "") -> str:
     if facts:
         parts.append(f"{facts['kind']} over {', '.join(facts['axes'])} for {facts['for']}")
     return f"  # {'; '.join(parts)}" if parts else ""
+
+
+def _factor(factor: Factor) -> str:
+    return f"{factor.role}{factor.size}" if factor.role else repr(factor)
 
 
 def _main(program: Program, local: bool) -> list[str]:
@@ -116,8 +120,8 @@ def _main(program: Program, local: bool) -> list[str]:
             continue
         shape = list(value.shape)
         if local and "tiling" in node.meta:
-            sizes = program.mesh.size
-            shape = [math.prod(p.size // sizes(*p.axes) for p in dim) for dim in node.meta["tiling"]]
+            size = program.mesh.size
+            shape = [math.prod(p.size // size(*p.axes) for p in dim) for dim in node.meta["tiling"]]
         make = "torch.rand" if value.is_floating_point() else "torch.zeros"
         lines.append(f"        {make}({shape}, dtype={value.dtype}),  # {source.name}")
     lines += ["    ]", "", "", 'if __name__ == "__main__":']

@@ -9,6 +9,7 @@ one whole parameter is in memory at a time, and each rank keeps its part.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,8 +74,6 @@ def _initialize(model: nn.Module, tape: _Tape) -> nn.Module:
 
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy of the module tree with plain meta parameters in place of the DTensors, ties kept."""
-    import copy
-
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=p.requires_grad)

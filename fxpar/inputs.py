@@ -70,7 +70,7 @@ def leaves(call: Call) -> dict[str, Any]:
 
 def signature(call: Call) -> tuple:
     """What a captured program depends on: structure, shapes, dtypes, which leaves want gradients, other leaves' values."""
-    parts = []
+    parts: list[tuple] = []
     for path, leaf in leaves(call).items():
         if isinstance(leaf, torch.Tensor):
             parts.append((path, tuple(leaf.shape), leaf.dtype, leaf.requires_grad))

@@ -152,7 +152,9 @@ def _collectives(program: Program) -> list[CollectiveRow]:
         if kind in BACKWARD:
             scale = {"all_gather_varying": 1 / ranks, "reduce_scatter": ranks, "shard": ranks}.get(kind, 1)
             add(BACKWARD[kind], axes, "backward", node, int(size * scale))
-    return [CollectiveRow(*key, count, size) for key, (count, size) in sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))]
+    ordered = sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))
+    return [CollectiveRow(kind, axes, phase, where, count, size)
+            for (kind, axes, phase, where), (count, size) in ordered]
 
 
 def _parameter_rows(parameters: list[ParameterRow]) -> list[tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,11 @@ from fxpar import compat, storage
 from fxpar import inputs as calls
 from fxpar.agreement import agree_on_call, agree_on_program
 from fxpar.backends.runtime import Control, GroupRuntime
+from fxpar.clip import clip_grad_norm
+from fxpar.dump import readable
 from fxpar.errors import InputError
+from fxpar.initialize import init_weights
+from fxpar.inspection import Report, report_of
 from fxpar.mesh import BoundMesh
 from fxpar.passes.accumulate import defer_sums
 from fxpar.passes.layout import Tiling
@@ -32,7 +36,6 @@ class Compiled:
     program: Program
     run: Callable[..., Any]
     deferred: tuple[Callable[..., Any], list[Source]] | None = None
-    example: list[Any] = field(default_factory=list)
 
 
 class _ToLocal(torch.autograd.Function):
@@ -118,8 +121,8 @@ class ParallelModule(nn.Module):
         program = compiled.program
         named = calls.leaves(call)
         deferring = not self._sync and bool(self._dp_axes()) and torch.is_grad_enabled()
-        run, extra = self._deferred(compiled) if deferring else (compiled.run, [])
-        outs = run(*self._feed(program, named, extra))
+        run, extra = self._deferred(compiled, named) if deferring else (compiled.run, [])
+        outs = run(*self._feed(program, named, extra, self._next_seed()))
         self._update_buffers(program, outs)
         return self._outputs(program, outs)
 
@@ -139,7 +142,7 @@ class ParallelModule(nn.Module):
 
     def _microbatches(self, args: tuple, kwargs: dict[str, Any], n: int) -> Iterator[dict[str, Any]]:
         call = calls.canonical(self._model, args, kwargs)
-        dims = self._batch_dims(call)
+        dims = self._batch_dims()
         named = calls.leaves(call)
         if n == 1:
             yield call[1] if not call[0] else dict(zip(named, call[0], strict=False))
@@ -153,13 +156,10 @@ class ParallelModule(nn.Module):
             spec = pytree.tree_structure(call[1])
             yield pytree.tree_unflatten([part[p] for p in named], spec)
 
-    def _batch_dims(self, call: calls.Call) -> dict[str, int | None]:
-        compiled = self._lookup(call)
-        out: dict[str, int | None] = {}
-        for node, source in compiled.program.source_of().items():
-            if source.kind == "input":
-                out[source.name] = node.meta.get("batch_dim")
-        return out
+    def _batch_dims(self) -> dict[str, int | None]:
+        """Input path -> batch dim, as the newest program has them."""
+        program = self._newest()
+        return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -205,8 +205,8 @@ class ParallelModule(nn.Module):
 
     def _compile(self, program: Program, call: calls.Call) -> Compiled:
         self._runtime.prepare(program.module)
-        example = self._feed(program, calls.leaves(call), [])
-        return Compiled(program, self._lower(program.module, example, self._runtime), example=example)
+        example = self._feed(program, calls.leaves(call), [], seed=0)
+        return Compiled(program, self._lower(program.module, example, self._runtime))
 
     def _store(self, program: Program) -> None:
         """Replace the model's parameters by DTensors in the layouts the program wants; parameters it never uses stay whole."""
@@ -240,7 +240,8 @@ class ParallelModule(nn.Module):
             torch.distributed.broadcast(t.detach().reshape(-1).view(torch.uint8), 0)  # gloo knows no bool
         return t
 
-    def _feed(self, program: Program, named: dict[str, Any], extra: list[Source]) -> list[Any]:
+    def _feed(self, program: Program, named: dict[str, Any], extra: list[Source], seed: int) -> list[Any]:
+        """The program's local inputs; `extra` parameters once more at the end; seed: what dropout draws from."""
         names = [s.name for s in program.sources if s.kind == "param"]
         more = [s.name for s in extra]
 
@@ -258,7 +259,7 @@ class ParallelModule(nn.Module):
                 source.value = source.value.to(self.device)
                 feed.append(source.value)
             elif source.kind == "seed":
-                feed.append(torch.tensor(self._next_seed(), dtype=torch.int64, device=self.device))
+                feed.append(torch.tensor(seed, dtype=torch.int64, device=self.device))
             else:
                 leaf = named[source.name]
                 feed.append(leaf.to(self.device) if isinstance(leaf, Tensor) else leaf)
@@ -270,6 +271,7 @@ class ParallelModule(nn.Module):
         return table[key]
 
     def _next_seed(self) -> int:
+        """One seed per forward, the same on every rank and under every plan."""
         self._steps += 1
         return (self.seed * 1_000_003 + self._steps) & 0x7FFFFFFFFFFFFFFF
 
@@ -287,11 +289,11 @@ class ParallelModule(nn.Module):
             out.append(None if grad is None else compat.like_dtensor(grad, p))
         return [*out, *[None] * len(more)]
 
-    def _deferred(self, compiled: Compiled) -> tuple[Callable[..., Any], list[Source]]:
+    def _deferred(self, compiled: Compiled, named: dict[str, Any]) -> tuple[Callable[..., Any], list[Source]]:
+        """The variant that leaves gradients unsummed over dp, lowered at its first use."""
         if compiled.deferred is None:
             module, extra = defer_sums(compiled.program, self._dp_axes())
-            example = [*compiled.example,
-                       *(compat.local_part(self._state(s.name)).requires_grad_() for s in extra)]
+            example = self._feed(compiled.program, named, extra, seed=0)
             compiled.deferred = (self._lower(module, example, self._runtime), extra)
         return compiled.deferred
 
@@ -338,26 +340,18 @@ class ParallelModule(nn.Module):
 
         Every element of every parameter counts once, however it is sharded or replicated. norm_type: 2, any p > 0, or inf.
         """
-        from fxpar.clip import clip_grad_norm
-
         return clip_grad_norm(list(self.parameters()), max_norm, norm_type, self._bound, self._runtime)
 
     def init_weights(self, seed: int) -> None:
         """Fill parameters (and buffers) that are on the meta device as the model's own initialisation would, from `seed`."""
-        from fxpar.initialize import init_weights
-
         init_weights(self._model, seed, self._tilings, self._bound, self.device)
 
-    def report(self) -> Any:
-        """What the newest program does: layouts, collectives, memory (a `fxpar.inspection.Report`)."""
-        from fxpar.inspection import report_of
-
+    def report(self) -> Report:
+        """What the newest program does: layouts, collectives, memory."""
         return report_of(self._newest())
 
     def print_readable(self) -> str:
         """Print (and return) the newest local program as annotated Python."""
-        from fxpar.dump import readable
-
         text = readable(self._newest())
         print(text)
         return text

@@ -81,7 +81,8 @@ class Program:
 
     def outputs(self) -> list[fx.Node]:
         """The graph's outputs, in the order of the sinks that are not literals."""
-        return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        args: Any = self.graph.output_node().args
+        return list(args[0])
 
     def tensor_sinks(self) -> list[Sink]:
         return [s for s in self.sinks if s.kind != "literal"]

@@ -51,7 +51,8 @@ def scalar_of(outputs: Any) -> Tensor:
     if not flat:
         raise FxparError("the model returns no floating-point tensor to take gradients of")
     targets = (torch.cos(torch.arange(t.numel(), device=t.device, dtype=t.dtype)).view_as(t) for t in flat)
-    return sum((t - target).square().mean() for t, target in zip(flat, targets, strict=True))
+    distances = [(t - target).square().mean() for t, target in zip(flat, targets, strict=True)]
+    return sum(distances[1:], distances[0])
 
 
 class Simulation:
@@ -83,7 +84,7 @@ class Simulation:
         nodes, sinks = program.outputs(), program.tensor_sinks()
         whole = [put([o[i] for o in outs], n.meta["tiling"], n.meta["global"].shape, program.mesh)
                  for i, n in enumerate(nodes)]
-        outputs = _unflatten(program, whole)
+        outputs = unflatten(program, whole)
         loss = scalar_of(outputs)
         grads, input_grads = self._backward(program, feeds, outs, nodes, loss, whole)
         buffers = {s.name: t.detach() for s, t in zip(sinks, whole, strict=True) if s.kind == "buffer"}
@@ -92,9 +93,10 @@ class Simulation:
     def _feeds(self, program: Program, named: dict[str, Any], seed: int) -> list[list[Any]]:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        known: dict[str, dict[str, Any]] = {"param": parameters, "buffer": buffers, "input": named}
         feeds: list[list[Any]] = [[] for _ in range(program.mesh.world_size)]
         for node, source in program.source_of().items():
-            value: Any = {"param": parameters, "buffer": buffers, "input": named}.get(source.kind, {}).get(
+            value = known.get(source.kind, {}).get(
                 source.name, torch.tensor(seed) if source.kind == "seed" else source.value)
             for rank, feed in enumerate(feeds):
                 if isinstance(value, Tensor):
@@ -128,10 +130,10 @@ class Simulation:
         input_grads: dict[str, Tensor] = {}
         placeholders, n = program.placeholders(), program.mesh.world_size
         for k, (i, source) in enumerate(wants):
-            parts = found[k * n : (k + 1) * n]
-            if all(p is None for p in parts):
+            own = found[k * n : (k + 1) * n]
+            if all(p is None for p in own):
                 continue
-            parts = [torch.zeros_like(feeds[r][i]) if p is None else p for r, p in enumerate(parts)]
+            parts = [torch.zeros_like(feeds[r][i]) if p is None else p for r, p in enumerate(own)]
             node = placeholders[i]
             shape = node.meta["global"].shape
             total = put(parts, node.meta["tiling"], shape, program.mesh)
@@ -154,7 +156,7 @@ def _check_replicas(name: str, parts: Iterable[Tensor], total: Tensor, node, pro
                              "this is a bug in fxpar: please report the model and the plan")
 
 
-def _unflatten(program: Program, tensors: list[Any]) -> Any:
+def unflatten(program: Program, tensors: list[Any]) -> Any:
     """The user's output structure from the program's flat outputs (buffers left out)."""
     values = iter([t for t, s in zip(tensors, program.tensor_sinks(), strict=True) if s.kind == "output"])
     flat = [s.constant if s.kind == "literal" else next(values) for s in program.sinks if s.kind != "buffer"]

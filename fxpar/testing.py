@@ -16,7 +16,7 @@ from fxpar.inputs import leaves as input_leaves
 from fxpar.passes.layout import put
 from fxpar.plan import Plan
 from fxpar.program import Program, user_line
-from fxpar.simulation import Simulation, scalar_of
+from fxpar.simulation import Simulation, scalar_of, unflatten
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
@@ -100,19 +100,18 @@ def _run_model(model: nn.Module, call: tuple) -> Reference:
 def _run_program(program: Program, model: nn.Module, inputs: dict[str, Any], seed: int,
                  record: dict[str, Any] | None = None) -> Reference:
     """One step of a program that is still global, on this device."""
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    known: dict[str, dict[str, Any]] = {"param": dict(model.named_parameters()), "buffer": dict(model.named_buffers()),
+                                        "input": inputs}
     feed = []
     for source in program.sources:
-        value: Any = {"param": parameters, "buffer": buffers, "input": inputs}.get(source.kind, {}).get(
+        value = known.get(source.kind, {}).get(
             source.name, torch.tensor(seed) if source.kind == "seed" else source.value)
         if isinstance(value, Tensor):
             value = value.detach().clone().to(source.value.dtype).requires_grad_(source.requires_grad)
         feed.append(value)
     outs = run_flat(program.module, feed, record)
     sinks = program.tensor_sinks()
-    from fxpar.simulation import _unflatten
-
-    loss = scalar_of(_unflatten(program, outs))
+    loss = scalar_of(unflatten(program, outs))
     wants = [(s, f) for s, f in zip(program.sources, feed, strict=True) if s.requires_grad]
     found = torch.autograd.grad(loss, [f for _, f in wants], allow_unused=True) if loss.requires_grad else []
     grads = {(s.kind, s.name): g for (s, _), g in zip(wants, found, strict=True) if g is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from fxpar.mesh import Axes
@@ -39,7 +41,8 @@ def defer_sums(program: Program, axes: Axes) -> tuple[fx.GraphModule, list[Sourc
 
 def _from_parameter(node: fx.Node, params: dict[fx.Node, Source], axes: Axes) -> list[fx.Node]:
     """For a `vary` over some of `axes` of a parameter (through casts and views): the chain from the parameter to it."""
-    if node.target is not collectives.vary or not set(axes) & set(node.args[1]):  # type: ignore[arg-type]
+    args: Any = node.args
+    if node.target is not collectives.vary or not set(axes) & set(args[1]):
         return []
     chain = [node]
     while chain[0] not in params:
@@ -52,8 +55,9 @@ def _from_parameter(node: fx.Node, params: dict[fx.Node, Source], axes: Axes) ->
 def _rebuild(
     graph: fx.Graph, vary: fx.Node, chain: list[fx.Node], again: dict[fx.Node, fx.Node], axes: Axes
 ) -> fx.Node:
-    value = again[chain[0]]
+    made = {chain[0]: again[chain[0]]}
     for link in chain[1:-1]:
-        value = graph.node_copy(link, lambda _, v=value: v)
-    rest = tuple(a for a in vary.args[1] if a not in axes)  # type: ignore[union-attr]
+        made[link] = graph.node_copy(link, lambda n: made[n])
+    value = made[chain[-2]]
+    rest = tuple(a for a in vary.args[1] if a not in axes)
     return graph.call_function(collectives.vary, (value, rest)) if rest else value

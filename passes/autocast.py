@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,8 +40,9 @@ def _casts(node: fx.Node, device: str, dtype: torch.dtype) -> dict[fx.Node, torc
     mode = next((v.fake_mode for v in operands.values() if hasattr(v, "fake_mode")), None)
     if mode is None:
         return {}
+    target: Any = node.target
     with _Recorder(operands) as recorder, torch.autocast(device, dtype, cache_enabled=False), torch.no_grad(), mode:
-        node.target(*args, **kwargs)  # type: ignore[operator]
+        target(*args, **kwargs)
     return recorder.casts
 
 

@@ -263,7 +263,7 @@ def _sinks(exported: torch.export.ExportedProgram, prefix: str) -> list[Sink]:
 
 def _flatten_output(gm: fx.GraphModule) -> None:
     node = gm.graph.output_node()
-    node.args = (tuple(a for a in node.args[0] if isinstance(a, fx.Node)),)  # type: ignore[union-attr]
+    node.args = (tuple(a for a in node.args[0] if isinstance(a, fx.Node)),)
 
 
 def _merge_tied(program: Program) -> None:

@@ -142,7 +142,7 @@ def _call(target: Any, args: tuple, kwargs: dict, tensor_of: Callable[[Value], T
 
 
 def _fill(node: fx.Node, out: Tensor) -> Value | None:
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    packet = node.target.overloadpacket
     number: Any = _FILLS.get(packet)
     if number is None:
         at = _FILLS_WITH[packet]
@@ -165,7 +165,7 @@ def _small(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
     large = any(isinstance(v, Band) or math.prod(v.shape) > bands.LIMIT for v in values)
     if large or out.numel() > bands.LIMIT:
         return None
-    return bands.plain(_call(target, args, kwargs, lambda v: v.full))  # type: ignore[union-attr]
+    return bands.plain(_call(target, args, kwargs, lambda v: v.full))
 
 
 def _copy(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
@@ -277,10 +277,13 @@ def _pointwise(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | N
     if target.overloadpacket in _COMPARISONS | _DIFFERENCES and len(values) == len(args) == 2 and not kwargs:
         data = bands.of_ranges(target, values[0], values[1], rows, columns)
     if data is None:
-        held = {id(v): bands.diagonals(v, rows, columns) for v in values}
-        if any(h is None for h in held.values()):
-            return None
-        data = _call(target, args, kwargs, lambda v: held[id(v)])  # type: ignore[arg-type, return-value]
+        held: dict[int, Tensor] = {}
+        for value in values:
+            line = bands.diagonals(value, rows, columns)
+            if line is None:
+                return None
+            held[id(value)] = line
+        data = _call(target, args, kwargs, lambda v: held[id(v)])
     return bands.from_diagonals(tuple(out.shape), data)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -33,7 +34,7 @@ def _attention(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh) -> int:
     q, k, v = (local_shape(o.dims, at, mesh) for o in spec.operands[:3])
     pairs = q[-2] * k[-2]
     if node.target is windowed_attention:
-        window = node.kwargs["window"]
+        window: Any = node.kwargs["window"]
         pairs = q[-2] * min(window, k[-2])
     elif (len(node.args) > 5 and node.args[5]) or node.kwargs.get("is_causal"):
         pairs //= 2

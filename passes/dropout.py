@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -73,7 +74,7 @@ def counter_dropout(program: Program) -> Program:
     sites = [n for n in program.graph.nodes if _rate(n)]
     if not sites:
         return program
-    seed = _seed(program, device_of(sites[0].args[0]))  # type: ignore[arg-type]
+    seed = _seed(program, device_of(sites[0].args[0]))
     for site, node in enumerate(sites):
         r = Rewriter(program.graph, node)
         if node.target is ATTENTION:
@@ -113,13 +114,15 @@ def _drop(r: Rewriter, x: fx.Node, p: float, seed: fx.Node, site: int) -> tuple[
 
 
 def _plain(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
-    made = _drop(r, node.args[0], bind(node)["p"], seed, site)  # type: ignore[arg-type]
+    a = bind(node)
+    made = _drop(r, a["input"], a["p"], seed, site)
     if node.target is aten.dropout.default:
         r.replace(made[0])
         return
     for user in list(node.users):
         assert user.target is operator.getitem
-        user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+        index: Any = user.args[1]
+        user.replace_all_uses_with(made[index])
         r.graph.erase_node(user)
     r.graph.erase_node(node)
 

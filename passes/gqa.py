@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -48,10 +50,11 @@ def _unrepeated(node: fx.Node) -> fx.Node | None:
     """What `node`, [b, heads * times, s, d], repeats `times` in a row along dim 1; None if nothing."""
     node = _original(node)
     if node.target is aten.repeat_interleave.self_int:
-        source, times = node.args[0], node.args[1]
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        args: Any = node.args
+        source, times = args[:2]
+        dim = args[2] if len(args) > 2 else node.kwargs.get("dim")
         repeats = isinstance(times, int) and value_of(node).dim() == 4 and dim in (1, -3)
-        return source if repeats else None  # type: ignore[return-value]
+        return source if repeats else None
     expand = _operand(node, *_RESHAPES)
     unsqueeze = _operand(expand, aten.expand.default)
     source = _operand(unsqueeze, aten.unsqueeze.default)
@@ -68,13 +71,14 @@ def _operand(node: fx.Node | None, *targets: object) -> fx.Node | None:
     """The operand of `node`, if it is a call of one of `targets`."""
     if node is None or node.target not in targets:
         return None
-    return _original(node.args[0])  # type: ignore[arg-type]
+    args: Any = node.args
+    return _original(args[0])
 
 
 def _original(node: fx.Node) -> fx.Node:
     """`node` before copies, and before slices that cut nothing."""
     while node.target in _COPIES or node.target is aten.slice.Tensor:
-        before: fx.Node = node.args[0]  # type: ignore[assignment]
+        before: Any = node.args[0]
         if value_of(node).shape != value_of(before).shape:
             break
         node = before

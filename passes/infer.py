@@ -75,10 +75,10 @@ def _infer_call(program: Program, node: fx.Node, factors: Factors) -> None:
 
 
 def _infer_getitem(node: fx.Node) -> None:
-    made, index = node.args
-    assert isinstance(made, fx.Node)
-    values: Any = made.meta["val"]
-    index = index % len(values)  # type: ignore[operator]
+    args: Any = node.args
+    made, index = args
+    values = made.meta["val"]
+    index = index % len(values)
     position = sum(isinstance(v, torch.Tensor) for v in values[:index])
     node.meta["position"] = position
     node.meta["dims"] = made.meta["dims"][position]

@@ -152,7 +152,7 @@ def _elementwise(r: Rewriter, node: fx.Node) -> None:
     a = bind(node)
     reduction = a["reduction"]
     a["reduction"] = NONE
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = node.target._schema.arguments
     each = r.call(
         node.target,
         *(a[s.name] for s in schema if not s.kwarg_only),

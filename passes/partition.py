@@ -15,7 +15,7 @@ from torch import fx
 from fxpar.mesh import Axes
 from fxpar.ops import collectives
 from fxpar.passes.cost import forward_flops
-from fxpar.passes.factors import Dim, Dims, Factor, leaves
+from fxpar.passes.factors import Dim, Dims, leaves
 from fxpar.passes.layout import Layout, local_extent, local_shape, place_of, show, tiling
 from fxpar.passes.place import Placement, fits
 from fxpar.passes.reshard import Resharder
@@ -81,7 +81,8 @@ class _Partitioner:
 
     def _call_function(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
-            new = self.graph.call_function(operator.getitem, (self.local[node.args[0]], node.args[1]))  # type: ignore[index]
+            args: Any = node.args
+            new = self.graph.call_function(operator.getitem, (self.local[args[0]], args[1]))
             return self._describe(new, node)
         if "spec" not in node.meta:
             return self.graph.node_copy(node, lambda n: self.local[n])
@@ -90,7 +91,7 @@ class _Partitioner:
     def _output(self, node: fx.Node) -> fx.Node:
         """An output's batch goes to dp, as its inputs' did; elsewhere it stays as it is."""
         layout, dims = dict(node.meta.get("layout") or {}), node.meta.get("dims", ())
-        want: dict[str, Factor | bool] = {}
+        want: Layout = {}
         for axis in self.mesh.strategies.get("dp", ()):
             batch = next(
                 (
@@ -240,9 +241,10 @@ class Local:
 
     def exchanged_dim(self) -> int | None:
         """The dim along which the first operand was just gathered, or else the output will be scattered, if it is whole."""
-        first = self.operand(0)
+        first: Any = self.operand(0)
         if first.target is collectives.all_gather:
-            return first.args[2] if first.args[3] == 1 else None  # type: ignore[return-value]
+            dim, outer = first.args[2:4]
+            return dim if outer == 1 else None
         for leaf in self.placement.scatter.values():
             dim, outer = place_of(self.spec.outs[0], self.at, self.mesh, leaf)
             return dim if outer == 1 else None

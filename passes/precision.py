@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
 
 from fxpar.program import Program
@@ -13,8 +16,8 @@ def cast_parameters(program: Program) -> Program:
     """Write the casts from storage to compute dtype into the graph.
 
     Takes: a program captured in the plan's `param_dtype`. Afterwards: a parameter's placeholder has the dtype it is
-    stored in, and one cast makes what is computed with. ``meta["reduce_dtype"]`` on that cast tells the partitioner in which
-    dtype the gradient is summed over ranks: the plan's `reduce_dtype`, else the storage dtype.
+    stored in, and one cast makes what is computed with. ``meta["reduce_dtype"]`` on that cast tells the partitioner in
+    which dtype the gradient is summed over ranks: the plan's `reduce_dtype`, else the storage dtype.
     """
     for node, source in program.source_of().items():
         if source.kind != "param" or not node.meta["val"].is_floating_point():
@@ -26,7 +29,7 @@ def cast_parameters(program: Program) -> Program:
             continue
         with program.graph.inserting_after(node):
             cast = program.graph.call_function(aten.to.dtype, (node, computed.dtype))
-        node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+        node.replace_all_uses_with(cast, delete_user_cb=functools.partial(operator.is_not, cast))
         cast.meta.update(val=computed, reduce_dtype=reduced)
         with computed.fake_mode:
             node.meta["val"] = torch.empty_strided(

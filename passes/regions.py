@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -25,10 +26,10 @@ def inline_regions(gm: fx.GraphModule) -> None:
     for node in regions:
         if compat.no_grad_region(node):
             enabled, body, *args = node.args
-            finish = (lambda v: v) if enabled else _detach(gm.graph)
+            finish = _as_it_is if enabled else _detach(gm.graph)
         else:
             device, dtype, enabled, _cache, body, *args = node.args
-            finish = lambda v: v  # noqa: E731
+            finish = _as_it_is
         sub = getattr(gm, body.target)
         inline_regions(sub)
         if compat.autocast_region(node) and enabled:
@@ -37,6 +38,10 @@ def inline_regions(gm: fx.GraphModule) -> None:
             _splice(gm, sub, node, args, finish)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _as_it_is(value: fx.Node) -> fx.Node:
+    return value
 
 
 def _detach(graph: fx.Graph) -> Callable[[fx.Node], fx.Node]:
@@ -49,7 +54,7 @@ def _detach(graph: fx.Graph) -> Callable[[fx.Node], fx.Node]:
 
 
 def _splice(gm: fx.GraphModule, sub: fx.GraphModule, call: fx.Node, args: list, finish: Callable) -> None:
-    values: dict[fx.Node, object] = {}
+    values: dict[fx.Node, Any] = {}
     actual = iter(args)
     for inner in sub.graph.nodes:
         if inner.op == "placeholder":

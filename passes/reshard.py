@@ -63,7 +63,8 @@ class Resharder:
 
     def _vary_as(self, cast: fx.Node, dims: Dims, layout: Layout, axes: Axes, user: fx.Node) -> fx.Node:
         """A parameter's cast, with its gradient summed over `axes` in the reduction dtype."""
-        stored, computed = cast.args
+        args: Any = cast.args
+        stored, computed = args
         key = (cast, "vary_as", axes)
         if key not in self._made:
             wide = self._cast(stored, cast.meta["reduce_dtype"], cast)
@@ -95,9 +96,10 @@ class Resharder:
         """Axes that the last steps already made varying (a gather whose backward is a reduce-scatter)."""
         done: list[str] = []
         while isinstance(value, fx.Node) and value.meta.get("resharded"):
-            if value.target is collectives.all_gather and value.args[4]:
-                done += value.args[1]  # type: ignore[arg-type]
-            value = value.args[0]  # type: ignore[assignment]
+            args: Any = value.args
+            if value.target is collectives.all_gather and args[4]:
+                done += args[1]
+            value = args[0]
         return tuple(done)
 
     def _gather(self, value, dims, layout, axis, varying, user) -> fx.Node:

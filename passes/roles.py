@@ -28,9 +28,9 @@ def assign_roles(program: Program) -> None:
     batch: dim 0 of the inputs (or the batch of attention, where dim 0 turns out to be its sequence; or what the plan
     says). seq: the query and key dims of attention, also where it is written out. heads: the head dims of
     attention, or batch dims of a product of two activations that come from a weight. vocab: the rows of a table
-    looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product. ffn: made by one weight and
-    contracted by another, and by nothing else. hidden: what remains of the weights' dims that other weights contract.
-    The first that applies stays. Raises `PlanError` if an override names no such dim.
+    looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product. ffn:
+    made by one weight and contracted by another, and by nothing else. hidden: what remains of the weights' dims that
+    other weights contract. The first that applies stays. Raises `PlanError` if an override names no such dim.
     """
     params = [n for n, s in program.source_of().items() if s.kind == "param"]
     in_params = {f for n in params for d in n.meta["dims"] for f in leaves(d)}

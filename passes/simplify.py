@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -38,7 +40,8 @@ def simplify(program: Program) -> Program:
         elif node.target is aten.native_dropout.default and not (node.args[1] and node.args[2]):
             _off(graph, node)
         elif _is_noop(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            args: Any = node.args
+            node.replace_all_uses_with(args[0])
             graph.erase_node(node)
     graph.eliminate_dead_code(lambda node: node.is_impure() and not compat.is_random(node.target))
     return program
@@ -46,18 +49,20 @@ def simplify(program: Program) -> Program:
 
 def _off(graph: fx.Graph, node: fx.Node) -> None:
     """Its mask, which nothing needs where it keeps everything, stays only if it is read."""
+    args: Any = node.args
     for user in list(node.users):
         if user.args[1] == 0:
-            user.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            user.replace_all_uses_with(args[0])
             graph.erase_node(user)
 
 
 def _is_noop(node: fx.Node) -> bool:
+    args: Any = node.args
     if node.target in ALIASES:
         return True
     if node.target in DROPOUTS:
-        return not node.args[2] or node.args[1] == 0
+        return not args[2] or args[1] == 0
     if node.target not in CASTS:
         return False
-    old, new = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    old, new = args[0].meta["val"], node.meta["val"]
     return old.dtype == new.dtype and old.device == new.device

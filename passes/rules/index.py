@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxpar.passes.factors import Dim, Dims, extent
+from fxpar.passes.factors import Dim, Dims, Factor, extent
 from fxpar.passes.rules.registry import rule
 from fxpar.passes.rules.spec import Op, Operand, Spec, broadcast, relate, unknown
 
 aten = torch.ops.aten
 
 
-def _pieces(op: Op, dim: Dim, count: int, whole: set) -> Dim | None:
+def _pieces(op: Op, dim: Dim, count: int, whole: set[Factor]) -> Dim | None:
     """See `dim` as ``count`` equal pieces: the factors of one piece, or None if it cannot be."""
     size = extent(dim)
     if count <= 1 or size % count:
@@ -28,7 +28,7 @@ def _pieces(op: Op, dim: Dim, count: int, whole: set) -> Dim | None:
     return piece
 
 
-def _cut(op: Op, dim: Dim, size: int, whole: set) -> Dim:
+def _cut(op: Op, dim: Dim, size: int, whole: set[Factor]) -> Dim:
     """A piece of a dim that is not one of several equal pieces: both sides whole."""
     made = op.factors.new(size)
     whole.update(dim, made)
@@ -43,7 +43,7 @@ def slice_(op: Op) -> Spec:
     full, got = shape[at], int(op.out.shape[at])
     if got == full and op["step"] == 1:
         return Spec(op.operands(), [tuple(dims)], emit=lambda local: local.operand(0))
-    whole: set = set()
+    whole: set[Factor] = set()
     start = max(0, op["start"] or 0) if (op["start"] or 0) >= 0 else max(0, full + op["start"])
     aligned = op["step"] == 1 and got and full % got == 0 and start % got == 0
     piece = _pieces(op, dims[at], full // got, whole) if aligned else None
@@ -65,7 +65,7 @@ def narrow(op: Op) -> Spec:
     (x,) = op.tensors()
     dims = list(op.dims(x))
     at = op["dim"] % len(dims)
-    whole: set = set()
+    whole: set[Factor] = set()
     dims[at] = _cut(op, dims[at], int(op.out.shape[at]), whole)
     return Spec(op.operands(), [tuple(dims)], whole=whole)
 
@@ -83,7 +83,8 @@ def select(op: Op) -> Spec:
 def split(op: Op) -> Spec:
     """Pieces of one dim. Equal ones keep their factors; of unequal ones the dim stays whole."""
     (x,) = op.tensors()
-    own, whole = op.dims(x), set()
+    own = op.dims(x)
+    whole: set[Factor] = set()
     at = op["dim"] % len(own)
     sizes = [int(v.shape[at]) for v in op.outs()]
     equal = len(set(sizes)) == 1
@@ -128,7 +129,7 @@ def cat(op: Op) -> Spec:
     """Equal parts make ``(number, part)``; unequal ones hold the dim whole."""
     nodes = [n for n in op["tensors"] if len(op.dims(n)) == len(op.out.shape)]
     at = op["dim"] % len(op.out.shape)
-    whole: set = set()
+    whole: set[Factor] = set()
     dims: list[Dim] = []
     for i in range(len(op.out.shape)):
         here = [op.dim(n, i) for n in nodes]
@@ -147,7 +148,7 @@ def cat(op: Op) -> Spec:
 @rule(aten.stack.default)
 def stack(op: Op) -> Spec:
     at = op["dim"] % len(op.out.shape)
-    whole: set = set()
+    whole: set[Factor] = set()
     first = op["tensors"][0]
     dims = [
         relate(op, [op.dim(n, i) for n in op["tensors"]], whole, op.shape(first)[i]) for i in range(len(op.dims(first)))
@@ -162,7 +163,7 @@ def stack(op: Op) -> Spec:
       aten.replication_pad1d.default, aten.replication_pad2d.default)  # fmt: skip
 def pad(op: Op) -> Spec:
     (x,) = op.tensors()
-    whole: set = set()
+    whole: set[Factor] = set()
     dims = tuple(
         d if n == int(m) else _cut(op, d, int(m), whole)
         for d, n, m in zip(op.dims(x), op.shape(x), op.out.shape, strict=True)
@@ -190,7 +191,7 @@ def gather(op: Op) -> Spec:
     if op["dim"] is None or (op.target is aten.take_along_dim.default and _stretched(op, x, index)):
         return unknown(op)
     at = op["dim"] % len(op.dims(x)) if op.dims(x) else 0
-    whole: set = set(op.dim(x, at)) if op.dims(x) else set()
+    whole: set[Factor] = set(op.dim(x, at)) if op.dims(x) else set()
     dims = list(op.dims(index))
     for i, (a, b) in enumerate(zip(op.dims(x), op.dims(index), strict=True)):
         if i == at:

@@ -186,8 +186,9 @@ def _emit_embedding(local):
 @rule(pick)
 def pick_one(op: Op) -> Spec:
     """``x[..., index]``: split over the last dim each rank picks what it has, and the sum is pending."""
-    spec = einsum(op, "... v, ... -> ...", list(op.node.args[:2]))
-    spec.emit, spec.leading = _emit_pick, [op.dims(op.node.args[0])[-1]]
+    x, index = op.tensors()
+    spec = einsum(op, "... v, ... -> ...", [x, index])
+    spec.emit, spec.leading = _emit_pick, [op.dims(x)[-1]]
     return spec
 
 
@@ -200,7 +201,7 @@ def _emit_pick(local):
 @rule(aten.scaled_dot_product_attention.default, windowed_attention)
 def attention(op: Op) -> Spec:
     """Batch and heads are parallel; so is the query length where no implicit (causal) mask ties it to the keys."""
-    args = op.node.args
+    args: Any = op.node.args
     q, k, v = args[:3]
     mask = op["attn_mask"] if op.target is not windowed_attention else None
     tied = op.target is windowed_attention or bool(op["is_causal"])

@@ -5,6 +5,8 @@ What PyTorch tags as pointwise needs no entry here (see `registry.spec_for`); th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -75,7 +77,7 @@ def glu(op: Op) -> Spec:
 @rule(dropout_mask)
 def counter_dropout(op: Op) -> Spec:
     """Each element's mask depends on its global index alone; the local program offsets the index."""
-    x: fx.Node = op.node.args[0]  # type: ignore[assignment]
+    x: Any = op.node.args[0]
     spec = Spec(
         [Operand(x, op.dims(x))], [tuple(d if n != 1 else () for d, n in zip(op.dims(x), op.out.shape, strict=True))]
     )

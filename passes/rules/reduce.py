@@ -61,9 +61,9 @@ def maximum(op: Op) -> Spec:
     return spec
 
 
-@rule(aten.amin, aten.min.default, aten.min.dim, aten.any, aten.all, aten.prod, aten.argmax, aten.argmin, aten.std, aten.var, aten.std_mean,
-      aten.var_mean, aten.linalg_vector_norm, aten.norm, aten.median, aten.nanmedian, aten.mode, aten.aminmax,
-      aten.count_nonzero, aten.kthvalue)  # fmt: skip
+@rule(aten.amin, aten.min.default, aten.min.dim, aten.any, aten.all, aten.prod, aten.argmax, aten.argmin, aten.std,
+      aten.var, aten.std_mean, aten.var_mean, aten.linalg_vector_norm, aten.norm, aten.median, aten.nanmedian,
+      aten.mode, aten.aminmax, aten.count_nonzero, aten.kthvalue)  # fmt: skip
 def whole_reduction(op: Op) -> Spec:
     spec = _reduction(op)
     (x,) = op.tensors()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fxpar.passes.factors import Dim, Dims, extent
+from fxpar.passes.factors import Dim, Dims, Factor, extent
 from fxpar.passes.rules.registry import rule
-from fxpar.passes.rules.spec import Op, Spec
+from fxpar.passes.rules.spec import Op, Spec, unknown
 
 aten = torch.ops.aten
 
@@ -20,7 +20,7 @@ def _plain(op: Op, dims: Dims) -> Spec:
 def view(op: Op) -> Spec:
     """The same factors in the same order, cut into dims differently (whole where there is nothing to cut)."""
     (x,) = op.tensors()
-    whole: set = set()
+    whole: set[Factor] = set()
     out = regroup(op, op.dims(x), [int(n) for n in op.out.shape], whole)
     return Spec(
         op.operands(),
@@ -30,14 +30,15 @@ def view(op: Op) -> Spec:
     )
 
 
-def regroup(op: Op, dims: Dims, shape: list[int], whole: set) -> Dims:
+def regroup(op: Op, dims: Dims, shape: list[int], whole: set[Factor]) -> Dims:
     """Cut the factors of `dims`, in order, into dims of the given extents.
 
     Runs of dims with equal products on both sides are matched on their own, so that a cut that cannot be
     expressed (``[4, 6] -> [8, 3]``) holds only its own run whole.
     """
     if 0 in shape:
-        return op.factors.fresh(shape) if not whole.update(f for d in dims for f in d) else ()
+        whole.update(f for d in dims for f in d)
+        return op.factors.fresh(shape)
     out: list[Dim] = []
     i, j = 0, 0
     while i < len(dims) or j < len(shape):
@@ -64,7 +65,7 @@ def _product(sizes: list[int]) -> int:
     return total
 
 
-def _match(op: Op, run: Dim, made: list[int], whole: set) -> list[Dim]:
+def _match(op: Op, run: Dim, made: list[int], whole: set[Factor]) -> list[Dim]:
     if sum(n != 1 for n in made) <= 1:
         return [run if n != 1 else () for n in made]
     fresh = op.factors.fresh(made)
@@ -88,7 +89,7 @@ def reinterpret(op: Op) -> Spec:
 @rule(aten.view_as.default, aten.reshape_as.default)
 def view_as(op: Op) -> Spec:
     x = op["self"]
-    whole: set = set()
+    whole: set[Factor] = set()
     out = regroup(op, op.dims(x), [int(n) for n in op.out.shape], whole)
     at = op.tensors().index(x)
     return Spec(
@@ -188,7 +189,7 @@ def repeat(op: Op) -> Spec:
     own, times = op.dims(x), list(op["repeats"] if "repeats" in op.args else op["dims"])
     times = [1] * (len(own) - len(times)) + times
     lead = len(times) - len(own)
-    whole: set = set()
+    whole: set[Factor] = set()
     dims = []
     for i, n in enumerate(times):
         copies = op.factors.new(n)
@@ -202,8 +203,6 @@ def repeat_interleave(op: Op) -> Spec:
     """Each element n times in a row: the output dim is (dim, copies)."""
     (x,) = op.tensors()
     if op["dim"] is None:
-        from fxpar.passes.rules.spec import unknown
-
         return unknown(op)
     dims = list(op.dims(x))
     at = op["dim"] % len(dims)
