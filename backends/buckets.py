@@ -20,7 +20,7 @@ def bucket_reductions(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
     open_buckets: dict[tuple, list[fx.Node]] = {}
     for node in list(graph.nodes):
         if node.target is c10d.all_reduce.default and _leaves(node):
-            key = tuple(node.args[1:])
+            key = (*node.args[1:], node.meta["val"].dtype)
             bucket = open_buckets.setdefault(key, [])
             bucket.append(node)
             if sum(_bytes(n) for n in bucket) >= limit:

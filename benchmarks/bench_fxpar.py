@@ -26,9 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpar
 
-SHAPE = dict(
-    layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192, vocab=128256, seq=8192, mbs=2, steps=8, warmup=4
-)
+SHAPE = dict(layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192, vocab=128256, seq=8192, mbs=2, steps=8, warmup=4)
 
 # Kernel (on CPU: operator) names by what they do; the first match counts. Inductor names a fused pointwise
 # kernel after all that went into it, attention and matmuls nearby included, so that those come first.
@@ -46,17 +44,13 @@ def parse_args():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--plan", default="dp=1", help="for example tp=2; mbs is per replica and microbatch")
     parser.add_argument("--param-dtype", default="bf16", help="compute dtype; none: fp32, as the weights")
-    parser.add_argument(
-        "--reduce-dtype", default="fp32", help="gradient reduction dtype; none: as the weights"
-    )
+    parser.add_argument("--reduce-dtype", default="fp32", help="gradient reduction dtype; none: as the weights")
     parser.add_argument("--backend", default="auto", choices=["auto", "inductor", "eager"])
     parser.add_argument("--meta", action="store_true", help="build on meta, then init_weights(seed)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak of one GPU")
-    parser.add_argument(
-        "--trace", metavar="FILE", help="profile one more step; write its time by kernel category"
-    )
+    parser.add_argument("--trace", metavar="FILE", help="profile one more step; write its time by kernel category")
     args = parser.parse_args()
     dtypes = dict(param_dtype=args.param_dtype, reduce_dtype=args.reduce_dtype)
     args.plan = dataclasses.replace(fxpar.Plan.parse(args.plan), outputs="loss", **dtypes)
@@ -195,9 +189,7 @@ def summarize(intervals, cuda):
         busy = covered(intervals)
         compute = covered([i for i in intervals if category(i[0]) != "nccl"])
         span = max(end for *_, end in intervals) - min(start for _, start, _ in intervals)
-        summary |= dict(
-            span_ms=span / 1e3, exposed_nccl_ms=(busy - compute) / 1e3, idle_ms=(span - busy) / 1e3
-        )
+        summary |= dict(span_ms=span / 1e3, exposed_nccl_ms=(busy - compute) / 1e3, idle_ms=(span - busy) / 1e3)
     rows = [dict(name=n[:160], kind=category(n), ms=round(t / 1e3, 3), count=c) for n, (t, c) in longest]
     return summary | dict(longest=rows)
 
@@ -215,9 +207,7 @@ def measure(args, device):
     cuda = device.type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     module, build_seconds = build_module(args, device)
-    opt = torch.optim.AdamW(
-        module.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
-    )
+    opt = torch.optim.AdamW(module.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
     step = training_step(args, module, opt, replica_batch(args, module, device))
     if cuda:
         torch.cuda.reset_peak_memory_stats()

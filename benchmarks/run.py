@@ -29,9 +29,7 @@ sys.path.insert(0, str(HERE.parent))  # the fxpar of this checkout, here and in 
 import fxpar  # noqa: E402
 
 OUT = HERE / "out"
-SHAPE = dict(
-    layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192, vocab=128256, seq=8192, mbs=2, steps=8, warmup=4
-)
+SHAPE = dict(layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192, vocab=128256, seq=8192, mbs=2, steps=8, warmup=4)
 QUICK = dict(layers=2, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=256, seq=128, mbs=2, steps=2, warmup=1)
 
 
@@ -102,8 +100,7 @@ def parse_args():
         parser.add_argument("--" + name.replace("_", "-"), type=int, help="instead of the default shape's")
     args = parser.parse_args()
     args.shape = {
-        n: d if getattr(args, n) is None else getattr(args, n)
-        for n, d in (QUICK if args.quick else SHAPE).items()
+        n: d if getattr(args, n) is None else getattr(args, n) for n, d in (QUICK if args.quick else SHAPE).items()
     }
     if "all" in args.suite:
         args.suite = [f"{kind}{args.gpus}" for kind in SUITES]
@@ -117,9 +114,7 @@ def read_suite(name, args, parser):
     """(cases, number of processes) of "tp2"."""
     match = re.fullmatch(rf"({'|'.join(SUITES)})(\d+)", name)
     if not match:
-        parser.error(
-            f"--suite {name}: must be all, or one of {', '.join(SUITES)} followed by a number of GPUs"
-        )
+        parser.error(f"--suite {name}: must be all, or one of {', '.join(SUITES)} followed by a number of GPUs")
     kind, count = match[1], int(match[2])
     if count > args.gpus:
         parser.error(f"--suite {name} takes {count} GPUs: raise --gpus {args.gpus}")
@@ -235,9 +230,7 @@ def last_json_line(log):
 def last_error(log):
     """The last line that names an error, without the launcher's own."""
     lines = log.read_text(errors="replace").splitlines()
-    errors = [
-        line for line in lines if re.search(r'Error\b|"error"', line) and "ChildFailedError" not in line
-    ]
+    errors = [line for line in lines if re.search(r'Error\b|"error"', line) and "ChildFailedError" not in line]
     return errors[-1].strip()[:300] if errors else "no error message"
 
 
@@ -265,11 +258,7 @@ def cells(record, ours):
     line = record["result"]
     rate = line["tokens_per_s_per_gpu"]
     compile_s = line.get("compile_s", line.get("first_s"))  # some peers do not report it
-    ratio = (
-        ""
-        if record is ours or ours["status"] != "ok"
-        else f"{ours['result']['tokens_per_s_per_gpu'] / rate:.3f}"
-    )
+    ratio = "" if record is ours or ours["status"] != "ok" else f"{ours['result']['tokens_per_s_per_gpu'] / rate:.3f}"
     return [
         record["name"], f"{line['step_ms']:.1f}", f"{rate:,.0f}", f"{line['mfu_causal']:.1%}",
         f"{line['peak_mem_gib']:.1f}", "" if compile_s is None else f"{compile_s:.1f}", ratio,

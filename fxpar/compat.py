@@ -5,7 +5,9 @@ Supported: torch 2.11 to 2.15. tests/test_compat.py has a test per entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +74,20 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
     """
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, inputs, config_patches=config or {})
+    compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
+    return compiled
+
+
+@contextlib.contextmanager
+def trunc_normal_as(function: Callable) -> Iterator[None]:
+    """Inside, ``nn.init.trunc_normal_`` is ``function(original, tensor, ...)``: it reads what it draws, so it cannot be
+    traced, and does nothing to a meta tensor."""
+    original = torch.nn.init._no_grad_trunc_normal_
+    torch.nn.init._no_grad_trunc_normal_ = functools.partial(function, original)
+    try:
+        yield
+    finally:
+        torch.nn.init._no_grad_trunc_normal_ = original
 
 
 def strided_shard(dim: int, split_factor: int) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +30,7 @@ def init_weights(model: nn.Module, seed: int, tilings: dict[str, Tiling], mesh: 
 
     Its own initialisation is: construction from its `config` for Hugging Face models; its `init_weights()` if it has
     one; else `reset_parameters()` of every submodule, in order. The caller's generator is left as it was.
+    Raises: ValueError for a parameter or buffer that it does not fill.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -37,13 +39,16 @@ def init_weights(model: nn.Module, seed: int, tilings: dict[str, Tiling], mesh: 
         for name, made in fresh.named_parameters():
             slot = _slot(model, name)
             value = tape.play(made)
-            if value is not None:
-                part = take(value, tilings[name], mesh.mesh, mesh.rank)
-                compat.local_part(slot[0][slot[1]]).copy_(part)
-        for name, made in fresh.named_buffers():
+            if value is None or (value.is_floating_point() and value.isnan().any()):
+                raise ValueError(f"the model's own initialisation does not fill parameter {name}: give its module a "
+                                 "reset_parameters(), or the model an init_weights(), that does; or load a checkpoint")
+            part = take(value, tilings[name], mesh.mesh, mesh.rank)
+            compat.local_part(slot[0][slot[1]]).copy_(part)
+        for name, buffer in fresh.named_buffers():
             table, key = _slot(model, name)
-            if not made.is_meta and table[key] is not made:
-                table[key] = made.to(device)
+            value = tape.play(buffer) if buffer.is_meta else buffer
+            if value is not None and table[key] is not value:
+                table[key] = value.to(device)
     for name, b in model.named_buffers():
         if b.is_meta:
             raise ValueError(f"buffer {name} is on the meta device and the model's own initialisation does not fill it; "
@@ -59,16 +64,17 @@ def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 def _initialize(model: nn.Module, tape: _Tape) -> nn.Module:
     """Run the model's own initialisation under `tape`; the module whose parameters it ran on."""
     if hasattr(model, "config") and hasattr(type(model), "_from_config"):
-        with _parameters_on_meta(), tape:
+        with _parameters_on_meta(), _tracing(tape):
             return type(model)(model.config)
-    fresh = _on_meta(model)
-    with tape:
+    fresh: Any = _on_meta(model)
+    with _tracing(tape):
         if callable(getattr(type(model), "init_weights", None)):
             fresh.init_weights()
         else:
             for module in fresh.modules():
-                if callable(getattr(module, "reset_parameters", None)):
-                    module.reset_parameters()
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
     return fresh
 
 
@@ -86,7 +92,7 @@ def _parameters_on_meta() -> Iterator[None]:
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
+        if param is not None and param.device.type != "meta":
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
         original(self, name, param)
 
@@ -95,6 +101,23 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _tracing(tape: _Tape) -> Iterator[None]:
+    """Inside, initialisation is recorded, of meta tensors, too, that it would leave alone."""
+    with compat.trunc_normal_as(tape.whole), _NotMeta(), tape:
+        yield
+
+
+class _NotMeta(TorchFunctionMode):
+    """No tensor says that it is on meta: `orthogonal_` and others skip those that do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        is_meta: Any = torch.Tensor.is_meta
+        if func == is_meta.__get__:
+            return False
+        return func(*args, **(kwargs or {}))
 
 
 class _Tape(TorchDispatchMode):
@@ -125,6 +148,15 @@ class _Tape(TorchDispatchMode):
         self.entries.append((func, *refs, ids, state))
         return out
 
+    def whole(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Record a random function that fills `tensor` as one operator."""
+        if tensor.device.type != "meta":
+            return function(tensor, *args, **kwargs)
+        state = torch.get_rng_state()
+        function(_scratch(tensor), *args, **kwargs)
+        self.entries.append((function, (_Ref(self._track(tensor)), *args), kwargs, [id(tensor)], state))
+        return tensor
+
     def _track(self, t: Tensor) -> int:
         self.alive[id(t)] = t
         self.group.setdefault(id(t), id(t))
@@ -148,6 +180,8 @@ class _Tape(TorchDispatchMode):
         def real(ref: _Ref) -> Tensor:
             if ref.id not in values:
                 values[ref.id] = _scratch(self.alive[ref.id])
+                if values[ref.id].is_floating_point():
+                    values[ref.id].fill_(torch.nan)  # what is never written, or read before, shows
             return values[ref.id]
 
         for func, args, kwargs, ids, state in self.entries:
@@ -170,7 +204,7 @@ class _Ref:
 
 
 def _scratch(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) if t.is_meta else t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) if t.device.type == "meta" else t
 
 
 def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:

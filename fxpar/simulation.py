@@ -68,7 +68,9 @@ class Simulation:
         self.program = self._compile(example_call(model, example))
 
     def _compile(self, call: Call) -> Program:
-        key = (signature(call), self.model.training)
+        device = self.device.type
+        auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = (signature(call), self.model.training, auto)
         if key not in self._programs:
             args, kwargs = call
             self._programs[key] = compile_program(self.model, self.plan, kwargs or args, device=self.device,
@@ -152,8 +154,8 @@ def _check_replicas(name: str, parts: Iterable[Tensor], total: Tensor, node, pro
         mine = take(total, node.meta["tiling"], program.mesh, rank)
         worst = (mine - part).abs().max().item() if part.numel() else 0.0
         if not worst <= 1e-4 * scale:
-            raise EquivalenceError(f"ranks disagree about the gradient of {name} (rank {rank}: off by {worst:.3g} of {scale:.3g}); "
-                             "this is a bug in fxpar: please report the model and the plan")
+            raise EquivalenceError(f"ranks disagree about the gradient of {name} (rank {rank}: off by {worst:.3g} of "
+                                   f"{scale:.3g}); this is a bug in fxpar: please report the model and the plan")
 
 
 def unflatten(program: Program, tensors: list[Any]) -> Any:

@@ -175,9 +175,7 @@ def one_op(r: Random, target: Any, args: tuple, kwargs: dict[str, Any], constant
     if isinstance(value, Tensor):
         results = [node]
     else:
-        results = [
-            build.call(operator.getitem, node, i) for i, v in enumerate(value) if isinstance(v, Tensor)
-        ]
+        results = [build.call(operator.getitem, node, i) for i, v in enumerate(value) if isinstance(v, Tensor)]
     for result in results:
         shape = _cut(r, list(result.meta["val"].shape)) if r.random() < 0.3 else None
         outputs.append(build.call(torch.ops.aten.reshape.default, result, shape) if shape else result)
@@ -210,9 +208,7 @@ def lay_out(program: Program, r: Random) -> Program:
     mesh = program.mesh
     for node in program.graph.nodes:
         if node.op == "placeholder" and "dims" in node.meta:
-            node.meta["layout"] = random_layout(
-                r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6
-            )
+            node.meta["layout"] = random_layout(r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6)
         elif node.target is operator.getitem:
             node.meta["layout"] = dict(node.args[0].meta["placement"].layouts[node.meta["position"]])
         elif "spec" in node.meta:
@@ -272,9 +268,7 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     mesh = program.mesh
     wholes = _whole(program, feeds)
     cotangents = [
-        torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(i))
-        if w.requires_grad
-        else None
+        torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(i)) if w.requires_grad else None
         for i, w in enumerate(wholes[0])
     ]
     expected = _gradients([wholes[0]], wholes[1], [cotangents])
@@ -323,17 +317,12 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
 
 def _whole(program: Program, feeds: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The program on one device: its outputs, and the inputs to differentiate them by."""
-    own = [
-        x.detach().clone().requires_grad_(s.requires_grad)
-        for x, s in zip(feeds, program.sources, strict=True)
-    ]
+    own = [x.detach().clone().requires_grad_(s.requires_grad) for x, s in zip(feeds, program.sources, strict=True)]
     outs = fx.Interpreter(program.module).run(*own)
     return list(outs), [x for x in own if x.requires_grad]
 
 
-def _gradients(
-    outs: list[list[Tensor]], wants: list[Tensor], cotangents: list[list[Tensor | None]]
-) -> list[Tensor]:
+def _gradients(outs: list[list[Tensor]], wants: list[Tensor], cotangents: list[list[Tensor | None]]) -> list[Tensor]:
     roots = [
         (o, c)
         for os, cs in zip(outs, cotangents, strict=True)
@@ -346,9 +335,7 @@ def _gradients(
     return [torch.zeros_like(w) if g is None else g for w, g in zip(wants, found, strict=True)]
 
 
-def _compare(
-    what: str, have: Tensor, want: Tensor, whole: Tensor, tolerance: dict, text: str, values: bool
-) -> None:
+def _compare(what: str, have: Tensor, want: Tensor, whole: Tensor, tolerance: dict, text: str, values: bool) -> None:
     assert have.dtype == want.dtype, f"{what}: {have.dtype} instead of {want.dtype}\n{text}"
     assert have.shape == want.shape, f"{what}: shape {list(have.shape)} instead of {list(want.shape)}\n{text}"
     if not values:

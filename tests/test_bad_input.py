@@ -96,7 +96,7 @@ def test_a_global_batch_that_dp_does_not_divide(run):
 
 def test_a_batch_that_the_microbatches_do_not_divide():
     module = fxpar.parallelize(Net(), "microbatches=3", (X, X))
-    with pytest.raises(InputError, match="`microbatches`=3: must divide the replica's batch of 4.*try a batch of 6"):
+    with pytest.raises(InputError, match=r"`microbatches`=3: must divide the replica's batch of 4.*try a batch of 6"):
         module.train_step(X, X)
 
 
@@ -121,7 +121,7 @@ def test_models_that_are_parallel_already(wrap, named):
 
 @pytest.mark.parametrize("thing", [lambda x: x, "gpt2", Net], ids=["function", "name", "class"])
 def test_what_is_no_module(thing):
-    with pytest.raises(TypeError, match="takes a torch.nn.Module, not"):
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, not"):
         fxpar.parallelize(thing, "dp=1", (X,))
 
 

@@ -1,4 +1,4 @@
-"""`init_weights` on a meta model: what ``torch.manual_seed(seed)`` and the constructor give on one device."""
+"""`init_weights` on a meta model: what ``torch.manual_seed(seed)`` and the model's own initialisation give on one device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SEED = 11
 
 
 class Plain(nn.Module):
-    """Submodules that initialise themselves, a tied weight, and a buffer that is computed."""
+    """Submodules that initialise themselves, buffers among them, and a tied weight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.up, self.head = nn.Embedding(24, 8), nn.Linear(8, 32), nn.Linear(8, 24, bias=False)
-        self.norm, self.down = nn.LayerNorm(8), nn.Linear(32, 8)
+        self.norm, self.down = nn.BatchNorm1d(8), nn.Linear(32, 8)
         self.head.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,8 +39,9 @@ class Own(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        for module in (self.down, self.up):
-            nn.init.trunc_normal_(module.weight, std=0.3)
+        nn.init.trunc_normal_(self.down.weight, std=0.3, a=-0.4, b=0.4)
+        nn.init.orthogonal_(self.up.weight)
+        for module in (self.up, self.down):
             nn.init.zeros_(module.bias)
         nn.init.uniform_(self.scale, 1, 2)
         with torch.no_grad():
@@ -76,9 +77,14 @@ def inputs(name: str) -> dict[str, Tensor]:
 
 def on_one_device(name: str) -> nn.Module:
     torch.manual_seed(SEED)
-    if name == "plain":  # its modules initialise themselves when they are made, in this order
-        return Plain()
-    return MODELS[name]()
+    model = MODELS[name]()
+    torch.manual_seed(SEED)
+    if name == "plain":
+        for module in model.modules():
+            getattr(module, "reset_parameters", lambda: None)()
+    elif name == "own":
+        model.init_weights()
+    return model
 
 
 def from_meta(rank: int, name: str, plan: str) -> tuple[dict[str, Tensor], float, bool]:
@@ -139,6 +145,27 @@ def test_only_one_whole_parameter_is_made_at_a_time(monkeypatch):
     monkeypatch.setattr(initialize._Tape, "play", counted)
     from_meta(0, "llama", "dp=1")
     assert most[0] <= 2  # the new one is made while the name of the old one still holds it
+
+
+@pytest.mark.parametrize("fill", [lambda p: None, lambda p: p.data.mul_(2), lambda p: p.data[0].zero_()],
+                         ids=["untouched", "scaled", "in part"])  # fmt: skip
+def test_a_parameter_that_nothing_fills_is_named(fill):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def reset_parameters(self) -> None:
+            fill(self.scale)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    with torch.device("meta"):
+        model = Scaled()
+    module = fxpar.parallelize(model, "dp=1", (torch.ones(2, 8),))
+    with pytest.raises(ValueError, match="does not fill parameter scale"):
+        module.init_weights(SEED)
 
 
 def test_a_buffer_that_nothing_fills_is_named():

@@ -45,7 +45,9 @@ def by_hand(logits, labels):
 
 
 def soft_targets(logits, labels):
-    return F.cross_entropy(flat(logits, labels)[0], F.one_hot(labels.clamp(min=0), logits.shape[-1]).float().flatten(0, 1))
+    return F.cross_entropy(
+        flat(logits, labels)[0], F.one_hot(labels.clamp(min=0), logits.shape[-1]).float().flatten(0, 1)
+    )
 
 
 LOSSES = {
@@ -102,7 +104,9 @@ def test_the_same_dropout_under_any_plan():
             return self.loss(F.dropout(self.head(x), 0.1, self.training), labels, self.weight)
 
     model = Dropped(LOSSES["shifted"]).train()
-    losses = [fxpar.simulate(model, plan, batch()).step(**batch(), seed=7).loss.item()
-              for plan in ("dp=1", "dp=4", "tp=4", "dp=2,tp=2")]
+    losses = [
+        fxpar.simulate(model, plan, batch()).step(**batch(), seed=7).loss.item()
+        for plan in ("dp=1", "dp=4", "tp=4", "dp=2,tp=2")
+    ]
     assert max(losses) - min(losses) < 1e-6 * losses[0]
     assert abs(fxpar.simulate(model, "dp=1", batch()).step(**batch(), seed=8).loss.item() - losses[0]) > 1e-3

@@ -59,9 +59,7 @@ def test_production_configurations(world, tp, pp, cp, ep, dp):
     assert Plan.from_megatron(flags, world_size=world).degrees == plan.degrees
 
 
-@pytest.mark.parametrize(
-    "field", ["dp", "tp", "pp", "cp", "ep", "dp_replicate", "microbatches", "virtual_stages"]
-)
+@pytest.mark.parametrize("field", ["dp", "tp", "pp", "cp", "ep", "dp_replicate", "microbatches", "virtual_stages"])
 @pytest.mark.parametrize("value", [0, -2, True, 2.0, 2.5, math.nan, math.inf, "2", None, 1e300])
 def test_counts_are_positive_integers(field, value):
     meant = int(value) if value in (2.0, 1e300) and value is not None else 1
@@ -183,9 +181,7 @@ def test_require_supported_refuses(text, suggestion):
 
 # ---- text ----
 
-names = st.text(
-    st.characters(exclude_characters=",;:=[]", exclude_categories=["Z", "C"]), min_size=1, max_size=6
-)
+names = st.text(st.characters(exclude_characters=",;:=[]", exclude_categories=["Z", "C"]), min_size=1, max_size=6)
 dtypes = st.none() | st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 
 
@@ -196,8 +192,7 @@ def plans(draw):
     ep = draw(st.sampled_from(divisors))
     sequence = [None, True] if ep > 1 and tp > 1 else [None, True, False]
     switches = {
-        name: draw(st.booleans())
-        for name in ("overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap")
+        name: draw(st.booleans()) for name in ("overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap")
     }
     stages = draw(st.integers(1, 4))
     schedules = ["interleaved1f1b", "zbv"] + ["gpipe", "1f1b", "zb1p"] * (stages == 1)
@@ -226,9 +221,7 @@ def test_text_round_trips(plan):
 
 @given(
     st.text(max_size=20)
-    | st.lists(st.sampled_from(["dp", "zero", "roles", "=", ",", ":", ";", "[0]", "1", "nan", " "])).map(
-        "".join
-    )
+    | st.lists(st.sampled_from(["dp", "zero", "roles", "=", ",", ":", ";", "[0]", "1", "nan", " "])).map("".join)
 )
 def test_any_text_is_a_plan_or_a_plan_error(text):
     try:

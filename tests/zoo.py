@@ -79,8 +79,7 @@ def padding(batch: int = BATCH, seq: int = SEQ) -> Tensor:
 # ---- Hugging Face ----
 
 
-def language_model(config_name: str, vocab: int = VOCAB, seq: int = SEQ, mask: bool = False,
-                   **options: Any) -> Built:
+def language_model(config_name: str, vocab: int = VOCAB, seq: int = SEQ, mask: bool = False, **options: Any) -> Built:
     """A causal language model from its config class, by name."""
     import transformers
 
@@ -91,9 +90,17 @@ def language_model(config_name: str, vocab: int = VOCAB, seq: int = SEQ, mask: b
     return transformers.AutoModelForCausalLM.from_config(config), inputs
 
 
-LLAMA = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-             eos_token_id=2)
+LLAMA = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 MOE = {**LLAMA, "experts_implementation": "grouped_mm"}
 
 
@@ -112,17 +119,21 @@ def gpt2() -> Built:
     return language_model("GPT2Config", n_embd=32, n_layer=2, n_head=4, n_positions=64)
 
 
-BERT = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64)
+BERT = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
 
 
 @model("bert")
 def bert() -> Built:
     from transformers import BertConfig, BertForMaskedLM
 
-    return BertForMaskedLM(BertConfig(**BERT)), {
-        "input_ids": ids(), "attention_mask": padding(), "labels": labels()}
+    return BertForMaskedLM(BertConfig(**BERT)), {"input_ids": ids(), "attention_mask": padding(), "labels": labels()}
 
 
 @model("bert_classifier")
@@ -130,11 +141,15 @@ def bert_classifier() -> Built:
     from transformers import BertConfig, BertForSequenceClassification
 
     return BertForSequenceClassification(BertConfig(**BERT, num_labels=3)), {
-        "input_ids": ids(), "attention_mask": padding(), "labels": torch.randint(3, (BATCH,))}
+        "input_ids": ids(),
+        "attention_mask": padding(),
+        "labels": torch.randint(3, (BATCH,)),
+    }
 
 
-VIT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-           patch_size=4)
+VIT = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+)
 
 
 @model("vit")
@@ -142,18 +157,30 @@ def vit() -> Built:
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(ViTConfig(**VIT, num_labels=8)), {
-        "pixel_values": torch.randn(BATCH, 3, 16, 16), "labels": torch.randint(8, (BATCH,))}
+        "pixel_values": torch.randn(BATCH, 3, 16, 16),
+        "labels": torch.randint(8, (BATCH,)),
+    }
 
 
 @model("t5")
 def t5() -> Built:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-                      use_cache=False,
-                      decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=VOCAB,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        use_cache=False,
+        decoder_start_token_id=0,
+    )
     return T5ForConditionalGeneration(config), {
-        "input_ids": ids(seq=12), "attention_mask": padding(seq=12), "labels": labels()}
+        "input_ids": ids(seq=12),
+        "attention_mask": padding(seq=12),
+        "labels": labels(),
+    }
 
 
 @model("mixtral")
@@ -163,9 +190,9 @@ def mixtral() -> Built:
 
 @model("qwen3_moe")
 def qwen3_moe() -> Built:
-    return language_model("Qwen3MoeConfig", **MOE, num_experts=4, num_experts_per_tok=2,
-                          moe_intermediate_size=32,
-                          head_dim=8)
+    return language_model(
+        "Qwen3MoeConfig", **MOE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=8
+    )
 
 
 # ---- timm ----
@@ -179,8 +206,9 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 
 @model("timm_vit")
 def timm_vit() -> Built:
-    made = timm_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4,
-                      num_classes=8)
+    made = timm_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=8
+    )
     return WithLoss(made), (torch.randn(BATCH, 3, 32, 32), torch.randint(8, (BATCH,)))
 
 
@@ -225,8 +253,9 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = CausalAttention(width, heads, dropout)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
-                                 nn.Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -236,8 +265,7 @@ class Block(nn.Module):
 class NanoGPT(nn.Module):
     """In the manner of nanoGPT: fused qkv, learned positions, tied head, the loss made in forward."""
 
-    def __init__(self, vocab: int = VOCAB, width: int = 32, heads: int = 4, layers: int = 2,
-                 dropout: float = 0.1):
+    def __init__(self, vocab: int = VOCAB, width: int = 32, heads: int = 4, layers: int = 2, dropout: float = 0.1):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocab, width), nn.Embedding(64, width)
         self.drop = nn.Dropout(dropout)
@@ -302,10 +330,17 @@ class Residual(nn.Module):
 
 @model("resnet")
 def resnet() -> Built:
-    made = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
-                         nn.MaxPool2d(2),
-                         Residual(8, 16), Residual(16, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(32, 8))
+    made = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        Residual(8, 16),
+        Residual(16, 32),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 8),
+    )
     return WithLoss(made), (torch.randn(BATCH, 3, 16, 16), torch.randint(8, (BATCH,)))
 
 
@@ -317,9 +352,9 @@ def mlp() -> Built:
 
 @model("mlp_norm")
 def mlp_norm() -> Built:
-    made = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 32),
-                         nn.Tanh(),
-                         nn.Linear(32, 4))
+    made = nn.Sequential(
+        nn.Linear(16, 64), nn.LayerNorm(64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 4)
+    )
     return made, (torch.randn(2 * BATCH, 16),)
 
 
@@ -334,39 +369,90 @@ _hf_lm("qwen2", "Qwen2Config", **LLAMA)
 _hf_lm("qwen3", "Qwen3Config", **LLAMA, head_dim=8)
 _hf_lm("phi3", "Phi3Config", **LLAMA)
 _hf_lm("gemma2", "Gemma2Config", **LLAMA, head_dim=8, sliding_window=4)
-_hf_lm("gemma3", "Gemma3TextConfig", **LLAMA, head_dim=8, sliding_window=4, layer_types=[
-    "sliding_attention", "full_attention"])
+_hf_lm(
+    "gemma3",
+    "Gemma3TextConfig",
+    **LLAMA,
+    head_dim=8,
+    sliding_window=4,
+    layer_types=["sliding_attention", "full_attention"],
+)
 _hf_lm("mistral_sliding", "MistralConfig", **LLAMA, sliding_window=4)
 _hf_lm("llama_padded", "LlamaConfig", **LLAMA, mask=True)
-_hf_lm("llama_odd", "LlamaConfig", vocab=97, seq=7, **{**LLAMA, "hidden_size": 36, "intermediate_size": 57,
-       "num_attention_heads": 6, "num_key_value_heads": 3})
-_hf_lm("gpt_neox", "GPTNeoXConfig", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-       num_attention_heads=4,
-       max_position_embeddings=64)
+_hf_lm(
+    "llama_odd",
+    "LlamaConfig",
+    vocab=97,
+    seq=7,
+    **{**LLAMA, "hidden_size": 36, "intermediate_size": 57, "num_attention_heads": 6, "num_key_value_heads": 3},
+)
+_hf_lm(
+    "gpt_neox",
+    "GPTNeoXConfig",
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
 _hf_lm("gptj", "GPTJConfig", n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
 _hf_lm("falcon", "FalconConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-_hf_lm("falcon_new", "FalconConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-       num_kv_heads=2,
-       new_decoder_architecture=True)
-_hf_lm("falcon_alibi", "FalconConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-       alibi=True, mask=True)
+_hf_lm(
+    "falcon_new",
+    "FalconConfig",
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    new_decoder_architecture=True,
+)
+_hf_lm(
+    "falcon_alibi", "FalconConfig", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, mask=True
+)
 _hf_lm("bloom", "BloomConfig", hidden_size=32, n_layer=2, n_head=4, mask=True)
-_hf_lm("opt", "OPTConfig", hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, mask=True,
-       max_position_embeddings=64, word_embed_proj_dim=32)
+_hf_lm(
+    "opt",
+    "OPTConfig",
+    hidden_size=32,
+    ffn_dim=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    mask=True,
+    max_position_embeddings=64,
+    word_embed_proj_dim=32,
+)
 _hf_lm("olmo2", "Olmo2Config", **LLAMA)
 _hf_lm("stablelm", "StableLmConfig", **LLAMA)
 _hf_lm("starcoder2", "Starcoder2Config", **LLAMA)
 _hf_lm("mpt", "MptConfig", d_model=32, n_heads=4, n_layers=2, max_seq_len=64)
 _hf_lm("mamba", "MambaConfig", hidden_size=32, state_size=4, num_hidden_layers=2)
-_hf_lm("deepseek_v3", "DeepseekV3Config", **{**MOE, "num_key_value_heads": 4}, n_routed_experts=4,
-       num_experts_per_tok=2,
-       n_group=2, topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8,
-       v_head_dim=8,
-       moe_intermediate_size=32, first_k_dense_replace=1, n_shared_experts=1)
-_hf_lm("gpt_oss", "GptOssConfig", **MOE, num_local_experts=4, num_experts_per_tok=2, head_dim=8,
-       sliding_window=4)
-_hf_lm("qwen2_moe", "Qwen2MoeConfig", **MOE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-       shared_expert_intermediate_size=32)
+_hf_lm(
+    "deepseek_v3",
+    "DeepseekV3Config",
+    **{**MOE, "num_key_value_heads": 4},
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    n_shared_experts=1,
+)
+_hf_lm("gpt_oss", "GptOssConfig", **MOE, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=4)
+_hf_lm(
+    "qwen2_moe",
+    "Qwen2MoeConfig",
+    **MOE,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+)
 
 
 @held_out("distilbert")
@@ -374,8 +460,7 @@ def distilbert() -> Built:
     from transformers import DistilBertConfig, DistilBertForMaskedLM
 
     config = DistilBertConfig(vocab_size=VOCAB, dim=32, hidden_dim=64, n_layers=2, n_heads=4)
-    return DistilBertForMaskedLM(config), {
-        "input_ids": ids(), "attention_mask": padding(), "labels": labels()}
+    return DistilBertForMaskedLM(config), {"input_ids": ids(), "attention_mask": padding(), "labels": labels()}
 
 
 @held_out("roberta")
@@ -383,19 +468,34 @@ def roberta() -> Built:
     from transformers import RobertaConfig, RobertaForMaskedLM
 
     return RobertaForMaskedLM(RobertaConfig(**BERT)), {
-        "input_ids": ids(), "attention_mask": padding(), "labels": labels()}
+        "input_ids": ids(),
+        "attention_mask": padding(),
+        "labels": labels(),
+    }
 
 
 @held_out("whisper")
 def whisper() -> Built:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    config = WhisperConfig(vocab_size=VOCAB, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2,
-                           encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
-                           decoder_ffn_dim=64,
-                           max_source_positions=8, max_target_positions=16, pad_token_id=0,
-                           decoder_start_token_id=1,
-                           bos_token_id=1, eos_token_id=2, use_cache=False)
+    config = WhisperConfig(
+        vocab_size=VOCAB,
+        num_mel_bins=8,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_source_positions=8,
+        max_target_positions=16,
+        pad_token_id=0,
+        decoder_start_token_id=1,
+        bos_token_id=1,
+        eos_token_id=2,
+        use_cache=False,
+    )
     made = WhisperForConditionalGeneration(config)
     return made, {"input_features": torch.randn(BATCH, 8, 16), "labels": labels()}
 
@@ -404,15 +504,28 @@ def whisper() -> Built:
 def bart() -> Built:
     from transformers import BartConfig, BartForConditionalGeneration
 
-    config = BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2,
-                        encoder_attention_heads=4,
-                        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
-                        max_position_embeddings=64,
-                        use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                        decoder_start_token_id=2,
-                        forced_eos_token_id=2)
+    config = BartConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        use_cache=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    )
     return BartForConditionalGeneration(config), {
-        "input_ids": ids(seq=12), "attention_mask": padding(seq=12), "labels": labels()}
+        "input_ids": ids(seq=12),
+        "attention_mask": padding(seq=12),
+        "labels": labels(),
+    }
 
 
 @held_out("clip")
@@ -420,8 +533,7 @@ def clip() -> Built:
     from transformers import CLIPConfig, CLIPModel
 
     text = dict(BERT, projection_dim=16, eos_token_id=2)
-    made = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(VIT, projection_dim=16),
-                                projection_dim=16))
+    made = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(VIT, projection_dim=16), projection_dim=16))
     return made, {"input_ids": ids(), "pixel_values": torch.randn(BATCH, 3, 16, 16), "return_loss": True}
 
 
@@ -429,11 +541,20 @@ def clip() -> Built:
 def swin() -> Built:
     from transformers import SwinConfig, SwinForImageClassification
 
-    config = SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4],
-                        window_size=4,
-                        num_labels=8, drop_path_rate=0.0)
+    config = SwinConfig(
+        image_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=4,
+        num_labels=8,
+        drop_path_rate=0.0,
+    )
     return SwinForImageClassification(config), {
-        "pixel_values": torch.randn(BATCH, 3, 32, 32), "labels": torch.randint(8, (BATCH,))}
+        "pixel_values": torch.randn(BATCH, 3, 32, 32),
+        "labels": torch.randint(8, (BATCH,)),
+    }
 
 
 @held_out("mlp_mixer")
@@ -473,10 +594,19 @@ def unet() -> Built:
 
 @held_out("autoencoder")
 def autoencoder() -> Built:
-    made = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 16),
-                         nn.ReLU(), nn.Linear(16, 128), nn.Unflatten(1, (8, 4, 4)),
-                         nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1), nn.ReLU(),
-                         nn.ConvTranspose2d(4, 1, 3, padding=1), nn.Sigmoid())
+    made = nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 16),
+        nn.ReLU(),
+        nn.Linear(16, 128),
+        nn.Unflatten(1, (8, 4, 4)),
+        nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 1, 3, padding=1),
+        nn.Sigmoid(),
+    )
     return made, (torch.randn(BATCH, 1, 8, 8),)
 
 
@@ -595,7 +725,7 @@ def oddity(forward: Callable[..., Any], *inputs: Any, **modules: Any) -> Built:
                 else:
                     setattr(self, name, value)
 
-    Odd.forward = forward  # type: ignore[method-assign]
+    Odd.forward = forward
     return Odd(), inputs
 
 
@@ -610,8 +740,7 @@ def shared_block() -> Built:
         h = h + (h @ self.embed.weight.T).softmax(-1) @ self.embed.weight
         return F.cross_entropy(F.linear(h, self.embed.weight).flatten(0, 1), target.flatten())
 
-    return oddity(forward, ids(), labels(), embed=nn.Embedding(VOCAB, 32), up=nn.Linear(32, 64),
-                  down=nn.Linear(64, 32))
+    return oddity(forward, ids(), labels(), embed=nn.Embedding(VOCAB, 32), up=nn.Linear(32, 64), down=nn.Linear(64, 32))
 
 
 @held_out("buffers")
@@ -624,8 +753,15 @@ def buffers() -> Built:
         self.book[:2] = x.detach()[:2] * 2
         return self.down(torch.relu(self.up(x - self.average))) * self.steps
 
-    return oddity(forward, torch.randn(BATCH, 16), up=nn.Linear(16, 32), down=nn.Linear(32, 16),
-                  steps=torch.zeros((), dtype=torch.long), average=torch.zeros(16), book=torch.ones(8, 16))
+    return oddity(
+        forward,
+        torch.randn(BATCH, 16),
+        up=nn.Linear(16, 32),
+        down=nn.Linear(32, 16),
+        steps=torch.zeros((), dtype=torch.long),
+        average=torch.zeros(16),
+        book=torch.ones(8, 16),
+    )
 
 
 @held_out("outputs")
@@ -634,12 +770,19 @@ def outputs() -> Built:
 
     def forward(self, x, target, weight=None):
         logits = self.head(torch.relu(self.body(x)))
-        return {"logits": logits, "parts": (logits.argmax(-1), logits > 0, None),
-                "count": target.ne(0).sum(), "n": 3,
-                "same": x, "top": logits.topk(2), "loss": F.cross_entropy(logits, target)}
+        return {
+            "logits": logits,
+            "parts": (logits.argmax(-1), logits > 0, None),
+            "count": target.ne(0).sum(),
+            "n": 3,
+            "same": x,
+            "top": logits.topk(2),
+            "loss": F.cross_entropy(logits, target),
+        }
 
-    return oddity(forward, torch.randn(BATCH, 16), torch.randint(8, (BATCH,)), body=nn.Linear(16, 32),
-                  head=nn.Linear(32, 8))
+    return oddity(
+        forward, torch.randn(BATCH, 16), torch.randint(8, (BATCH,)), body=nn.Linear(16, 32), head=nn.Linear(32, 8)
+    )
 
 
 @held_out("graph")
@@ -654,9 +797,14 @@ def graph() -> Built:
             h = h.scatter_add(0, edges[0][:, None].expand_as(message), message)
         return h.mean(0)
 
-    return oddity(forward, torch.randn(8, 6), torch.randint(8, (2, 20)), embed=nn.Linear(6, 32),
-                  message=nn.Linear(64, 32),
-                  update=nn.Linear(32, 32))
+    return oddity(
+        forward,
+        torch.randn(8, 6),
+        torch.randint(8, (2, 20)),
+        embed=nn.Linear(6, 32),
+        message=nn.Linear(64, 32),
+        update=nn.Linear(32, 32),
+    )
 
 
 @held_out("size_one")
@@ -668,16 +816,29 @@ def size_one() -> Built:
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return F.binary_cross_entropy_with_logits(self.head(h).squeeze(-1), (x[..., 0] > 0).float())
 
-    return oddity(forward, torch.randn(BATCH, SEQ, 8), torch.randn(BATCH, 1, 8), q=nn.Linear(8, 8),
-                  k=nn.Linear(8, 8),
-                  v=nn.Linear(8, 8), head=nn.Linear(8, 1))
+    return oddity(
+        forward,
+        torch.randn(BATCH, SEQ, 8),
+        torch.randn(BATCH, 1, 8),
+        q=nn.Linear(8, 8),
+        k=nn.Linear(8, 8),
+        v=nn.Linear(8, 8),
+        head=nn.Linear(8, 1),
+    )
 
 
 @held_out("dropouts")
 def dropouts() -> Built:
-    made = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Dropout2d(0.3), nn.SELU(inplace=True),
-                         nn.AlphaDropout(0.2),
-                         nn.Flatten(), nn.Linear(128, 32), nn.FeatureAlphaDropout(0.2), nn.Linear(32, 4))
+    made = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Dropout2d(0.3),
+        nn.SELU(inplace=True),
+        nn.AlphaDropout(0.2),
+        nn.Flatten(),
+        nn.Linear(128, 32),
+        nn.FeatureAlphaDropout(0.2),
+        nn.Linear(32, 4),
+    )
     return made, (torch.randn(BATCH, 3, 4, 4),)
 
 
@@ -692,9 +853,13 @@ def dense_experts() -> Built:
         used = F.one_hot(gate.argmax(-1), 4).float().mean((0, 1))
         return y.square().mean() + (used * gate.mean((0, 1))).sum() + gate.logsumexp(-1).square().mean()
 
-    return oddity(forward, torch.randn(BATCH, SEQ, 16), router=nn.Linear(16, 4),
-                  up=nn.Parameter(torch.randn(4, 16, 32) / 4),
-                  down=nn.Parameter(torch.randn(4, 32, 16) / 6))
+    return oddity(
+        forward,
+        torch.randn(BATCH, SEQ, 16),
+        router=nn.Linear(16, 4),
+        up=nn.Parameter(torch.randn(4, 16, 32) / 4),
+        down=nn.Parameter(torch.randn(4, 32, 16) / 6),
+    )
 
 
 @held_out("lora")
@@ -706,8 +871,14 @@ def lora() -> Built:
         return self.down(h).square().mean()
 
     up, down = nn.Linear(16, 64).requires_grad_(False), nn.Linear(64, 16).requires_grad_(False)
-    return oddity(forward, torch.randn(BATCH, SEQ, 16, requires_grad=True), up=up, down=down,
-                  a=nn.Parameter(torch.randn(4, 16)), b=nn.Parameter(torch.randn(64, 4)))
+    return oddity(
+        forward,
+        torch.randn(BATCH, SEQ, 16, requires_grad=True),
+        up=up,
+        down=down,
+        a=nn.Parameter(torch.randn(4, 16)),
+        b=nn.Parameter(torch.randn(64, 4)),
+    )
 
 
 @held_out("contrastive")
@@ -720,9 +891,14 @@ def contrastive() -> Built:
         target = torch.arange(len(x))
         return (F.cross_entropy(similar, target) + F.cross_entropy(similar.T, target)) / 2
 
-    return oddity(forward, torch.randn(8, 16), torch.randn(8, 12), left=nn.Linear(16, 32),
-                  right=nn.Linear(12, 32),
-                  scale=nn.Parameter(torch.tensor(1.0)))
+    return oddity(
+        forward,
+        torch.randn(8, 16),
+        torch.randn(8, 12),
+        left=nn.Linear(16, 32),
+        right=nn.Linear(12, 32),
+        scale=nn.Parameter(torch.tensor(1.0)),
+    )
 
 
 @held_out("convolutions")
@@ -736,9 +912,15 @@ def convolutions() -> Built:
         return self.last(F.leaky_relu(h))
 
     last = nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 2, 1))
-    return oddity(forward, torch.randn(BATCH, 4, 16), first=nn.Conv1d(4, 32, 3), last=last,
-                  norm=nn.GroupNorm(4, 16), grouped=nn.Conv1d(16, 16, 3, padding=1, groups=4),
-                  depthwise=nn.Conv1d(16, 16, 3, padding=1, groups=16))
+    return oddity(
+        forward,
+        torch.randn(BATCH, 4, 16),
+        first=nn.Conv1d(4, 32, 3),
+        last=last,
+        norm=nn.GroupNorm(4, 16),
+        grouped=nn.Conv1d(16, 16, 3, padding=1, groups=4),
+        depthwise=nn.Conv1d(16, 16, 3, padding=1, groups=16),
+    )
 
 
 @held_out("linear_attention")
@@ -765,6 +947,11 @@ def fused_mlp() -> Built:
         y = self.down(F.silu(gate) * up) + self.second(torch.cat([x, x.flip(1)], -1)).chunk(2, -1)[0]
         return (y * mask[..., None]).sum() / mask.sum()
 
-    return oddity(forward, torch.randn(BATCH, SEQ, 16), padding().float(), both=nn.Linear(16, 64),
-                  down=nn.Linear(32, 16),
-                  second=nn.Linear(32, 32))
+    return oddity(
+        forward,
+        torch.randn(BATCH, SEQ, 16),
+        padding().float(),
+        both=nn.Linear(16, 64),
+        down=nn.Linear(32, 16),
+        second=nn.Linear(32, 32),
+    )

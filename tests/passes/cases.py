@@ -32,11 +32,7 @@ def case(*targets: Any, **fixed: Any):
     def register(function):
         def make(gen: Gen) -> Call:
             made = function(gen, **fixed)
-            return (
-                made
-                if len(made) == 2 and isinstance(made[0], tuple) and isinstance(made[1], dict)
-                else (made, {})
-            )
+            return made if len(made) == 2 and isinstance(made[0], tuple) and isinstance(made[1], dict) else (made, {})
 
         for target in targets:
             assert target not in CASES, target
@@ -983,9 +979,7 @@ def _unique(g: Gen, shape: list[int], inside: list[int], dim: int) -> torch.Tens
     return full[tuple(slice(0, n) for n in inside)].contiguous()
 
 
-case(aten.scatter.src, aten.scatter_add.default)(
-    lambda g: _larger_source(g) if g.maybe(0.3) else _scattered(g)
-)
+case(aten.scatter.src, aten.scatter_add.default)(lambda g: _larger_source(g) if g.maybe(0.3) else _scattered(g))
 case(aten.scatter.value)(lambda g: (*_scattered(g)[:3], 0.5))
 case(aten.scatter.reduce)(lambda g: ((*_larger_source(g),), {"reduce": "add"}))
 case(aten.scatter.value_reduce)(lambda g: ((*_larger_source(g)[:3], 3), {"reduce": "multiply"}))
@@ -1137,9 +1131,9 @@ def _convolution(g: Gen, spatial: int, transposed: bool = False):
 
 for spatial, target in ((1, aten.conv1d.default), (2, aten.conv2d.default), (3, aten.conv3d.default)):
     case(target, n=spatial)(
-        lambda g, n: (
-            lambda x, w, b, groups: (x, w, b, [g.pick(1, 2)] * n, [g.pick(0, 1)] * n, [1] * n, groups)
-        )(*_convolution(g, n))
+        lambda g, n: (lambda x, w, b, groups: (x, w, b, [g.pick(1, 2)] * n, [g.pick(0, 1)] * n, [1] * n, groups))(
+            *_convolution(g, n)
+        )
     )
 for spatial, target in ((1, aten.conv1d.padding), (2, aten.conv2d.padding), (3, aten.conv3d.padding)):
     case(target, n=spatial)(
@@ -1153,9 +1147,9 @@ for spatial, target in (
     (3, aten.conv_transpose3d.input),
 ):
     case(target, n=spatial)(
-        lambda g, n: (
-            lambda x, w, b, groups: (x, w, b, [g.pick(1, 2)] * n, [0] * n, [0] * n, groups, [1] * n)
-        )(*_convolution(g, n, True))
+        lambda g, n: (lambda x, w, b, groups: (x, w, b, [g.pick(1, 2)] * n, [0] * n, [0] * n, groups, [1] * n))(
+            *_convolution(g, n, True)
+        )
     )
 
 
@@ -1208,9 +1202,7 @@ for name, spatial in {
     "_upsample_bilinear2d_aa": 2,
     "_upsample_bicubic2d_aa": 2,
 }.items():
-    case(getattr(aten, name).default, n=spatial)(
-        lambda g, n: (_space(g, n, True), [g.pick(3, 8)] * n, g.maybe())
-    )
+    case(getattr(aten, name).default, n=spatial)(lambda g, n: (_space(g, n, True), [g.pick(3, 8)] * n, g.maybe()))
     case(getattr(aten, name).vec, n=spatial)(lambda g, n: (_space(g, n, True), None, g.maybe(), [2.0] * n))
 
 case(aten.pixel_shuffle.default)(lambda g: (g.f(*g.shape(0, 2), 4 * g.pick(1, 2), g.n(), g.pick(1, 2)), 2))

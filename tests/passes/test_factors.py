@@ -18,9 +18,7 @@ def sizes(dim):
 
 
 def tensor(r: Random, factors: Factors):
-    dims = tuple(
-        tuple(f for n in r.choices(EXTENTS, k=r.randint(0, 3)) for f in factors.new(n)) for _ in range(3)
-    )
+    dims = tuple(tuple(f for n in r.choices(EXTENTS, k=r.randint(0, 3)) for f in factors.new(n)) for _ in range(3))
     return factors.beside(dims)
 
 

@@ -48,9 +48,7 @@ def test_take_is_a_slice_of_each_factor(r):
         for axis in mesh.names:  # major to minor
             if layout.get(axis) is f:
                 fine = fine.chunk(mesh.size(axis), dim=i)[at[axis]]
-    assert torch.equal(
-        take(x, tiling(dims, layout, mesh), mesh, rank), fine.reshape(local_shape(dims, layout, mesh))
-    )
+    assert torch.equal(take(x, tiling(dims, layout, mesh), mesh, rank), fine.reshape(local_shape(dims, layout, mesh)))
 
 
 @given(RANDOM)
@@ -68,9 +66,7 @@ def test_place_finds_the_factor_in_the_local_tensor(r):
         rank = r.randrange(mesh.world_size)
         before = take(whole(dims), tiling(dims, rest, mesh), mesh, rank)
         n, shape = mesh.size(axis), list(before.shape)
-        cut = before.reshape(*shape[:dim], outer, n, -1, *shape[dim + 1 :]).select(
-            dim + 1, mesh.coordinate(rank)[axis]
-        )
+        cut = before.reshape(*shape[:dim], outer, n, -1, *shape[dim + 1 :]).select(dim + 1, mesh.coordinate(rank)[axis])
         after = take(whole(dims), tiling(dims, layout, mesh), mesh, rank)
         assert torch.equal(cut.reshape(after.shape), after)
 

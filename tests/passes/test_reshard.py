@@ -36,9 +36,7 @@ class Exchange:
         self.graph.output(tuple(outputs))
         self.module = fx.GraphModule(torch.nn.Module(), self.graph)
         tiles = tiling(self.dims, self.layout, self.mesh)
-        self.inputs = [
-            take(self.x, tiles, self.mesh, r).clone().requires_grad_() for r in range(self.mesh.world_size)
-        ]
+        self.inputs = [take(self.x, tiles, self.mesh, r).clone().requires_grad_() for r in range(self.mesh.world_size)]
         return simulate.run(self.module, self.mesh, [[x] for x in self.inputs])
 
     def part(self, want, rank, x=None):
@@ -54,9 +52,7 @@ def example(r: Random, varying=True):
     wants = []
     for _ in range(r.randint(1, 3)):
         want = random_layout(r, flat, mesh, 0.7)
-        wants.append(
-            {a: want.get(a, True) for a in mesh.names if a in want or (varying and r.random() < 0.5)}
-        )
+        wants.append({a: want.get(a, True) for a in mesh.names if a in want or (varying and r.random() < 0.5)})
     return Exchange(mesh, dims, layout), wants
 
 
@@ -113,8 +109,7 @@ def test_a_value_without_gradient_is_never_varied(r):
     plain = Exchange(e.mesh, e.dims, e.layout, grad=False)
     outs = [plain.to(w) for w in wants]
     assert not any(
-        n.target is collectives.vary or (n.target is collectives.all_gather and n.args[4])
-        for n in plain.graph.nodes
+        n.target is collectives.vary or (n.target is collectives.all_gather and n.args[4]) for n in plain.graph.nodes
     )
     for rank, mine in enumerate(plain.run(outs)):
         assert all(torch.equal(m, e.part(w, rank)) for m, w in zip(mine, wants, strict=True))
@@ -239,6 +234,5 @@ def test_the_backward_of_a_collective_has_the_shape_of_its_input(kind):
     xs = [torch.randn(8, 6, dtype=torch.float64) for _ in range(2)]
     ys = simulate.run_all(forward, mesh, ("a",), place, to, xs)
     assert all(
-        g.shape == x.shape
-        for g, x in zip(simulate.run_all(backward, mesh, ("a",), place, to, ys), xs, strict=True)
+        g.shape == x.shape for g, x in zip(simulate.run_all(backward, mesh, ("a",), place, to, ys), xs, strict=True)
     )

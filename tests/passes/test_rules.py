@@ -108,12 +108,7 @@ def tagged():
     for packet in sorted(dir(aten)):
         for overload in getattr(getattr(aten, packet), "overloads", list)():
             target = getattr(getattr(aten, packet), overload)
-            if (
-                compat.is_pointwise(target)
-                and applies(target)
-                and target not in RULES
-                and not compat.is_random(target)
-            ):
+            if compat.is_pointwise(target) and applies(target) and target not in RULES and not compat.is_random(target):
                 if any(a.type.kind() == "TensorType" for a in target._schema.arguments):
                     found.append(target)
     return found
@@ -159,9 +154,7 @@ def pointwise_call(gen: Gen, target):
 def differentiable(args: tuple, kwargs: dict, target) -> bool:
     """Whether gradients by all float operands are defined."""
     own = [
-        a.detach().clone().requires_grad_(a.is_floating_point() or a.is_complex())
-        if isinstance(a, torch.Tensor)
-        else a
+        a.detach().clone().requires_grad_(a.is_floating_point() or a.is_complex()) if isinstance(a, torch.Tensor) else a
         for a in args
     ]
     try:
@@ -186,9 +179,7 @@ def test_tagged_pointwise_operators():
         call = pointwise_call(gen, target)
         if call is not None:
             tried.add(target)
-            constants = (
-                [] if differentiable(*call, target) else [a for a in call[0] if isinstance(a, torch.Tensor)]
-            )
+            constants = [] if differentiable(*call, target) else [a for a in call[0] if isinstance(a, torch.Tensor)]
             build = one_op(r, target, *call, constants)
             mesh = r.choice(MESHES)
             check(build, r, mesh, values=target not in UNDEFINED)

@@ -1,0 +1,132 @@
+"""Every private torch API that fxpar touches, entry by entry: a torch release that breaks one fails here first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fxpar import compat
+
+aten = torch.ops.aten
+
+
+def one_rank_mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh("cpu", (1,))
+
+
+def regions() -> fx.Graph:
+    """A graph with a no-grad region and an autocast region, as export makes them."""
+
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                scale = x.abs().max() + 1
+            with torch.autocast("cpu", torch.bfloat16):
+                y = x @ x
+            return y / scale
+
+    return torch.export.export(Net(), (torch.ones(2, 2),)).graph
+
+
+def test_everything_is_tested():
+    public = {n for n, f in vars(compat).items() if getattr(f, "__module__", "") == compat.__name__ and n[0] != "_"}
+    text = open(__file__).read()
+    assert [n for n in sorted(public | set(compat.__all__)) if f"compat.{n}" not in text] == []
+
+
+def test_fake_mode_computes_shapes_and_is_found_again():
+    with compat.FakeTensorMode() as mode:
+        x = torch.empty(1 << 40, dtype=torch.bfloat16)
+        assert isinstance(x, compat.FakeTensor) and (x + x).shape == (1 << 40,)
+    assert compat.detect_fake_mode([x]) is mode and compat.detect_fake_mode([torch.ones(1)]) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_fake_like(device):
+    t = torch.empty(3, 2, device=device).t()
+    fake = compat.fake_like(compat.FakeTensorMode(), t, torch.device("cpu"))
+    assert isinstance(fake, compat.FakeTensor) and fake.device.type == "cpu"
+    assert (fake.shape, fake.stride(), fake.dtype) == (t.shape, t.stride(), t.dtype)
+    other = compat.fake_like(compat.FakeTensorMode(), t, torch.device("cpu"), torch.int8, (5, 4))
+    assert (tuple(other.shape), other.dtype) == ((5, 4), torch.int8)
+
+
+def test_is_pointwise():
+    assert compat.is_pointwise(aten.add.Tensor) and compat.is_pointwise(aten.gelu.default)
+    assert not any(map(compat.is_pointwise, (aten.sum.default, aten.mm.default, torch.add, len)))
+
+
+def test_is_random():
+    assert all(map(compat.is_random, (aten.rand.default, aten.normal_.default, aten.bernoulli.default, aten.dropout.default)))
+    assert not any(map(compat.is_random, (aten.add.Tensor, torch.rand)))
+
+
+def test_mutates():
+    assert all(map(compat.mutates, (aten.add_.Tensor, aten.copy_.default)))
+    assert not any(map(compat.mutates, (aten.add.Tensor, aten.view.default, torch.add)))
+
+
+@pytest.mark.parametrize("found", [compat.no_grad_region, compat.autocast_region])
+def test_regions_are_recognised(found):
+    assert [found(n) for n in regions().nodes].count(True) == 1
+
+
+def test_compile_graph_has_autograd():
+    graph = fx.symbolic_trace(lambda x, w: (torch.tanh(x @ w),))
+    x, w = torch.randn(3, 4), torch.randn(4, 2, requires_grad=True)
+    (y,) = compat.compile_graph(graph, [x, w], {"reorder_for_peak_memory": False})(x, w)
+    torch.testing.assert_close(y, torch.tanh(x @ w))
+    (mine,), (theirs,) = torch.autograd.grad(y.sum(), w), torch.autograd.grad(torch.tanh(x @ w).sum(), w)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_graph_pass_sees_the_graph_and_is_identified_by_its_files():
+    seen = []
+    made = compat.graph_pass(seen.append, __file__)
+    graph = fx.Graph()
+    made(graph)
+    assert seen == [graph]
+    assert made.uuid() == compat.graph_pass(len, __file__).uuid() != compat.graph_pass(len, compat.__file__).uuid()
+
+
+def test_trunc_normal_as_replaces_it_and_puts_it_back():
+    calls = []
+
+    def function(original, tensor, *args, **kwargs):
+        calls.append((tensor.is_meta, *args[:2]))
+        return tensor if tensor.is_meta else original(tensor, *args, **kwargs)
+
+    real = torch.zeros(100)
+    with compat.trunc_normal_as(function):
+        nn.init.trunc_normal_(torch.empty(3, device="meta"), mean=1.0)
+        nn.init.trunc_normal_(real, std=0.5)
+    assert calls == [(True, 1.0, 1.0), (False, 0.0, 0.5)] and 0 < real.abs().max() <= 2
+    nn.init.trunc_normal_(real)
+    assert len(calls) == 2
+
+
+def test_strided_shard_splits_what_lies_behind_other_factors():
+    placement = compat.strided_shard(0, 3)
+    parts, _ = placement._split_tensor(torch.arange(12), 2)
+    assert [p.tolist() for p in parts] == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+
+
+def test_local_part_and_like_dtensor():
+    p = DTensor.from_local(torch.arange(6.0).view(2, 3), one_rank_mesh(), [Shard(0)]).requires_grad_()
+    local = compat.local_part(p)
+    assert local.data_ptr() == p.to_local().data_ptr() and not local.requires_grad
+    made = compat.like_dtensor(local * 2, p)
+    assert isinstance(made, DTensor) and made.placements == p.placements and made.device_mesh == p.device_mesh
+    assert torch.equal(made.to_local(), local * 2) and made.shape == p.shape and not made.requires_grad
+    assert DTensor.from_local(local, p.device_mesh, [Replicate()]).placements != made.placements
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_priority_options():
+    assert compat.priority_options().is_high_priority_stream

@@ -1,0 +1,222 @@
+"""The inductor backend: it computes what eager computes, and its passes over compiled graphs keep programs valid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import fxpar
+from fxpar.backends import buckets, inductor, overlap
+from fxpar.backends.runtime import GroupRuntime
+from fxpar.mesh import BoundMesh
+from fxpar.passes.layout import take
+from tests.processes import launch
+
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+WAIT = c10d.wait_tensor.default
+
+
+class Net(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up, self.down, self.drop = nn.Linear(8, 32), nn.Linear(32, 8), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.down(self.drop(F.gelu(self.up(x)))), target)
+
+
+def net(dropout: float = 0.0) -> tuple[Net, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return Net(dropout), {"x": torch.randn(4, 8), "target": torch.randint(8, (4,))}
+
+
+# ---- against eager ----
+
+
+def two_steps(rank: int, plan: str, backend: str) -> tuple[list[float], dict[str, Tensor]]:
+    model, batch = net(dropout=0.3)
+    torch.manual_seed(3)
+    dp = fxpar.Plan.parse(plan).dp
+    mine = {k: v.chunk(dp)[rank % dp] for k, v in batch.items()}
+    module = fxpar.parallelize(model, plan, mine, backend=backend)
+    losses = []
+    for _ in range(2):
+        loss = module(**mine)
+        loss.backward()
+        losses.append(loss.item())
+    return losses, {n: p.grad.full_tensor() for n, p in module.named_parameters()}
+
+
+def same(have: tuple, want: tuple) -> None:
+    assert have[0] == pytest.approx(want[0], rel=1e-6)
+    for name, grad in want[1].items():
+        torch.testing.assert_close(have[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_one_process_equals_eager():
+    same(two_steps(0, "dp=1", "inductor"), two_steps(0, "dp=1", "eager"))
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("plan", [pytest.param("dp=2", marks=pytest.mark.slow), "tp=2"])
+def test_two_processes_equal_eager(plan):
+    want = two_steps(0, "dp=1", "eager")
+    for have in launch(2, two_steps, plan, "inductor", timeout=300):
+        same(have, want)
+
+
+# ---- what is compiled ----
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[str]:
+    """A process group that says it has two ranks, and does not communicate; its name."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("plan, forward, backward", [
+    # The loss and the number of rows; the gradients of four parameters, started together.
+    ("dp=2", {"all_reduce": 2, "wait_tensor": 2}, {"all_reduce_coalesced": 1, "wait_tensor": 4}),
+    # `down` is split along ffn and its result along classes, over which the loss is a maximum and two sums.
+    ("tp=2", {"reduce_scatter_tensor": 1, "all_reduce": 3, "wait_tensor": 4},
+     {"all_gather_into_tensor": 2, "wait_tensor": 2}),
+])  # fmt: skip
+def test_compiled_graphs_communicate(two_ranks, monkeypatch, plan, forward, backward):
+    graphs: list[Counter[str]] = []
+    schedule = inductor._schedule
+
+    def seen(graph: fx.Graph) -> None:
+        schedule(graph)
+        graphs.append(Counter(n.target.overloadpacket.__name__ for n in graph.nodes
+                              if getattr(n.target, "namespace", "") == "_c10d_functional"))
+
+    monkeypatch.setattr(inductor, "_schedule", seen)
+    model, batch = net()
+    program = fxpar.compile_program(model, plan, batch)
+    runtime = GroupRuntime(BoundMesh(program.mesh, "cpu"))
+    runtime.prepare(program.module)
+    values = dict(model.named_parameters()) | batch
+    feed = [take(values[s.name].detach(), n.meta["tiling"], program.mesh, 0).clone().requires_grad_(s.requires_grad)
+            for n, s in program.source_of().items()]
+    with torch._inductor.utils.fresh_cache():  # a cached graph would not be scheduled again
+        (loss,) = inductor.lower(program.module, feed, runtime)(*feed)
+        loss.backward()
+    assert graphs == [forward, backward]
+
+
+# ---- the passes over compiled graphs, on one made by hand ----
+
+
+@pytest.fixture
+def one_rank() -> Iterator[str]:
+    """A process group of one, in which collectives are real and change nothing; its name."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+class Made:
+    """A graph under construction, with values."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.feeds: list[Tensor] = []
+
+    def input(self, name: str, dtype: torch.dtype = torch.float32) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = torch.randn(4, 4, generator=torch.Generator().manual_seed(len(self.feeds))).to(dtype)
+        self.feeds.append(node.meta["val"])
+        return node
+
+    def call(self, name: str, target: Any, *args: Any) -> fx.Node:
+        node = self.graph.create_node("call_function", target, args, name=name)
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    def reduced(self, name: str, value: fx.Node, group: str) -> fx.Node:
+        return self.call(f"wait_{name}", WAIT, self.call(f"start_{name}", c10d.all_reduce.default, value, "sum", group))
+
+    def run(self) -> list[Tensor]:
+        return list(fx.Interpreter(fx.GraphModule(nn.Module(), self.graph)).run(*(f.clone() for f in self.feeds)))
+
+    def names(self) -> list[str]:
+        return [n.name for n in self.graph.nodes if n.op == "call_function"]
+
+
+def waiting(group: str) -> Made:
+    """Two reductions waited for at once, one of them used through a view, beside two products."""
+    made = Made()
+    a, b = made.input("a"), made.input("b")
+    first = made.reduced("first", a, group)
+    seen = made.call("seen", aten.view.default, first, [16])
+    second = made.reduced("second", b, group)
+    product = made.call("product", aten.mm.default, b, b)
+    again = made.call("again", aten.mm.default, product, b)
+    uses = made.call("uses", aten.add.Tensor, seen, made.call("flat", aten.view.default, again, [16]))
+    made.graph.output((uses, second))
+    return made
+
+
+def test_waits_come_right_before_what_computes_with_them(one_rank):
+    made = waiting(one_rank)
+    before = made.run()
+    overlap.overlap_communication(made.graph)
+    names = made.names()
+    assert names[:4] == ["start_first", "start_second", "product", "again"]
+    assert names.index("wait_first") < names.index("seen") < names.index("uses")
+    assert names.index("wait_first") > names.index("again")
+    assert names[-1] == "wait_second"  # only returned
+    assert sorted(names) == sorted(waiting(one_rank).names())
+    assert all(map(torch.equal, made.run(), before))
+
+
+def gradients(group: str, dtypes: list[torch.dtype]) -> Made:
+    """Gradients that are reduced and returned, one of them cast on the way, and a reduction that is computed with."""
+    made = Made()
+    inputs = [made.input(f"x{i}", dtype) for i, dtype in enumerate(dtypes)]
+    used = made.reduced("used", inputs[0], group)
+    waits = [made.reduced(f"g{i}", x, group) for i, x in enumerate(inputs)]
+    waits[0] = made.call("cast", aten.to.dtype, waits[0], torch.float64)
+    made.graph.output((made.call("uses", aten.mm.default, used, inputs[2]), *waits))
+    return made
+
+
+def joined(made: Made) -> list[list[str]]:
+    return [[a.name for a in n.args[0]] for n in made.graph.nodes if n.target is c10d.all_reduce_coalesced.default]
+
+
+def test_reductions_that_leave_the_graph_start_together(one_rank):
+    made = gradients(one_rank, [torch.float32] * 3)
+    before = made.run()
+    buckets.bucket_reductions(made.graph)
+    assert joined(made) == [["x0", "x1", "x2"]]
+    assert "start_used" in made.names()  # what is computed with keeps its own
+    assert all(map(torch.equal, made.run(), before))
+
+
+def test_buckets_are_of_bounded_size_and_one_dtype(one_rank):
+    made = gradients(one_rank, [torch.float32] * 5)
+    buckets.bucket_reductions(made.graph, limit=2 * 64)
+    assert joined(made) == [["x0", "x1"], ["x2", "x3"]]  # one alone is left as it is
+    mixed = gradients(one_rank, [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16])
+    before = mixed.run()
+    buckets.bucket_reductions(mixed.graph)
+    assert sorted(joined(mixed)) == [["x0", "x2"], ["x1", "x3"]]
+    assert all(map(torch.equal, mixed.run(), before))
+
+
+def test_both_passes_together_keep_values(one_rank):
+    made = gradients(one_rank, [torch.float32] * 3)
+    before = made.run()
+    inductor._schedule(made.graph)
+    assert len(joined(made)) == 1 and all(map(torch.equal, made.run(), before))
