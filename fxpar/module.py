@@ -142,8 +142,8 @@ class ParallelModule(nn.Module):
 
     def _microbatches(self, args: tuple, kwargs: dict[str, Any], n: int) -> Iterator[dict[str, Any]]:
         call = calls.canonical(self._model, args, kwargs)
-        dims = self._batch_dims()
         named = calls.leaves(call)
+        dims = self._batch_dims(call) if n > 1 else {}
         if n == 1:
             yield call[1] if not call[0] else dict(zip(named, call[0], strict=False))
             return
@@ -156,10 +156,15 @@ class ParallelModule(nn.Module):
             spec = pytree.tree_structure(call[1])
             yield pytree.tree_unflatten([part[p] for p in named], spec)
 
-    def _batch_dims(self) -> dict[str, int | None]:
-        """Input path -> batch dim, as the newest program has them."""
-        program = self._newest()
-        return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
+    def _batch_dims(self, call: calls.Call) -> dict[str, int | None]:
+        """Input path -> batch dim, as the newest program that takes these inputs has them."""
+        names = calls.leaves(call).keys()
+
+        def dims(program: Program) -> dict[str, int | None]:
+            return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
+
+        known = (d for p in reversed(list(self._programs.values())) if (d := dims(p)).keys() == names)
+        return next(known, None) or dims(self._lookup(call).program)
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -169,8 +169,9 @@ def normed_eval() -> tuple[nn.Module, dict[str, Tensor]]:
 def test_accumulation_equals_one_big_step(plan):
     model, batch = normed_eval()
     model(**batch)[0].backward()
-    for have, _ in launch(PLANS[plan], accumulate, plan):
+    for have, seen in launch(PLANS[plan], accumulate, plan):
         close(have, gradients(model))
+        assert bool(seen) == (plan == "tp=2")  # over dp they are kept aside until they are summed
 
 
 def microbatches(rank: int, plan: str) -> tuple[float, dict[str, Tensor]]:
@@ -188,6 +189,16 @@ def test_microbatches_equal_one_step(plan):
     for have, grads in launch(2, microbatches, plan):
         assert have == pytest.approx(loss.item(), rel=LOSS)
         close(grads, gradients(model))
+
+
+def test_microbatches_alone_are_compiled():
+    model, batch = classifier()
+    module = parallel(model, "microbatches=4", batch)
+    module(x=batch["x"])  # a call with other inputs
+    lower, sizes = module._lower, []
+    module._lower = lambda graph, feed, runtime: sizes.append(len(feed[-1])) or lower(graph, feed, runtime)
+    loss = module.train_step(**batch)
+    assert sizes == [2] and loss.item() == pytest.approx(classifier()[0](**batch)["loss"].item(), rel=LOSS)
 
 
 def evaluate(rank: int, plan: str) -> dict[str, Any]:
