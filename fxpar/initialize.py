@@ -23,6 +23,9 @@ from fxpar import compat
 from fxpar.mesh import BoundMesh
 from fxpar.passes.layout import Tiling, take
 
+SMALL = 2**20
+"""Elements up to which a parameter's value from the constructor is kept while it is on meta."""
+
 
 def init_weights(model: nn.Module, seed: int, tilings: dict[str, Tiling], mesh: BoundMesh, device: torch.device) -> None:
     """Fill `model`'s parameters (DTensors) and its meta buffers as ``torch.manual_seed(seed)`` and the model's own
@@ -64,7 +67,7 @@ def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 def _initialize(model: nn.Module, tape: _Tape) -> nn.Module:
     """Run the model's own initialisation under `tape`; the module whose parameters it ran on."""
     if hasattr(model, "config") and hasattr(type(model), "_from_config"):
-        with _parameters_on_meta(), _tracing(tape):
+        with _parameters_on_meta(tape), _tracing(tape):
             return type(model)(model.config)
     fresh: Any = _on_meta(model)
     with _tracing(tape):
@@ -87,13 +90,17 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters registered inside land on meta; buffers stay real."""
+def _parameters_on_meta(tape: _Tape) -> Iterator[None]:
+    """Parameters registered inside land on meta; buffers stay real, and so do the values of small parameters, which a
+    constructor may have set (a temperature, a class token)."""
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and param.device.type != "meta":
+            given = param.detach()
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+            if given.numel() <= SMALL:
+                tape.given[id(param)] = given
         original(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
@@ -128,6 +135,7 @@ class _Tape(TorchDispatchMode):
         self.entries: list[tuple[Any, Any, Any, list[int], Tensor | None]] = []
         self.group: dict[int, int] = {}
         self.alive: dict[int, Tensor] = {}
+        self.given: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -173,14 +181,16 @@ class _Tape(TorchDispatchMode):
     def play(self, parameter: Tensor) -> Tensor | None:
         """The value that initialisation gives `parameter`; None if it does nothing to it."""
         if id(parameter) not in self.group:
-            return None
+            return self.given.get(id(parameter))
         mine = self._find(id(parameter))
         values: dict[int, Tensor] = {}
 
         def real(ref: _Ref) -> Tensor:
             if ref.id not in values:
                 values[ref.id] = _scratch(self.alive[ref.id])
-                if values[ref.id].is_floating_point():
+                if ref.id in self.given:
+                    values[ref.id].copy_(self.given[ref.id])
+                elif values[ref.id].is_floating_point():
                     values[ref.id].fill_(torch.nan)  # what is never written, or read before, shows
             return values[ref.id]
 

@@ -146,20 +146,19 @@ _CAUSES = {
 }
 
 
+_BRANCH = (
+    "make the branch depend on Python values or shapes, use torch.where or torch.cond, or move this part out of the "
+    'model; for mixture-of-experts models of Hugging Face set experts_implementation="grouped_mm"'
+)
+_OTHER = "see the chained error: the model, called like this on one device, has to run and be traceable by torch.export"
+
+
 def _capture_error(error: Exception) -> CaptureError:
+    """What stopped the trace, where in the user's code, and the way out."""
     kind, text = type(error).__name__, str(error)
-    cause = next(
-        (c for k, c in _CAUSES.items() if k == kind or k in text), f"{kind}: {text.splitlines()[0] if text else ''}"
-    )
-    return CaptureError(
-        cause,
-        where=_user_frame(error),
-        way_out=(
-            "Make the branch depend on Python values or shapes, use torch.where / torch.cond, or move this part "
-            "out of the model; for mixture-of-experts models of Hugging Face set "
-            'experts_implementation="grouped_mm". The original error is chained to this one.'
-        ),
-    )
+    cause = next((c for k, c in _CAUSES.items() if k == kind or k in text), None)
+    what = cause or f"{kind}: {text.splitlines()[0] if text else ''}"
+    return CaptureError(what, where=_user_frame(error), way_out=_BRANCH if cause else _OTHER)
 
 
 def _user_frame(error: BaseException) -> str:

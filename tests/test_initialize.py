@@ -168,6 +168,24 @@ def test_a_parameter_that_nothing_fills_is_named(fill):
         module.init_weights(SEED)
 
 
+def test_what_only_a_constructor_sets_is_kept():
+    """A temperature and a class token, which no initialisation draws again."""
+    import transformers
+
+    from fxpar import initialize
+
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(text_config={**tower, "vocab_size": 64}, projection_dim=8,
+                                     vision_config={**tower, "image_size": 8, "patch_size": 4})  # fmt: skip
+    torch.manual_seed(SEED)
+    model = transformers.CLIPModel(config)
+    torch.manual_seed(SEED)
+    tape = initialize._Tape()
+    fresh = dict(initialize._initialize(model, tape).named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(tape.play(fresh[name]), p), name
+
+
 def test_a_buffer_that_nothing_fills_is_named():
     class Buffered(nn.Module):
         def __init__(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fxpar.backends.eager import run_flat
 from fxpar.mesh import from_plan
 from fxpar.ops.attention import windowed_attention
 from fxpar.passes import bands, constants
@@ -54,7 +55,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor], program: Program | None = N
         out = model(**inputs)
     else:
         values = {**dict(model.named_parameters()), **inputs}
-        out = program.module(*(values.get(s.name, s.value) for s in program.sources))
+        out = run_flat(program.module, [values.get(s.name, s.value) for s in program.sources])
     out = out if isinstance(out, Tensor) else out[0]
     loss = out if out.dim() == 0 else out.float().square().mean()
     loss.backward()
@@ -253,7 +254,7 @@ def attended(make: Callable, buffer: Tensor | None = None, keys: int = S, **opti
 
     def outputs() -> Tensor:
         values = [inputs.get(s.name, s.value) if s.kind != "param" else model.weight for s in program.sources]
-        return program.module(*values)[0]
+        return run_flat(program.module, list(values))[0]
 
     before = None if random else outputs()
     fold_masks(program)
@@ -478,9 +479,9 @@ def grouped(make: Callable, **options) -> list[fx.Node]:
     inputs = dict(q=torch.randn(B, 6, S, 8), k=torch.randn(B, 2, S, 8), v=torch.randn(B, 2, S, 4))
     program = captured(Model(), **inputs)
     values = [inputs.get(s.name, s.value) for s in program.sources]
-    (before,) = program.module(*values)
+    (before,) = run_flat(program.module, list(values))
     fold_repeat_kv(program)
-    torch.testing.assert_close(program.module(*values)[0], before, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(run_flat(program.module, list(values))[0], before, rtol=1e-6, atol=1e-6)
     (node,) = [n for n in program.graph.nodes if n.target is SDPA]
     return [node, *node.args[:3]]
 
