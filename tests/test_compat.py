@@ -126,7 +126,3 @@ def test_local_part_and_like_dtensor():
     assert DTensor.from_local(local, p.device_mesh, [Replicate()]).placements != made.placements
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_priority_options():
-    assert compat.priority_options().is_high_priority_stream

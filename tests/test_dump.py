@@ -50,7 +50,7 @@ def test_comments_say_source_layout_collective_and_the_users_line(files):
     assert re.search(r"# param h.0.attn.c_attn.weight; \[\w+3 heads4/tp hidden8, hidden32\]", text)
     lines, first = inspect.getsourcelines(zoo.CausalAttention.forward)
     at = first + next(i for i, line in enumerate(lines) if "self.c_attn(x)" in line)
-    assert f"# {'/'.join(zoo.__file__.split('/')[-3:])}:{at}  qkv = self.c_attn(x)" in text
+    assert f"# {'/'.join(zoo.plain.__file__.split('/')[-3:])}:{at}  qkv = self.c_attn(x)" in text
     assert "all_gather over tp for" in text and "reduce_scatter over tp for" in text
     assert text.startswith("\"\"\"After pass 'partition'. Plan dp=2,tp=2; mesh dp=2 x tp=2; one rank of it.")
 
