@@ -40,7 +40,7 @@ def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any = 
 
     Runs every rank in this process on the *global* batch `example_inputs` (a dict of keyword arguments, or a tuple),
     in the mode the model is in. Compares the loss (relative to it), every gradient (relative, in norm), and the
-    buffers that the model updates. A model without a loss is compared through a fixed weighted sum of its outputs. With
+    buffers that the model updates. A model without a loss is compared through `simulation.scalar_of` its outputs. With
     dropout on, the reference is the captured model on one device with the same counter-based masks.
     Raises: `EquivalenceError` that names the gradient or loss, the first value of the program that differs, its
     layout, the line of the model that made it, and the pass after which it differs.
