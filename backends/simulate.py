@@ -15,21 +15,22 @@ from torch import Tensor, fx
 
 from fxpar.mesh import Axes, Mesh
 from fxpar.ops import collectives
-from fxpar.ops.collectives import COLLECTIVES, CONJUGATE, Place, Step
+from fxpar.ops.collectives import COLLECTIVES, CONJUGATE, Place, Step, Typed
 
 
 class _Lockstep(torch.autograd.Function):
     """A typed collective on the tensors of all ranks."""
 
     @staticmethod
-    def forward(ctx, kind: str, mesh: Mesh, axes: Axes, place: Place, to: Place, *xs: Tensor):
-        ctx.typed = (CONJUGATE[kind][1], mesh, axes, place, to)
-        return tuple(run_all(CONJUGATE[kind][0], mesh, axes, place, to, list(xs)))
+    def forward(ctx, typed: Typed, mesh: Mesh, *xs: Tensor):
+        ctx.typed, ctx.mesh, ctx.dtype = typed, mesh, xs[0].dtype
+        xs = tuple(x.to(typed.dtype or x.dtype) for x in xs)
+        return tuple(run_all(CONJUGATE[typed.kind][0], mesh, typed.axes, typed.place, typed.to, list(xs)))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        step, mesh, axes, place, to = ctx.typed
-        return (None, None, None, None, None, *run_all(step, mesh, axes, place, to, list(grads)))
+        typed, ys = ctx.typed, [g.to(ctx.dtype) for g in grads]
+        return (None, None, *run_all(CONJUGATE[typed.kind][1], ctx.mesh, typed.axes, typed.place, typed.to, ys))
 
 
 def run_all(step: Step, mesh: Mesh, axes: Axes, place: Place, to: Place, xs: list[Tensor]) -> list[Tensor]:
@@ -103,9 +104,9 @@ def _collective(node: fx.Node, mesh: Mesh, xs: list[Tensor]) -> list[Tensor]:
                 ys[r] = top
         return ys
     kind = node.target.__name__
-    place, to = (0, 1), (0, 1)
     if kind == "all_gather":
-        place, kind = (rest[0], rest[1]), "all_gather_varying" if rest[2] else kind
-    elif rest:
-        place, to = (rest[0], rest[1]), (rest[2], rest[3]) if len(rest) > 2 else to
-    return list(_Lockstep.apply(kind, mesh, axes, place, to, *xs))
+        typed = Typed("all_gather_varying" if rest[2] else kind, axes, (rest[0], rest[1]), dtype=(*rest, None)[3])
+    else:
+        place, to = (rest[0], rest[1]) if rest else (0, 1), (rest[2], rest[3]) if len(rest) > 2 else (0, 1)
+        typed = Typed(kind, axes, place, to)
+    return list(_Lockstep.apply(typed, mesh, *xs))

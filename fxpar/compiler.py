@@ -26,6 +26,7 @@ from fxpar.passes.partition import partition
 from fxpar.passes.place import place
 from fxpar.passes.precision import cast_parameters
 from fxpar.passes.simplify import simplify
+from fxpar.passes.zero import shard_storage
 from fxpar.plan import Plan
 from fxpar.program import Program, user_line
 
@@ -46,6 +47,7 @@ def passes(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
         ("infer", lambda p: infer(p, pinned)),
         ("axes", refine_axes),
         ("place", lambda p: place(p, pinned)),
+        ("zero", lambda p: shard_storage(p, pinned)),
         ("partition", partition),
     ]
 

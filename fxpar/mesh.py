@@ -23,7 +23,8 @@ class Mesh:
     """Named axes, major to minor; the last one's ranks are neighbours.
 
     names, sizes: the axes and their degrees.
-    strategies: the axes each strategy consists of, e.g. ``{"dp": ("dp",), "tp": ("tp0", "tp1")}``.
+    strategies: the axes each strategy consists of, e.g. ``{"dp": ("dp",), "tp": ("tp0", "tp1")}``; those of "zero" are the
+        axes of dp over which parameters are stored in parts.
     """
 
     names: Axes
@@ -80,11 +81,22 @@ class Mesh:
 def from_plan(plan: Plan) -> Mesh:
     """The mesh of a plan: dp major, tp minor (tp's ranks are neighbours on one host).
 
-    Axes of degree 1 are left out, except that a plan of one rank keeps ``dp=1`` so that there is a mesh.
+    Hybrid sharding has dp as the axes ``dp_replicate x dp_shard``. Axes of degree 1 are left out, except that a plan of one
+    rank keeps ``dp=1`` so that there is a mesh.
     """
-    axes = [(n, s) for n, s in (("dp", plan.dp), ("tp", plan.tp)) if s > 1] or [("dp", 1)]
+    replicas = plan.dp_replicate if plan.zero else 1
+    sharded = plan.dp // replicas
+    if replicas > 1 and sharded > 1:
+        dp = [("dp_replicate", replicas), ("dp_shard", sharded)]
+    else:
+        dp = [("dp", plan.dp)] if plan.dp > 1 else []
+    tp = [("tp", plan.tp)] if plan.tp > 1 else []
+    axes = dp + tp or [("dp", 1)]
     names, sizes = zip(*axes, strict=True)
-    return Mesh(names, sizes, {n: (n,) for n in names})
+    strategies = {"dp": tuple(n for n, _ in dp), "tp": tuple(n for n, _ in tp)}
+    if plan.zero and sharded > 1:
+        strategies["zero"] = (dp[-1][0],)
+    return Mesh(names, sizes, {k: v for k, v in strategies.items() if v} or {"dp": ("dp",)})
 
 
 class BoundMesh:

@@ -26,9 +26,6 @@ _ONLY_YET: dict[str, object] = {
     "pp": 1,
     "cp": 1,
     "ep": 1,
-    "zero": 0,
-    "dp_replicate": 1,
-    "recompute": "none",
 }
 
 
@@ -102,6 +99,11 @@ class Plan:
     def shards_sequence(self) -> bool:
         """Whether the residual stream's sequence is sharded over tp: `sequence_parallel`, resolved."""
         return self.tp > 1 and self.sequence_parallel is not False
+
+    @property
+    def memory_budget(self) -> float | None:
+        """The fraction of activations that may be kept, where `recompute` says one."""
+        return self.recompute if isinstance(self.recompute, float) else None
 
     def check_world(self, world_size: int) -> None:
         """Raises PlanError unless the plan takes exactly `world_size` ranks, naming the dp that would."""

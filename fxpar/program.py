@@ -124,6 +124,12 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"^L__self___?|^L\['self'\]\.?", "", path)
 
 
+def block_path(node: fx.Node) -> str:
+    """The outermost member of a list of modules that made this value ("model.layers.0"), "" outside of all of them."""
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", module_path(node))
+    return found[0] if found else ""
+
+
 def copy_provenance(new: fx.Node, old: fx.Node) -> None:
     """`new` stands where `old` stood: it keeps the user's line and module."""
     for key in ("stack_trace", "nn_module_stack"):

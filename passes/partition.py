@@ -15,7 +15,7 @@ from torch import fx
 from fxpar.mesh import Axes
 from fxpar.ops import collectives
 from fxpar.passes.cost import forward_flops
-from fxpar.passes.factors import Dim, Dims, leaves
+from fxpar.passes.factors import Dim, Dims, Factor, leaves
 from fxpar.passes.layout import Layout, local_extent, local_shape, place_of, show, tiling
 from fxpar.passes.place import Placement, fits
 from fxpar.passes.reshard import Resharder
@@ -68,7 +68,7 @@ class _Partitioner:
         value = old.meta.get("val")
         if isinstance(value, torch.Tensor) and "dims" in old.meta:
             dims = old.meta["dims"] if dims is None else dims
-            layout = old.meta["layout"] if layout is None else layout
+            layout = old.meta.get("stored", old.meta["layout"]) if layout is None else layout
             new.meta.update(
                 tiling=tiling(dims, layout, self.mesh),
                 shows=show(dims, layout, self.mesh),
@@ -76,7 +76,7 @@ class _Partitioner:
                 dtype=value.dtype,
             )
             new.meta["global"], new.meta["of"] = value, old.name
-            new.meta.update({k: old.meta[k] for k in ("reduce_dtype", "batch_dim") if k in old.meta})
+            new.meta.update({k: old.meta[k] for k in ("reduce_dtype", "batch_dim", "stored") if k in old.meta})
         return new
 
     def _call_function(self, node: fx.Node) -> Any:
@@ -131,9 +131,14 @@ class Local:
         return fx.map_arg(tree, lambda n: None if n in skipped else self._operands.get(n, self.owner.local[n]))
 
     def _bring(self, operand: Operand, at: Layout) -> fx.Node:
-        """The operand in the layout the operator runs in: split like it, or whole; varying where the op is split."""
+        """The operand in the layout the operator runs in: split like it, or whole; varying where the op is split.
+
+        What is made from a parameter as it is stored takes it as it is stored."""
+        if "stored" in self.node.meta:
+            return self.owner.local[operand.node]
         own = {f for d in operand.dims for f in leaves(d)} - {g for f in operand.gathered for g in f.leaves()}
-        want = {a: (f if f in own else True) for a, f in at.items()}
+        want: dict[str, Factor | bool] = {a: (f if f in own else True) for a, f in at.items()}
+        want.update(dict.fromkeys(self.placement.varies, True))
         old = operand.node
         return self.owner.reshard.to(self.owner.local[old], old.meta["dims"], old.meta["layout"], want, self.node)
 
@@ -145,6 +150,7 @@ class Local:
             made = self._resolve(made)
             if made in self._operands.values():
                 return made
+            made.meta["varied"] = self.placement.varies
             return self.owner._describe(made, self.node)
         copy_provenance(made, self.node)
         return made

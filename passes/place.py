@@ -48,12 +48,15 @@ class Placement:
 
     at: the factor each mesh axis splits while it runs. layout: what its (first) output keeps.
     pending: axis -> "sum" | "max", still to be resolved after it. scatter: of those, the axes resolved onto a factor.
+    varies: axes that the operator does not split, but along which all that use its output differ: what rearranges a
+    parameter takes it in as they would, so that its gradient is summed where it is stored.
     """
 
     at: Layout
     layouts: list[Layout]
     pending: dict[str, str] = field(default_factory=dict)
     scatter: Layout = field(default_factory=dict)
+    varies: tuple[str, ...] = ()
 
 
 def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
@@ -76,6 +79,8 @@ def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
             node.meta["layout"] = {}
             if "spec" in node.meta:
                 node.meta["placement"] = Placement({}, [{} for _ in node.meta["spec"].outs])
+    for chain in {id(c): c for c in walk.chains.values()}.values():
+        _settle_differences(chain[1:])
     _note_unsplit(program, walk.prefs)
     return program
 
@@ -95,39 +100,27 @@ class _Walk:
         dims: Dims = node.meta.get("dims", ())
         layout: Layout = {}
         if source.kind == "param":
-            layout = self._pinned(dims, self.pinned[source.name])
+            stored = pinned_layout(dims, self.pinned[source.name], self.mesh)
+            zero = self.mesh.strategies.get("zero", ())
+            layout = {a: f for a, f in stored.items() if a not in zero or f.role == "batch"}
         elif source.kind == "input":
             layout = self._input(source, dims)
         node.meta["layout"] = layout
 
-    def _pinned(self, dims: Dims, tiles: Tiling) -> Layout:
-        """The layout that stores a parameter as `tiles`; a piece's axes lie on the major factor of what it became."""
-        layout: Layout = {}
-        for dim, pieces in zip(dims, tiles, strict=True):
-            flat = leaves(dim)
-            for piece in pieces:
-                size = 1
-                while size < piece.size:
-                    leaf = flat.pop(0)
-                    if size == 1:
-                        layout.update(dict.fromkeys(piece.axes, leaf))
-                    size *= leaf.size
-        return layout
-
     def _input(self, source: Source, dims: Dims) -> Layout:
+        axes = tuple(a for a in self.mesh.strategies.get("dp", ()) if self.mesh.size(a) > 1)
+        n = self.mesh.size(*axes)
         for dim in dims:
             flat = leaves(dim)
             if flat and flat[0].role == "batch":
-                for axis in self.mesh.strategies.get("dp", ()):
-                    if flat[0].size % self.mesh.size(axis):
-                        n = self.mesh.size(axis)
-                        raise PlanError(
-                            "dp",
-                            n,
-                            f"must divide the global batch of {flat[0].size} (input {source.name!r})",
-                            f"a batch of {-(-flat[0].size // n) * n}, or a dp that divides it",
-                        )
-                return {a: flat[0] for a in self.mesh.strategies.get("dp", ()) if self.mesh.size(a) > 1}
+                if flat[0].size % n:
+                    raise PlanError(
+                        "dp",
+                        n,
+                        f"must divide the global batch of {flat[0].size} (input {source.name!r})",
+                        f"a batch of {-(-flat[0].size // n) * n}, or a dp that divides it",
+                    )
+                return dict.fromkeys(axes, flat[0])
         return {}
 
     def call(self, node: fx.Node) -> None:
@@ -227,6 +220,51 @@ class _Walk:
                     if leaf.role == pref.role and appends(layout, leaf, axis, self.mesh):
                         return leaf
         return None
+
+
+def _settle_differences(chain: list[fx.Node]) -> None:
+    """Fill in `Placement.varies` of the operators that rearrange one parameter, in their order."""
+    for node in reversed(chain):
+        different = [_different_for(user, node) for user in node.users]
+        placement: Placement = node.meta["placement"]
+        placement.varies = tuple(a for a in different[0] if all(a in d for d in different)) if different else ()
+
+
+def _different_for(user: fx.Node, node: fx.Node) -> tuple[str, ...]:
+    """The axes along which `user` runs differently on every rank, although `node` is not split there."""
+    placement: Placement | None = user.meta.get("placement")
+    if placement is None or "spec" not in user.meta:
+        return ()
+    operand = next(o for o in user.meta["spec"].operands if o.node is node)
+    if operand.deferred:
+        return ()
+    own = {f for d in operand.dims for f in leaves(d)} - {g for f in operand.gathered for g in f.leaves()}
+    return (*(a for a, f in placement.at.items() if f not in own), *placement.varies)
+
+
+def pinned_layout(dims: Dims, tiles: Tiling, mesh: Mesh) -> Layout:
+    """The layout that stores a parameter as `tiles`; a piece's axes lie on the major factor of what it became.
+
+    Raises: `PlanError` if that factor has become too small for them.
+    """
+    layout: Layout = {}
+    for dim, pieces in zip(dims, tiles, strict=True):
+        flat = leaves(dim)
+        for piece in pieces:
+            size = 1
+            while size < piece.size:
+                leaf = flat.pop(0)
+                if size == 1:
+                    layout.update(dict.fromkeys(piece.axes, leaf))
+                    if leaf.size % mesh.size(*piece.axes):
+                        raise PlanError(
+                            "/".join(piece.axes),
+                            mesh.size(*piece.axes),
+                            f"must divide {leaf.size}, the first factor of a dim of {piece.size} as this call uses the parameter",
+                            "parallelize with an example of this call first",
+                        )
+                size *= leaf.size
+    return layout
 
 
 def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:

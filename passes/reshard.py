@@ -30,13 +30,15 @@ class Resharder:
         self._made: dict[tuple, fx.Node] = {}
 
     def to(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, user: fx.Node) -> fx.Node:
-        """`value`, kept in `layout`, as `want` asks for it.
+        """`value`, kept in `layout` (or, with ``meta["stored"]``, in that one, to be used in `layout`), as `want` asks for it.
 
         Where the axes on one factor change, the common major ones stay; the others are gathered minor to major and
         sliced major to minor. An axis that moves from one factor to another is exchanged.
         """
         grad = bool(value.meta.get("needs_grad")) if isinstance(value, fx.Node) else False
         layout = dict(layout)
+        if isinstance(value, fx.Node) and "stored" in value.meta:
+            value = self._unshard(value, dims, layout, want, user)
         for axis in self.mesh.names:
             old, new = layout.get(axis), want.get(axis)
             if (
@@ -61,23 +63,44 @@ class Resharder:
             return self._vary_as(value, dims, layout, vary, user)
         return self._emit(value, user, dims, layout, "vary", vary)
 
+    def _unshard(self, value: fx.Node, dims: Dims, used: Layout, want: Want, user: fx.Node) -> fx.Node:
+        """A parameter in the layout of its use, from the one it is stored in.
+
+        It is cast before it is gathered. Its gradient is first summed onto the stored parts and then, part by part, over the
+        other axes along which its uses differ, in the reduction dtype.
+        """
+        layout, grad = dict(value.meta["stored"]), value.meta.get("needs_grad", False)
+        dtype = None
+        if grad and "reduce_dtype" in value.meta:
+            args: Any = value.args
+            dtype = args[1]
+            value = self._cast(args[0], value.meta["reduce_dtype"], value)
+        vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in layout)
+        if grad and vary:
+            value = self._emit(value, user, dims, layout, "vary", vary)
+        for axis in reversed(self.mesh.names):
+            if axis in layout and used.get(axis) is not layout[axis]:
+                value = self._gather(value, dims, layout, axis, grad and want.get(axis) is True, user, dtype)
+                value.meta["fxpar"]["unshard"] = True
+        return value
+
     def _vary_as(self, cast: fx.Node, dims: Dims, layout: Layout, axes: Axes, user: fx.Node) -> fx.Node:
         """A parameter's cast, with its gradient summed over `axes` in the reduction dtype."""
         args: Any = cast.args
         stored, computed = args
-        key = (cast, "vary_as", axes)
-        if key not in self._made:
-            wide = self._cast(stored, cast.meta["reduce_dtype"], cast)
-            self._made[key] = self._cast(self._emit(wide, user, dims, layout, "vary", axes), computed, cast)
-        return self._made[key]
+        wide = self._cast(stored, cast.meta["reduce_dtype"], cast)
+        return self._cast(self._emit(wide, user, dims, layout, "vary", axes), computed, cast)
 
     def _cast(self, value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
         if value.meta.get("dtype") == dtype:
             return value
-        new = self.graph.call_function(torch.ops.aten.to.dtype, (value, dtype))
-        copy_provenance(new, like)
-        new.meta.update({k: v for k, v in like.meta.items() if k in ("needs_grad", "global")}, dtype=dtype)
-        return new
+        key = (value, "cast", dtype)
+        if key not in self._made:
+            new = self.graph.call_function(torch.ops.aten.to.dtype, (value, dtype))
+            copy_provenance(new, like)
+            new.meta.update({k: v for k, v in like.meta.items() if k in ("needs_grad", "global")}, dtype=dtype)
+            self._made[key] = new
+        return self._made[key]
 
     def _alone(self, layout: Layout, factor: Factor, axis: str) -> bool:
         return all(f is not factor or a == axis for a, f in layout.items())
@@ -93,19 +116,23 @@ class Resharder:
         return want.get(axis) is factor and all(layout.get(a) is factor and want.get(a) is factor for a in before)
 
     def _varied(self, value: fx.Node) -> Axes:
-        """Axes that the last steps already made varying (a gather whose backward is a reduce-scatter)."""
+        """Axes that the last steps already made varying: by `vary`, or a gather whose backward is a reduce-scatter; or that
+        what the value was made from is varying along."""
         done: list[str] = []
         while isinstance(value, fx.Node) and value.meta.get("resharded"):
             args: Any = value.args
-            if value.target is collectives.all_gather and args[4]:
+            if value.target is collectives.vary or (value.target is collectives.all_gather and args[4]):
                 done += args[1]
             value = args[0]
+        if isinstance(value, fx.Node):
+            done += value.meta.get("varied", ())
         return tuple(done)
 
-    def _gather(self, value, dims, layout, axis, varying, user) -> fx.Node:
+    def _gather(self, value, dims, layout, axis, varying, user, dtype=None) -> fx.Node:
         place = place_of(dims, layout, self.mesh, layout[axis])
         del layout[axis]
-        return self._emit(value, user, dims, layout, "all_gather", (axis,), *place, varying)
+        options = (varying, dtype) if dtype is not None else (varying,)
+        return self._emit(value, user, dims, layout, "all_gather", (axis,), *place, *options)
 
     def _shard(self, value, dims, layout, axis, leaf, user) -> fx.Node:
         place = place_of(dims, layout, self.mesh, leaf)
@@ -128,9 +155,8 @@ class Resharder:
         if key not in self._made:
             new = self.graph.call_function(getattr(collectives, kind), (value, axes, *args))
             copy_provenance(new, user)
-            new.meta.update(
-                needs_grad=value.meta.get("needs_grad", False), resharded=True, dtype=value.meta.get("dtype")
-            )
+            dtype = next((a for a in args if isinstance(a, torch.dtype)), value.meta.get("dtype"))
+            new.meta.update(needs_grad=value.meta.get("needs_grad", False), resharded=True, dtype=dtype)
             new.meta["global"] = value.meta.get("global")
             new.meta["fxpar"] = {
                 "kind": kind,
@@ -146,5 +172,5 @@ class Resharder:
         """Record how many bytes of result one rank holds (what the report counts)."""
         held = value.meta.get("val", value.meta.get("global"))
         if isinstance(held, torch.Tensor) and "fxpar" in node.meta:
-            width = (value.meta.get("dtype") or held.dtype).itemsize
+            width = (node.meta.get("dtype") or value.meta.get("dtype") or held.dtype).itemsize
             node.meta["fxpar"]["bytes"] = math.prod(local_shape(dims, layout, self.mesh)) * width

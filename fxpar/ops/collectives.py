@@ -156,25 +156,46 @@ def run_step(step: Step, run: Runtime, x: Tensor, axes: Axes, place: Place, to: 
     return step.after(x, place, to, run.size(axes))
 
 
-class _Typed(torch.autograd.Function):
+@dataclass(frozen=True)
+class Typed:
+    """One collective as it stands in a program: what it does in both directions.
+
+    dtype: what the forward communicates and returns; the backward communicates in the dtype of the operand.
+    """
+
+    kind: str
+    axes: Axes
+    place: Place = (0, 1)
+    to: Place = (0, 1)
+    dtype: torch.dtype | None = None
+
+
+class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, kind: str, run: Runtime, axes: Axes, place: Place, to: Place) -> Tensor:
-        ctx.typed = (CONJUGATE[kind][1], run, axes, place, to)
-        return run_step(CONJUGATE[kind][0], run, x, axes, place, to)
+    def forward(ctx, x: Tensor, kept: Tensor | None, carried: Tensor | None, typed: Typed, run: Runtime) -> Tensor:
+        ctx.typed, ctx.run, ctx.dtype = typed, run, x.dtype
+        ctx.save_for_backward(carried)
+        if kept is not None:
+            return kept.view_as(kept)
+        return run_step(CONJUGATE[typed.kind][0], run, x.to(typed.dtype or x.dtype), typed.axes, typed.place, typed.to)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        step, run, axes, place, to = ctx.typed
-        return run_step(step, run, grad, axes, place, to), None, None, None, None, None
+        typed, (carried,) = ctx.typed, ctx.saved_tensors
+        grad = grad.to(ctx.dtype)
+        if carried is not None:
+            grad = grad + carried
+        step = CONJUGATE[typed.kind][1]
+        return run_step(step, ctx.run, grad, typed.axes, typed.place, typed.to), None, None, None, None
 
 
-def _apply(kind: str, x: Tensor, axes: Axes, place: Place = (0, 1), to: Place = (0, 1)) -> Tensor:
-    return _Typed.apply(x, kind, _active.get(), axes, place, to)
+def _apply(x: Tensor, typed: Typed, kept: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
+    return _Apply.apply(x, kept, carried, typed, _active.get())
 
 
 def psum(x: Tensor, axes: Axes) -> Tensor:
     """Partial -> replicated: the sum over the ranks of `axes`."""
-    return _apply("psum", x, axes)
+    return _apply(x, Typed("psum", axes))
 
 
 def pmax(x: Tensor, axes: Axes) -> Tensor:
@@ -182,29 +203,36 @@ def pmax(x: Tensor, axes: Axes) -> Tensor:
     return _active.get().all_reduce(x.detach().contiguous(), axes, "max")
 
 
-def vary(x: Tensor, axes: Axes) -> Tensor:
-    """Replicated -> used differently on each rank of `axes`: the value itself; its cotangents are summed."""
-    return _apply("vary", x, axes)
+def vary(x: Tensor, axes: Axes, carried: Tensor | None = None) -> Tensor:
+    """Replicated -> used differently on each rank of `axes`: the value itself; its cotangents are summed, and those
+    `carried` along with them."""
+    return _apply(x, Typed("vary", axes), carried=carried)
 
 
-def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = False) -> Tensor:
-    """Sharded -> replicated along `dim`; `varying`: what follows differs from rank to rank."""
-    return _apply("all_gather_varying" if varying else "all_gather", x, axes, (dim, outer))
+def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = False, dtype: torch.dtype | None = None,
+               kept: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
+    """Sharded -> replicated along `dim`; `varying`: what follows differs from rank to rank.
+
+    dtype: of the result, and of what is communicated; cotangents are reduced in the dtype of `x`. kept: the result, where it
+    is there already. carried: cotangents of the result, in the dtype of `x`, that are reduced with those that come.
+    """
+    kind = "all_gather_varying" if varying else "all_gather"
+    return _apply(x, Typed(kind, axes, (dim, outer), dtype=dtype), kept, carried)
 
 
 def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
     """Partial -> sharded along `dim`."""
-    return _apply("reduce_scatter", x, axes, (dim, outer))
+    return _apply(x, Typed("reduce_scatter", axes, (dim, outer)))
 
 
 def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
     """Replicated -> sharded along `dim`: this rank's slice."""
-    return _apply("shard", x, axes, (dim, outer))
+    return _apply(x, Typed("shard", axes, (dim, outer)))
 
 
 def all_to_all(x: Tensor, axes: Axes, dim: int, outer: int, to_dim: int, to_outer: int) -> Tensor:
     """Sharded along one place -> sharded along another."""
-    return _apply("all_to_all", x, axes, (dim, outer), (to_dim, to_outer))
+    return _apply(x, Typed("all_to_all", axes, (dim, outer), (to_dim, to_outer)))
 
 
 def axis_index(axes: Axes) -> int:
