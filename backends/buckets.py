@@ -3,72 +3,100 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 c10d = torch.ops._c10d_functional
 BUCKET_BYTES = 128 * 2**20
+COALESCED: dict[Any, Any] = {
+    c10d.all_reduce.default: c10d.all_reduce_coalesced.default,
+    c10d.reduce_scatter_tensor.default: c10d.reduce_scatter_tensor_coalesced.default,
+    c10d.all_gather_into_tensor.default: c10d.all_gather_into_tensor_coalesced.default,
+}
+REDUCTIONS = (c10d.reduce_scatter_tensor.default, c10d.all_reduce.default)
 
 
 def bucket_reductions(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
-    """Join all-reduces whose results only leave the graph, in place.
+    """Join reductions whose results only leave the graph, in place.
 
-    Takes: a functional graph in its final order. Afterwards: runs of such all-reduces over one group, of at most about
-    `limit` bytes, are one ``all_reduce_coalesced`` (one launch, no copies), started where the last of them was.
+    Takes: a functional graph in its final order. Afterwards: runs of such reductions of one kind over one group, of at least
+    about `limit` bytes of operands, are one coalesced operator (one launch, no copies), started where the last of them was.
+    A bucket of reduce-scatters is waited for when the next one starts, because its operands are kept until then; what
+    is reduced in place is waited for at the end.
     """
-    open_buckets: dict[tuple, list[fx.Node]] = {}
-    for node in list(graph.nodes):
-        if node.target is c10d.all_reduce.default and _leaves(node):
-            key = (*node.args[1:], node.meta["val"].dtype)
-            bucket = open_buckets.setdefault(key, [])
-            bucket.append(node)
-            if sum(_bytes(n) for n in bucket) >= limit:
-                _join(graph, open_buckets.pop(key))
-    for bucket in open_buckets.values():
-        _join(graph, bucket)
+    for kind in REDUCTIONS:
+        _bucket_kind(graph, kind, limit)
     graph.lint()
 
 
-def _leaves(node: fx.Node) -> bool:
-    """Whether the result is waited for and returned, and nothing else."""
+def _bucket_kind(graph: fx.Graph, kind: Any, limit: int) -> None:
+    open_buckets: dict[tuple, list[fx.Node]] = {}
+    full: list[list[fx.Node]] = []
+    for node in [n for n in graph.nodes if n.target is kind and leaves_graph(n)]:
+        key = (*node.args[1:], node.meta["val"].dtype)
+        bucket = open_buckets.setdefault(key, [])
+        bucket.append(node)
+        if sum(_bytes(n.args[0]) for n in bucket) >= limit:
+            full.append(open_buckets.pop(key))
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    full = sorted([*full, *open_buckets.values()], key=lambda b: order[b[-1]])
+    starts = [join(graph, bucket, bucket[-1]) for bucket in full]
+    output = graph.output_node()
+    scatter = kind is c10d.reduce_scatter_tensor.default
+    for k, start in enumerate(starts):
+        until = starts[k + 1] if scatter and k + 1 < len(starts) else output
+        for wait in _waits(start):
+            _sink(wait, until)
+
+
+def leaves_graph(node: fx.Node) -> bool:
+    """Whether the result is waited for and returned, and at most reduced once more before."""
     waits = list(node.users)
-    return (
-        len(waits) == 1 and waits[0].target is c10d.wait_tensor.default and all(_only_output(u) for u in waits[0].users)
-    )
+    return len(waits) == 1 and waits[0].target is c10d.wait_tensor.default and all(map(_only_output, waits[0].users))
 
 
 def _only_output(node: fx.Node) -> bool:
-    return node.op == "output" or (len(node.all_input_nodes) == 1 and all(_only_output(u) for u in node.users))
+    if node.op == "output" or node.target in REDUCTIONS:
+        return node.op == "output" or leaves_graph(node)
+    return len(node.all_input_nodes) == 1 and all(map(_only_output, node.users))
 
 
-def _bytes(node: fx.Node) -> int:
+def _bytes(node: Any) -> int:
     value = node.meta["val"]
     return value.numel() * value.element_size()
 
 
-def _join(graph: fx.Graph, bucket: list[fx.Node]) -> None:
-    if len(bucket) < 2:
-        return
-    last = bucket[-1]
-    with graph.inserting_after(last):
-        joined = graph.call_function(c10d.all_reduce_coalesced.default, ([n.args[0] for n in bucket], *last.args[1:]))
+def join(graph: fx.Graph, bucket: list[fx.Node], at: fx.Node) -> fx.Node:
+    """One coalesced operator after `at` in place of the bucket's; their waits are left where they are."""
+    if len(bucket) == 1:
+        return bucket[0]
+    first = bucket[0]
+    with graph.inserting_after(at):
+        joined = graph.call_function(COALESCED[first.target], ([n.args[0] for n in bucket], *first.args[1:]))
+    joined.meta = dict(first.meta)
     joined.meta["val"] = [n.meta["val"] for n in bucket]
-    output, after = graph.output_node(), joined
+    after = joined
     for i, node in enumerate(bucket):
         with graph.inserting_after(after):
             part = graph.call_function(operator.getitem, (joined, i))
         part.meta = dict(node.meta)
         after = part
-        wait = next(iter(node.users))
-        wait.replace_input_with(node, part)
-        _sink(wait, output)
+        node.replace_all_uses_with(part)
+    for node in bucket:
         graph.erase_node(node)
+    return joined
 
 
-def _sink(node: fx.Node, output: fx.Node) -> None:
-    """Move a wait, and what follows it, to the end: it must not come before the joined start."""
-    output.prepend(node)
+def _waits(start: fx.Node) -> list[fx.Node]:
+    parts = list(start.users) if start.target in COALESCED.values() else [start]
+    return [wait for part in parts for wait in part.users]
+
+
+def _sink(node: fx.Node, until: fx.Node) -> None:
+    """Move a wait, and what follows it, to right before `until`."""
+    until.prepend(node)
     for user in list(node.users):
         if user.op != "output":
-            _sink(user, output)
+            _sink(user, until)

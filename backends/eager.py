@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpar import compat
+from fxpar.backends.remat import choose_recomputation
+from fxpar.backends.trace import tensor_inputs_only
 from fxpar.ops.collectives import Runtime, use_runtime
+from fxpar.plan import Plan
 
 
 def run_flat(module: fx.GraphModule, inputs: list[Any], record: dict[str, Any] | None = None) -> list[Any]:
@@ -37,8 +41,22 @@ def run_flat(module: fx.GraphModule, inputs: list[Any], record: dict[str, Any] |
     raise AssertionError("a program without an output")
 
 
-def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime) -> Callable[..., Any]:
-    """A callable over the program's flat local inputs. Collectives speak to `runtime`."""
+def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan) -> Callable[..., Any]:
+    """A callable over the program's flat local inputs. Collectives speak to `runtime`.
+
+    Where the plan has the backward pass make values again, forward and backward are traced once, split, and run as they
+    stand; `example` has local inputs, one per placeholder, whose ``requires_grad`` matters.
+    """
+    if torch.is_grad_enabled() and (plan.recompute != "none" or plan.zero == 3):
+        graph, keep = tensor_inputs_only(module, example)
+        with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
+            split = compat.partition_eagerly(graph, [example[i] for i in keep], lambda g: choose_recomputation(g, plan))
+
+        def run_split(*inputs: Any) -> Any:
+            with use_runtime(runtime):
+                return split(*[inputs[i] for i in keep])
+
+        return run_split
 
     def run(*inputs: Any) -> Any:
         with use_runtime(runtime):

@@ -101,12 +101,23 @@ def local_part(tensor: Any) -> torch.Tensor:
 
 
 def like_dtensor(local: torch.Tensor, like: Any) -> Any:
-    """A local tensor as a DTensor with the mesh, placements and shape of another."""
-    return DTensor(local, like._spec, requires_grad=False)
+    """A local tensor as a DTensor with the mesh, placements, shape and order in memory of another (a contiguous one): fused
+    optimizers go through parameter and gradient side by side as they lie there."""
+    return DTensor(local.contiguous(), like._spec, requires_grad=False)
 
 
-def graph_pass(function: Callable[[fx.Graph], None], *files: str) -> Any:
-    """An Inductor graph pass whose compiled results may be cached as long as these source files do not change."""
+def version(tensor: Any) -> int:
+    """A number that grows whenever a DTensor's local part is written to."""
+    return tensor._local_tensor._version
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call `function` at the end of the backward pass that is running."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def graph_pass(function: Callable[[fx.Graph], None], *files: str, key: str = "") -> Any:
+    """An Inductor graph pass whose compiled results may be cached as long as these source files and `key` do not change."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class Pass(CustomGraphPass):
@@ -114,6 +125,38 @@ def graph_pass(function: Callable[[fx.Graph], None], *files: str) -> Any:
             function(graph)
 
         def uuid(self) -> Any:
-            return get_hash_for_files(files)
+            return get_hash_for_files(files, key)
 
     return Pass()
+
+
+def in_backward(node: fx.Node) -> bool:
+    """Whether a node of a joint graph was traced in its backward pass."""
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None]) -> Callable:
+    """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
+
+    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(module: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        joint(module.graph)
+        return min_cut_rematerialization_partition(module, joint_inputs, **options)
+
+    def as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        return make_boxed_func(gm)
+
+    return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=partition)
+
+
+@contextlib.contextmanager
+def memory_budget(fraction: float | None) -> Iterator[None]:
+    """Inside, the partitioner keeps at most about this fraction of what it would keep for the backward pass."""
+    from torch._functorch import config
+
+    with config.patch(activation_memory_budget=fraction) if fraction is not None else contextlib.nullcontext():
+        yield

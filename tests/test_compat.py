@@ -124,5 +124,7 @@ def test_local_part_and_like_dtensor():
     assert isinstance(made, DTensor) and made.placements == p.placements and made.device_mesh == p.device_mesh
     assert torch.equal(made.to_local(), local * 2) and made.shape == p.shape and not made.requires_grad
     assert DTensor.from_local(local, p.device_mesh, [Replicate()]).placements != made.placements
+    turned = compat.like_dtensor(local.t().contiguous().t(), p)
+    assert turned.to_local().stride() == p.to_local().stride() and torch.equal(turned.to_local(), local)
 
 

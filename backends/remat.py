@@ -1,0 +1,120 @@
+"""remat: what the backward pass computes, or gathers, again instead of keeping it from the forward pass.
+
+A pass over the joint graph (forward and backward in one) that AOTAutograd traces. It decides by tags; PyTorch's min-cut
+partitioner, which reads them, decides what is left open: of values that are cheap to make again it keeps the fewest bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fxpar import compat
+from fxpar.plan import Plan
+from fxpar.program import block_path
+
+aten = torch.ops.aten
+SAVE, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution)
+BLOCK, UNSHARD = "fxpar_block", "fxpar_unshard"
+"""Keys of ``meta["custom"]``, which reaches the joint graph: the block a value belongs to; that it is a parameter gathered
+from where it is stored."""
+
+
+def mark(node: fx.Node) -> dict[str, Any]:
+    """What this module has to know about a node of a partitioned program, as ``meta["custom"]`` of its copy."""
+    custom: dict[str, Any] = {BLOCK: block_path(node)}
+    if node.meta.get("fxpar", {}).get("unshard"):
+        custom[UNSHARD] = True
+    return custom
+
+
+def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
+    """Tag the forward part of a joint graph, in place, with ``meta["recompute"]``.
+
+    Takes: a joint graph of a program whose nodes were `mark`ed. Afterwards: parameters gathered at their use are gathered
+    again under zero=3 (but for those used after the last block, which the backward pass needs at once) and kept under zero=1
+    and 2, and by the plan's `recompute`
+
+    - "selective": inside blocks, outputs of matrix products, attention and collectives are kept, all else is made again;
+    - "full": what leaves a block is kept, all that is inside is made again;
+    - "none", or a memory budget: nothing more is decided here.
+    """
+    forward = _forward(graph)
+    decide = _POLICIES.get(str(plan.recompute), _open)
+    tail = _after_blocks(forward)
+    for node in forward:
+        policy = decide(node, forward)
+        if _is_unsharded(node):
+            keep = plan.zero < 3 or node in tail
+            policy = AGAIN if not keep else SAVE if _is_wait(node) else None
+        if policy is not None:
+            node.meta["recompute"] = policy
+            node.meta["ac_graph_id"] = 0
+
+
+def _forward(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The operators of the forward pass, in order."""
+    return {n: None for n in graph.nodes if n.op == "call_function" and not compat.in_backward(n)}
+
+
+def _after_blocks(forward: dict[fx.Node, None]) -> set[fx.Node]:
+    """What follows the last operator of the last block."""
+    tail: set[fx.Node] = set()
+    for node in reversed(forward):
+        if _block(node):
+            return tail
+        tail.add(node)
+    return set()
+
+
+def _is_unsharded(node: fx.Node) -> bool:
+    """Part of a gather of a parameter, or a mere rearrangement of what it gathered."""
+    if node.meta.get("custom", {}).get(UNSHARD):
+        return True
+    inputs = node.all_input_nodes
+    return len(inputs) == 1 and _is_view(node) and inputs[0].op == "call_function" and _is_unsharded(inputs[0])
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.is_view
+
+
+def _is_wait(node: fx.Node) -> bool:
+    return node.target is torch.ops._c10d_functional.wait_tensor.default
+
+
+def _block(node: fx.Node) -> str:
+    return node.meta.get("custom", {}).get(BLOCK, "")
+
+
+def _open(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
+    return None
+
+
+def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
+    made_by: Any = node.args[0] if node.name.startswith("getitem") else node
+    packet = getattr(made_by.target, "overloadpacket", None)
+    attention = packet is not None and packet.__name__.startswith("_scaled_dot_product")
+    if packet in PRODUCTS or attention or _is_wait(node):
+        return SAVE
+    return AGAIN if _block(node) else None
+
+
+def _full(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
+    block = _block(node)
+    if not block:
+        return None
+    leaves = any(u.op == "output" or (u in forward and _block(u) != block) for u in node.users)
+    return SAVE if leaves else AGAIN
+
+
+_POLICIES: dict[str, Callable[[fx.Node, dict[fx.Node, None]], CheckpointPolicy | None]] = {
+    "selective": _selective,
+    "full": _full,
+}

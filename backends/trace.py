@@ -1,0 +1,29 @@
+"""trace: the form in which AOTAutograd takes a partitioned program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpar.backends.remat import mark
+
+
+def tensor_inputs_only(module: fx.GraphModule, example: list[Any]) -> tuple[fx.GraphModule, list[int]]:
+    """A copy of the graph without the placeholders that carry no tensor (captured as constants, and unused).
+
+    example: local inputs, one per placeholder. Its nodes are marked for the passes over the joint graph. Also returns which
+    of the inputs the copy takes.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    feed = iter(example)
+    for node in module.graph.nodes:
+        if node.op == "placeholder" and not isinstance(next(feed), torch.Tensor):
+            continue
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        copies[node].meta["custom"] = mark(node)
+    keep = [i for i, x in enumerate(example) if isinstance(x, torch.Tensor)]
+    return fx.GraphModule(module, graph), keep
