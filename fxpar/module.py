@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from fxpar import compat, storage
 from fxpar import inputs as calls
+from fxpar.accumulation import Accumulator, Step
 from fxpar.agreement import agree_on_call, agree_on_program
 from fxpar.backends.runtime import Control, GroupRuntime
 from fxpar.clip import clip_grad_norm
@@ -23,10 +24,9 @@ from fxpar.errors import InputError
 from fxpar.initialize import init_weights
 from fxpar.inspection import Report, report_of
 from fxpar.mesh import BoundMesh
-from fxpar.passes.accumulate import defer_sums
 from fxpar.passes.layout import Tiling
 from fxpar.plan import Plan
-from fxpar.program import Program, Source
+from fxpar.program import Program
 
 
 @dataclass
@@ -35,22 +35,27 @@ class Compiled:
 
     program: Program
     run: Callable[..., Any]
-    deferred: tuple[Callable[..., Any], list[Source]] | None = None
 
 
 class _ToLocal(torch.autograd.Function):
-    """DTensor parameters -> this rank's tensors; gradients come back as DTensors of the same placements."""
+    """DTensor parameters -> this rank's tensors; gradients come back as DTensors of the same placements.
+
+    ``receive(grads)`` is told of the gradients of plain tensors that pass through after them.
+    """
 
     @staticmethod
-    def forward(ctx, receive: Callable, *parameters: DTensor):
-        ctx.receive = receive
-        ctx.parameters = parameters
+    def forward(ctx, receive: Callable, count: int, *tensors: Tensor):
+        ctx.receive, ctx.parameters = receive, tensors[:count]
         ctx.set_materialize_grads(False)
-        return tuple(compat.local_part(p) for p in parameters)
+        return (*map(compat.local_part, ctx.parameters), *(t.detach() for t in tensors[count:]))
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
-        return (None, *ctx.receive(ctx.parameters, grads))
+        n = len(ctx.parameters)
+        ctx.receive(grads[n:])
+        pairs = zip(ctx.parameters, grads[:n], strict=True)
+        like = [None if g is None else compat.like_dtensor(g, p) for p, g in pairs]
+        return (None, None, *like, *[None] * (len(grads) - n))
 
 
 class _Average(torch.autograd.Function):
@@ -91,7 +96,7 @@ class ParallelModule(nn.Module):
         self._compiled: dict[tuple, Compiled] = {}
         self._tilings: dict[str, Tiling] = {}
         self._slots: dict[str, tuple[dict[str, Any], str]] = {}
-        self._pending: dict[str, Tensor] = {}
+        self._accumulator = Accumulator(plan, bound.mesh, self._lower_graph, self._state)
         self._sync = True
         self._steps = 0
         self.seed = 0
@@ -120,9 +125,11 @@ class ParallelModule(nn.Module):
         compiled = self._lookup(call)
         program = compiled.program
         named = calls.leaves(call)
-        deferring = not self._sync and bool(self._dp_axes()) and torch.is_grad_enabled()
-        run, extra = self._deferred(compiled, named) if deferring else (compiled.run, [])
-        outs = run(*self._feed(program, named, extra, self._next_seed()))
+        step = None
+        if torch.is_grad_enabled():
+            step = self._accumulator.step(program, self._sync, lambda: self._feed(program, named, None, seed=0))
+        feed = self._feed(program, named, step, self._next_seed())
+        outs = compiled.run(*feed) if step is None else step.run(*feed, *step.inputs)
         self._update_buffers(program, outs)
         return self._outputs(program, outs)
 
@@ -173,9 +180,11 @@ class ParallelModule(nn.Module):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients without summing them over replicas; the next backward outside sums them all.
+        """Accumulate gradients; what need not be communicated before the last microbatch is not.
 
-        Until then they are kept aside: ``.grad`` does not have them.
+        Under zero=0 and 1 gradients are kept aside, whole and unsummed (``.grad`` does not have them), until the next backward
+        outside sums them all; under zero=2 and 3 each backward reduces them to parts. Under zero=1 and 2 parameters are
+        gathered once, and kept until then.
         """
         before, self._sync = self._sync, False
         try:
@@ -210,8 +219,10 @@ class ParallelModule(nn.Module):
 
     def _compile(self, program: Program, call: calls.Call) -> Compiled:
         self._runtime.prepare(program.module)
-        example = self._feed(program, calls.leaves(call), [], seed=0)
-        return Compiled(program, self._lower(program.module, example, self._runtime))
+        return Compiled(program, self._lower_graph(program.module, self._feed(program, calls.leaves(call), None, seed=0)))
+
+    def _lower_graph(self, module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        return self._lower(module, example, self._runtime, self.plan)
 
     def _store(self, program: Program) -> None:
         """Replace the model's parameters by DTensors in the layouts the program wants; parameters it never uses stay whole."""
@@ -245,15 +256,18 @@ class ParallelModule(nn.Module):
             torch.distributed.broadcast(t.detach().reshape(-1).view(torch.uint8), 0)  # gloo knows no bool
         return t
 
-    def _feed(self, program: Program, named: dict[str, Any], extra: list[Source], seed: int) -> list[Any]:
-        """The program's local inputs; `extra` parameters once more at the end; seed: what dropout draws from."""
+    def _feed(self, program: Program, named: dict[str, Any], step: Step | None, seed: int) -> list[Any]:
+        """The program's local inputs, and at the end those that a step holds; seed: what dropout draws from."""
         names = [s.name for s in program.sources if s.kind == "param"]
-        more = [s.name for s in extra]
+        held = step.held if step is not None else []
 
-        def receive(parameters, grads):
-            return self._receive(parameters, names, more, grads)
+        def receive(grads: tuple[Tensor | None, ...]) -> None:
+            if step is not None and held:
+                self._accumulator.hold(step, grads)
+            else:
+                self._accumulator.summed(step)
 
-        locals_ = iter(_ToLocal.apply(receive, *map(self._state, names + more)) if names else ())
+        locals_ = iter(_ToLocal.apply(receive, len(names), *map(self._state, names), *held) if names else ())
         feed: list[Any] = []
         for source in program.sources:
             if source.kind == "param":
@@ -279,28 +293,6 @@ class ParallelModule(nn.Module):
         """One seed per forward, the same on every rank and under every plan."""
         self._steps += 1
         return (self.seed * 1_000_003 + self._steps) & 0x7FFFFFFFFFFFFFFF
-
-    def _receive(self, parameters: tuple[DTensor, ...], names: list[str], more: list[str], grads: tuple) -> list[Any]:
-        """Gradients as DTensors; unsummed ones are kept aside, and added (summed) to the next that are not."""
-        first, unsummed = grads[: len(names)], grads[len(names) :]
-        for name, grad in zip(more, unsummed, strict=True):
-            if grad is not None:
-                self._pending[name] = self._pending[name] + grad if name in self._pending else grad
-        out: list[Any] = []
-        for p, name, grad in zip(parameters, names, first, strict=False):
-            if not more and name in self._pending:
-                late = self._runtime.all_reduce(self._pending.pop(name).contiguous(), self._dp_axes())
-                grad = late if grad is None else grad + late
-            out.append(None if grad is None else compat.like_dtensor(grad, p))
-        return [*out, *[None] * len(more)]
-
-    def _deferred(self, compiled: Compiled, named: dict[str, Any]) -> tuple[Callable[..., Any], list[Source]]:
-        """The variant that leaves gradients unsummed over dp, lowered at its first use."""
-        if compiled.deferred is None:
-            module, extra = defer_sums(compiled.program, self._dp_axes())
-            example = self._feed(compiled.program, named, extra, seed=0)
-            compiled.deferred = (self._lower(module, example, self._runtime), extra)
-        return compiled.deferred
 
     def _update_buffers(self, program: Program, outs: Any) -> None:
         """Buffers are kept whole on every rank, wherever their new values were computed."""

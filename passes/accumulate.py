@@ -1,9 +1,15 @@
-"""accumulate: the variant of a local program that leaves gradients unsummed over dp, for gradient accumulation."""
+"""accumulate: variants of a local program for gradient accumulation, in which nothing is communicated twice.
+
+Between the microbatches of one step parameters do not change: what was gathered of them is passed in. And where gradients
+may be kept whole (zero=0 and 1) they are summed over ranks once, by the last microbatch.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxpar.mesh import Axes
@@ -11,53 +17,136 @@ from fxpar.ops import collectives
 from fxpar.program import Program, Source
 
 
-def defer_sums(program: Program, axes: Axes) -> tuple[fx.GraphModule, list[Source]]:
-    """Leave the sums of parameter gradients over `axes` to the caller.
+@dataclass(eq=False)
+class Boundary:
+    """Where a parameter becomes what the model computes with: the last of the collectives between the two.
 
-    Takes: a partitioned program (left as it is). Returns its graph with one more placeholder, appended at the end, per
-    parameter that is used in a way that varies over `axes`, and the source of each: the caller passes the same local
-    parameter again, and what arrives as its gradient is this rank's part, still to be summed over `axes`. Uses that
-    do not vary keep the first placeholder, whose gradient is complete.
+    node: that collective in the program. chain: the nodes from the parameter to it. source: the parameter.
+    gathers: it is a gather, whose result can be kept. sums: its backward sums over replicas what differs among them.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+
+    node: fx.Node
+    chain: tuple[fx.Node, ...]
+    source: Source
+    gathers: bool
+    sums: bool
+
+    @property
+    def key(self) -> str:
+        """The same for the same boundary in another program of the model."""
+        steps = (f"{getattr(n.target, '__name__', n.target)}{n.args[1:]}" for n in self.chain[1:])
+        return " ".join([self.source.name, *steps])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its gradients are summed."""
+        operand: Any = self.node.args[0]
+        return operand.meta["dtype"]
+
+
+@dataclass
+class Variant:
+    """A program with more inputs, at the end: for each the boundary it belongs to, and what it is.
+
+    "instead": the value at the boundary; its gradient is this rank's own, still to be summed. "kept": the value, where its
+    gradient goes on to the parameter. "carried": gradients to be summed along with those of this program.
+    """
+
+    module: fx.GraphModule
+    extra: list[tuple[str, Boundary]]
+
+
+@dataclass
+class Variants:
+    """values: parameters -> the value at every boundary; wide: the same in the dtypes that gradients are summed in.
+
+    hold: for every microbatch but the last, where gradients are kept whole. release: for the last of them; where gradients
+    are not kept whole, for all.
+    """
+
+    boundaries: list[Boundary]
+    values: fx.GraphModule
+    wide: fx.GraphModule
+    hold: Variant
+    release: Variant
+
+
+def accumulation(program: Program) -> Variants:
+    """Make the variants of a partitioned program, which is left as it is."""
+    found = _boundaries(program)
+    kept = {b: {"kept"} if b.gathers else set() for b in found}
+    hold = {b: {"instead"} if b.sums else kept[b] for b in found}
+    whole = program.plan.zero < 2
+    release = {b: kept[b] | ({"carried"} if b.sums and whole else set()) for b in found}
+    return Variants(found, _values(program, found), _values(program, found, wide=True), _variant(program, hold),
+                    _variant(program, release))
+
+
+def _boundaries(program: Program) -> list[Boundary]:
     params = {n: s for n, s in program.source_of().items() if s.kind == "param"}
-    again: dict[fx.Node, fx.Node] = {}
-    extra: list[Source] = []
-    last = program.placeholders()[-1]
-    varied = {n: chain for n in program.graph.nodes if (chain := _from_parameter(n, params, axes))}
-    for node in program.graph.nodes:
-        if node in varied:
-            copies[node] = _rebuild(graph, node, varied[node], again, axes)
+    dp = tuple(a for a in program.mesh.strategies.get("dp", ()) if program.mesh.size(a) > 1)
+    chains = {n: chain for n in program.graph.nodes if (chain := _from_parameter(n, params, dp))}
+    inner = {n for chain in chains.values() for n in chain[1:-1]}
+    inner |= {chain[-1] for chain in chains.values()}
+    out = []
+    for node, chain in chains.items():
+        if all(u in inner for u in node.users):
             continue
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-        if node is last:
-            for chain in varied.values():
-                if chain[0] not in again:
-                    again[chain[0]] = graph.placeholder(f"{chain[0].name}_varying")
-                    extra.append(params[chain[0]])
-    return fx.GraphModule(program.module, graph), extra
+        gathers = node.target is collectives.all_gather
+        sums = any(n.target is collectives.vary or (n.target is collectives.all_gather and n.args[4])
+                   for n in chain if n.op == "call_function" and _over(n, dp))
+        out.append(Boundary(node, chain, params[chain[0]], gathers, sums))
+    return out
 
 
-def _from_parameter(node: fx.Node, params: dict[fx.Node, Source], axes: Axes) -> list[fx.Node]:
-    """For a `vary` over some of `axes` of a parameter (through casts and views): the chain from the parameter to it."""
+def _over(node: fx.Node, axes: Axes) -> bool:
     args: Any = node.args
-    if node.target is not collectives.vary or not set(axes) & set(args[1]):
-        return []
+    return node.target in (collectives.vary, collectives.all_gather) and bool(set(axes) & set(args[1]))
+
+
+def _from_parameter(node: fx.Node, params: dict[fx.Node, Source], axes: Axes) -> tuple[fx.Node, ...]:
+    """For a collective over some of `axes` of a parameter (through casts and views): the chain from the parameter to it."""
+    if not _over(node, axes):
+        return ()
     chain = [node]
     while chain[0] not in params:
         if chain[0].op != "call_function" or len(chain[0].all_input_nodes) != 1:
-            return []
+            return ()
         chain.insert(0, chain[0].all_input_nodes[0])
-    return chain
+    return tuple(chain)
 
 
-def _rebuild(
-    graph: fx.Graph, vary: fx.Node, chain: list[fx.Node], again: dict[fx.Node, fx.Node], axes: Axes
-) -> fx.Node:
-    made = {chain[0]: again[chain[0]]}
-    for link in chain[1:-1]:
-        made[link] = graph.node_copy(link, lambda n: made[n])
-    value = made[chain[-2]]
-    rest = tuple(a for a in vary.args[1] if a not in axes)
-    return graph.call_function(collectives.vary, (value, rest)) if rest else value
+def _values(program: Program, boundaries: list[Boundary], wide: bool = False) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node, source in program.source_of().items():
+        if source.kind == "param":
+            copies[node] = graph.node_copy(node)
+    for boundary in boundaries:
+        for node in boundary.chain[1:]:
+            if node not in copies:
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+                if wide and node.target is collectives.all_gather:
+                    copies[node].args = copies[node].args[:5]
+    graph.output(tuple(copies[b.node] for b in boundaries))
+    return fx.GraphModule(program.module, graph)
+
+
+def _variant(program: Program, wanted: dict[Boundary, set[str]]) -> Variant:
+    kinds = ("instead", "kept", "carried")
+    extra: list[tuple[str, Boundary]] = [(kind, b) for kind in kinds for b in wanted if kind in wanted[b]]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    more: dict[fx.Node, dict[str, Any]] = {b.node: {} for b in wanted}
+    last = program.placeholders()[-1]
+    for node in program.graph.nodes:
+        if "instead" in more.get(node, ()):
+            copies[node] = more[node]["instead"]
+            continue
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node].kwargs = {**copies[node].kwargs, **more.get(node, {})}
+        if node is last:
+            for kind, boundary in extra:
+                more[boundary.node][kind] = graph.placeholder(f"{boundary.node.name}_{kind}")
+    graph.eliminate_dead_code()
+    return Variant(fx.GraphModule(program.module, graph), extra)

@@ -1,0 +1,141 @@
+"""Gradient accumulation: what a `ParallelModule` keeps between the microbatches of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpar import compat
+from fxpar.mesh import Mesh
+from fxpar.passes.accumulate import Boundary, Variant, Variants, accumulation
+from fxpar.plan import Plan
+from fxpar.program import Program
+
+Lower = Callable[[Any, list[Any]], Callable[..., Any]]
+"""(graph, example inputs) -> what runs it."""
+
+
+@dataclass
+class Step:
+    """How one microbatch runs: `run` takes the program's inputs, then `held` (whose gradients go to `Accumulator.hold`), then
+    `inputs`."""
+
+    variant: Variant
+    run: Callable[..., Any]
+    held: list[Tensor]
+    inputs: list[Tensor]
+
+
+class Accumulator:
+    """Values of parameters that are kept while they do not change, and gradients that are not summed over replicas yet.
+
+    lower: compiles a graph. parameter: name -> the parameter as the module has it now (a DTensor).
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, lower: Lower, parameter: Callable[[str], Tensor]):
+        self.plan, self.lower, self.parameter = plan, lower, parameter
+        self.spread = mesh.size(*mesh.strategies.get("dp", ())) > 1
+        self.pending: dict[str, Tensor] = {}
+        self._boundaries: dict[str, tuple[Program, Variants]] = {}
+        self._variants: dict[int, Variants] = {}
+        self._lowered: dict[int, Callable[..., Any]] = {}
+        self._kept: tuple[Any, list[Tensor]] | None = None
+        self._synced = False
+        self._queued = False
+
+    def step(self, program: Program, sync: bool, example: Callable[[], list[Any]]) -> Step | None:
+        """How the next microbatch runs; None: as the program stands. sync: it is the last one of its step."""
+        whole = self.plan.zero < 2
+        if not self.spread or self.plan.zero == 3 or (sync and not (self.pending if whole else self._kept)):
+            return None
+        variants = self._of(program)
+        if not variants.boundaries:
+            return None
+        values = dict(zip(variants.boundaries, self._values(program, variants), strict=True))
+        if sync:
+            self._kept = None
+        variant = variants.hold if whole and not sync else variants.release
+        inputs = [self._carried(b, values[b]) if kind == "carried" else values[b] for kind, b in variant.extra]
+        held = [t.detach().requires_grad_() for (kind, _), t in zip(variant.extra, inputs, strict=True) if kind == "instead"]
+        inputs = inputs[len(held) :]
+        if id(variant) not in self._lowered:
+            self._lowered[id(variant)] = self.lower(variant.module, [*example(), *held, *inputs])
+        return Step(variant, self._lowered[id(variant)], held, inputs)
+
+    def _of(self, program: Program) -> Variants:
+        if id(program) not in self._variants:
+            variants = self._variants[id(program)] = accumulation(program)
+            self._boundaries.update({b.key: (program, variants) for b in variants.boundaries})
+        return self._variants[id(program)]
+
+    @torch.no_grad()
+    def _values(self, program: Program, variants: Variants) -> list[Tensor]:
+        """The values at the boundaries: kept ones, as long as no parameter has changed."""
+        names = [s.name for s in program.sources if s.kind == "param"]
+        local = [compat.local_part(self.parameter(n)) for n in names]
+        state = (id(variants), [(id(self.parameter(n)), compat.version(self.parameter(n))) for n in names])
+        if self._kept is None or self._kept[0] != state:
+            if id(variants) not in self._lowered:
+                self._lowered[id(variants)] = self.lower(variants.values, local)
+            self._kept = state, list(self._lowered[id(variants)](*local))
+        return self._kept[1]
+
+    def _carried(self, boundary: Boundary, value: Tensor) -> Tensor:
+        kept = self.pending.get(boundary.key)
+        return torch.zeros_like(value, dtype=boundary.dtype) if kept is None else kept
+
+    def hold(self, step: Step, grads: tuple[Tensor | None, ...]) -> None:
+        """Keep a microbatch's gradients of `step.held`."""
+        boundaries = [b for kind, b in step.variant.extra if kind == "instead"]
+        for boundary, grad in zip(boundaries, grads, strict=True):
+            if grad is not None:
+                grad = grad.to(boundary.dtype)
+                before = self.pending.get(boundary.key)
+                self.pending[boundary.key] = grad if before is None else before + grad
+        self._at_the_end(synced=False)
+
+    def summed(self, step: Step | None) -> None:
+        """A backward that sums gradients has been through; what `step` carried has been summed with them."""
+        if step is not None:
+            carried = [b for kind, b in step.variant.extra if kind == "carried"]
+            for boundary, tensor in zip(carried, step.inputs[len(step.inputs) - len(carried) :], strict=True):
+                mine = self.pending.get(boundary.key)
+                if mine is tensor:
+                    del self.pending[boundary.key]
+                elif mine is not None:
+                    self.pending[boundary.key] = mine - tensor
+        self._at_the_end(synced=True)
+
+    def _at_the_end(self, synced: bool) -> None:
+        self._synced |= synced
+        if not self._queued:
+            self._queued = True
+            compat.after_backward(self._finish)
+
+    def _finish(self) -> None:
+        """After a backward pass that summed gradients, none is left unsummed, in whatever order its parts ran."""
+        synced, self._synced, self._queued = self._synced, False, False
+        if not synced or not self.pending:
+            return
+        for program, variants in {id(v): (p, v) for p, v in self._boundaries.values()}.values():
+            mine = [b for b in variants.boundaries if b.key in self.pending]
+            if mine:
+                self._add(program, variants, {b: self.pending.pop(b.key) for b in mine})
+
+    def _add(self, program: Program, variants: Variants, grads: dict[Boundary, Tensor]) -> None:
+        names = [s.name for s in program.sources if s.kind == "param"]
+        parameters = [self.parameter(n) for n in names]
+        local = [compat.local_part(p).requires_grad_() for p in parameters]
+        if id(variants.wide) not in self._lowered:
+            self._lowered[id(variants.wide)] = self.lower(variants.wide, local)
+        with torch.enable_grad():
+            outs = dict(zip(variants.boundaries, self._lowered[id(variants.wide)](*local), strict=True))
+            found = torch.autograd.grad([outs[b] for b in grads], local, list(grads.values()), allow_unused=True)
+        for p, grad in zip(parameters, found, strict=True):
+            if grad is not None:
+                late = compat.like_dtensor(grad, p)
+                p.grad = late if p.grad is None else p.grad + late
