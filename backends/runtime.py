@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from fxpar import compat
+from fxpar.backends import copies
 from fxpar.mesh import Axes, BoundMesh
 from fxpar.ops import collectives
 
@@ -17,12 +22,35 @@ class GroupRuntime:
 
     def __init__(self, mesh: BoundMesh):
         self.mesh = mesh
+        self._copying: dict[Axes, str] = {}
+        self._copy_groups: list[copies.CopyGroup] = []
 
     def prepare(self, module: fx.GraphModule) -> None:
         """Make every process group that `module` uses, in program order (the same on every rank)."""
         for node in module.graph.nodes:
             if node.target in collectives.COLLECTIVES:
                 self.mesh.group(node.args[1])
+
+    def copy_engines(self, axes: Axes, control: Control) -> bool:
+        """Gather and scatter over `axes` by copies between GPUs, if every group over them is on one host that allows it.
+
+        To be called on all ranks; says whether it is so. Costs two slots of memory a rank.
+        """
+        groups = self.mesh.mesh.groups(axes)
+        hosts = control.exchange(socket.gethostname())
+        if any(len({hosts[r] for r in group}) > 1 for group in groups):
+            return False
+        group = self.mesh.group(axes)
+        try:
+            slots = compat.SymmetricSlots(group, copies.SLOT_BYTES, torch.device("cuda", torch.cuda.current_device()))
+        except RuntimeError:
+            slots = None
+        if not all(control.exchange(slots is not None)) or slots is None:
+            return False
+        self._copy_groups.append(copies.CopyGroup(slots, torch.cuda.Stream(priority=-1)))
+        self._copying[axes] = f"{group.group_name}-copies"
+        compat.register_group(self._copy_groups[-1], self._copying[axes])
+        return True
 
     def size(self, axes: Axes) -> int:
         return self.mesh.mesh.size(*axes)
@@ -37,10 +65,12 @@ class GroupRuntime:
         return c10d.wait_tensor(c10d.all_reduce(x, op, self._name(axes)))
 
     def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
-        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, self.size(axes), self._name(axes)))
+        name = self._copying.get(axes) or self._name(axes)
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, self.size(axes), name))
 
     def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
-        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", self.size(axes), self._name(axes)))
+        name = self._copying.get(axes) or self._name(axes)
+        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", self.size(axes), name))
 
     def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
         ones = [1] * self.size(axes)
@@ -54,13 +84,18 @@ class Control:
         self.world = dist.get_world_size()
         self.group = dist.new_group(backend="gloo") if self.world > 1 else None
 
-    def agree(self, number: int) -> bool:
-        """Whether every rank has the same number (63 bits); costs one small CPU all-reduce."""
+    def compare(self, number: int) -> Callable[[], bool]:
+        """Start one small CPU all-reduce. What is returned waits for it: whether every rank has the same number (63 bits)."""
         if self.group is None:
-            return True
+            return lambda: True
         pair = torch.tensor([number, -number], dtype=torch.int64)
-        dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=self.group)
-        return pair[0].item() == -pair[1].item()
+        work = dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+        def equal() -> bool:
+            work.wait()
+            return pair[0].item() == -pair[1].item()
+
+        return equal
 
     def exchange(self, thing: object) -> list:
         """Every rank's `thing`, by rank."""

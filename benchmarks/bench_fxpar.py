@@ -28,11 +28,13 @@ import fxpar
 
 SHAPE = dict(layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192, vocab=128256, seq=8192, mbs=2, steps=8, warmup=4)
 
+STEP = "fxpar_step"
+
 # Kernel (on CPU: operator) names by what they do; the first match counts. Inductor names a fused pointwise
 # kernel after all that went into it, attention and matmuls nearby included, so that those come first.
 CATEGORIES = {
     "other": r"^triton_(?!tem)",
-    "nccl": r"nccl|symm_mem|multimem|one_shot_all|two_shot_all|gloo|c10d",
+    "nccl": r"nccl|symm_mem|^memcpy (ptop|dtod)|barrier_kernel|multimem|one_shot_all|two_shot_all|gloo|c10d",
     "attention": r"flash|fmha|sdpa|attention|attn",
     "matmul": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|triton_tem_.*mm|::\w*mm\b",
 }
@@ -155,11 +157,16 @@ def write_trace(step, synchronize, cuda, path):
     profiler = torch.profiler.profile(activities=activities) if first else contextlib.nullcontext()
     dist.barrier()
     with profiler:
-        step()
+        with torch.profiler.record_function(STEP):
+            step()
         synchronize()
     if first:
-        intervals = kernel_intervals(profiler.events(), cuda)
-        pathlib.Path(path).write_text(json.dumps(summarize(intervals, cuda), indent=2) + "\n")
+        events = profiler.events()
+        summary = summarize(kernel_intervals(events, cuda), cuda)
+        start = next(e.time_range.start for e in events if e.name == STEP and e.device_type == DeviceType.CPU)
+        summary["first_kernel_after_ms"] = (min(e.time_range.start for e in events if e.device_type == DeviceType.CUDA
+                                                and not e.is_user_annotation) - start) / 1e3 if cuda else None
+        pathlib.Path(path).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def kernel_intervals(events, cuda):

@@ -92,6 +92,9 @@ class ParallelModule(nn.Module):
         self._bound, self._control = bound, control
         self._compile_call, self._lower = compile_call, lower
         self._runtime = GroupRuntime(bound)
+        stored = bound.mesh.strategies.get("zero", ())
+        if stored and device.type == "cuda" and plan.overlap_param_gather and plan.overlap_grad_reduce:
+            self._runtime.copy_engines(stored, control)
         self._programs: dict[tuple, Program] = {}
         self._compiled: dict[tuple, Compiled] = {}
         self._tilings: dict[str, Tiling] = {}
@@ -122,7 +125,7 @@ class ParallelModule(nn.Module):
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
         """
         call = calls.canonical(self._model, args, kwargs)
-        compiled = self._lookup(call)
+        compiled, settle = self._lookup(call)
         program = compiled.program
         named = calls.leaves(call)
         step = None
@@ -130,6 +133,7 @@ class ParallelModule(nn.Module):
             step = self._accumulator.step(program, self._sync, lambda: self._feed(program, named, None, seed=0))
         feed = self._feed(program, named, step, self._next_seed())
         outs = compiled.run(*feed) if step is None else step.run(*feed, *step.inputs)
+        settle()
         self._update_buffers(program, outs)
         return self._outputs(program, outs)
 
@@ -171,7 +175,7 @@ class ParallelModule(nn.Module):
             return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
 
         known = (d for p in reversed(list(self._programs.values())) if (d := dims(p)).keys() == names)
-        return next(known, None) or dims(self._lookup(call).program)
+        return next(known, None) or dims(self._lookup(call)[0].program)
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -196,19 +200,27 @@ class ParallelModule(nn.Module):
         mesh = self._bound.mesh
         return tuple(a for a in mesh.strategies.get("dp", ()) if mesh.size(a) > 1)
 
-    def _lookup(self, call: calls.Call) -> Compiled:
+    def _lookup(self, call: calls.Call) -> tuple[Compiled, Callable[[], None]]:
+        """What runs this call, and what to call after it was started.
+
+        That ends the comparison of what the ranks were called with. On a GPU, where starting communication does not block, it
+        runs beside the forward, but for a call that has to be compiled first.
+        """
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         captured = (calls.signature(call), self.training, auto)
         key = (*captured, torch.is_grad_enabled())
-        agree_on_call(self._control, key)
+        settle = agree_on_call(self._control, key)
+        if key not in self._compiled or device != "cuda":
+            settle()
+            settle = _nothing
         if key not in self._compiled:
             if captured not in self._programs:
                 with agree_on_program(self._control) as made:
                     made.append(self._compile_call(call, self._tilings))
                 self._programs[captured] = made[0]
             self._compiled[key] = self._compile(self._programs[captured], call)
-        return self._compiled[key]
+        return self._compiled[key], settle
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its parameter layouts as the ones the parameters are stored in."""
@@ -355,6 +367,10 @@ class ParallelModule(nn.Module):
 
     def _newest(self) -> Program:
         return list(self._programs.values())[-1]
+
+
+def _nothing() -> None:
+    pass
 
 
 def loss_of(outputs: Any) -> Tensor:
