@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -160,3 +161,59 @@ def memory_budget(fraction: float | None) -> Iterator[None]:
 
     with config.patch(activation_memory_budget=fraction) if fraction is not None else contextlib.nullcontext():
         yield
+
+
+class SymmetricSlots:
+    """`fxpar.backends.copies.Slots` in PyTorch's symmetric memory: GPUs of one host, which can access each other's memory.
+
+    Making it is collective over the group. Raises: RuntimeError where the GPUs cannot.
+    """
+
+    def __init__(self, group: Any, nbytes: int, device: torch.device):
+        from torch.distributed import _symmetric_memory as symmetric
+
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed, and not to be had on every host
+        memory = symmetric.empty(2 * nbytes, dtype=torch.uint8, device=device)
+        self._handle = symmetric.rendezvous(memory, group.group_name)
+        self.rank, self.size, self.nbytes = self._handle.rank, self._handle.world_size, nbytes
+        self._memory = [self._handle.get_buffer(r, (2, nbytes), torch.uint8) for r in range(self.size)]
+
+    def of(self, rank: int, which: int) -> torch.Tensor:
+        return self._memory[rank][which]
+
+    def barrier(self) -> None:
+        self._handle.barrier()
+
+
+def register_group(group: Any, name: str) -> None:
+    """Functional collectives find `group` by this name."""
+    torch._C._distributed_c10d._register_process_group(name, group)
+
+
+def lowered_graphs(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any]) -> list[fx.GraphModule]:
+    """The graphs that `compile_graph` would generate code for, after all graph passes: the forward and, if there is one, the
+    backward. Nothing is compiled or run; `inputs` may be fake."""
+    from torch._functorch import config as aot
+    from torch._inductor import compile_fx as inductor
+    from torch._inductor.output_code import OutputCode
+    from torch._inductor.virtualized import V
+
+    found: list[fx.GraphModule] = []
+
+    class Nothing(OutputCode):
+        def post_compile(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def set_triton_bundle(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def keep(module: fx.GraphModule, example: Any, is_inference: bool = False, **options: Any) -> OutputCode:
+        inductor.view_to_reshape(module)
+        with torch.no_grad():
+            mode = inductor.fake_tensor_prop(module, example)
+        with V.set_fake_mode(mode):
+            inductor._recursive_post_grad_passes(module, is_inference=is_inference)
+        found.append(module)
+        return Nothing()
+
+    with aot.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
+        inductor.compile_fx(gm, inputs, inner_compile=keep, config_patches=config)
+    return found

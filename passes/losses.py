@@ -46,13 +46,6 @@ def _classes_last(r: Rewriter, x: fx.Node) -> fx.Node:
     return r.call(aten.permute.default, x, [0, *range(2, rank), 1]) if rank > 2 else x
 
 
-def _logsumexp(r: Rewriter, x: fx.Node) -> fx.Node:
-    """Over the last dim, in the form that Inductor computes in one pass over `x` (an "online" softmax)."""
-    top = r.call(aten.amax.default, r.call(aten.detach.default, x), [-1], True)
-    total = r.call(aten.sum.dim_IntList, r.call(aten.exp.default, r.call(aten.sub.Tensor, x, top)), [-1], True)
-    return r.call(aten.squeeze.dim, r.call(aten.add.Tensor, r.call(aten.log.default, total), top), -1)
-
-
 def _cross_entropy(r: Rewriter, node: fx.Node) -> None:
     a = bind(node)
     x, target = a["self"], a["target"]
@@ -60,7 +53,7 @@ def _cross_entropy(r: Rewriter, node: fx.Node) -> None:
         _soft_cross_entropy(r, a)
         return
     x = _classes_last(r, x)
-    lse = _logsumexp(r, x)
+    lse = r.call(aten.logsumexp.default, x, [-1])
     valid, safe = _valid(r, target, a["ignore_index"])
     loss = r.call(aten.sub.Tensor, lse, r.call(pick, x, safe))
     weights = _row_weights(r, a["weight"], safe)
@@ -94,7 +87,7 @@ def _soft_cross_entropy(r: Rewriter, a: dict) -> None:
         )
     if weight is not None:
         target = r.call(aten.mul.Tensor, target, weight)
-    lse = _logsumexp(r, x)
+    lse = r.call(aten.logsumexp.default, x, [-1])
     share = r.call(aten.mul.Tensor, lse, r.call(aten.sum.dim_IntList, target, [-1]))
     loss = r.call(aten.sub.Tensor, share, r.call(aten.sum.dim_IntList, r.call(aten.mul.Tensor, target, x), [-1]))
     if a["reduction"] == NONE:
