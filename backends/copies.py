@@ -48,7 +48,7 @@ class CopyGroup(dist.ProcessGroup):
     """
 
     def __init__(self, slots: Slots, stream: torch.cuda.Stream | None = None):
-        super().__init__(slots.rank, slots.size)
+        super().__init__(slots.rank, slots.size)  # type: ignore[call-arg]
         self.slots, self.stream, self.turn = slots, stream, 0
 
     def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:

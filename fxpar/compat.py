@@ -187,7 +187,8 @@ class SymmetricSlots:
 
 def register_group(group: Any, name: str) -> None:
     """Functional collectives find `group` by this name."""
-    torch._C._distributed_c10d._register_process_group(name, group)
+    c10d: Any = torch._C._distributed_c10d
+    c10d._register_process_group(name, group)
 
 
 def lowered_graphs(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any]) -> list[fx.GraphModule]:

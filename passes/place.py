@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,11 +28,13 @@ from fxpar.program import Program, Source
 
 @dataclass(frozen=True)
 class Preference:
-    """``role -> strategy``; `beside`: only where a factor of that role occurs too."""
+    """``role -> strategy``; `beside`: only where a factor of that role occurs too; `lookup`: only at a lookup in a table that
+    has more rows than are looked up, so that these are less to communicate than the table."""
 
     role: str
     strategy: str
     beside: str | None = None
+    lookup: bool = False
 
 
 def preferences(plan: Plan) -> list[Preference]:
@@ -39,6 +42,8 @@ def preferences(plan: Plan) -> list[Preference]:
     out = [Preference("heads", "tp"), Preference("ffn", "tp"), Preference("vocab", "tp")]
     if plan.shards_sequence:
         out.append(Preference("seq", "tp", beside="hidden"))
+    if plan.zero == 3:  # else the table is gathered once a step, however many microbatches look it up
+        out.append(Preference("vocab", "zero", lookup=True))
     return [*out, Preference("batch", "dp")]
 
 
@@ -101,8 +106,7 @@ class _Walk:
         layout: Layout = {}
         if source.kind == "param":
             stored = pinned_layout(dims, self.pinned[source.name], self.mesh)
-            zero = self.mesh.strategies.get("zero", ())
-            layout = {a: f for a, f in stored.items() if a not in zero or f.role == "batch"}
+            layout = _used(stored, self.mesh.strategies.get("zero", ()))
         elif source.kind == "input":
             layout = self._input(source, dims)
         node.meta["layout"] = layout
@@ -137,7 +141,7 @@ class _Walk:
             self.chains[root].append(node)
             self.chains[node] = self.chains[root]
             return
-        at = self._assign(spec)
+        at = self._assign(node, spec)
         for operand in spec.operands:
             if operand.node.meta["layout"] is None:
                 self._settle(operand.node, at, operand.gathered)
@@ -153,14 +157,19 @@ class _Walk:
         return source if source in self.chains and source.meta["layout"] is None else None
 
     def _settle(self, node: fx.Node, at: Layout, gathered: Iterable[Factor]) -> None:
-        """The first use decides how a parameter (and what was made from it alone) is kept."""
+        """The first use decides how a parameter (and what was made from it alone) is used, and what it would have it stored
+        like (``meta["suits"]``)."""
+        zero = self.mesh.strategies.get("zero", ())
+        param = self.chains[node][0]
+        param.meta["suits"] = {a: f for a, f in restrict(at, param.meta["dims"], gathered).items() if a in zero}
+        at = _used(at, zero)
         for link in self.chains[node]:
             layout = restrict(at, link.meta["dims"], gathered)
             link.meta["layout"] = layout
             if "spec" in link.meta:
                 link.meta["placement"] = Placement(dict(layout), [layout])
 
-    def _assign(self, spec: Spec) -> Layout:
+    def _assign(self, node: fx.Node, spec: Spec) -> Layout:
         """The rule of this module, for one operator. The axes of one strategy go to factors of one role."""
         order = _candidates(spec)
         held = {(a, f) for o in spec.operands for a, f in (o.node.meta["layout"] or {}).items()}
@@ -168,13 +177,13 @@ class _Walk:
         roles |= {f.role for d in spec.outs[0] for f in leaves(d)} if spec.outs else set()
         at: Layout = {}
         for pref in self.prefs:
-            if pref.beside and pref.beside not in roles:
+            if (pref.beside and pref.beside not in roles) or (pref.lookup and not _looks_up_few(node)):
                 continue
             axes = self.mesh.strategies.get(pref.strategy, ())
             if any(a in at and at[a].role != pref.role for a in axes):
                 continue
             for axis in axes:
-                wanting = [f for f in order if f.role == pref.role]
+                wanting = [f for f in order if f.role == pref.role and not (pref.lookup and f in at.values())]
                 wanting.sort(key=lambda f: (axis, f) not in held)
                 self._take(at, axis, wanting)
                 if pref.beside and axis not in at:
@@ -220,6 +229,18 @@ class _Walk:
                     if leaf.role == pref.role and appends(layout, leaf, axis, self.mesh):
                         return leaf
         return None
+
+
+def _used(layout: Layout, zero: tuple[str, ...]) -> Layout:
+    """A parameter's layout without the axes over which it is merely stored in parts."""
+    return {a: f for a, f in layout.items() if a not in zero or f.role == "batch"}
+
+
+def _looks_up_few(node: fx.Node) -> bool:
+    if node.target is not torch.ops.aten.embedding.default:
+        return False
+    args: Any = node.args
+    return args[1].meta["val"].numel() <= args[0].meta["val"].shape[0]
 
 
 def _settle_differences(chain: list[fx.Node]) -> None:

@@ -38,7 +38,7 @@ class Resharder:
         grad = bool(value.meta.get("needs_grad")) if isinstance(value, fx.Node) else False
         layout = dict(layout)
         if isinstance(value, fx.Node) and "stored" in value.meta:
-            value = self._unshard(value, dims, layout, want, user)
+            value, layout = self._unshard(value, dims, layout, want, user)
         for axis in self.mesh.names:
             old, new = layout.get(axis), want.get(axis)
             if (
@@ -63,13 +63,18 @@ class Resharder:
             return self._vary_as(value, dims, layout, vary, user)
         return self._emit(value, user, dims, layout, "vary", vary)
 
-    def _unshard(self, value: fx.Node, dims: Dims, used: Layout, want: Want, user: fx.Node) -> fx.Node:
-        """A parameter in the layout of its use, from the one it is stored in.
+    def _unshard(
+        self, value: fx.Node, dims: Dims, used: Layout, want: Want, user: fx.Node
+    ) -> tuple[fx.Node, Layout]:
+        """A parameter in the layout of its use, from the one it is stored in; where it is wanted as it is stored, it stays.
 
         It is cast before it is gathered. Its gradient is first summed onto the stored parts and then, part by part, over the
         other axes along which its uses differ, in the reduction dtype.
         """
         layout, grad = dict(value.meta["stored"]), value.meta.get("needs_grad", False)
+        over = [a for a, f in layout.items() if used.get(a) is not f and want.get(a) is not f]
+        if not over:
+            return value, layout
         dtype = None
         if grad and "reduce_dtype" in value.meta:
             args: Any = value.args
@@ -78,11 +83,10 @@ class Resharder:
         vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in layout)
         if grad and vary:
             value = self._emit(value, user, dims, layout, "vary", vary)
-        for axis in reversed(self.mesh.names):
-            if axis in layout and used.get(axis) is not layout[axis]:
-                value = self._gather(value, dims, layout, axis, grad and want.get(axis) is True, user, dtype)
-                value.meta["fxpar"]["unshard"] = True
-        return value
+        for axis in sorted(over, key=self.mesh.names.index, reverse=True):
+            value = self._gather(value, dims, layout, axis, grad and want.get(axis) is True, user, dtype)
+            value.meta["fxpar"]["unshard"] = True
+        return value, layout
 
     def _vary_as(self, cast: fx.Node, dims: Dims, layout: Layout, axes: Axes, user: fx.Node) -> fx.Node:
         """A parameter's cast, with its gradient summed over `axes` in the reduction dtype."""

@@ -22,9 +22,9 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
 
     Takes: a placed program. pinned: parameters whose storage is given. Afterwards: where a parameter is stored in more parts
     than it is used in, ``node.meta["stored"]`` of its placeholder, and of the cast that follows it, is that layout: the one of
-    its use with each axis of the mesh's "zero" strategy on one more factor. That is one in a dim that is not split yet, if there
-    is one that divides; of those, the one whose parts are contiguous, else the largest. A parameter without one stays as
-    it is, and the report says so.
+    its use with each axis of the mesh's "zero" strategy on one more factor: the one that suits its first use; else, one that
+    divides in a dim that is not split yet, if there is one; of those, the one whose parts are contiguous, else the
+    largest. A parameter without one stays as it is, and the report says so.
     """
     axes = program.mesh.strategies.get("zero", ())
     whole: list[str] = []
@@ -35,8 +35,8 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
         if pinned and source.name in pinned:
             stored = pinned_layout(node.meta["dims"], pinned[source.name], program.mesh)
         else:
-            stored = _with_axes(node.meta["dims"], used, axes, program.mesh)
-        if stored == used:
+            stored = _with_axes(node.meta["dims"], {**used, **node.meta.get("suits", {})}, axes, program.mesh)
+        if not set(axes) & stored.keys():
             whole.append(source.name)
             continue
         node.meta["stored"] = stored
