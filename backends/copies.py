@@ -12,9 +12,10 @@ round knows that everyone has finished with the slot of the round before.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,16 @@ from torch import Tensor
 
 SLOT_BYTES = 64 * 2**20
 ALIGNED = 256
-Part = tuple[int, int, int, int]
-"""Which tensor, from which element to which, and where in the slot, in bytes."""
+
+
+class Part(NamedTuple):
+    """Elements of one tensor, and where they lie in the slot, in bytes."""
+
+    tensor: int
+    begin: int
+    stop: int
+    at: int
+    dtype: torch.dtype
 
 
 class Slots(Protocol):
@@ -50,43 +59,56 @@ class CopyGroup(dist.ProcessGroup):
     def __init__(self, slots: Slots, stream: torch.cuda.Stream | None = None):
         super().__init__(slots.rank, slots.size)  # type: ignore[call-arg]
         self.slots, self.stream, self.turn = slots, stream, 0
+        self._seen: dict[tuple, list[Tensor]] = {}
 
     def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """outputs[i], contiguous, becomes every rank's inputs[i], one after the other."""
         me, n = self.slots.rank, self.slots.size
         inputs = [x.contiguous() for x in inputs]
-        flat, whole = [x.view(-1) for x in inputs], [y.view(n, -1) for y in outputs]
+        whole = [y.view(n, -1).unbind() for y in outputs]
+        layout = _layout(inputs, self.slots.nbytes)
+        flat = [x.view(-1) for x in inputs]
         with self._running():
-            for parts in rounds(flat, self.slots.nbytes):
+            torch._foreach_copy_([y[me] for y in whole], flat)
+            for parts in layout:
                 slot = self._next()
-                for i, a, b, at in parts:
-                    _window(self.slots.of(me, slot), at, flat[i], b - a).copy_(flat[i][a:b])
-                    whole[i][me, a:b].copy_(flat[i][a:b])
+                torch._foreach_copy_(self._windows(me, slot, 0, parts), _cut(flat, parts))
                 self.slots.barrier()
                 for peer in self._others():
-                    for i, a, b, at in parts:
-                        whole[i][peer, a:b].copy_(_window(self.slots.of(peer, slot), at, flat[i], b - a))
+                    into = _cut([y[peer] for y in whole], parts)
+                    for y, arrived in zip(into, self._windows(peer, slot, 0, parts), strict=True):
+                        y.copy_(arrived)
             return _Done(inputs, self.stream)
 
     def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """outputs[i], contiguous, becomes this rank's part of the sum of every rank's inputs[i]."""
         me, n = self.slots.rank, self.slots.size
         inputs = [x.contiguous() for x in inputs]
-        flat, whole = [y.view(-1) for y in outputs], [x.view(n, -1) for x in inputs]
+        whole = [x.view(n, -1).unbind() for x in inputs]
         region = self.slots.nbytes // n // ALIGNED * ALIGNED
+        layout = _layout(outputs, region)
+        flat = [y.view(-1) for y in outputs]
         with self._running():
-            for parts in rounds(flat, region):
+            torch._foreach_copy_(flat, [x[me] for x in whole])
+            for parts in layout:
                 slot = self._next()
                 for peer in self._others():
-                    for i, a, b, at in parts:
-                        _window(self.slots.of(peer, slot), me * region + at, flat[i], b - a).copy_(whole[i][peer, a:b])
+                    of_peer = _cut([x[peer] for x in whole], parts)
+                    for window, x in zip(self._windows(peer, slot, me * region, parts), of_peer, strict=True):
+                        window.copy_(x)
                 self.slots.barrier()
-                for i, a, b, at in parts:
-                    total = whole[i][me, a:b]
-                    for peer in self._others():
-                        arrived = _window(self.slots.of(me, slot), peer * region + at, flat[i], b - a)
-                        total = torch.add(total, arrived, out=flat[i][a:b])
+                for peer in self._others():
+                    torch._foreach_add_(_cut(flat, parts), self._windows(me, slot, peer * region, parts))
             return _Done(inputs, self.stream)
+
+    def _windows(self, rank: int, slot: int, start: int, parts: tuple[Part, ...]) -> list[Tensor]:
+        """Where the parts of a round lie in a rank's slot, from byte `start`."""
+        key = (rank, slot, start, parts)
+        if key not in self._seen:
+            memory = self.slots.of(rank, slot)
+            self._seen[key] = [memory[start + p.at : start + p.at + (p.stop - p.begin) * p.dtype.itemsize].view(p.dtype)
+                               for p in parts]
+        return self._seen[key]
 
     def getBackendName(self) -> str:
         return "fxpar-copies"
@@ -124,24 +146,29 @@ class _Done(dist.Work):
         return True
 
 
-def rounds(flat: Sequence[Tensor], nbytes: int) -> list[list[Part]]:
-    """The elements of flat tensors, cut into rounds of at most `nbytes`."""
+def _layout(tensors: Sequence[Tensor], nbytes: int) -> tuple[tuple[Part, ...], ...]:
+    return rounds(tuple((x.numel(), x.dtype) for x in tensors), nbytes)
+
+
+@functools.cache
+def rounds(tensors: tuple[tuple[int, torch.dtype], ...], nbytes: int) -> tuple[tuple[Part, ...], ...]:
+    """The elements of tensors of these sizes, cut into rounds of at most `nbytes`."""
     out: list[list[Part]] = [[]]
     at = 0
-    for i, x in enumerate(flat):
-        a = 0
-        while a < x.numel():
-            room = (nbytes - at) // x.element_size()
+    for i, (size, dtype) in enumerate(tensors):
+        begin = 0
+        while begin < size:
+            room = (nbytes - at) // dtype.itemsize
             if room <= 0:
                 out.append([])
                 at = 0
                 continue
-            b = min(x.numel(), a + room)
-            out[-1].append((i, a, b, at))
-            at = -(-(at + (b - a) * x.element_size()) // ALIGNED) * ALIGNED
-            a = b
-    return [r for r in out if r]
+            stop = min(size, begin + room)
+            out[-1].append(Part(i, begin, stop, at, dtype))
+            at = -(-(at + (stop - begin) * dtype.itemsize) // ALIGNED) * ALIGNED
+            begin = stop
+    return tuple(tuple(r) for r in out if r)
 
 
-def _window(slot: Tensor, at: int, like: Tensor, elements: int) -> Tensor:
-    return slot[at : at + elements * like.element_size()].view(like.dtype)
+def _cut(flat: Sequence[Tensor], parts: tuple[Part, ...]) -> list[Tensor]:
+    return [flat[p.tensor] if p.stop - p.begin == flat[p.tensor].numel() else flat[p.tensor][p.begin : p.stop] for p in parts]

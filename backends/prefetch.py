@@ -8,6 +8,8 @@ from torch import fx
 from fxpar.backends.buckets import BUCKET_BYTES, join
 from fxpar.backends.remat import UNSHARD
 
+SMALL_BYTES = 2**20
+
 c10d = torch.ops._c10d_functional
 GATHER, WAIT = c10d.all_gather_into_tensor.default, c10d.wait_tensor.default
 
@@ -18,10 +20,13 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
     Takes: a functional graph in its final order, in which every wait stands before its first use. Afterwards: gathers over one
     group are joined, in the order of their first use, into buckets of at least about `limit` bytes of results, and each bucket
     starts where the one before it is first waited for: at most two are held at a time, and all but the first run beside
-    computation.
+    computation. The first comes at the start; or, where little is gathered that was passed in (token ids), after what follows
+    from that, up to the next wait, so that neither is held up.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
-    gathers = [n for n in graph.find_nodes(op="call_function", target=GATHER) if _of_parameter(n)]
+    ready = [n for n in graph.find_nodes(op="call_function", target=GATHER) if _from_input(n)]
+    gathers = [n for n in ready if n.meta.get("custom", {}).get(UNSHARD)]
+    small = [n for n in ready if n not in gathers and _bytes([n]) < SMALL_BYTES]
     gathers.sort(key=lambda n: order[_wait(n)])
     buckets: list[list[fx.Node]] = []
     for node in gathers:
@@ -29,21 +34,24 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
             buckets[-1].append(node)
         else:
             buckets.append([node])
-    chains = [dict.fromkeys(n for gather in bucket for n in _chain(gather)) for bucket in buckets]
+    chains = [dict.fromkeys(n for gather in bucket for n in _chain(gather)) for bucket in (small, *buckets)]
     moved = {n for chain in chains for n in chain}
     first = next(n for n in graph.nodes if n.op != "placeholder" and n not in moved)
+    for node in chains[0]:
+        first.prepend(node)
+    if small:
+        early = set(map(_wait, small))
+        first = next(n for n in graph.nodes if n.target is WAIT and n not in early)
     anchors = [first, *(_wait(bucket[0]) for bucket in buckets)]
-    for bucket, chain, anchor in zip(buckets, chains, anchors, strict=False):
+    for bucket, chain, anchor in zip(buckets, chains[1:], anchors, strict=False):
         for node in chain:
             anchor.prepend(node)
         join(graph, bucket, bucket[-1])
     graph.lint()
 
 
-def _of_parameter(node: fx.Node) -> bool:
-    """A gather of a stored parameter, which computation does not have to come before."""
-    if not node.meta.get("custom", {}).get(UNSHARD):
-        return False
+def _from_input(node: fx.Node) -> bool:
+    """Made from one input of the graph alone, such as a stored parameter: no computation has to come before."""
     while node.op != "placeholder" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return node.op == "placeholder"

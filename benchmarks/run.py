@@ -30,6 +30,7 @@ import fxpar  # noqa: E402
 
 OUT = HERE / "out"
 SHAPE = dict(layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192, vocab=128256, seq=8192, mbs=2, steps=8, warmup=4)
+LARGE = dict(layers=32, hidden=4096, ffn=14336, mbs=1)  # Llama-3 8B
 QUICK = dict(layers=2, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=256, seq=128, mbs=2, steps=2, warmup=1)
 
 
@@ -37,7 +38,8 @@ QUICK = dict(layers=2, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=256, seq=1
 class Case:
     """One measurement: a script that prints one JSON line, and the flags that say what it measures.
 
-    quick_drop, quick_add: flags that the CPU smoke mode leaves out and adds. cpu: whether it runs there.
+    quick_drop, quick_add: flags that the CPU smoke mode leaves out and adds. cpu: whether it runs there. shape: what differs
+    from the default shape.
     """
 
     name: str
@@ -46,15 +48,16 @@ class Case:
     quick_drop: tuple[str, ...] = ("--compile", "--compile-loss")
     quick_add: str = "--fp32"
     cpu: bool = True
+    shape: dict = dataclasses.field(default_factory=dict)
 
 
-def fxpar_case(plan):
+def fxpar_case(plan, **shape):
     flags = f"--plan {plan} --param-dtype bf16 --reduce-dtype fp32"
-    return Case(f"fxpar {plan}", "bench_fxpar.py", flags, (), "--param-dtype none --backend eager")
+    return Case(f"fxpar {plan}", "bench_fxpar.py", flags, (), "--param-dtype none --backend eager", shape=shape)
 
 
-def torch_case(name, flags):
-    return Case(name, "bench_torch.py", flags)
+def torch_case(name, flags, **shape):
+    return Case(name, "bench_torch.py", flags, shape=shape)
 
 
 def mcore_case(name, flags):
@@ -83,6 +86,11 @@ SUITES = {
         torch_case("FSDP2, compile + compiled loss", f"--dp {n} --fsdp --compile --compile-loss"),
         hf_case("layer"),
         mcore_case("Megatron Core distributed optimizer (no TE/apex)", "--dist-opt"),
+    ],
+    "large": lambda n: [
+        fxpar_case(f"dp={n},zero=3,recompute=selective", **LARGE),
+        torch_case("FSDP2, selective, compile + compiled loss", f"--dp {n} --fsdp --ac selective --compile --compile-loss",
+                   **LARGE),
     ],
 }
 
@@ -170,7 +178,8 @@ def command_of(case, args, processes):
     flags = case.flags.split()
     if args.quick:
         flags = [flag for flag in flags if flag not in case.quick_drop] + case.quick_add.split()
-    shape = [f"--{name.replace('_', '-')}={value}" for name, value in args.shape.items()]
+    sizes = args.shape if args.quick else args.shape | case.shape
+    shape = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*launch, str(script), *flags, *shape]
 

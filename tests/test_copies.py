@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -64,7 +63,7 @@ def exchange(rank: int, folder: str, nbytes: int) -> int:
         turned = every[rank][3].t()
         assert torch.equal(c10d.wait_tensor(c10d.all_gather_into_tensor(turned, n, "copies")),
                            torch.cat([x[3].t() for x in every]))
-        turns += len(rounds([x.view(-1) for x in every[rank]], nbytes))
+        turns += len(rounds(tuple((x.numel(), x.dtype) for x in every[rank]), nbytes))
     return turns
 
 
@@ -81,13 +80,13 @@ def test_results_are_those_of_the_collectives(world: int, nbytes: int):
 @given(st.lists(st.tuples(st.integers(0, 900), st.sampled_from([1, 2, 4, 8])), max_size=6), st.integers(1, 8))
 def test_rounds_cut_every_element_once_and_fit(sizes: list[tuple[int, int]], blocks: int):
     kinds = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-    flat = [torch.zeros(n, dtype=kinds[w]) for n, w in sizes]
-    seen: dict[int, list[Any]] = {i: [] for i in range(len(flat))}
-    for parts in rounds(flat, blocks * ALIGNED):
+    tensors = tuple((n, kinds[w]) for n, w in sizes)
+    seen: dict[int, list[int]] = {i: [] for i in range(len(tensors))}
+    for parts in rounds(tensors, blocks * ALIGNED):
         end = 0
-        for i, a, b, at in parts:
-            assert at >= end and at % ALIGNED == 0 and a < b
-            end = at + (b - a) * flat[i].element_size()
-            seen[i] += range(a, b)
+        for part in parts:
+            assert part.at >= end and part.at % ALIGNED == 0 and part.begin < part.stop
+            end = part.at + (part.stop - part.begin) * part.dtype.itemsize
+            seen[part.tensor] += range(part.begin, part.stop)
         assert 0 < end <= blocks * ALIGNED
-    assert all(seen[i] == list(range(x.numel())) for i, x in enumerate(flat))
+    assert all(seen[i] == list(range(n)) for i, (n, _) in enumerate(tensors))
