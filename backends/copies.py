@@ -65,40 +65,33 @@ class CopyGroup(dist.ProcessGroup):
         """outputs[i], contiguous, becomes every rank's inputs[i], one after the other."""
         me, n = self.slots.rank, self.slots.size
         inputs = [x.contiguous() for x in inputs]
-        whole = [y.view(n, -1).unbind() for y in outputs]
-        layout = _layout(inputs, self.slots.nbytes)
-        flat = [x.view(-1) for x in inputs]
+        flat, whole = [x.view(-1) for x in inputs], [y.view(n, -1).unbind() for y in outputs]
         with self._running():
-            torch._foreach_copy_([y[me] for y in whole], flat)
-            for parts in layout:
+            for parts in _layout(inputs, self.slots.nbytes):
                 slot = self._next()
-                torch._foreach_copy_(self._windows(me, slot, 0, parts), _cut(flat, parts))
+                _copy(self._windows(me, slot, 0, parts), _cut(flat, parts))
                 self.slots.barrier()
                 for peer in self._others():
-                    into = _cut([y[peer] for y in whole], parts)
-                    for y, arrived in zip(into, self._windows(peer, slot, 0, parts), strict=True):
-                        y.copy_(arrived)
+                    _copy(_cut([y[peer] for y in whole], parts), self._windows(peer, slot, 0, parts))
+            _copy([y[me] for y in whole], flat)
             return _Done(inputs, self.stream)
 
     def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """outputs[i], contiguous, becomes this rank's part of the sum of every rank's inputs[i]."""
         me, n = self.slots.rank, self.slots.size
         inputs = [x.contiguous() for x in inputs]
-        whole = [x.view(n, -1).unbind() for x in inputs]
+        flat, whole = [y.view(-1) for y in outputs], [x.view(n, -1).unbind() for x in inputs]
         region = self.slots.nbytes // n // ALIGNED * ALIGNED
-        layout = _layout(outputs, region)
-        flat = [y.view(-1) for y in outputs]
         with self._running():
-            torch._foreach_copy_(flat, [x[me] for x in whole])
-            for parts in layout:
+            for parts in _layout(outputs, region):
                 slot = self._next()
                 for peer in self._others():
-                    of_peer = _cut([x[peer] for x in whole], parts)
-                    for window, x in zip(self._windows(peer, slot, me * region, parts), of_peer, strict=True):
-                        window.copy_(x)
+                    _copy(self._windows(peer, slot, me * region, parts), _cut([x[peer] for x in whole], parts))
                 self.slots.barrier()
+                totals, into = _cut([x[me] for x in whole], parts), _cut(flat, parts)
                 for peer in self._others():
-                    torch._foreach_add_(_cut(flat, parts), self._windows(me, slot, peer * region, parts))
+                    arrived = self._windows(me, slot, peer * region, parts)
+                    totals = [torch.add(x, y, out=z) for x, y, z in zip(totals, arrived, into, strict=True)]
             return _Done(inputs, self.stream)
 
     def _windows(self, rank: int, slot: int, start: int, parts: tuple[Part, ...]) -> list[Tensor]:
@@ -168,6 +161,12 @@ def rounds(tensors: tuple[tuple[int, torch.dtype], ...], nbytes: int) -> tuple[t
             at = -(-(at + (stop - begin) * dtype.itemsize) // ALIGNED) * ALIGNED
             begin = stop
     return tuple(tuple(r) for r in out if r)
+
+
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    """One copy each: a kernel that copies several would take multiprocessors."""
+    for y, x in zip(to, source, strict=True):
+        y.copy_(x)
 
 
 def _cut(flat: Sequence[Tensor], parts: tuple[Part, ...]) -> list[Tensor]:

@@ -43,7 +43,7 @@ def settings(plan: Plan) -> dict[str, Any]:
 
 def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan) -> Callable:
     """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters)."""
-    plain, keep = tensor_inputs_only(module, example)
+    plain, keep = tensor_inputs_only(module, example, tables=True)
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
         compiled = compat.compile_graph(plain, [example[i] for i in keep], settings(plan))
 

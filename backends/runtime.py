@@ -43,7 +43,7 @@ class GroupRuntime:
         group = self.mesh.group(axes)
         try:
             slots = compat.SymmetricSlots(group, copies.SLOT_BYTES, torch.device("cuda", torch.cuda.current_device()))
-        except RuntimeError:
+        except (RuntimeError, OSError):
             slots = None
         if not all(control.exchange(slots is not None)) or slots is None:
             return False

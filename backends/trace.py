@@ -8,13 +8,14 @@ import torch
 from torch import fx
 
 from fxpar.backends.remat import mark
+from fxpar.backends.tables import is_table, materialize
 
 
-def tensor_inputs_only(module: fx.GraphModule, example: list[Any]) -> tuple[fx.GraphModule, list[int]]:
+def tensor_inputs_only(module: fx.GraphModule, example: list[Any], tables: bool = False) -> tuple[fx.GraphModule, list[int]]:
     """A copy of the graph without the placeholders that carry no tensor (captured as constants, and unused).
 
-    example: local inputs, one per placeholder. Its nodes are marked for the passes over the joint graph. Also returns which
-    of the inputs the copy takes.
+    example: local inputs, one per placeholder. tables: materialize what many blocks read. The copy's nodes are marked for the
+    passes over the joint graph. Also returns which of the inputs it takes.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -25,5 +26,7 @@ def tensor_inputs_only(module: fx.GraphModule, example: list[Any]) -> tuple[fx.G
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         copies[node].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         copies[node].meta["custom"] = mark(node)
+        if tables and is_table(node):
+            copies[node] = graph.call_function(materialize, (copies[node],))
     keep = [i for i, x in enumerate(example) if isinstance(x, torch.Tensor)]
     return fx.GraphModule(module, graph), keep

@@ -6,6 +6,7 @@ Supported: torch 2.11 to 2.15. tests/test_compat.py has a test per entry.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -166,23 +167,44 @@ def memory_budget(fraction: float | None) -> Iterator[None]:
 class SymmetricSlots:
     """`fxpar.backends.copies.Slots` in PyTorch's symmetric memory: GPUs of one host, which can access each other's memory.
 
-    Making it is collective over the group. Raises: RuntimeError where the GPUs cannot.
+    Its barrier takes no multiprocessors either: each rank copies a counter to all others, and the stream waits (in the
+    hardware's front end) until theirs have arrived. Making it is collective over the group. Raises: RuntimeError, OSError
+    where the GPUs cannot.
     """
 
     def __init__(self, group: Any, nbytes: int, device: torch.device):
         from torch.distributed import _symmetric_memory as symmetric
 
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed, and not to be had on every host
-        memory = symmetric.empty(2 * nbytes, dtype=torch.uint8, device=device)
-        self._handle = symmetric.rendezvous(memory, group.group_name)
-        self.rank, self.size, self.nbytes = self._handle.rank, self._handle.world_size, nbytes
-        self._memory = [self._handle.get_buffer(r, (2, nbytes), torch.uint8) for r in range(self.size)]
+        memory = symmetric.empty(2 * nbytes + 4 * group.size(), dtype=torch.uint8, device=device).zero_()
+        torch.cuda.synchronize(device)
+        handle = symmetric.rendezvous(memory, group.group_name)
+        self.rank, self.size, self.nbytes = handle.rank, handle.world_size, nbytes
+        self._slots = [handle.get_buffer(r, (2, nbytes), torch.uint8) for r in range(self.size)]
+        self._flags = [handle.get_buffer(r, (self.size,), torch.int32, nbytes // 2) for r in range(self.size)]
+        self._count, self._counter = 0, torch.zeros(1, dtype=torch.int32, device=device)
+        self._keep, self._driver = (memory, handle), ctypes.CDLL("libcuda.so.1")
+        handle.barrier()
+        torch.cuda.synchronize(device)
 
     def of(self, rank: int, which: int) -> torch.Tensor:
-        return self._memory[rank][which]
+        return self._slots[rank][which]
 
     def barrier(self) -> None:
-        self._handle.barrier()
+        self._count += 1
+        stream = torch.cuda.current_stream().cuda_stream
+        self._memory_operation("cuStreamWriteValue32_v2", stream, self._counter.data_ptr())
+        peers = [r for r in range(self.size) if r != self.rank]
+        for peer in peers:
+            self._flags[peer][self.rank : self.rank + 1].copy_(self._counter)
+        for peer in peers:  # 0: until it is at least the count
+            self._memory_operation("cuStreamWaitValue32_v2", stream, self._flags[self.rank].data_ptr() + 4 * peer)
+
+    def _memory_operation(self, name: str, stream: int, address: int) -> None:
+        code = getattr(self._driver, name)(
+            ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(self._count), ctypes.c_uint(0))
+        if code:
+            raise RuntimeError(f"{name} failed with CUDA error {code}")
 
 
 def register_group(group: Any, name: str) -> None:

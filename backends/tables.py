@@ -1,0 +1,31 @@
+"""tables: what every block reads and nothing is learned from (rotary tables, masks) is computed once.
+
+Inductor writes a value that is cheap to compute into each kernel that reads it. For a table that means its sines and cosines
+once more for every head of every layer, forward and backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fxpar.program import block_path
+
+
+@torch.library.custom_op("fxpar::materialize", mutates_args=())
+def materialize(x: Tensor) -> Tensor:
+    """`x`, in memory of its own: no compiler looks into this."""
+    return x.clone()
+
+
+@materialize.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def is_table(node: fx.Node) -> bool:
+    """Whether a node of a partitioned program is a floating-point value outside of all blocks that several of them read, and
+    through which no gradient flows."""
+    if node.op != "call_function" or node.meta.get("needs_grad") or "tiling" not in node.meta or block_path(node):
+        return False
+    return node.meta["dtype"].is_floating_point and len({block_path(u) for u in node.users} - {""}) > 1
