@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+
+from fxpar.backends.copies import bulk
 
 c10d = torch.ops._c10d_functional
 BUCKET_BYTES = 128 * 2**20
@@ -23,7 +26,7 @@ def bucket_reductions(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
 
     Takes: a functional graph in its final order. Afterwards: runs of such reductions of one kind over one group, of at least
     about `limit` bytes of operands, are one coalesced operator (one launch, no copies), started where the last of them was.
-    A bucket of reduce-scatters is waited for when the next one starts, because its operands are kept until then; what
+    A bucket of reduce-scatters is waited for when the second after it starts, because its operands are kept until then; what
     is reduced in place is waited for at the end.
     """
     for kind in REDUCTIONS:
@@ -42,11 +45,11 @@ def _bucket_kind(graph: fx.Graph, kind: Any, limit: int) -> None:
             full.append(open_buckets.pop(key))
     order = {n: i for i, n in enumerate(graph.nodes)}
     full = sorted([*full, *open_buckets.values()], key=lambda b: order[b[-1]])
-    starts = [join(graph, bucket, bucket[-1]) for bucket in full]
+    starts = [join(graph, bucket, bucket[-1], bulk) for bucket in full]
     output = graph.output_node()
     scatter = kind is c10d.reduce_scatter_tensor.default
     for k, start in enumerate(starts):
-        until = starts[k + 1] if scatter and k + 1 < len(starts) else output
+        until = starts[k + 2] if scatter and k + 2 < len(starts) else output
         for wait in _waits(start):
             _sink(wait, until)
 
@@ -68,13 +71,19 @@ def _bytes(node: Any) -> int:
     return value.numel() * value.element_size()
 
 
-def join(graph: fx.Graph, bucket: list[fx.Node], at: fx.Node) -> fx.Node:
-    """One coalesced operator after `at` in place of the bucket's; their waits are left where they are."""
-    if len(bucket) == 1:
-        return bucket[0]
+def join(graph: fx.Graph, bucket: list[fx.Node], at: fx.Node, group: Callable[[str], str]) -> fx.Node:
+    """One coalesced operator after `at` in place of the bucket's; their waits are left where they are.
+
+    ``group(name)`` is the group that communicates it instead of the one of that name.
+    """
     first = bucket[0]
+    args: Any = first.args
+    if len(bucket) == 1:
+        first.args = (*args[:-1], group(args[-1]))
+        return first
     with graph.inserting_after(at):
-        joined = graph.call_function(COALESCED[first.target], ([n.args[0] for n in bucket], *first.args[1:]))
+        operands = [n.args[0] for n in bucket]
+        joined = graph.call_function(COALESCED[first.target], (operands, *args[1:-1], group(args[-1])))
     joined.meta = dict(first.meta)
     joined.meta["val"] = [n.meta["val"] for n in bucket]
     after = joined

@@ -21,8 +21,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fxpar import compat
+
 SLOT_BYTES = 64 * 2**20
 ALIGNED = 256
+
+_BULK: dict[str, str] = {}
+
+
+def bulk(name: str) -> str:
+    """The name of the group that moves parameters and gradients for the group of this name: a `CopyGroup`, or itself."""
+    return _BULK.get(name, name)
+
+
+def move_bulk(name: str, group: CopyGroup) -> None:
+    """From now on, `group` does that for the group of this name."""
+    _BULK[name] = f"{name}-copies"
+    compat.register_group(group, _BULK[name])
 
 
 class Part(NamedTuple):

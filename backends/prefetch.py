@@ -1,4 +1,4 @@
-"""prefetch: parameters gathered in buckets, each while the one before it is in use."""
+"""prefetch: parameters gathered in buckets, each while those before it are in use."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import torch
 from torch import fx
 
 from fxpar.backends.buckets import BUCKET_BYTES, join
+from fxpar.backends.copies import bulk
 from fxpar.backends.remat import UNSHARD
 
-SMALL_BYTES = 2**20
+FIRST_BYTES, SMALL_BYTES = 16 * 2**20, 2**20
+LEAD = 2
+"""How many buckets are under way while one is in use."""
 
 c10d = torch.ops._c10d_functional
 GATHER, WAIT = c10d.all_gather_into_tensor.default, c10d.wait_tensor.default
@@ -18,36 +21,44 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
     """Reorder the gathers of parameters in a forward or backward graph, in place.
 
     Takes: a functional graph in its final order, in which every wait stands before its first use. Afterwards: gathers over one
-    group are joined, in the order of their first use, into buckets of at least about `limit` bytes of results, and each bucket
-    starts where the one before it is first waited for: at most two are held at a time, and all but the first run beside
-    computation. The first comes at the start; or, where little is gathered that was passed in (token ids), after what follows
-    from that, up to the next wait, so that neither is held up.
+    group are joined, in the order of their first use, into buckets of at most `limit` bytes of results (a larger one is a
+    bucket by itself), and each bucket starts where the one `LEAD` before it is first waited for: at most ``LEAD + 1`` are
+    held at a time, and all but the first run beside computation. The first is small, so that computation starts soon, and
+    comes at the start; or, where little is gathered that was passed in (token ids), after what follows from that, up to the
+    next wait. Those under way beside the first start once all of it has been waited for.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
     ready = [n for n in graph.find_nodes(op="call_function", target=GATHER) if _from_input(n)]
     gathers = [n for n in ready if n.meta.get("custom", {}).get(UNSHARD)]
     small = [n for n in ready if n not in gathers and _bytes([n]) < SMALL_BYTES]
     gathers.sort(key=lambda n: order[_wait(n)])
-    buckets: list[list[fx.Node]] = []
-    for node in gathers:
-        if buckets and _alike(buckets[-1][-1], node) and _bytes(buckets[-1]) < limit:
-            buckets[-1].append(node)
-        else:
-            buckets.append([node])
+    buckets = _buckets(gathers, limit)
     chains = [dict.fromkeys(n for gather in bucket for n in _chain(gather)) for bucket in (small, *buckets)]
     moved = {n for chain in chains for n in chain}
-    first = next(n for n in graph.nodes if n.op != "placeholder" and n not in moved)
+    stay = [n for n in graph.nodes if n.op != "placeholder" and n not in moved]
     for node in chains[0]:
-        first.prepend(node)
-    if small:
-        early = set(map(_wait, small))
-        first = next(n for n in graph.nodes if n.target is WAIT and n not in early)
-    anchors = [first, *(_wait(bucket[0]) for bucket in buckets)]
+        stay[0].prepend(node)
+    early = set(map(_wait, small))
+    start = next((n for n in stay if n.target is WAIT and n not in early), stay[0]) if small else stay[0]
+    last = max((order[_wait(n)] for n in buckets[0]), default=0) if buckets else 0
+    second = next(n for n in stay if n.op == "output" or order[n] > last)
+    anchors = [start, *[second] * LEAD, *(_wait(bucket[0]) for bucket in buckets[1:])]
     for bucket, chain, anchor in zip(buckets, chains[1:], anchors, strict=False):
         for node in chain:
             anchor.prepend(node)
-        join(graph, bucket, bucket[-1])
+        join(graph, bucket, bucket[-1], bulk)
     graph.lint()
+
+
+def _buckets(gathers: list[fx.Node], limit: int) -> list[list[fx.Node]]:
+    buckets: list[list[fx.Node]] = []
+    for node in gathers:
+        room = min(limit, FIRST_BYTES) if len(buckets) == 1 else limit
+        if buckets and _alike(buckets[-1][-1], node) and _bytes([*buckets[-1], node]) <= room:
+            buckets[-1].append(node)
+        else:
+            buckets.append([node])
+    return buckets
 
 
 def _from_input(node: fx.Node) -> bool:

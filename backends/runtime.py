@@ -22,7 +22,6 @@ class GroupRuntime:
 
     def __init__(self, mesh: BoundMesh):
         self.mesh = mesh
-        self._copying: dict[Axes, str] = {}
         self._copy_groups: list[copies.CopyGroup] = []
 
     def prepare(self, module: fx.GraphModule) -> None:
@@ -32,7 +31,8 @@ class GroupRuntime:
                 self.mesh.group(node.args[1])
 
     def copy_engines(self, axes: Axes, control: Control) -> bool:
-        """Gather and scatter over `axes` by copies between GPUs, if every group over them is on one host that allows it.
+        """Have parameters gathered and gradients scattered over `axes` by copies between GPUs, in compiled programs, if every
+        group over them is on one host that allows it.
 
         To be called on all ranks; says whether it is so. Costs two slots of memory a rank.
         """
@@ -48,8 +48,7 @@ class GroupRuntime:
         if not all(control.exchange(slots is not None)) or slots is None:
             return False
         self._copy_groups.append(copies.CopyGroup(slots, torch.cuda.Stream(priority=-1)))
-        self._copying[axes] = f"{group.group_name}-copies"
-        compat.register_group(self._copy_groups[-1], self._copying[axes])
+        copies.move_bulk(group.group_name, self._copy_groups[-1])
         return True
 
     def size(self, axes: Axes) -> int:
@@ -65,12 +64,10 @@ class GroupRuntime:
         return c10d.wait_tensor(c10d.all_reduce(x, op, self._name(axes)))
 
     def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
-        name = self._copying.get(axes) or self._name(axes)
-        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, self.size(axes), name))
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, self.size(axes), self._name(axes)))
 
     def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
-        name = self._copying.get(axes) or self._name(axes)
-        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", self.size(axes), name))
+        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", self.size(axes), self._name(axes)))
 
     def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
         ones = [1] * self.size(axes)

@@ -23,6 +23,9 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+MATERIALIZE = torch.ops.fxpar.materialize.default
+
+
 def is_table(node: fx.Node) -> bool:
     """Whether a node of a partitioned program is a floating-point value outside of all blocks that several of them read, and
     through which no gradient flows."""

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxpar.backends.remat import mark
-from fxpar.backends.tables import is_table, materialize
+from fxpar.backends.tables import MATERIALIZE, is_table
 
 
 def tensor_inputs_only(module: fx.GraphModule, example: list[Any], tables: bool = False) -> tuple[fx.GraphModule, list[int]]:
@@ -27,6 +27,6 @@ def tensor_inputs_only(module: fx.GraphModule, example: list[Any], tables: bool 
         copies[node].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         copies[node].meta["custom"] = mark(node)
         if tables and is_table(node):
-            copies[node] = graph.call_function(materialize, (copies[node],))
+            copies[node] = graph.call_function(MATERIALIZE, (copies[node],))
     keep = [i for i, x in enumerate(example) if isinstance(x, torch.Tensor)]
     return fx.GraphModule(module, graph), keep
