@@ -5,13 +5,17 @@ Plan            how a model is split over ranks
 simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
 testing         `assert_equivalent`: a plan against the plain model
+save_checkpoint, load_checkpoint        model and optimizer, under any plan or none
+export_safetensors, load_safetensors    Hugging Face's files
 """
 
 from fxpar import testing
 from fxpar.api import parallelize
+from fxpar.checkpoint import SaveHandle, export_safetensors, load_checkpoint, load_safetensors, save_checkpoint
 from fxpar.compiler import compile_program
 from fxpar.errors import (
     CaptureError,
+    CheckpointError,
     EquivalenceError,
     FxparError,
     InputError,
@@ -25,6 +29,7 @@ from fxpar.plan import Plan
 from fxpar.simulation import Simulation, simulate
 
 __version__ = "0.1.0"
-__all__ = ["CaptureError", "EquivalenceError", "FxparError", "InputError", "MismatchError", "ParallelModule", "Plan",
-           "PlanError", "Report", "Simulation", "UnsupportedOperator", "compile_program", "inspect", "parallelize",
-           "simulate", "testing"]
+__all__ = ["CaptureError", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "MismatchError",
+           "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
+           "UnsupportedOperator", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
+           "load_safetensors", "parallelize", "save_checkpoint", "simulate", "testing"]

@@ -76,3 +76,18 @@ class MismatchError(FxparError):
 
 class EquivalenceError(FxparError, AssertionError):
     """The parallel run's values differ from the single-device model's."""
+
+
+class CheckpointError(FxparError):
+    """A checkpoint cannot be written or read; raised on all ranks alike.
+
+    what: is wrong; where: the folder or file; way_out: what to do, or None where nothing can be said.
+    """
+
+    def __init__(self, what: str, where: str, way_out: str | None = None) -> None:
+        super().__init__(what, where, way_out)
+        self.what, self.where, self.way_out = what, where, way_out
+
+    def __str__(self) -> str:
+        text = f"checkpoint {self.where}: {self.what}"
+        return f"{text}; {self.way_out}" if self.way_out else text

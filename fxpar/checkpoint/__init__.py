@@ -1,0 +1,18 @@
+"""Checkpoints: what one plan saved loads under any other, and without fxpar.
+
+save          `save_checkpoint`: every rank writes its share of the rectangles, at once or in the background
+load          `load_checkpoint`
+huggingface   `export_safetensors`, `load_safetensors`
+folder        how a folder is replaced as a whole, and checked before it is read
+part          one tensor, what this rank holds of it, and who writes it (rectangles: fxpar/chunks.py)
+planners      rectangles as `torch.distributed.checkpoint` writes and reads them
+ranks         a model as one process holds it; one verdict on all ranks
+target        which saved tensor fits which, and what a meta model lacks
+optimizer     state and options by parameter name
+"""
+
+from fxpar.checkpoint.huggingface import export_safetensors, load_safetensors
+from fxpar.checkpoint.load import load_checkpoint
+from fxpar.checkpoint.save import SaveHandle, save_checkpoint
+
+__all__ = ["SaveHandle", "export_safetensors", "load_checkpoint", "load_safetensors", "save_checkpoint"]

@@ -1,0 +1,151 @@
+"""A model as one process holds it, alone or as a rank of many, and how ranks come to one verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fxpar import compat, storage
+from fxpar.agreement import digest
+from fxpar.backends.runtime import Control
+from fxpar.checkpoint.part import Part
+from fxpar.errors import CheckpointError
+from fxpar.mesh import Mesh
+from fxpar.module import ParallelModule
+from fxpar.passes.layout import Tiling
+
+T = TypeVar("T")
+
+
+class Alone:
+    """The `Control` of a process that shares its model with no other."""
+
+    world, group = 1, None
+
+    def exchange(self, thing: object) -> list:
+        return [thing]
+
+
+Ranks = Control | Alone
+
+
+def alike(ranks: Ranks, where: Path, function: Callable[[], T]) -> T:
+    """What `function` returns on this rank. If it failed on any, the failure of the first of those is raised on all,
+    as a `CheckpointError`."""
+    error: CheckpointError | None = None
+    try:
+        made = function()
+    except CheckpointError as e:
+        error = e
+    except Exception as e:
+        error = CheckpointError(f"{type(e).__name__}: {e}", str(where))
+        error.__cause__ = e
+    failed = [(r, e) for r, e in enumerate(ranks.exchange(error)) if e is not None]
+    if error is not None:
+        raise error
+    if failed:
+        rank, other = failed[0]
+        raise CheckpointError(other.what, f"{other.where} (on rank {rank})", other.way_out)
+    return made
+
+
+def same(ranks: Ranks, where: Path, what: str, thing: Any) -> None:
+    """Raise on every rank unless all have the same `thing` (by its repr)."""
+    if len(set(ranks.exchange(digest(repr(thing))))) > 1:
+        raise CheckpointError(f"ranks differ in {what}", str(where), "every rank must make the same call with the same state")
+
+
+class LocalModel:
+    """What this process holds of a model: a `ParallelModule` under its plan, or a plain module whole.
+
+    parameters: under their first names, ties once. buffers: the persistent ones, likewise. aliases: for each of
+    both its names.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.is_parallel = isinstance(module, ParallelModule)
+        if isinstance(module, ParallelModule):
+            self.model: nn.Module = module._model
+            self.mesh, self.rank, self.device = module._bound.mesh, module._bound.rank, module.device
+            self.ranks: Ranks = module._control
+            self._tilings: dict[str, Tiling] = module._tilings
+        elif isinstance(module, nn.Module):
+            self.model, self.mesh, self.rank = module, Mesh((), ()), 0
+            self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+            self.ranks, self._tilings = Alone(), {}
+        else:
+            raise TypeError(f"a checkpoint is of a torch.nn.Module, not {type(module).__name__}")
+        self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
+        self.aliases: dict[str, list[str]] = {}
+        first = {id(p): n for n, p in self.parameters.items()}
+        for name, p in module.named_parameters(remove_duplicate=False):
+            self.aliases.setdefault(first[id(p)], []).append(name)
+        self.buffers: dict[str, Tensor] = {}
+        self.slots: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        self._find_buffers()
+
+    def _find_buffers(self) -> None:
+        first: dict[int, str] = {}
+        for path, owner in self.module.named_modules():
+            for key, b in owner._buffers.items():
+                if b is None:
+                    continue
+                name = f"{path}.{key}" if path else key
+                main = first.setdefault(id(b), name)
+                self.slots.setdefault(main, []).append((owner._buffers, key))
+                if key not in owner._non_persistent_buffers_set:
+                    self.buffers[main] = b
+                    self.aliases.setdefault(main, []).append(name)
+
+    def tiles(self, name: str) -> Tiling:
+        """How a parameter lies on the ranks; anything else is whole on each."""
+        for alias in self.aliases.get(name, ()):
+            if alias in self._tilings:
+                return self._tilings[alias]
+        return tuple(() for _ in self.parameters[name].shape)
+
+    def part(self, name: str, tensor: Tensor) -> Part:
+        """A parameter, or a tensor that is kept like it, as this rank holds it."""
+        if isinstance(tensor, DTensor) and not self.is_parallel:
+            raise CheckpointError(f"parameter {name} is a DTensor that fxpar did not make", "of a plain module",
+                                  "save modules of FSDP2 and the like with torch.distributed.checkpoint")
+        local = compat.local_part(tensor) if isinstance(tensor, DTensor) else tensor.detach()
+        return Part(tensor.shape, local, self.tiles(name), self.mesh, self.rank)
+
+    def whole(self, name: str, tensor: Tensor) -> Part:
+        """A tensor of which every rank has all."""
+        return Part(tensor.shape, tensor.detach(), tuple(() for _ in tensor.shape), self.mesh, self.rank)
+
+    def parts(self) -> dict[str, Part]:
+        """The model's state: its parameters and persistent buffers."""
+        return {n: self.part(n, p) for n, p in self.parameters.items()} | {
+            n: self.whole(n, b) for n, b in self.buffers.items()}
+
+    def require_real(self, where: Path) -> None:
+        """Raises `CheckpointError` if a parameter or persistent buffer is on the meta device."""
+        on_meta = [n for n, t in {**self.parameters, **self.buffers}.items() if t.is_meta]
+        if on_meta:
+            raise CheckpointError(f"{on_meta[0]} is on the meta device", str(where),
+                                  "fill the model first, with init_weights(seed), a checkpoint, or to_empty(device=...)")
+
+    def gather(self, part: Part) -> Tensor:
+        """The whole of a tensor, on every rank."""
+        if not isinstance(self.module, ParallelModule):
+            return part.local
+        return storage.whole(part.local, part.tiles, part.shape, self.module._bound, self.module._runtime)
+
+
+def to_cpu(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, with memory of its own."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+def listed(names: list[str]) -> str:
+    """A few of the names, and how many there are."""
+    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
