@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.backends.overlap import WAIT
 
-MANY_READS, TOO_MANY_READS, MANY_OPERATORS = 4, 8, 30
-"""Inductor's thresholds: a value with several users, one with any, is stored if it reads more buffers; or has more operators."""
+MANY_READS, TOO_MANY_READS, MANY_OPERATORS, TOO_MANY_OPERATORS = 4, 8, 30, 100
+"""Inductor's thresholds. A value is stored that reads more buffers, or is made by more operators; "many" for one with several
+users (and, of operators, for one that reads several buffers), "too many" for every one."""
 
 VIEWS = {"reshape", "_unsafe_view", "split", "split_with_sizes", "unbind", "chunk", "view_of", "expand_as"}
 STRAIGHT = {"view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "alias", "detach", "view_of"}
@@ -136,9 +138,7 @@ class Lowering:
             return self._view(node, name)
         if compat.mutates(node.target):
             return self._write(node)
-        if name in SCATTERS or name in REDUCTIONS or name in COMPUTED or compat.is_pointwise(node.target):
-            return self._computed(node, name)
-        return self._called(node)
+        return self._computed(node, name) if _is_generated(node, name) else self._called(node)
 
     def _operands(self, node: fx.Node) -> list[_Value]:
         return [v for n in node.all_input_nodes if isinstance(v := self.values.get(n), _Value)]
@@ -179,36 +179,25 @@ class Lowering:
         return _Value(storage)
 
     def _is_stored_at_once(self, node: fx.Node, storage: _Storage) -> bool:
-        reads, large = len(storage.reads), len(storage.operators) + len(storage.reads) > MANY_OPERATORS
-        if reads > 1 and (reads > TOO_MANY_READS or large):
+        reads = len(storage.reads)
+        operators = len(storage.operators) + reads
+        if operators > TOO_MANY_OPERATORS or (reads > 1 and (reads > TOO_MANY_READS or operators > MANY_OPERATORS)):
             return True
         if len(node.users) < 2:
             return False
-        wanted = reads > 1 and any(self._needs_memory(u) for u in node.users)
-        return wanted or large or reads > MANY_READS or any(u.op == "output" for u in node.users)
-
-    def _needs_memory(self, node: fx.Node) -> bool:
-        name = _name(node)
-        fused = name in SCATTERS or name in REDUCTIONS or name in COMPUTED or compat.is_pointwise(node.target)
-        return node.op == "call_function" and not fused and not _is_view(node, name)
+        wanted = reads > 1 and any(_has_own_kernel(u) for u in node.users)
+        return wanted or operators > MANY_OPERATORS or reads > MANY_READS or any(u.op == "output" for u in node.users)
 
     def _called(self, node: fx.Node) -> Any:
         """An operator with a kernel of its own, a collective among them."""
         operands = [self._find(v) for v in self._operands(node)]
-        value = node.meta.get("val")
-        sent = operands if _is_collective(node) else []
-        if isinstance(value, torch.Tensor):
-            storages, values = [_Storage(node, {})], [value]
-        else:
-            values = [v for v in value or () if isinstance(v, torch.Tensor)]
-            storages = [_Storage(node, {}) for _ in values]
-        self._add(node, dict.fromkeys(operands, False), self._allocate(storages, values), workspace=_workspace(node))
-        made = [_Value(s, sent=sent[i] if len(sent) == len(storages) else sent[0] if sent else None)
-                for i, s in enumerate(storages)]
-        if isinstance(value, torch.Tensor):
-            return made[0]
-        feed = iter(made)
-        return [next(feed) if isinstance(v, torch.Tensor) else None for v in value or ()]
+        leaves, spec = pytree.tree_flatten(node.meta.get("val"))
+        tensors = [v for v in leaves if isinstance(v, torch.Tensor)]
+        storages = [_Storage(node, {}) for _ in tensors]
+        self._add(node, dict.fromkeys(operands, False), self._allocate(storages, tensors), workspace=_workspace(node))
+        sent = iter(operands if _is_collective(node) else ())
+        made = iter([_Value(s, sent=next(sent, None)) for s in storages])
+        return pytree.tree_unflatten([next(made) if isinstance(v, torch.Tensor) else None for v in leaves], spec)
 
     def _write(self, node: fx.Node) -> Any:
         """An operator that writes its result to its first operand (or, of a list, to each)."""
@@ -277,6 +266,16 @@ def _name(node: fx.Node) -> str:
 
 def _is_view(node: fx.Node, name: str) -> bool:
     return name in VIEWS or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
+
+
+def _is_generated(node: fx.Node, name: str) -> bool:
+    """Whether Inductor generates code for the operator."""
+    return name in SCATTERS or name in REDUCTIONS or name in COMPUTED or compat.is_pointwise(node.target)
+
+
+def _has_own_kernel(node: fx.Node) -> bool:
+    name = _name(node)
+    return node.op == "call_function" and not _is_generated(node, name) and not _is_view(node, name)
 
 
 def _is_collective(node: fx.Node) -> bool:

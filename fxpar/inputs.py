@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -85,16 +85,23 @@ def globalize(call: Call, plan: Plan, mesh: Mesh, batch: Mapping[str, int | None
     batch: input path -> batch dim (None for inputs that have none).
     """
     n = mesh.size(*mesh.strategies.get("dp", ()))
+    return _resized(call, batch, lambda size: size * n)
 
-    def widen(path: str, leaf: Any) -> Any:
+
+def microbatch(call: Call, count: int, batch: Mapping[str, int | None]) -> Call:
+    """A call -> meta tensors of one of `count` parts of its batch."""
+    return _resized(call, batch, lambda size: size // count)
+
+
+def _resized(call: Call, batch: Mapping[str, int | None], resize: Callable[[int], int]) -> Call:
+    def resized(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         shape, dim = list(leaf.shape), batch.get(path)
         if dim is not None:
-            shape[dim] *= n
+            shape[dim] = resize(shape[dim])
         return torch.empty(shape, dtype=leaf.dtype, device="meta").requires_grad_(leaf.requires_grad)
 
     args, kwargs = call
-    named = leaves(call)
-    flat = iter([widen(p, v) for p, v in named.items()])
+    flat = iter([resized(p, v) for p, v in leaves(call).items()])
     return pytree.tree_map(lambda _: next(flat), (args, kwargs))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
 from fxpar.compiler import compile_program
+from fxpar.inputs import example_call, microbatch
+from fxpar.memory import Peak, predict
 from fxpar.mesh import Mesh
 from fxpar.plan import Plan
 from fxpar.program import Program, module_path
@@ -48,8 +52,8 @@ class CollectiveRow:
 class Report:
     """What one rank holds, computes and communicates in one training step.
 
-    memory: bytes by what they are for: "parameters", "gradients", "optimizer" (two fp32 moments, as AdamW), "activations"
-    (every distinct value that the backward may need, nothing recomputed). flops: of one step, forward and backward.
+    memory: bytes that are there between steps: "parameters", "optimizer" (AdamW's two moments, in the parameters' dtypes); and
+    "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward.
     """
 
     plan: Plan
@@ -59,6 +63,20 @@ class Report:
     memory: dict[str, int]
     flops: int
     notes: list[str] = field(default_factory=list)
+    predicted: Callable[[], Peak] = field(kw_only=True, repr=False, compare=False)
+
+    @functools.cached_property
+    def peak(self) -> Peak:
+        """When a step of the Inductor backend holds most, and what. Traced when it is first asked for: about a second a layer.
+
+        Raises what PyTorch raises for a model that Inductor cannot compile.
+        """
+        return self.predicted()
+
+    @property
+    def peak_memory(self) -> int:
+        """What ``torch.cuda.max_memory_allocated`` is expected to show: bytes of one rank."""
+        return self.peak.bytes
 
     def count(self, kind: str, phase: str | None = None, axes: tuple[str, ...] | None = None) -> int:
         """How many collectives of a kind a step has."""
@@ -72,8 +90,15 @@ class Report:
                               (r.kind, "+".join(r.axes), r.phase, r.where, str(r.count), f"{r.bytes / 2**20:.2f}")
                               for r in self.collectives]), "",
                           "memory a rank: " + ", ".join(f"{k} {v / GIB:.3f} GiB" for k, v in self.memory.items()),
+                          f"peak memory a rank: {self._peak()}",
                           f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",
                           *(f"note: {n}" for n in self.notes)])
+
+    def _peak(self) -> str:
+        try:
+            return str(self.peak)
+        except Exception as error:  # whatever stops Inductor must not hide the rest of the report
+            return f"not predicted ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
 
 
 def inspect(model: nn.Module, plan: Plan | str, example_inputs: Any = None) -> Report:
@@ -82,23 +107,28 @@ def inspect(model: nn.Module, plan: Plan | str, example_inputs: Any = None) -> R
     model: may be on the meta device. example_inputs: the *global* batch (a dict of keyword arguments or a tuple), of which
     only shapes and dtypes matter; may be left out for Hugging Face models.
     """
-    return report_of(compile_program(model, plan, example_inputs))
+    program = compile_program(model, plan, example_inputs)
+
+    def predicted() -> Peak:
+        if program.plan.microbatches == 1:
+            return predict(program)
+        dims = {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
+        part = microbatch(example_call(model, example_inputs), program.plan.microbatches, dims)
+        return predict(compile_program(model, program.plan, part[1] or part[0]))
+
+    return report_of(program, predicted)
 
 
-def report_of(program: Program) -> Report:
-    """The report of a partitioned program."""
+def report_of(program: Program, predicted: Callable[[], Peak] | None = None) -> Report:
+    """The report of a partitioned program. predicted: how its peak memory is found, if not from the program as it is."""
     parameters = [_parameter(n, program.mesh) for n, s in program.source_of().items() if s.kind == "param"]
     trained = [(n, s) for n, s in program.source_of().items() if s.kind == "param" and s.requires_grad]
-    elements = sum(_local_numel(n, program.mesh) for n, _ in trained)
-    memory = {
-        "parameters": sum(p.local_bytes for p in parameters),
-        "gradients": sum(_local_numel(n, program.mesh) * n.meta["global"].element_size() for n, _ in trained),
-        "optimizer": elements * 8,
-        "activations": _activations(program),
-    }
+    gradients = sum(_local_numel(n, program.mesh) * n.meta["global"].element_size() for n, _ in trained)
+    memory = {"parameters": sum(p.local_bytes for p in parameters), "gradients": gradients, "optimizer": 2 * gradients}
     forward = sum(n.meta.get("flops", 0) for n in program.graph.nodes)
     return Report(program.plan, program.mesh, parameters, _collectives(program), memory,
-                  forward * (3 if program.training else 1), list(program.notes))
+                  forward * (3 if program.training else 1), list(program.notes),
+                  predicted=predicted or functools.partial(predict, program))
 
 
 def _local_shape(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
@@ -113,19 +143,6 @@ def _parameter(node: fx.Node, mesh: Mesh) -> ParameterRow:
     value = node.meta["global"]
     return ParameterRow(node.meta["source"], tuple(value.shape), node.meta["shows"], _local_shape(node, mesh),
                         _local_numel(node, mesh) * value.element_size())
-
-
-_VIEWS = ("view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "split", "detach", "t.", "select")
-
-
-def _activations(program: Program) -> int:
-    """Bytes of the distinct values on a gradient's path: outputs of operators that are no views."""
-    total = 0
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.meta.get("needs_grad") and "tiling" in node.meta and not any(
-                v in str(node.target) for v in _VIEWS):
-            total += _local_numel(node, program.mesh) * node.meta["global"].element_size()
-    return total
 
 
 def _collectives(program: Program) -> list[CollectiveRow]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -45,8 +46,14 @@ def counts(made: fxpar.Report, phase: str) -> Counter[tuple[str, str]]:
 # ---- Megatron's communication ----
 
 
+def golden() -> str:
+    """The text without the predicted peak, which depends on PyTorch's partitioner."""
+    lines = str(dataclasses.replace(report("tp=2"), predicted=lambda: None)).splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("peak memory")) + "\n"
+
+
 def test_report_is_the_golden_text():
-    assert str(report("tp=2")) + "\n" == GOLDEN.read_text(), "python -m tests.test_inspection rewrites it"
+    assert golden() == GOLDEN.read_text(), "python -m tests.test_inspection rewrites it"
 
 
 def test_sequence_parallel_communication_is_megatrons():
@@ -118,16 +125,15 @@ class Mlp(nn.Module):
         return self.down(torch.relu(self.up(x))).square().sum()
 
 
-@pytest.mark.parametrize("plan, parameters, activations", [
-    ("dp=1", 64 * 16 + 64 + 8 * 64 + 8, 2 * 8 * 64 + 2 * 8 * 8 + 1),  # up, relu; down, square; the sum
-    ("dp=2", 64 * 16 + 64 + 8 * 64 + 8, 2 * 4 * 64 + 2 * 4 * 8 + 1),
-    ("tp=2", 32 * 16 + 32 + 8 * 32 + 8, 2 * 8 * 32 + 2 * 8 * 8 + 1),
-    ("dp=2,tp=2", 32 * 16 + 32 + 8 * 32 + 8, 2 * 4 * 32 + 2 * 4 * 8 + 1),
+@pytest.mark.parametrize("plan, parameters", [
+    ("dp=1", 64 * 16 + 64 + 8 * 64 + 8),
+    ("dp=2", 64 * 16 + 64 + 8 * 64 + 8),
+    ("tp=2", 32 * 16 + 32 + 8 * 32 + 8),
+    ("dp=2,tp=2", 32 * 16 + 32 + 8 * 32 + 8),
 ])  # fmt: skip
-def test_memory_of_an_mlp(plan, parameters, activations):
+def test_memory_of_an_mlp(plan, parameters):
     assert fxpar.inspect(Mlp(), plan, (torch.empty(8, 16),)).memory == {
-        "parameters": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters,
-        "activations": 4 * activations}
+        "parameters": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters}
 
 
 def test_frozen_parameters_take_neither_gradients_nor_optimizer_state():
@@ -141,7 +147,7 @@ def test_frozen_parameters_take_neither_gradients_nor_optimizer_state():
 
 def test_memory_of_half_precision_parameters():
     memory = fxpar.inspect(Mlp().bfloat16(), "tp=2", (torch.empty(8, 16, dtype=torch.bfloat16),)).memory
-    assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (2 * 808, 2 * 808, 8 * 808)
+    assert (memory["parameters"], memory["gradients"], memory["optimizer"]) == (2 * 808, 2 * 808, 4 * 808)
 
 
 @pytest.mark.parametrize("plan, dp, ranks", [("dp=1", 1, 1), ("dp=2", 2, 2), ("tp=2", 1, 2), ("dp=2,tp=2", 2, 4)])
@@ -161,4 +167,4 @@ def test_parameter_rows_of_a_fused_weight():
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(str(report("tp=2")) + "\n")
+    GOLDEN.write_text(golden())
