@@ -50,17 +50,16 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
 def _with_axes(dims: Dims, used: Layout, axes: tuple[str, ...], mesh: Mesh) -> Layout:
     stored = dict(used)
     for axis in axes:
-        free = [f for d in dims for f in leaves(d) if f not in stored.values() and f.size and f.size % mesh.size(axis) == 0]
+        whole = [d for d in dims if not set(leaves(d)) & set(stored.values())]
+        free = [f for d in whole for f in leaves(d) if f.size and f.size % mesh.size(axis) == 0]
         if axis not in stored and free:
             stored[axis] = min(free, key=lambda f: _cost(dims, stored, mesh, f))
     return stored
 
 
-def _cost(dims: Dims, layout: Layout, mesh: Mesh, leaf: Factor) -> tuple[bool, bool, int]:
-    """Least first: its dim is not split by another axis, its parts lie one after the other, many elements."""
-    dim = next(d for d in dims if leaf in leaves(d))
-    split = any(f in layout.values() for f in leaves(dim))
-    return split, place_of(dims, layout, mesh, leaf) != (0, 1), -leaf.size
+def _cost(dims: Dims, layout: Layout, mesh: Mesh, leaf: Factor) -> tuple[bool, int]:
+    """Least first: its parts lie one after the other, many elements."""
+    return place_of(dims, layout, mesh, leaf) != (0, 1), -leaf.size
 
 
 def _note_whole(program: Program, names: list[str]) -> None:
@@ -69,7 +68,7 @@ def _note_whole(program: Program, names: list[str]) -> None:
     if names and sum(elements.values()):
         share = sum(elements[n] for n in names) / sum(elements.values())
         program.note(f"{len(names)} parameters ({share:.2%} of all elements; the first is {names[0]}) are not sharded by "
-                     f"ZeRO: none of their dims divides")
+                     f"ZeRO: no dim that is still whole divides")
 
 
 def _numel(node: fx.Node) -> int:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, settings
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 settings.register_profile(
     "fxpar",
@@ -28,3 +30,26 @@ def no_process_group():
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank() -> str:
+    """A process group of one, in which collectives are real and change nothing; its name."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return dist.group.WORLD.group_name
+
+
+def pretend(ranks: int) -> str:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    return dist.group.WORLD.group_name
+
+
+@pytest.fixture
+def two_ranks() -> str:
+    """A process group that says it has two ranks, and does not communicate; its name."""
+    return pretend(2)
+
+
+@pytest.fixture
+def four_ranks() -> str:
+    return pretend(4)

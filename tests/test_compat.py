@@ -92,6 +92,43 @@ def test_graph_pass_sees_the_graph_and_is_identified_by_its_files():
     made(graph)
     assert seen == [graph]
     assert made.uuid() == compat.graph_pass(len, __file__).uuid() != compat.graph_pass(len, compat.__file__).uuid()
+    keyed = [compat.graph_pass(len, __file__, key=key).uuid() for key in ("", "a", "b", "a")]
+    assert keyed[0] == made.uuid() and keyed[1] == keyed[3] and len(set(keyed)) == 3
+
+
+def test_joint_graphs_are_edited_and_then_split():
+    graph = fx.symbolic_trace(lambda x, w: ((x @ w).exp().sin(),))
+    x, w = torch.randn(3, 4), torch.randn(4, 2, requires_grad=True)
+    seen: dict[str, list] = {}
+
+    def joint(graph: fx.Graph) -> None:
+        calls = [n for n in graph.nodes if n.op == "call_function"]
+        seen["forward"] = [n.target for n in calls if not compat.in_backward(n)]
+        seen["backward"] = [n.target for n in calls if compat.in_backward(n)]
+
+    (y,) = compat.partition_eagerly(graph, [x, w], joint)(x, w)
+    (mine,), (theirs,) = torch.autograd.grad(y.sum(), w), torch.autograd.grad((x @ w).exp().sin().sum(), w)
+    torch.testing.assert_close(mine, theirs)
+    assert {aten.exp.default, aten.sin.default} <= set(seen["forward"]) - {aten.cos.default}
+    assert aten.cos.default in seen["backward"] and aten.sin.default not in seen["backward"]
+
+
+def test_memory_budget_keeps_less():
+    def kept(budget: float | None) -> int:
+        def function(x: torch.Tensor) -> tuple[torch.Tensor]:
+            for _ in range(6):
+                x = torch.tanh(x @ x)
+            return (x,)
+
+        x, sizes = torch.randn(16, 16, requires_grad=True), []
+        with compat.memory_budget(budget):
+            run = compat.partition_eagerly(fx.symbolic_trace(function), [x], lambda graph: None)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            run(x)
+        return sum(sizes)
+
+    assert kept(None) == kept(1.0) > kept(0.3)
+    assert kept(None) == kept(1.0)  # nothing stays set
 
 
 def test_trunc_normal_as_replaces_it_and_puts_it_back():
@@ -128,3 +165,29 @@ def test_local_part_and_like_dtensor():
     assert turned.to_local().stride() == p.to_local().stride() and torch.equal(turned.to_local(), local)
 
 
+def test_version_grows_with_every_write_and_what_is_queued_runs_after_backward():
+    p = DTensor.from_local(torch.ones(2), one_rank_mesh(), [Shard(0)])
+    before = compat.version(p)
+    with torch.no_grad():
+        p.to_local().mul_(2)
+    assert compat.version(p) > before
+    order: list[str] = []
+    x, y = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    x.register_hook(lambda g: order.append("first") or compat.after_backward(lambda: order.append("after")))
+    y.register_hook(lambda g: order.append("second"))
+    (x.sin() * 2 + y.sin().cos().exp()).backward()
+    assert sorted(order[:2]) == ["first", "second"] and order[2:] == ["after"]
+
+
+def test_lowered_graphs_are_those_of_forward_and_backward():
+    graph = fx.symbolic_trace(lambda x, w: (torch.tanh(x @ w),))
+    with compat.FakeTensorMode():
+        x, w = torch.empty(3, 4), torch.empty(4, 2, requires_grad=True)
+    seen = []
+    config = {"post_grad_custom_post_pass": compat.graph_pass(seen.append, __file__)}
+    forward, backward = compat.lowered_graphs(graph, [x, w], config)
+    assert [g.graph for g in (forward, backward)] == seen
+    assert [n.target for n in forward.graph.nodes if n.op == "call_function"][:2] == [aten.mm.default, aten.tanh.default]
+    assert [n.name for n in backward.graph.nodes if n.op == "placeholder"][-1] == "tangents_1"
+    with torch.no_grad():
+        assert len(compat.lowered_graphs(graph, [x, w], {})) == 1

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fxpar
 from fxpar.backends import buckets, inductor, overlap
-from fxpar.backends.runtime import GroupRuntime
-from fxpar.mesh import BoundMesh
-from fxpar.passes.layout import take
+from tests.graphs import Made, local_feed, runtime_of
 from tests.processes import launch
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
-WAIT = c10d.wait_tensor.default
 
 
 class Net(nn.Module):
@@ -76,81 +69,36 @@ def test_two_processes_equal_eager(plan):
 # ---- what is compiled ----
 
 
-@pytest.fixture
-def two_ranks() -> Iterator[str]:
-    """A process group that says it has two ranks, and does not communicate; its name."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield dist.group.WORLD.group_name
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("plan, forward, backward", [
     # The loss and the number of rows; the gradients of four parameters, started together.
     ("dp=2", {"all_reduce": 2, "wait_tensor": 2}, {"all_reduce_coalesced": 1, "wait_tensor": 4}),
     # `down` is split along ffn and its result along classes, over which the loss is a maximum and two sums.
     ("tp=2", {"reduce_scatter_tensor": 1, "all_reduce": 3, "wait_tensor": 4},
      {"all_gather_into_tensor": 2, "wait_tensor": 2}),
+    # Both weights and both biases, together; and again the one weight that the backward needs.
+    ("dp=2,zero=3", {"all_gather_into_tensor_coalesced": 1, "all_reduce": 2, "wait_tensor": 6},
+     {"all_gather_into_tensor": 1, "reduce_scatter_tensor_coalesced": 1, "wait_tensor": 5}),
 ])  # fmt: skip
 def test_compiled_graphs_communicate(two_ranks, monkeypatch, plan, forward, backward):
     graphs: list[Counter[str]] = []
     schedule = inductor._schedule
 
-    def seen(graph: fx.Graph) -> None:
-        schedule(graph)
+    def seen(graph: fx.Graph, plan: fxpar.Plan) -> None:
+        schedule(graph, plan)
         graphs.append(Counter(n.target.overloadpacket.__name__ for n in graph.nodes
                               if getattr(n.target, "namespace", "") == "_c10d_functional"))
 
     monkeypatch.setattr(inductor, "_schedule", seen)
     model, batch = net()
     program = fxpar.compile_program(model, plan, batch)
-    runtime = GroupRuntime(BoundMesh(program.mesh, "cpu"))
-    runtime.prepare(program.module)
-    values = dict(model.named_parameters()) | batch
-    feed = [take(values[s.name].detach(), n.meta["tiling"], program.mesh, 0).clone().requires_grad_(s.requires_grad)
-            for n, s in program.source_of().items()]
+    runtime, feed = runtime_of(program), local_feed(program, model, batch)
     with torch._inductor.utils.fresh_cache():  # a cached graph would not be scheduled again
-        (loss,) = inductor.lower(program.module, feed, runtime)(*feed)
+        (loss,) = inductor.lower(program.module, feed, runtime, program.plan)(*feed)
         loss.backward()
     assert graphs == [forward, backward]
 
 
 # ---- the passes over compiled graphs, on one made by hand ----
-
-
-@pytest.fixture
-def one_rank() -> Iterator[str]:
-    """A process group of one, in which collectives are real and change nothing; its name."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD.group_name
-    dist.destroy_process_group()
-
-
-class Made:
-    """A graph under construction, with values."""
-
-    def __init__(self) -> None:
-        self.graph = fx.Graph()
-        self.feeds: list[Tensor] = []
-
-    def input(self, name: str, dtype: torch.dtype = torch.float32) -> fx.Node:
-        node = self.graph.placeholder(name)
-        node.meta["val"] = torch.randn(4, 4, generator=torch.Generator().manual_seed(len(self.feeds))).to(dtype)
-        self.feeds.append(node.meta["val"])
-        return node
-
-    def call(self, name: str, target: Any, *args: Any) -> fx.Node:
-        node = self.graph.create_node("call_function", target, args, name=name)
-        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-        return node
-
-    def reduced(self, name: str, value: fx.Node, group: str) -> fx.Node:
-        return self.call(f"wait_{name}", WAIT, self.call(f"start_{name}", c10d.all_reduce.default, value, "sum", group))
-
-    def run(self) -> list[Tensor]:
-        return list(fx.Interpreter(fx.GraphModule(nn.Module(), self.graph)).run(*(f.clone() for f in self.feeds)))
-
-    def names(self) -> list[str]:
-        return [n.name for n in self.graph.nodes if n.op == "call_function"]
 
 
 def waiting(group: str) -> Made:
@@ -218,5 +166,5 @@ def test_buckets_are_of_bounded_size_and_one_dtype(one_rank):
 def test_both_passes_together_keep_values(one_rank):
     made = gradients(one_rank, [torch.float32] * 3)
     before = made.run()
-    inductor._schedule(made.graph)
+    inductor._schedule(made.graph, fxpar.Plan())
     assert len(joined(made)) == 1 and all(map(torch.equal, made.run(), before))

@@ -1,19 +1,29 @@
 """Models of many families under many plans, each against the plain model on one device."""
 
+import itertools
+
 import pytest
 
-from fxpar.errors import CaptureError, UnsupportedOperator
+from fxpar.errors import CaptureError, PlanError, UnsupportedOperator
 from fxpar.plan import Plan
 from fxpar.testing import assert_equivalent
 from tests import zoo
 
 PLANS = ["dp=2", "dp=4", "tp=2", "tp=4", "dp=2,tp=2", "dp=2,tp=4"]
 PLANS += [f"{plan},sequence_parallel=false" for plan in PLANS if "tp" in plan]
+STORED = ["dp=2,zero=1", "dp=4,zero=2", "dp=2,tp=2,zero=3", "dp=4,dp_replicate=2,zero=2", "dp=4,dp_replicate=2,tp=2,zero=3"]
+BATCHES = {"buffers": 2}
+"""The batch of the models whose batch is no multiple of 4."""
 
 
 def check(name, plan, train=True):
     model, inputs = zoo.build(name)
-    assert_equivalent(model.train(train), Plan.parse(plan), inputs)
+    plan = Plan.parse(plan)
+    if BATCHES.get(name, plan.dp) % plan.dp:
+        with pytest.raises(PlanError, match=f"`dp`={plan.dp}: must divide the global batch of {BATCHES[name]}"):
+            assert_equivalent(model.train(train), plan, inputs)
+    else:
+        assert_equivalent(model.train(train), plan, inputs)
 
 
 @pytest.mark.parametrize("plan", ["dp=2,tp=2", "tp=4,sequence_parallel=false"])
@@ -22,9 +32,14 @@ def test_model(name, plan):
     check(name, plan)
 
 
+@pytest.mark.parametrize("name, plan", [*zip(zoo.MODELS, itertools.cycle(STORED[2:4]), strict=False)])
+def test_model_stored_in_parts(name, plan):
+    check(name, plan)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS, *STORED])
 @pytest.mark.parametrize("name", [*zoo.MODELS, *zoo.HELD_OUT])
 def test_every_model_plan_and_mode(name, plan, train):
     check(name, plan, train)

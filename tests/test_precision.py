@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxpar
+from fxpar.backends import simulate
 from fxpar.ops import collectives
 
 aten = torch.ops.aten
@@ -79,6 +82,37 @@ def test_gradients_are_summed_over_ranks_in_the_reduction_dtype(options, summed)
     assert found == {summed}
     assert {g.dtype for g in grads.values()} == {torch.float32}
     assert all(map(is_half, grads.values())) == (summed is torch.bfloat16)
+
+
+@pytest.mark.parametrize("plan, gathered, summed", [
+    ("dp=2,zero=3,param_dtype=bf16", torch.bfloat16, torch.float32),
+    ("dp=4,dp_replicate=2,zero=1,param_dtype=bf16", torch.bfloat16, torch.float32),
+    ("dp=2,zero=3,param_dtype=bf16,reduce_dtype=bf16", torch.bfloat16, torch.bfloat16),
+    ("dp=2,zero=2,reduce_dtype=bf16", torch.float32, torch.bfloat16),
+    ("dp=2,tp=2,zero=3,param_dtype=bf16", torch.bfloat16, torch.float32),
+])  # fmt: skip
+def test_what_ranks_send_of_parameters_and_their_gradients(monkeypatch, plan, gathered, summed):
+    model, batch = net()
+    sent: dict[str, list[torch.dtype]] = {"all_gather": [], "reduce_scatter": [], "all_reduce": []}
+    for kind, seen in sent.items():
+        real = simulate._COMM[kind]
+
+        def watched(xs: list[Tensor], real: Any = real, seen: list[torch.dtype] = seen) -> list[Tensor]:
+            seen += [x.dtype for x in xs if x.dim()]
+            return real(xs)
+
+        monkeypatch.setitem(simulate._COMM, kind, watched)
+    simulation, received = fxpar.simulate(model, plan, batch), set()
+    stored = [n for n in simulation.program.placeholders() if "stored" in n.meta]
+    gathers = [n for n in simulation.program.graph.nodes if n.meta.get("fxpar", {}).get("unshard")]
+    simulation.watch = lambda node, values: received.add(values[0].dtype) if node in gathers else None
+    simulation.step(**batch)
+    assert len(gathers) == len(stored) > 3 and received == {gathered}
+    if "tp" not in plan:  # there activations are gathered and scattered, too
+        groups = fxpar.Plan.parse(plan).dp  # each rank's part
+        assert sent["all_gather"] == [gathered] * len(gathers) * groups
+        assert sent["reduce_scatter"] == [summed] * len(gathers) * groups
+        assert set(sent["all_reduce"]) == ({summed} if "replicate" in plan else set())
 
 
 def test_a_module_trains_wide_parameters():

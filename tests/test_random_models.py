@@ -211,7 +211,10 @@ def example(r: Random):
 
 def plan(r: Random) -> Plan:
     dp, tp = r.choice([(1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (2, 4), (4, 2), (1, 8), (8, 1)])
-    return Plan(dp=dp, tp=tp, sequence_parallel=r.choice([None, False, True]) if tp > 1 else None)
+    zero = r.choice([0, 0, 1, 2, 3])
+    replicas = r.choice([n for n in (1, 1, 2, 4) if dp % n == 0])
+    sequence = r.choice([None, False, True]) if tp > 1 else None
+    return Plan(dp=dp, tp=tp, zero=zero, dp_replicate=replicas, sequence_parallel=sequence)
 
 
 def under_a_plan(r: Random) -> None:

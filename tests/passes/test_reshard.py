@@ -125,6 +125,84 @@ def test_measured_bytes_are_what_a_rank_holds(r):
             assert node.meta["fxpar"]["bytes"] == mine.numel() * mine.element_size()
 
 
+# ---- parameters that are stored in other layouts than they are used in ----
+
+
+class Stored(Exchange):
+    """A parameter that is stored in `layout` and used in `used`; kept as float64 and, if `cast`, computed in float32."""
+
+    def __init__(self, mesh, dims, stored, used, cast):
+        super().__init__(mesh, dims, stored)
+        self.used, self.asked = used, self.value
+        self.value.meta.update(stored=stored, dtype=torch.float64)
+        if cast:
+            self.asked = self.graph.call_function(torch.ops.aten.to.dtype, (self.value, torch.float32))
+            self.asked.meta.update(
+                stored=stored, needs_grad=True, dtype=torch.float32, reduce_dtype=torch.float64, val=self.x.float()
+            )
+
+    def to(self, want, value=None, layout=None):
+        return super().to(want, self.asked, self.used)
+
+
+def stored_example(r: Random, cast: bool):
+    """Uses that are split at least as the parameter is used, and that differ or agree along the other axes."""
+    mesh = r.choice(MESHES)
+    dims = random_dims(r)
+    flat = [f for d in dims for f in leaves(d)]
+    stored = random_layout(r, flat, mesh, 0.8)
+    used = {a: f for a, f in stored.items() if r.random() < 0.5}
+    used = {a: f for a, f in used.items() if all(used.get(b) is f for b, g in stored.items() if g is f)}
+    wants = [
+        used | {a: True for a in mesh.names if a not in used and r.random() < 0.6} for _ in range(r.randint(1, 3))
+    ]
+    wants = [w for i, w in enumerate(wants) if w not in wants[:i]]
+    return Stored(mesh, dims, stored, used, cast), wants
+
+
+def check_stored(e, wants, tolerance):
+    """Values are exact; gradients are the sum, made in float64, of cotangents as wide as the values."""
+    outs = e.run([e.to(w) for w in wants])
+    x = e.x.clone().requires_grad_()
+    reference, roots, cotangents = torch.zeros((), dtype=torch.float64), [], []
+    for i, want in enumerate(wants):
+        for rank in range(e.mesh.world_size):
+            have, at = outs[rank][i], e.mesh.coordinate(rank)
+            assert torch.equal(have, e.part(want, rank).to(have.dtype)), (want, rank)
+            distinct = tuple(at[a] if a in want else 0 for a in e.mesh.names)
+            made = torch.Generator().manual_seed(hash((i, distinct)) % 2**31)
+            roots.append(have)
+            cotangents.append(torch.randn(have.shape, dtype=have.dtype, generator=made))
+            if all(at[a] == 0 for a in e.mesh.names if a not in want):
+                reference = reference + (e.part(want, rank, x) * cotangents[-1].double()).sum()
+    (expected,) = torch.autograd.grad(reference, x)
+    for rank, grad in enumerate(torch.autograd.grad(roots, e.inputs, cotangents)):
+        torch.testing.assert_close(grad, e.part(e.layout, rank, expected), rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=200)
+@given(RANDOM)
+def test_stored_parameters(r):
+    check_stored(*stored_example(r, cast=False), 1e-12)
+
+
+@settings(max_examples=200)
+@given(RANDOM)
+def test_stored_parameters_are_gathered_narrow_and_their_gradients_summed_wide(r):
+    e, wants = stored_example(r, cast=True)
+    gathered = [a for a in e.layout if a not in e.used]
+    check_stored(e, wants, 1e-12 if len(gathered) < 2 else 1e-5)  # the second of two gathers has a narrow operand
+
+
+@given(RANDOM)
+def test_a_stored_parameter_is_gathered_once_for_uses_alike(r):
+    e, wants = stored_example(r, cast=r.random() < 0.5)
+    assert all(e.to(w) is e.to(dict(w)) for w in wants)
+    made = [n for n in e.graph.nodes if n.target is collectives.all_gather]
+    assert all(n.meta["fxpar"]["unshard"] for n in made)
+    assert len(made) == len({(n.args[0], *n.args[1:]) for n in made})
+
+
 # ---- what is issued ----
 
 MESH = Mesh(("a", "b"), (2, 2))
