@@ -29,8 +29,10 @@ class _Lockstep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        typed, ys = ctx.typed, [g.to(ctx.dtype) for g in grads]
-        return (None, None, *run_all(CONJUGATE[typed.kind][1], ctx.mesh, typed.axes, typed.place, typed.to, ys))
+        typed = ctx.typed
+        ys = [g.to(ctx.dtype).to(typed.reduce or ctx.dtype) for g in grads]
+        ys = run_all(CONJUGATE[typed.kind][1], ctx.mesh, typed.axes, typed.place, typed.to, ys)
+        return (None, None, *(y.to(ctx.dtype) for y in ys))
 
 
 def run_all(step: Step, mesh: Mesh, axes: Axes, place: Place, to: Place, xs: list[Tensor]) -> list[Tensor]:
@@ -105,7 +107,10 @@ def _collective(node: fx.Node, mesh: Mesh, xs: list[Tensor]) -> list[Tensor]:
         return ys
     kind = node.target.__name__
     if kind == "all_gather":
-        typed = Typed("all_gather_varying" if rest[2] else kind, axes, (rest[0], rest[1]), dtype=(*rest, None)[3])
+        dim, outer, varying, *dtypes = rest
+        typed = Typed("all_gather_varying" if varying else kind, axes, (dim, outer), (0, 1), *dtypes)
+    elif kind == "vary":
+        typed = Typed(kind, axes, reduce=(*rest, None)[0])
     else:
         place, to = (rest[0], rest[1]) if rest else (0, 1), (rest[2], rest[3]) if len(rest) > 2 else (0, 1)
         typed = Typed(kind, axes, place, to)

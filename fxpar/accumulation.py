@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxpar import compat
 from fxpar.mesh import Mesh
 from fxpar.passes.accumulate import Boundary, Variant, Variants, accumulation
 from fxpar.plan import Plan
 from fxpar.program import Program
+
+_living: weakref.WeakSet[Accumulator] = weakref.WeakSet()
+
+
+def _forget(*_: Any) -> None:
+    """After any optimizer's step: what was gathered is out of date."""
+    for accumulator in _living:
+        accumulator.forget()
+
+
+register_optimizer_step_post_hook(_forget)
 
 Lower = Callable[[Any, list[Any]], Callable[..., Any]]
 """(graph, example inputs) -> what runs it."""
@@ -46,6 +59,7 @@ class Accumulator:
         self._kept: tuple[Any, list[Tensor]] | None = None
         self._synced = False
         self._queued = False
+        _living.add(self)
 
     def step(self, program: Program, sync: bool, example: Callable[[], list[Any]]) -> Step | None:
         """How the next microbatch runs; None: as the program stands. sync: it is the last one of its step."""
@@ -65,6 +79,10 @@ class Accumulator:
         if id(variant) not in self._lowered:
             self._lowered[id(variant)] = self.lower(variant.module, [*example(), *held, *inputs])
         return Step(variant, self._lowered[id(variant)], held, inputs)
+
+    def forget(self) -> None:
+        """Parameters have changed."""
+        self._kept = None
 
     def _of(self, program: Program) -> Variants:
         if id(program) not in self._variants:

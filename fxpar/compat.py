@@ -108,9 +108,9 @@ def like_dtensor(local: torch.Tensor, like: Any) -> Any:
     return DTensor(local.contiguous(), like._spec, requires_grad=False)
 
 
-def version(tensor: Any) -> int:
-    """A number that grows whenever a DTensor's local part is written to."""
-    return tensor._local_tensor._version
+def version(tensor: Any) -> tuple[int, int]:
+    """Changes with most writes to a DTensor: not with those of operators that write to lists of tensors."""
+    return tensor._version, tensor._local_tensor._version
 
 
 def after_backward(function: Callable[[], None]) -> None:

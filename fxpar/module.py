@@ -188,7 +188,7 @@ class ParallelModule(nn.Module):
 
         Under zero=0 and 1 gradients are kept aside, whole and unsummed (``.grad`` does not have them), until the next backward
         outside sums them all; under zero=2 and 3 each backward reduces them to parts. Under zero=1 and 2 parameters are
-        gathered once, and kept until then.
+        gathered once, and kept until then, or until an optimizer's step.
         """
         before, self._sync = self._sync, False
         try:
@@ -314,7 +314,7 @@ class ParallelModule(nn.Module):
                     continue
                 tiles = node.meta["tiling"]
                 if any(p.axes for dim in tiles for p in dim):
-                    out = storage.wrap(out.detach(), node.meta["global"].shape, tiles, self._bound).full_tensor()
+                    out = storage.whole(out, tiles, node.meta["global"].shape, self._bound, self._runtime)
                 self._state(sink.name).copy_(out)
 
     def _outputs(self, program: Program, outs: Any) -> Any:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.errors import CaptureError
+from fxpar.inputs import leaves
 from fxpar.mesh import Mesh
 from fxpar.passes.batchnorm import expand_batch_norm
 from fxpar.passes.dropout import expand_dropout
@@ -37,6 +38,8 @@ def capture(
 
     Takes: inputs whose shapes and dtypes are those of one device running everything (real, fake or
     meta; values are never read), and the device the program will run on.
+    With the plan's `param_dtype`, floating-point parameters and inputs are traced in it; sources know the dtype that they
+    are given in.
     Afterwards: the program has one placeholder per distinct parameter, buffer, constant and input (tied
     parameters share one; inputs that alias each other do not), no in-place operator, no nested graph,
     and ends in a flat tuple: the user's outputs, then the new values of the buffers it updates.
@@ -44,7 +47,8 @@ def capture(
     Raises: `CaptureError` naming the line of the user's model that cannot be traced.
     """
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
-    fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _fake_input(mode, t, device), (args, kwargs))
+    fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _fake_input(mode, t, device, plan.param_dtype),
+                                                    (args, kwargs))
     with _fake_parameters(model, mode, device, plan.param_dtype) as originals:
         exported, prefix = _export(model, fake_args, fake_kwargs)
         inline_regions(exported.graph_module)
@@ -53,11 +57,16 @@ def capture(
         if any(compat.mutates(n.target) for n in exported.graph.nodes):
             exported = exported.run_decompositions({aten.copy.default: _copy})
             inline_regions(exported.graph_module)
-    return _program(exported, prefix, model, originals, plan, mesh)
+    program = _program(exported, prefix, model, originals, plan, mesh)
+    given = leaves((args, kwargs))
+    for source in program.sources:
+        if source.kind == "input" and isinstance(source.value, torch.Tensor) and source.value.dtype != given[source.name].dtype:
+            source.storage_dtype = given[source.name].dtype
+    return program
 
 
-def _fake_input(mode: compat.FakeTensorMode, t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return compat.fake_like(mode, t, device).requires_grad_(t.requires_grad)
+def _fake_input(mode: compat.FakeTensorMode, t: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+    return compat.fake_like(mode, t, device, dtype if t.is_floating_point() else None).requires_grad_(t.requires_grad)
 
 
 def _copy(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

@@ -244,8 +244,11 @@ def _looks_up_few(node: fx.Node) -> bool:
 
 
 def _settle_differences(chain: list[fx.Node]) -> None:
-    """Fill in `Placement.varies` of the operators that rearrange one parameter, in their order."""
-    for node in reversed(chain):
+    """Fill in `Placement.varies` of the operators that rearrange one parameter, in their order.
+
+    Not of its cast: its gradient is summed in a dtype of its own, and where it is used.
+    """
+    for node in reversed([n for n in chain if "reduce_dtype" not in n.meta]):
         different = [_different_for(user, node) for user in node.users]
         placement: Placement = node.meta["placement"]
         placement.varies = tuple(a for a in different[0] if all(a in d for d in different)) if different else ()

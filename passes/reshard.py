@@ -75,25 +75,33 @@ class Resharder:
         over = [a for a, f in layout.items() if used.get(a) is not f and want.get(a) is not f]
         if not over:
             return value, layout
-        dtype = None
+        dtype = reduce = None
         if grad and "reduce_dtype" in value.meta:
             args: Any = value.args
             dtype = args[1]
-            value = self._cast(args[0], value.meta["reduce_dtype"], value)
+            value, reduce = self._wide(value)
         vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in layout)
         if grad and vary:
-            value = self._emit(value, user, dims, layout, "vary", vary)
+            value = self._emit(value, user, dims, layout, "vary", vary, *([reduce] if reduce else []))
         for axis in sorted(over, key=self.mesh.names.index, reverse=True):
-            value = self._gather(value, dims, layout, axis, grad and want.get(axis) is True, user, dtype)
+            varying = grad and want.get(axis) is True
+            value = self._gather(value, dims, layout, axis, varying, user, dtype, reduce)
             value.meta["fxpar"]["unshard"] = True
         return value, layout
 
     def _vary_as(self, cast: fx.Node, dims: Dims, layout: Layout, axes: Axes, user: fx.Node) -> fx.Node:
         """A parameter's cast, with its gradient summed over `axes` in the reduction dtype."""
         args: Any = cast.args
-        stored, computed = args
-        wide = self._cast(stored, cast.meta["reduce_dtype"], cast)
-        return self._cast(self._emit(wide, user, dims, layout, "vary", axes), computed, cast)
+        wide, reduce = self._wide(cast)
+        return self._cast(self._emit(wide, user, dims, layout, "vary", axes, *([reduce] if reduce else [])), args[1], cast)
+
+    def _wide(self, cast: fx.Node) -> tuple[fx.Node, torch.dtype | None]:
+        """What a parameter's cast is made from, in a dtype that loses nothing of it and of its gradient's sum; and the dtype
+        of that sum where it is narrower."""
+        args: Any = cast.args
+        reduce = cast.meta["reduce_dtype"]
+        wide = torch.promote_types(args[0].meta["dtype"], reduce)
+        return self._cast(args[0], wide, cast), reduce if reduce != wide else None
 
     def _cast(self, value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
         if value.meta.get("dtype") == dtype:
@@ -132,11 +140,14 @@ class Resharder:
             done += value.meta.get("varied", ())
         return tuple(done)
 
-    def _gather(self, value, dims, layout, axis, varying, user, dtype=None) -> fx.Node:
+    def _gather(self, value, dims, layout, axis, varying, user, dtype=None, reduce=None) -> fx.Node:
         place = place_of(dims, layout, self.mesh, layout[axis])
         del layout[axis]
-        options = (varying, dtype) if dtype is not None else (varying,)
-        return self._emit(value, user, dims, layout, "all_gather", (axis,), *place, *options)
+        options = (varying, dtype, reduce) if reduce is not None else (varying, dtype) if dtype is not None else (varying,)
+        gathered = self._emit(value, user, dims, layout, "all_gather", (axis,), *place, *options)
+        gathered.meta["dtype"] = dtype or value.meta.get("dtype")
+        self.measure(gathered, value, dims, layout)
+        return gathered
 
     def _shard(self, value, dims, layout, axis, leaf, user) -> fx.Node:
         place = place_of(dims, layout, self.mesh, leaf)
@@ -159,8 +170,9 @@ class Resharder:
         if key not in self._made:
             new = self.graph.call_function(getattr(collectives, kind), (value, axes, *args))
             copy_provenance(new, user)
-            dtype = next((a for a in args if isinstance(a, torch.dtype)), value.meta.get("dtype"))
-            new.meta.update(needs_grad=value.meta.get("needs_grad", False), resharded=True, dtype=dtype)
+            new.meta.update(
+                needs_grad=value.meta.get("needs_grad", False), resharded=True, dtype=value.meta.get("dtype")
+            )
             new.meta["global"] = value.meta.get("global")
             new.meta["fxpar"] = {
                 "kind": kind,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fxpar import compat
+from fxpar.backends.copies import CopyGroup
 
 aten = torch.ops.aten
 
@@ -191,3 +196,29 @@ def test_lowered_graphs_are_those_of_forward_and_backward():
     assert [n.name for n in backward.graph.nodes if n.op == "placeholder"][-1] == "tangents_1"
     with torch.no_grad():
         assert len(compat.lowered_graphs(graph, [x, w], {})) == 1
+
+
+class Alone:
+    """Slots of one rank."""
+
+    rank, size, nbytes = 0, 1, 256
+    barrier = staticmethod(lambda: None)
+
+    def of(self, rank: int, which: int) -> torch.Tensor:
+        return torch.empty(self.nbytes, dtype=torch.uint8)
+
+
+def test_a_registered_group_is_found_by_its_name():
+    group = CopyGroup(Alone())
+    compat.register_group(group, "alone")
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(torch.arange(3), 1, "alone")
+    assert torch.ops._c10d_functional.wait_tensor(gathered).tolist() == [0, 1, 2]
+
+
+@pytest.mark.gpu
+def test_symmetric_slots_are_seen_by_all_ranks():
+    """`compat.SymmetricSlots`: see slots_program.py."""
+    program = Path(__file__).with_name("slots_program.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

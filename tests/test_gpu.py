@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).with_name("nccl_program.py")
 @pytest.mark.gpu
 @pytest.mark.multiproc
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("plan", ["dp=2", "tp=2"])
+@pytest.mark.parametrize("plan", ["dp=2", "tp=2", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,recompute=full"])
 def test_two_gpus_compute_what_one_does(plan, dtype):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(PROGRAM)]
     done = subprocess.run([*command, plan, dtype], capture_output=True, text=True, timeout=300)

@@ -24,7 +24,6 @@ class Net(nn.Module):
         self.up, self.norm, self.down = nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 8)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        x = x.to(self.up.weight.dtype)
         return F.cross_entropy(self.down(F.gelu(self.norm(self.up(x)))).float(), target)
 
 
@@ -47,7 +46,7 @@ def test_half_precision_compute_is_close_to_the_plain_half_model(plan):
     model, batch = net()
     step = fxpar.simulate(model, f"{plan},param_dtype=bf16", batch).step(**batch)
     half = net()[0].bfloat16()
-    loss = half(**batch)
+    loss = half(batch["x"].bfloat16(), batch["target"])
     loss.backward()
     assert step.loss.item() == pytest.approx(loss.item(), rel=4 * HALF)
     for name, p in half.named_parameters():
@@ -77,7 +76,12 @@ def test_gradients_are_summed_over_ranks_in_the_reduction_dtype(options, summed)
     plan = ",".join(["dp=2", *filter(None, [options])])
     simulation = fxpar.simulate(model, plan, batch)
     found = set()
-    simulation.watch = lambda node, values: found.add(values[0].dtype) if node.target is collectives.vary else None
+
+    def watch(node, values):
+        if node.target is collectives.vary:
+            found.add(node.args[2] if len(node.args) > 2 else values[0].dtype)
+
+    simulation.watch = watch
     grads = simulation.step(**batch).grads
     assert found == {summed}
     assert {g.dtype for g in grads.values()} == {torch.float32}
@@ -126,8 +130,21 @@ def test_a_module_trains_wide_parameters():
     assert 0 < moved.abs().max() < HALF * before.abs().max()  # less than bfloat16 could hold
 
 
+@pytest.mark.parametrize("plan", ["dp=2", "dp=2,zero=3", "dp=2,tp=2,zero=3", "dp=4,dp_replicate=2,zero=3"])
+def test_a_narrow_sum_of_gradients_does_not_touch_the_forward(plan):
+    model, batch = net()
+    loss = model(**batch)
+    loss.backward()
+    step = fxpar.simulate(model, f"{plan},reduce_dtype=bf16", batch).step(**batch)
+    assert step.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        error = (step.grads[name] - p.grad).norm() / p.grad.norm()
+        assert 1e-5 < error < 4 * HALF or is_half(p.grad), name
+
+
 def test_half_precision_models_keep_half_precision_parameters():
     model, batch = net()
+    batch["x"] = batch["x"].bfloat16()
     step = fxpar.simulate(model.bfloat16(), "dp=2", batch).step(**batch)
     assert {g.dtype for g in step.grads.values()} == {torch.bfloat16}
 

@@ -160,7 +160,8 @@ def run_step(step: Step, run: Runtime, x: Tensor, axes: Axes, place: Place, to: 
 class Typed:
     """One collective as it stands in a program: what it does in both directions.
 
-    dtype: what the forward communicates and returns; the backward communicates in the dtype of the operand.
+    dtype: what the forward communicates and returns, else that of the operand. reduce: what the backward communicates, else
+    that of the operand, too; it always returns the operand's.
     """
 
     kind: str
@@ -168,6 +169,7 @@ class Typed:
     place: Place = (0, 1)
     to: Place = (0, 1)
     dtype: torch.dtype | None = None
+    reduce: torch.dtype | None = None
 
 
 class _Apply(torch.autograd.Function):
@@ -185,8 +187,9 @@ class _Apply(torch.autograd.Function):
         grad = grad.to(ctx.dtype)
         if carried is not None:
             grad = grad + carried
-        step = CONJUGATE[typed.kind][1]
-        return run_step(step, ctx.run, grad, typed.axes, typed.place, typed.to), None, None, None, None
+        grad = grad.to(typed.reduce or ctx.dtype)
+        grad = run_step(CONJUGATE[typed.kind][1], ctx.run, grad, typed.axes, typed.place, typed.to)
+        return grad.to(ctx.dtype), None, None, None, None
 
 
 def _apply(x: Tensor, typed: Typed, kept: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
@@ -203,21 +206,22 @@ def pmax(x: Tensor, axes: Axes) -> Tensor:
     return _active.get().all_reduce(x.detach().contiguous(), axes, "max")
 
 
-def vary(x: Tensor, axes: Axes, carried: Tensor | None = None) -> Tensor:
-    """Replicated -> used differently on each rank of `axes`: the value itself; its cotangents are summed, and those
-    `carried` along with them."""
-    return _apply(x, Typed("vary", axes), carried=carried)
+def vary(x: Tensor, axes: Axes, reduce: torch.dtype | None = None, carried: Tensor | None = None) -> Tensor:
+    """Replicated -> used differently on each rank of `axes`: the value itself; its cotangents are summed (in the dtype
+    `reduce`), and those `carried` along with them."""
+    return _apply(x, Typed("vary", axes, reduce=reduce), carried=carried)
 
 
 def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = False, dtype: torch.dtype | None = None,
-               kept: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
+               reduce: torch.dtype | None = None, kept: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
     """Sharded -> replicated along `dim`; `varying`: what follows differs from rank to rank.
 
-    dtype: of the result, and of what is communicated; cotangents are reduced in the dtype of `x`. kept: the result, where it
-    is there already. carried: cotangents of the result, in the dtype of `x`, that are reduced with those that come.
+    dtype: of the result, and of what is communicated. reduce: in which cotangents are summed; without it, that of `x`.
+    kept: the result, where it is there already. carried: cotangents of the result, in the dtype of `x`, that are reduced with
+    those that come.
     """
     kind = "all_gather_varying" if varying else "all_gather"
-    return _apply(x, Typed(kind, axes, (dim, outer), dtype=dtype), kept, carried)
+    return _apply(x, Typed(kind, axes, (dim, outer), dtype=dtype, reduce=reduce), kept, carried)
 
 
 def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
