@@ -2,6 +2,7 @@
 
     python benchmarks/compile_cost.py
     python benchmarks/compile_cost.py --layers 2 4 --plan tp=4 --json cost.json
+    python benchmarks/compile_cost.py --graphs --layers 16 32 64 --plan dp=2,zero=3      and what Inductor does before code
 
 The model is on the meta device and there are no other processes: any machine will do.
 """
@@ -17,6 +18,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpar
+from fxpar.memory import trace
 
 SHAPE = dict(hidden=8192, heads=64, kv_heads=8, ffn=28672, vocab=128256, seq=8192, batch=2)
 
@@ -27,6 +29,7 @@ def parse_args():
     parser.add_argument("--plan", default="dp=2,tp=8")
     for name, default in SHAPE.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
+    parser.add_argument("--graphs", action="store_true", help="also trace forward and backward and run all graph passes")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     return parser.parse_args()
 
@@ -48,12 +51,16 @@ def cost(args, layers):
     model, example = build_meta(args, layers)
     start = time.perf_counter()
     program = fxpar.compile_program(model, fxpar.Plan.parse(args.plan), example)
+    stages = dict(program.timings)
+    if args.graphs:
+        begin = time.perf_counter()
+        trace(program)
+        stages["graphs"] = time.perf_counter() - begin
     total = time.perf_counter() - start
-    stages = dict(getattr(program, "timings", {}))
     return dict(layers=layers, stages=stages, total_s=total, s_per_layer=total / layers)
 
 
-SHOWN = ("capture", "infer", "place", "partition")
+SHOWN = ("capture", "infer", "place", "partition", "graphs")
 
 
 def table_of(rows, plan):

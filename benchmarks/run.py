@@ -99,7 +99,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gpus", type=int, default=2, help="how many may be used")
     parser.add_argument("--peers", type=pathlib.Path, help="folder with the peers' scripts")
-    parser.add_argument("--suite", nargs="+", default=["all"], metavar="tp2|dp2|fsdp2|all")
+    parser.add_argument("--suite", nargs="+", default=["all"], metavar="tp2|dp2|fsdp2|large2|all")
     parser.add_argument("--out", type=pathlib.Path, default=OUT, help="folder for the results")
     parser.add_argument("--limit", type=int, default=600, help="seconds before a run is given up")
     parser.add_argument("--trace", action="store_true", help="have fxpar also write its kernel times")
