@@ -12,18 +12,16 @@ from torch import Tensor, fx
 from fxpar.program import block_path
 
 
-@torch.library.custom_op("fxpar::materialize", mutates_args=())
-def materialize(x: Tensor) -> Tensor:
-    """`x`, in memory of its own: no compiler looks into this."""
+def _materialize(x: Tensor) -> Tensor:
     return x.clone()
 
 
-@materialize.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
+_library = torch.library.Library("fxpar", "FRAGMENT")  # operators exist as long as this does
+_library.define("materialize(Tensor x) -> Tensor")
+_library.impl("materialize", _materialize, "CompositeExplicitAutograd")
+torch.library.register_fake("fxpar::materialize", _materialize, lib=_library)
 MATERIALIZE = torch.ops.fxpar.materialize.default
+"""Its operand, in memory of its own: no compiler looks into it."""
 
 
 def is_table(node: fx.Node) -> bool:
