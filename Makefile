@@ -29,7 +29,7 @@ slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
 demo: $(INSTALLED)
-	$(RUN) -m torch.distributed.run --nproc-per-node=4 examples/train.py --plan dp=2,tp=2 --check
+	$(RUN) -m torch.distributed.run --nproc-per-node=4 examples/train.py --plan dp=2,tp=2,zero=3 --check
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -93,10 +93,9 @@ def build_module(args, device):
 def replica_batch(args, module, device):
     """This replica's part of one fixed random global batch."""
     rows = args.mbs * args.plan.microbatches
-    replica = module.mesh["dp"].get_local_rank() if "dp" in (module.mesh.mesh_dim_names or ()) else 0
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.randint(0, args.vocab, (rows * args.plan.dp, args.seq), generator=generator)
-    tokens = tokens[replica * rows : (replica + 1) * rows].to(device)
+    tokens = tokens[module.replica * rows : (module.replica + 1) * rows].to(device)
     return dict(input_ids=tokens, labels=tokens)
 
 

@@ -149,8 +149,7 @@ def train_parallel(args, corpus):
         model.init_weights(args.seed)
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
 
-    replica = model.mesh["dp"].get_local_rank() if "dp" in (model.mesh.mesh_dim_names or ()) else 0
-    mine = slice(replica * per_replica, (replica + 1) * per_replica)
+    mine = slice(model.replica * per_replica, (model.replica + 1) * per_replica)
     losses = []
     with progress_report(args) as report:
         for step in range(args.steps):

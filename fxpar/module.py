@@ -108,6 +108,11 @@ class ParallelModule(nn.Module):
     def mesh(self) -> DeviceMesh:
         return self._bound.device_mesh
 
+    @property
+    def replica(self) -> int:
+        """Which data-parallel replica this rank belongs to, from 0: the part of the global batch that it is to pass in."""
+        return self._bound.index(self._bound.mesh.strategies.get("dp", ()))
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

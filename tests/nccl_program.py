@@ -45,8 +45,7 @@ def main(plan, dtype):
     single, exact = build(dtype).to(device), build(torch.float32).to(device)
     rows = ids.chunk(plan.dp)[0]
     module = fxpar.parallelize(copy.deepcopy(single), plan, {"input_ids": rows, "labels": rows})
-    replica = module.mesh["dp"].get_local_rank() if "dp" in module.mesh.mesh_dim_names else 0
-    rows = ids.chunk(plan.dp)[replica]
+    rows = ids.chunk(plan.dp)[module.replica]
     mine = {"input_ids": rows, "labels": rows}
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True) for m in (single, module)]
     for index in range(3):

@@ -57,9 +57,8 @@ class Counted:
 def parts(module: Any, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """This replica's rows of each microbatch."""
     dp = module.plan.dp
-    at = module.mesh["dp"].get_local_rank() if dp > 1 else 0
     rows = [{k: v.chunk(PARTS)[i] for k, v in batch.items()} for i in range(PARTS)]
-    return [{k: v.chunk(dp)[at] for k, v in part.items()} for part in rows]
+    return [{k: v.chunk(dp)[module.replica] for k, v in part.items()} for part in rows]
 
 
 def gradients(module: Any) -> dict[str, Tensor]:
