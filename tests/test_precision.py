@@ -177,3 +177,13 @@ def test_a_module_captures_again_under_autocast():
     assert narrow.item() != wide.item()
     assert narrow.item() == pytest.approx(want.item(), rel=HALF)
     assert module(**batch).item() == wide.item()
+
+
+@pytest.mark.parametrize("options", ["param_dtype=bf16", ""])
+def test_a_gradient_is_summed_where_its_parameter_is_used(options):
+    """In the backward pass its sum then starts as soon as it is there."""
+    model, batch = net()
+    program = fxpar.compile_program(model, ",".join(["dp=2", *filter(None, [options])]), batch)
+    order = [n for n in program.graph.nodes if n.target in (collectives.vary, aten.linear.default)]
+    kinds = ["linear" if n.target is aten.linear.default else "vary" for n in order]
+    assert kinds.index("linear") < len(kinds) - 1 - kinds[::-1].index("vary") < len(kinds) - 1
