@@ -69,17 +69,20 @@ def start_processes():
     return device
 
 
-def build_module(args, device):
-    """The model in fp32 on `device` (or meta, filled afterwards) under the plan, and how long that took."""
-    config = LlamaConfig(
+def config_of(args):
+    return LlamaConfig(
         hidden_size=args.hidden, intermediate_size=args.ffn, num_hidden_layers=args.layers,
         num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, vocab_size=args.vocab,
         max_position_embeddings=args.seq, use_cache=False, tie_word_embeddings=False,
         attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
+
+
+def build_module(args, device):
+    """The model in fp32 on `device` (or meta, filled afterwards) under the plan, and how long that took."""
     torch.manual_seed(args.seed)
     with torch.device("meta") if args.meta else device:
-        model = LlamaForCausalLM(config).float().train()
+        model = LlamaForCausalLM(config_of(args)).float().train()
     tokens = torch.zeros(args.mbs * args.plan.microbatches, args.seq, dtype=torch.long, device=device)
     example = dict(input_ids=tokens, labels=tokens)
     start = time.perf_counter()

@@ -18,8 +18,8 @@ import time
 
 import torch
 import torch.distributed as dist
-from bench_fxpar import SHAPE, build_module, replica_batch, slowest, start_processes
-from transformers import LlamaConfig, LlamaForCausalLM
+from bench_fxpar import SHAPE, build_module, config_of, replica_batch, slowest, start_processes
+from transformers import LlamaForCausalLM
 
 import fxpar
 
@@ -54,14 +54,8 @@ def with_plan(args, text):
 
 def predict(args):
     """The report's figures, in GiB."""
-    config = LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.ffn, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, vocab_size=args.vocab,
-        max_position_embeddings=args.seq, use_cache=False, tie_word_embeddings=False,
-        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).float().train()
+        model = LlamaForCausalLM(config_of(args)).float().train()
     rows = args.mbs * args.plan.microbatches * args.plan.dp
     tokens = torch.empty(rows, args.seq, dtype=torch.long, device="meta")
     start = time.perf_counter()
