@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from fxpar import compat
 from fxpar.backends.runtime import GroupRuntime
 from fxpar.mesh import Axes, BoundMesh
+from fxpar.ops.scale import scale_
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, norm_type: float, bound: BoundMesh,
@@ -37,5 +38,5 @@ def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, norm_type: f
     total = torch.stack(parts).max() if math.isinf(norm_type) else torch.stack(parts).sum() ** (1 / norm_type)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for tensors in groups.values():
-        torch._foreach_mul_(tensors, scale.to(tensors[0].device))
+        scale_(tensors, scale.to(tensors[0].device))
     return total
