@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxpar.backends.copies import bulk
-
 c10d = torch.ops._c10d_functional
 BUCKET_BYTES = 128 * 2**20
+NOTHING: Mapping[str, str] = MappingProxyType({})
 COALESCED: dict[Any, Any] = {
     c10d.all_reduce.default: c10d.all_reduce_coalesced.default,
     c10d.reduce_scatter_tensor.default: c10d.reduce_scatter_tensor_coalesced.default,
@@ -21,20 +21,20 @@ COALESCED: dict[Any, Any] = {
 REDUCTIONS = (c10d.reduce_scatter_tensor.default, c10d.all_reduce.default)
 
 
-def bucket_reductions(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
+def bucket_reductions(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mapping[str, str] = NOTHING) -> None:
     """Join reductions whose results only leave the graph, in place.
 
     Takes: a functional graph in its final order. Afterwards: runs of such reductions of one kind over one group, of at least
     about `limit` bytes of operands, are one coalesced operator (one launch, no copies), started where the last of them was.
     A bucket of reduce-scatters is waited for when the second after it starts, because its operands are kept until then; what
-    is reduced in place is waited for at the end.
+    is reduced in place is waited for at the end. bulk: name of a group -> that which scatters over it instead.
     """
     for kind in REDUCTIONS:
-        _bucket_kind(graph, kind, limit)
+        _bucket_kind(graph, kind, limit, bulk)
     graph.lint()
 
 
-def _bucket_kind(graph: fx.Graph, kind: Any, limit: int) -> None:
+def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, bulk: Mapping[str, str]) -> None:
     open_buckets: dict[tuple, list[fx.Node]] = {}
     full: list[list[fx.Node]] = []
     for node in [n for n in graph.nodes if n.target is kind and leaves_graph(n)]:
@@ -45,9 +45,9 @@ def _bucket_kind(graph: fx.Graph, kind: Any, limit: int) -> None:
             full.append(open_buckets.pop(key))
     order = {n: i for i, n in enumerate(graph.nodes)}
     full = sorted([*full, *open_buckets.values()], key=lambda b: order[b[-1]])
-    starts = [join(graph, bucket, bucket[-1], bulk) for bucket in full]
-    output = graph.output_node()
     scatter = kind is c10d.reduce_scatter_tensor.default
+    starts = [join(graph, bucket, bucket[-1], bulk if scatter else NOTHING) for bucket in full]
+    output = graph.output_node()
     for k, start in enumerate(starts):
         until = starts[k + 2] if scatter and k + 2 < len(starts) else output
         for wait in _waits(start):
@@ -71,19 +71,20 @@ def _bytes(node: Any) -> int:
     return value.numel() * value.element_size()
 
 
-def join(graph: fx.Graph, bucket: list[fx.Node], at: fx.Node, group: Callable[[str], str]) -> fx.Node:
+def join(graph: fx.Graph, bucket: list[fx.Node], at: fx.Node, bulk: Mapping[str, str]) -> fx.Node:
     """One coalesced operator after `at` in place of the bucket's; their waits are left where they are.
 
-    ``group(name)`` is the group that communicates it instead of the one of that name.
+    bulk: name of a group -> that which communicates it instead.
     """
     first = bucket[0]
     args: Any = first.args
+    group = bulk.get(args[-1], args[-1])
     if len(bucket) == 1:
-        first.args = (*args[:-1], group(args[-1]))
+        first.args = (*args[:-1], group)
         return first
     with graph.inserting_after(at):
         operands = [n.args[0] for n in bucket]
-        joined = graph.call_function(COALESCED[first.target], (operands, *args[1:-1], group(args[-1])))
+        joined = graph.call_function(COALESCED[first.target], (operands, *args[1:-1], group))
     joined.meta = dict(first.meta)
     joined.meta["val"] = [n.meta["val"] for n in bucket]
     after = joined

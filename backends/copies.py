@@ -1,8 +1,9 @@
 """copies: parameters gathered and gradients scattered by copy engines, between GPUs that see each other's memory.
 
 NCCL's kernels run on the multiprocessors. A matrix product that fills the GPU loses about as much time to the collective
-beside it as is hidden by running them together. Copies between the GPUs of one host take no multiprocessors: what is left for
-those is to add what has arrived (see "Low-contention collectives" in PyTorch's symmetric memory).
+beside it as is hidden by running them together, and a kernel beside it waits until multiprocessors are free: once for every
+matrix product, if it takes many kernels. Copies between the GPUs of one host take no multiprocessors (see "Low-contention
+collectives" in PyTorch's symmetric memory). What has arrived is added where it is waited for.
 
 The bytes go through *slots*: buffers of a fixed size that all ranks of a group can read and write. An operation is cut
 into rounds that fit a slot, and rounds take two slots in turn with one barrier each: who has passed the barrier of one
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
@@ -26,18 +28,29 @@ from fxpar import compat
 SLOT_BYTES = 64 * 2**20
 ALIGNED = 256
 
-_BULK: dict[str, str] = {}
+_made: dict[str, tuple[dist.ProcessGroup, CopyGroup, str]] = {}
+"""Name of a group -> that group, what copies for it, and the name of that. Modules on one group share it, one after another."""
+_count = itertools.count()
 
 
-def bulk(name: str) -> str:
-    """The name of the group that moves parameters and gradients for the group of this name: a `CopyGroup`, or itself."""
-    return _BULK.get(name, name)
+def known(group: dist.ProcessGroup) -> str | None:
+    """The name of the `CopyGroup` of this group, if one was made."""
+    found = _made.get(group.group_name)
+    return found[2] if found is not None and found[0] is group else None
 
 
-def move_bulk(name: str, group: CopyGroup) -> None:
-    """From now on, `group` does that for the group of this name."""
-    _BULK[name] = f"{name}-copies"
-    compat.register_group(group, _BULK[name])
+def register(group: dist.ProcessGroup, copies: CopyGroup) -> str:
+    """Have functional collectives find what copies for `group`, by the name that is returned."""
+    name = f"{group.group_name}-copies{next(_count)}"
+    compat.register_group(copies, name)
+    _made[group.group_name] = group, copies, name
+    return name
+
+
+def on_gpu(group: dist.ProcessGroup) -> CopyGroup:
+    """A `CopyGroup` of the current GPU. Raises: RuntimeError, OSError where the GPUs cannot see each other's memory."""
+    slots = compat.SymmetricSlots(group, SLOT_BYTES, torch.device("cuda", torch.cuda.current_device()))
+    return CopyGroup(slots, torch.cuda.Stream(priority=-1))
 
 
 class Part(NamedTuple):
@@ -103,11 +116,10 @@ class CopyGroup(dist.ProcessGroup):
                 for peer in self._others():
                     _copy(self._windows(peer, slot, me * region, parts), _cut([x[peer] for x in whole], parts))
                 self.slots.barrier()
-                totals, into = _cut([x[me] for x in whole], parts), _cut(flat, parts)
-                for peer in self._others():
-                    arrived = self._windows(me, slot, peer * region, parts)
-                    totals = [torch.add(x, y, out=z) for x, y, z in zip(totals, arrived, into, strict=True)]
-            return _Done(inputs, self.stream)
+                into = _cut(flat, parts)
+                for k, peer in enumerate(self._others()):
+                    (_add if k else _copy)(into, self._windows(me, slot, peer * region, parts))
+            return _Done(inputs, self.stream, flat, [x[me] for x in whole])
 
     def _windows(self, rank: int, slot: int, start: int, parts: tuple[Part, ...]) -> list[Tensor]:
         """Where the parts of a round lie in a rank's slot, from byte `start`."""
@@ -140,17 +152,20 @@ class CopyGroup(dist.ProcessGroup):
 
 
 class _Done(dist.Work):
-    """Waiting makes the current stream wait, not the host."""
+    """Waiting makes the current stream wait, not the host, and then add `more` to `totals`."""
 
-    def __init__(self, operands: list[Tensor], stream: torch.cuda.Stream | None):
+    def __init__(self, operands: list[Tensor], stream: torch.cuda.Stream | None, totals: Sequence[Tensor] = (),
+                 more: Sequence[Tensor] = ()):
         super().__init__()
-        self.operands = operands
+        self.operands, self.totals, self.more = operands, totals, more
         self.event = stream.record_event() if stream is not None else None
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         if self.event is not None:
             self.event.wait()
-        self.operands = []
+        if self.totals:
+            _add(self.totals, self.more)
+        self.operands, self.totals, self.more = [], [], []
         return True
 
 
@@ -178,10 +193,15 @@ def rounds(tensors: tuple[tuple[int, torch.dtype], ...], nbytes: int) -> tuple[t
     return tuple(tuple(r) for r in out if r)
 
 
-def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """One copy each: a kernel that copies several would take multiprocessors."""
     for y, x in zip(to, source, strict=True):
         y.copy_(x)
+
+
+@torch.no_grad()
+def _add(to: Sequence[Tensor], more: Sequence[Tensor]) -> None:
+    torch._foreach_add_(list(to), list(more))
 
 
 def _cut(flat: Sequence[Tensor], parts: tuple[Part, ...]) -> list[Tensor]:

@@ -6,46 +6,55 @@ graphs and can bucket them and hide them behind compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
 
 from fxpar import compat
-from fxpar.backends import buckets, overlap, prefetch, remat
+from fxpar.backends import buckets, casts, overlap, prefetch, remat, widen
+from fxpar.backends.buckets import NOTHING
 from fxpar.backends.remat import choose_recomputation
+from fxpar.backends.runtime import GroupRuntime
 from fxpar.backends.trace import tensor_inputs_only
-from fxpar.ops.collectives import Runtime, use_runtime
+from fxpar.ops.collectives import use_runtime
 from fxpar.plan import Plan
 
+SCHEDULE = [str(m.__file__) for m in (widen, overlap, prefetch, casts, buckets)]
 
-def _schedule(graph: fx.Graph, plan: Plan) -> None:
+
+def _schedule(graph: fx.Graph, plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool = False) -> None:
+    widen.widen_products(graph, as_on_gpu)
     overlap.overlap_communication(graph)
     if plan.overlap_param_gather:
-        prefetch.prefetch_parameters(graph)
+        prefetch.prefetch_parameters(graph, bulk=bulk)
     if plan.overlap_grad_reduce:
-        buckets.bucket_reductions(graph)
+        buckets.bucket_reductions(graph, bulk=bulk)
 
 
-def settings(plan: Plan) -> dict[str, Any]:
-    """Inductor's settings for one graph: our order of operators, which its own reordering must not undo."""
+def settings(plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool = False) -> dict[str, Any]:
+    """Inductor's settings for one graph: our order of operators, which its own reordering must not undo.
+
+    bulk: name of a group -> that which gathers parameters and scatters gradients over it instead. as_on_gpu: for graphs that
+    are looked at, and not run.
+    """
     return {
         "joint_custom_pre_pass": compat.graph_pass(
             lambda graph: choose_recomputation(graph, plan), remat.__file__, key=str((plan.zero, plan.recompute))
         ),
         "post_grad_custom_post_pass": compat.graph_pass(
-            lambda graph: _schedule(graph, plan), overlap.__file__, prefetch.__file__, buckets.__file__,
-            key=str((plan.overlap_param_gather, plan.overlap_grad_reduce)),
+            lambda graph: _schedule(graph, plan, bulk, as_on_gpu), *SCHEDULE,
+            key=str((plan.overlap_param_gather, plan.overlap_grad_reduce, dict(bulk), as_on_gpu)),
         ),
         "reorder_for_peak_memory": False,
     }
 
 
-def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan) -> Callable:
+def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, plan: Plan) -> Callable:
     """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters)."""
-    plain, keep = tensor_inputs_only(module, example, tables=True)
+    plain, keep = tensor_inputs_only(module, example, fused=True)
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
-        compiled = compat.compile_graph(plain, [example[i] for i in keep], settings(plan))
+        compiled = compat.compile_graph(plain, [example[i] for i in keep], settings(plan, runtime.bulk))
 
     def run(*inputs: Any) -> Any:
         with use_runtime(runtime):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx
 
-from fxpar.backends.buckets import BUCKET_BYTES, join
-from fxpar.backends.copies import bulk
+from fxpar.backends.buckets import BUCKET_BYTES, NOTHING, REDUCTIONS, join, leaves_graph
+from fxpar.backends.casts import cast_together
 from fxpar.backends.remat import UNSHARD
 
 FIRST_BYTES, SMALL_BYTES = 16 * 2**20, 2**20
@@ -17,7 +19,7 @@ c10d = torch.ops._c10d_functional
 GATHER, WAIT = c10d.all_gather_into_tensor.default, c10d.wait_tensor.default
 
 
-def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
+def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mapping[str, str] = NOTHING) -> None:
     """Reorder the gathers of parameters in a forward or backward graph, in place.
 
     Takes: a functional graph in its final order, in which every wait stands before its first use. Afterwards: gathers over one
@@ -25,7 +27,9 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
     bucket by itself), and each bucket starts where the one `LEAD` before it is first waited for: at most ``LEAD + 1`` are
     held at a time, and all but the first run beside computation. The first is small, so that computation starts soon, and
     comes at the start; or, where little is gathered that was passed in (token ids), after what follows from that, up to the
-    next wait. Those under way beside the first start once all of it has been waited for.
+    next wait. The second starts once all of the first has been waited for, the third where the second is waited for; both no
+    later than the first gradients are reduced, which would keep them waiting. Casts in a bucket are one operator.
+    bulk: name of a group -> that which gathers over it instead.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
     ready = [n for n in graph.find_nodes(op="call_function", target=GATHER) if _from_input(n)]
@@ -38,16 +42,26 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES) -> None:
     stay = [n for n in graph.nodes if n.op != "placeholder" and n not in moved]
     for node in chains[0]:
         stay[0].prepend(node)
-    early = set(map(_wait, small))
-    start = next((n for n in stay if n.target is WAIT and n not in early), stay[0]) if small else stay[0]
-    last = max((order[_wait(n)] for n in buckets[0]), default=0) if buckets else 0
-    second = next(n for n in stay if n.op == "output" or order[n] > last)
-    anchors = [start, *[second] * LEAD, *(_wait(bucket[0]) for bucket in buckets[1:])]
-    for bucket, chain, anchor in zip(buckets, chains[1:], anchors, strict=False):
+    anchors = _anchors(stay, order, set(map(_wait, small)), buckets)
+    for bucket, chain, anchor in zip(buckets, chains[1:], anchors, strict=True):
         for node in chain:
             anchor.prepend(node)
+        cast_together(graph, [n.all_input_nodes[0] for n in bucket])
         join(graph, bucket, bucket[-1], bulk)
     graph.lint()
+
+
+def _anchors(stay: list[fx.Node], order: dict[fx.Node, int], early: set[fx.Node], buckets: list[list[fx.Node]]) -> list[fx.Node]:
+    """Before which of the nodes that stay each bucket starts. early: waits for what comes before the first."""
+    if not buckets:
+        return []
+    first = next((n for n in stay if n.target is WAIT and n not in early), stay[0]) if early else stay[0]
+    last = max(order[_wait(n)] for n in buckets[0])
+    second = next(n for n in stay if n.op == "output" or order[n] > last)
+    reduction = next((n for n in stay if n.target in REDUCTIONS and leaves_graph(n)), stay[-1])
+    waits = [_wait(bucket[0]) for bucket in buckets[1:]]
+    soon = [min(n, reduction, key=order.__getitem__) for n in (second, *waits[: LEAD - 1])]
+    return [first, *soon, *waits][: len(buckets)]
 
 
 def _buckets(gathers: list[fx.Node], limit: int) -> list[list[fx.Node]]:

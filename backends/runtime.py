@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from fxpar import compat
 from fxpar.backends import copies
 from fxpar.mesh import Axes, BoundMesh
 from fxpar.ops import collectives
@@ -22,7 +21,9 @@ class GroupRuntime:
 
     def __init__(self, mesh: BoundMesh):
         self.mesh = mesh
-        self._copy_groups: list[copies.CopyGroup] = []
+        self.bulk: dict[str, str] = {}
+        """Name of a group -> the name of that which gathers parameters and scatters gradients over it instead, in compiled
+        programs."""
 
     def prepare(self, module: fx.GraphModule) -> None:
         """Make every process group that `module` uses, in program order (the same on every rank)."""
@@ -30,7 +31,8 @@ class GroupRuntime:
             if node.target in collectives.COLLECTIVES:
                 self.mesh.group(node.args[1])
 
-    def copy_engines(self, axes: Axes, control: Control) -> bool:
+    def copy_engines(self, axes: Axes, control: Control,
+                     make: Callable[[dist.ProcessGroup], copies.CopyGroup] = copies.on_gpu) -> bool:
         """Have parameters gathered and gradients scattered over `axes` by copies between GPUs, in compiled programs, if every
         group over them is on one host that allows it.
 
@@ -41,14 +43,16 @@ class GroupRuntime:
         if any(len({hosts[r] for r in group}) > 1 for group in groups):
             return False
         group = self.mesh.group(axes)
-        try:
-            slots = compat.SymmetricSlots(group, copies.SLOT_BYTES, torch.device("cuda", torch.cuda.current_device()))
-        except (RuntimeError, OSError):
-            slots = None
-        if not all(control.exchange(slots is not None)) or slots is None:
-            return False
-        self._copy_groups.append(copies.CopyGroup(slots, torch.cuda.Stream(priority=-1)))
-        copies.move_bulk(group.group_name, self._copy_groups[-1])
+        name = copies.known(group)
+        if name is None:
+            try:
+                made = make(group)
+            except (RuntimeError, OSError):
+                made = None
+            if not all(control.exchange(made is not None)) or made is None:
+                return False
+            name = copies.register(group, made)
+        self.bulk[group.group_name] = name
         return True
 
     def size(self, axes: Axes) -> int:
@@ -81,18 +85,13 @@ class Control:
         self.world = dist.get_world_size()
         self.group = dist.new_group(backend="gloo") if self.world > 1 else None
 
-    def compare(self, number: int) -> Callable[[], bool]:
-        """Start one small CPU all-reduce. What is returned waits for it: whether every rank has the same number (63 bits)."""
+    def equal(self, number: int) -> bool:
+        """Whether every rank has the same number (63 bits): one small CPU all-reduce."""
         if self.group is None:
-            return lambda: True
+            return True
         pair = torch.tensor([number, -number], dtype=torch.int64)
-        work = dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
-
-        def equal() -> bool:
-            work.wait()
-            return pair[0].item() == -pair[1].item()
-
-        return equal
+        dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=self.group)
+        return pair[0].item() == -pair[1].item()
 
     def exchange(self, thing: object) -> list:
         """Every rank's `thing`, by rank."""

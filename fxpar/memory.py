@@ -114,11 +114,11 @@ def trace(program: Program) -> tuple[list[fx.Graph], list[_Input]]:
         if program.training and program.plan.microbatches > 1:
             module, more = _last_microbatch(program, [i.value for i in inputs if i is not None and i.part == "parameters"])
             inputs += more
-        plain, keep = tensor_inputs_only(module, [None if i is None else i.value for i in inputs], tables=True)
+        plain, keep = tensor_inputs_only(module, [None if i is None else i.value for i in inputs], fused=True)
         _as_on_gpu(plain)
         taken = [i for i in (inputs[k] for k in keep) if i is not None]
         with torch.set_grad_enabled(program.training):
-            lowered = compat.lowered_graphs(plain, [i.value for i in taken], inductor.settings(program.plan))
+            lowered = compat.lowered_graphs(plain, [i.value for i in taken], inductor.settings(program.plan, as_on_gpu=True))
     return [m.graph for m in lowered], taken
 
 

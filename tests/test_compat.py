@@ -219,6 +219,6 @@ def test_a_registered_group_is_found_by_its_name():
 def test_symmetric_slots_are_seen_by_all_ranks():
     """`compat.SymmetricSlots`: see slots_program.py."""
     program = Path(__file__).with_name("slots_program.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(program)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "equal" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

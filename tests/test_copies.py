@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -9,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import fxpar
 from fxpar import compat
+from fxpar.backends import copies
 from fxpar.backends.copies import ALIGNED, CopyGroup, rounds
 from tests.processes import launch
 
@@ -35,6 +40,20 @@ class SharedSlots:
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+class Alone:
+    """`Slots` of one rank."""
+
+    rank, size, nbytes = 0, 1, 4096
+
+    def __init__(self) -> None:
+        self.memory = torch.zeros(2, self.nbytes, dtype=torch.uint8)
+
+    def of(self, rank: int, which: int) -> Tensor:
+        return self.memory[which]
+
+    def barrier(self) -> None: ...
 
 
 def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -74,6 +93,63 @@ def test_results_are_those_of_the_collectives(world: int, nbytes: int):
         turns = launch(world, exchange, folder, nbytes)
         assert os.listdir(folder)
     assert len(set(turns)) == 1 and (turns[0] > 4) == (nbytes < 2**20)
+
+
+class Net(nn.Module):
+    """Nine classes: two ranks cannot share the last bias, so its gradient is summed whole, over the same group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 9)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.down(F.gelu(self.up(x))), target)
+
+
+def one_after_another(rank: int, folder: str, plans: list[str]) -> tuple[list[str], list[list[float]]]:
+    """A step under each plan: what moves parameters and gradients, and the loss and the distance of gradients from eager's."""
+    names, found = [], []
+    torch.manual_seed(0)
+    model, batch = Net(), {"x": torch.randn(4, 8), "target": torch.randint(9, (4,))}
+    mine = {k: v.chunk(2)[rank] for k, v in batch.items()}
+    want = model(**batch)
+    want.backward()
+    for i, plan in enumerate(plans):
+        module = fxpar.parallelize(copy.deepcopy(model), plan, mine, backend="inductor")
+        zero = module.plan.zero > 0
+        slots = Path(folder) / str(i)
+        slots.mkdir(exist_ok=True)
+        if zero:
+            made = functools.partial(CopyGroup, SharedSlots(str(slots), 2**16))
+            assert module._runtime.copy_engines(("dp",), module._control, lambda _, make=made: make())
+        names += module._runtime.bulk.values()
+        loss = module(**mine)
+        loss.backward()
+        grads = {n: p.grad.full_tensor() for n, p in module.named_parameters()}
+        found.append([abs(loss.item() - want.item()), *((grads[n] - p.grad).norm().item() for n, p in model.named_parameters())])
+    return names, found
+
+
+@pytest.mark.multiproc
+def test_modules_in_one_process_share_what_copies():
+    with tempfile.TemporaryDirectory() as folder:
+        plans = ["dp=2,zero=3", "dp=2", "dp=2,zero=2"]
+        for names, found in launch(2, one_after_another, folder, plans, timeout=300):
+            assert len(names) == 2 and len(set(names)) == 1
+            assert max(map(max, found)) < 1e-6
+
+
+def test_a_group_that_was_made_again_has_copies_of_its_own(monkeypatch):
+    monkeypatch.setattr(copies, "_made", {})
+    names = []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        group = dist.group.WORLD
+        assert copies.known(group) is None
+        names.append(copies.register(group, CopyGroup(Alone())))
+        assert copies.known(group) == names[-1]
+        dist.destroy_process_group()
+    assert len(set(names)) == 2
 
 
 @settings(max_examples=200)

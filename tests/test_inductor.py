@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -83,8 +84,8 @@ def test_compiled_graphs_communicate(two_ranks, monkeypatch, plan, forward, back
     graphs: list[Counter[str]] = []
     schedule = inductor._schedule
 
-    def seen(graph: fx.Graph, plan: fxpar.Plan) -> None:
-        schedule(graph, plan)
+    def seen(graph: fx.Graph, *options: Any) -> None:
+        schedule(graph, *options)
         graphs.append(Counter(n.target.overloadpacket.__name__ for n in graph.nodes
                               if getattr(n.target, "namespace", "") == "_c10d_functional"))
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import fx
 
 import fxpar
-from fxpar.backends import buckets, inductor, overlap, prefetch
+from fxpar.backends import buckets, casts, inductor, overlap, prefetch
 from fxpar.backends.remat import UNSHARD
 from tests.graphs import WAIT, Made
 from tests.harness import RANDOM
@@ -88,7 +88,7 @@ def keeps_values(made: Made, apply: Callable[[fx.Graph], None]) -> Made:
 
 def test_two_buckets_are_under_way_while_one_is_in_use(one_rank):
     made = keeps_values(forward(one_rank), lambda g: prefetch.prefetch_parameters(g, BYTES))
-    assert made.names() == ["start_p0", "wait_p0", "start_p1", "start_p2", "use_0", "start_p3", "wait_p1", "use_1", "start_p4",
+    assert made.names() == ["start_p0", "wait_p0", "start_p1", "use_0", "start_p2", "start_p3", "wait_p1", "use_1", "start_p4",
                             "wait_p2", "use_2", "wait_p3", "use_3", "wait_p4", "use_4"]  # fmt: skip
 
 
@@ -114,6 +114,50 @@ def test_parameters_of_another_dtype_are_in_other_buckets_and_cast_before(one_ra
     names = made.names()
     assert names.index("wait_p0") < min(names.index("narrow_p1"), names.index("narrow_p2"))
     assert max(names.index("narrow_p1"), names.index("narrow_p2")) < names.index("use_0") < names.index("wide_p1")
+
+
+def test_buckets_start_before_gradients_that_would_keep_them_waiting(one_rank):
+    """As in a backward pass: a large gradient is there before any parameter is used."""
+    made = Made()
+    x, *parameters = (made.input(name) for name in ("x", "p0", "p1", "p2", "p3"))
+    grad = made.scattered("grad", made.call("grad", aten.mm.default, x, x), one_rank)
+    for i, p in enumerate(parameters):
+        x = made.call(f"use_{i}", aten.mm.default, x, unshard(made, f"p{i}", p, one_rank))
+    made.graph.output((x, grad))
+    keeps_values(made, lambda g: (overlap.overlap_communication(g), prefetch.prefetch_parameters(g, BYTES)))
+    assert made.names() == ["start_p0", "grad", "start_p1", "start_p2", "start_grad", "wait_p0", "use_0", "start_p3", "wait_p1",
+                            "use_1", "wait_p2", "use_2", "wait_p3", "use_3", "wait_grad"]  # fmt: skip
+
+
+# ---- casts ----
+
+
+def narrowed(group: str, kinds: str) -> Made:
+    """Parameters cast and gathered: "n" as they are, "i" through a permutation that changes nothing, "t" transposed, "d" from
+    float64, "s" with their cast used once more, "w" without a cast."""
+    made = Made()
+    out = []
+    parameters = [made.input(f"p{k}", torch.float64 if kind == "d" else torch.float32) for k, kind in enumerate(kinds)]
+    for k, (kind, p) in enumerate(zip(kinds, parameters, strict=True)):
+        value = p if kind == "w" else made.call(f"narrow_{k}", casts.CAST, p, torch.bfloat16)
+        if kind in "it":
+            value = made.call(f"turned_{k}", aten.permute.default, value, [0, 1] if kind == "i" else [1, 0])
+        gathered = made.gathered(f"p{k}", value, group)
+        gathered.args[0].meta["custom"] = {UNSHARD: True}
+        out.append(made.call(f"use_{k}", aten.mul.Tensor, gathered, 3))
+        if kind == "s":
+            out.append(value)
+    made.graph.output(tuple(out))
+    return made
+
+
+@pytest.mark.parametrize("kinds, together", [
+    ("nn", [2]), ("nin", [3]), ("ntn", [2]), ("ndnd", [2, 2]), ("nsn", [2]), ("n", []), ("ts", []), ("wwnw", []), ("nwn", [])])
+def test_casts_of_a_bucket_are_one_operator(one_rank, kinds, together):
+    made = keeps_values(narrowed(one_rank, kinds), prefetch.prefetch_parameters)
+    assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.CAST_TOGETHER] == together
+    left = sum(n.target is casts.CAST for n in made.graph.nodes)
+    assert left + sum(together) == len(kinds) - kinds.count("w")
 
 
 def looked_up(group: str, lookup: bool) -> Made:

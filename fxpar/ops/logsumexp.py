@@ -1,0 +1,37 @@
+"""`logsumexp` over a long last dim, in parts that a kernel holds in registers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LONGEST, SHORTEST = 128, 32
+"""Elements of a part: the largest power of two between them that divides the row."""
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, part: int) -> Tensor:
+        parts = x.unflatten(-1, (-1, part))
+        most = parts.amax(-1, keepdim=True)
+        most = torch.where(most.isfinite(), most, 0.0)
+        out = torch.logsumexp((parts - most).exp().sum(-1).log() + most.squeeze(-1), -1)
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, out = ctx.saved_tensors
+        return grad.unsqueeze(-1) * (x - out.unsqueeze(-1)).exp(), None
+
+
+def logsumexp(x: Tensor) -> Tensor:
+    """``torch.logsumexp(x, -1)``: x [..., n], floating point -> [...].
+
+    A row that does not fit into registers is read twice, for its maximum and for its sum. Parts of it that do are
+    read once; what is left to do is a logsumexp over the parts. A row that cannot be cut, or is short, stays whole.
+    """
+    part = min(LONGEST, x.shape[-1] & -x.shape[-1])
+    if part < SHORTEST or x.shape[-1] < LONGEST * SHORTEST:
+        return torch.logsumexp(x, -1)
+    return _InParts.apply(x, part)

@@ -1,0 +1,63 @@
+"""A long logsumexp in parts, against PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fxpar
+from fxpar.backends.trace import tensor_inputs_only
+from fxpar.ops.logsumexp import LONGEST, SHORTEST, logsumexp
+from tests.graphs import local_feed
+
+INF, NAN = float("inf"), float("nan")
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 3), max_size=2), st.sampled_from([1, 32, 33, 128]), st.sampled_from([31, 32, 50, 64]),
+       st.sampled_from([0.1, 5.0, 300.0]), st.integers(0, 9))
+def test_values_and_gradients_are_those_of_torch(rows, a, b, spread, seed):
+    torch.manual_seed(seed)
+    x = (spread * torch.randn(*rows, a * b, dtype=torch.float64)).requires_grad_()
+    have, want = logsumexp(x), torch.logsumexp(x, -1)
+    torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(want)
+    (mine,), (theirs,) = (torch.autograd.grad(y, x, weight) for y in (have, want))
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("put", [
+    [(slice(None), -INF)], [(slice(0, LONGEST), -INF)], [(7, INF)], [(slice(None), INF)], [(3, NAN)], [(3, -INF), (9, INF)]])
+def test_rows_that_are_not_finite(put):
+    x = torch.randn(LONGEST * SHORTEST)
+    for where, value in put:
+        x[where] = value
+    x.requires_grad_()
+    have, want = logsumexp(x), torch.logsumexp(x, -1)
+    torch.testing.assert_close(have, want, equal_nan=True)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x)[0] for y in (have, want)), equal_nan=True)
+
+
+class Spread(torch.nn.Module):
+    def __init__(self, classes: int):
+        super().__init__()
+        self.head = torch.nn.Linear(4, classes)
+
+    def forward(self, x):
+        return torch.logsumexp(self.head(x), -1).sum()
+
+
+@pytest.mark.parametrize("classes, cut", [(LONGEST * SHORTEST, True), (LONGEST * SHORTEST + 1, False), (LONGEST, False)])
+def test_a_fused_program_cuts_long_rows_only(classes, cut):
+    model, batch = Spread(classes), {"x": torch.randn(2, 4)}
+    program = fxpar.compile_program(model, "dp=1", batch)
+    feed = local_feed(program, model, batch)
+    names = []
+    for fused in (True, False):
+        module, keep = tensor_inputs_only(program.module, feed, fused=fused)
+        loss = module(*(feed[i] for i in keep))[0]
+        torch.testing.assert_close(loss, model(**batch))
+        names.append("_InParts" in str(torch.autograd.graph.get_gradient_edge(loss).node.next_functions))
+    assert names == [cut, False]
