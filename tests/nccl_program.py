@@ -1,4 +1,4 @@
-"""What test_gpu.py starts on every GPU: three training steps of a Llama, compared with one GPU.
+"""What test_gpu.py starts on every GPU: three training steps of a Llama, compared with one GPU, and a checkpoint.
 
     torchrun --nproc-per-node=2 tests/nccl_program.py tp=2 float32
 
@@ -9,7 +9,9 @@ sums, so the parallel gradients may be no farther from those in fp32 than 1.5 ti
 
 import copy
 import os
+import shutil
 import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -27,10 +29,19 @@ def build(dtype):
 
 def step(model, batch):
     """The loss and the full gradients, by name."""
-    loss = model(**batch).loss
-    loss.backward()
+    if getattr(model, "plan", None) is not None and model.plan.microbatches > 1:
+        loss = model.train_step(**batch)
+    else:
+        loss = model(**batch).loss
+        loss.backward()
     full = {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)().float() for n, p in model.named_parameters()}
     return loss.detach().float(), full
+
+
+def parts(module, optimizer):
+    """This rank's parts of the parameters and of the optimizer's state."""
+    moments = [optimizer.state[p][key] for p in module.parameters() for key in ("exp_avg", "exp_avg_sq")]
+    return [t.detach().to_local() for t in (*module.parameters(), *moments)]
 
 
 def distance(a, b):
@@ -70,6 +81,23 @@ def train(plan, dtype, device):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    saves(module, optimizers[1])
+
+
+def saves(module, optimizer):
+    """What was saved, in the background, is there again after it was lost."""
+    where = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(where)
+    handle = fxpar.save_checkpoint(f"{where[0]}/step", module, optimizer, asynchronous=True)
+    kept = [t.clone() for t in parts(module, optimizer)]
+    for t in parts(module, optimizer):
+        t.zero_()
+    handle.wait()
+    fxpar.load_checkpoint(f"{where[0]}/step", module, optimizer)
+    assert all(map(torch.equal, parts(module, optimizer), kept))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(where[0])
 
 
 def compare(dtype, one, parallel, exact):

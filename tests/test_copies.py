@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import tempfile
 from pathlib import Path
@@ -26,20 +25,21 @@ c10d = torch.ops._c10d_functional
 
 
 class SharedSlots:
-    """`Slots` in files that every process maps."""
+    """`Slots` in files that every process of a group maps."""
 
-    def __init__(self, folder: str, nbytes: int):
-        self.rank, self.size, self.nbytes = dist.get_rank(), dist.get_world_size(), nbytes
-        names = [str(Path(folder) / f"slot{r}") for r in range(self.size)]
+    def __init__(self, folder: str, nbytes: int, group: dist.ProcessGroup | None = None):
+        self.group, self.nbytes = group, nbytes
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        names = [str(Path(folder) / f"slot{r}") for r in dist.get_process_group_ranks(group)]
         Path(names[self.rank]).write_bytes(bytes(2 * nbytes))
-        dist.barrier()
+        dist.barrier(group)
         self.memory = [torch.from_file(name, shared=True, size=2 * nbytes, dtype=torch.uint8) for name in names]
 
     def of(self, rank: int, which: int) -> Tensor:
         return self.memory[rank][which * self.nbytes : (which + 1) * self.nbytes]
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(self.group)
 
 
 class Alone:
@@ -106,37 +106,42 @@ class Net(nn.Module):
         return F.cross_entropy(self.down(F.gelu(self.up(x))), target)
 
 
-def one_after_another(rank: int, folder: str, plans: list[str]) -> tuple[list[str], list[list[float]]]:
-    """A step under each plan: what moves parameters and gradients, and the loss and the distance of gradients from eager's."""
-    names, found = [], []
+def one_after_another(rank: int, folder: str, plans: list[str]) -> list[tuple[list[str], list[float]]]:
+    """A step under each plan: what moves parameters and gradients, and how far loss and gradients are from eager's."""
+    found = []
     torch.manual_seed(0)
     model, batch = Net(), {"x": torch.randn(4, 8), "target": torch.randint(9, (4,))}
-    mine = {k: v.chunk(2)[rank] for k, v in batch.items()}
     want = model(**batch)
     want.backward()
     for i, plan in enumerate(plans):
-        module = fxpar.parallelize(copy.deepcopy(model), plan, mine, backend="inductor")
-        zero = module.plan.zero > 0
+        example = {k: v.chunk(fxpar.Plan.parse(plan).dp)[0] for k, v in batch.items()}
+        module = fxpar.parallelize(copy.deepcopy(model), plan, example, backend="inductor")
+        mine = {k: v.chunk(module.plan.dp)[module.replica] for k, v in batch.items()}
         slots = Path(folder) / str(i)
         slots.mkdir(exist_ok=True)
-        if zero:
-            made = functools.partial(CopyGroup, SharedSlots(str(slots), 2**16))
-            assert module._runtime.copy_engines(("dp",), module._control, lambda _, make=made: make())
-        names += module._runtime.bulk.values()
+        if stored := module._bound.mesh.strategies.get("zero", ()):
+            assert module._runtime.copy_engines(
+                stored, module._control, lambda group, slots=slots: CopyGroup(SharedSlots(str(slots), 2**16, group)))
         loss = module(**mine)
         loss.backward()
         grads = {n: p.grad.full_tensor() for n, p in module.named_parameters()}
-        found.append([abs(loss.item() - want.item()), *((grads[n] - p.grad).norm().item() for n, p in model.named_parameters())])
-    return names, found
+        far = [abs(loss.item() - want.item()), *((grads[n] - p.grad).norm().item() for n, p in model.named_parameters())]
+        found.append((list(module._runtime.bulk.values()), far))
+    assert all(group._seen for _, group, _ in copies._made.values())  # they were used
+    return found
 
 
 @pytest.mark.multiproc
-def test_modules_in_one_process_share_what_copies():
+@pytest.mark.parametrize("world, plans, made", [
+    (2, ["dp=2,zero=3", "dp=2", "dp=2,zero=2"], 1),
+    pytest.param(4, ["dp=2,tp=2,zero=3", "dp=4,dp_replicate=2,zero=3", "dp=4,zero=1"], 3, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_modules_on_one_group_share_what_copies(world, plans, made):
     with tempfile.TemporaryDirectory() as folder:
-        plans = ["dp=2,zero=3", "dp=2", "dp=2,zero=2"]
-        for names, found in launch(2, one_after_another, folder, plans, timeout=300):
-            assert len(names) == 2 and len(set(names)) == 1
-            assert max(map(max, found)) < 1e-6
+        for found in launch(world, one_after_another, folder, plans, timeout=500):
+            assert [len(names) for names, _ in found] == ["zero" in plan for plan in plans]
+            assert len({name for names, _ in found for name in names}) == made
+            assert max(max(far) for _, far in found) < 1e-6
 
 
 def test_a_group_that_was_made_again_has_copies_of_its_own(monkeypatch):

@@ -15,6 +15,7 @@ PROGRAM = Path(__file__).with_name("nccl_program.py")
     *((plan, dtype) for plan in ("dp=2", "tp=2", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,recompute=full")
       for dtype in ("float32", "bfloat16")),
     *((f"{plan},param_dtype=bf16,reduce_dtype=fp32", "bfloat16") for plan in ("dp=2", "dp=2,zero=3")),
+    *((f"dp=2,zero={level},microbatches=2", "float32") for level in (1, 2, 3)),
 ])  # fmt: skip
 def test_two_gpus_compute_what_one_does(plan, dtype):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(PROGRAM)]
