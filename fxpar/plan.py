@@ -222,7 +222,8 @@ def _zero_stage(name: str, value: object) -> int:
         return ZERO_NAMES.index(value.lower())
     if _is_int(value) and 0 <= value < len(ZERO_NAMES):
         return int(value)
-    _refuse_choice(name, value, ("0", "1", "2", "3", *ZERO_NAMES))
+    nearest = f"{min(max(int(value), 0), len(ZERO_NAMES) - 1)}" if _is_int(value) else None
+    _refuse_choice(name, value, ("0", "1", "2", "3", *ZERO_NAMES), nearest)
 
 
 def _switch(name: str, value: object) -> bool:
@@ -244,8 +245,8 @@ def _one_of(*choices: str) -> Callable[[str, object], str]:
     return check
 
 
-def _refuse_choice(name: str, value: object, choices: Sequence[str]) -> NoReturn:
-    match = difflib.get_close_matches(str(value).lower(), choices, n=1) or choices
+def _refuse_choice(name: str, value: object, choices: Sequence[str], nearest: str | None = None) -> NoReturn:
+    match = [nearest] if nearest is not None else difflib.get_close_matches(str(value).lower(), choices, n=1) or choices
     raise PlanError(name, value, f"must be one of {', '.join(choices)}", f"{name}={match[0]}")
 
 
