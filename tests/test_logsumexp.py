@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxpar
+import fxpar.testing
+from fxpar import memory
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.ops.logsumexp import LONGEST, SHORTEST, logsumexp
+from tests import zoo
 from tests.graphs import local_feed
 
 INF, NAN = float("inf"), float("nan")
@@ -61,3 +64,33 @@ def test_a_fused_program_cuts_long_rows_only(classes, cut):
         torch.testing.assert_close(loss, model(**batch))
         names.append("_InParts" in str(torch.autograd.graph.get_gradient_edge(loss).node.next_functions))
     assert names == [cut, False]
+
+
+class Masked(torch.nn.Module):
+    """A loss over classes, some of which are excluded."""
+
+    def __init__(self, excluded: slice):
+        super().__init__()
+        self.head = torch.nn.Linear(4, 64, bias=False)
+        mask = torch.zeros(64)
+        mask[excluded] = -INF
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return torch.logsumexp((self.head(x) + self.mask).float(), -1).mean()
+
+
+@pytest.mark.parametrize("excluded", [slice(0, 0), slice(0, 5), slice(0, 32), slice(32, 64), slice(0, 63)])
+@pytest.mark.parametrize("plan", ["tp=2", "dp=2,tp=2", "tp=4"])
+def test_ranks_that_hold_parts_of_the_classes(plan, excluded):
+    torch.manual_seed(0)
+    fxpar.testing.assert_equivalent(Masked(excluded), plan, {"x": torch.randn(4, 4)})
+
+
+def test_split_over_ranks_nothing_as_large_as_the_logits_is_kept_in_float32():
+    model, batch = zoo.build("llama")
+    program = fxpar.compile_program(model, "tp=2,param_dtype=bf16,outputs=loss", batch)
+    forward = memory.trace(program)[0][0]
+    mine = model.config.vocab_size // 2
+    kept = [n.meta["val"] for n in forward.output_node().all_input_nodes if n.op == "call_function"]
+    assert [t.dtype for t in kept if t.shape[-1:] == (mine,)] == [torch.bfloat16]

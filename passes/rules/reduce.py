@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fxpar.ops.logsumexp import known_logsumexp
 from fxpar.passes.factors import leaves
 from fxpar.passes.rules.registry import rule
 from fxpar.passes.rules.spec import Op, Spec, untouched
@@ -73,7 +74,7 @@ def whole_reduction(op: Op) -> Spec:
 
 @rule(aten.logsumexp)
 def logsumexp(op: Op) -> Spec:
-    """Split, each rank sums the exponentials of what it has (against the common maximum)."""
+    """Split, it is the logsumexp of every rank's own."""
     spec = _reduction(op)
     dims, _ = _reduced(op)
     if len(dims) == 1:
@@ -85,22 +86,20 @@ def logsumexp(op: Op) -> Spec:
 
 def _emit_logsumexp(local):
     op = local.op
-    dim = _reduced(op)[0][0]
-    axes = local.axes(op.dim(op.tensors()[0], dim))
+    (node,) = op.tensors()
+    dim = _reduced(op)[0][0] - len(op.dims(node))
+    axes = local.axes(op.dim(node, dim))
     if not axes:
         return local.default()
-    maximum, total = _max_and_sum(local, dim, axes)
-    out = local.call(aten.add.Tensor, local.call(aten.log.default, total), maximum)
-    return out if op["keepdim"] else local.call(aten.squeeze.dim, out, dim)
-
-
-def _max_and_sum(local, dim: int, axes):
-    """Over a split dim: the maximum (no gradient) and the sum of exponentials below it, on every rank."""
     x = local.args[0]
-    top = local.call(aten.amax.default, local.call(aten.detach.default, x), [dim], True)
-    top = local.reduce(top, axes, "max")
-    shifted = local.call(aten.exp.default, local.call(aten.sub.Tensor, x, local.vary(top, axes)))
-    return top, local.reduce(local.call(aten.sum.dim_IntList, shifted, [dim], True), axes, "sum")
+    part = local.call(aten.logsumexp.default, local.call(aten.detach.default, x), [dim])
+    part = local.call(aten.unsqueeze.default, part, dim)
+    top = local.reduce(part, axes, "max")
+    top = local.call(aten.where.ScalarOther, local.call(aten.isfinite.default, top), top, 0)
+    total = local.reduce(local.call(aten.exp.default, local.call(aten.sub.Tensor, part, top)), axes, "sum")
+    out = local.call(aten.add.Tensor, local.call(aten.log.default, total), top)
+    out = local.call(known_logsumexp, x, out) if op.needs_grad() else out
+    return out if op["keepdim"] else local.call(aten.squeeze.dim, out, dim)
 
 
 @rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax)
