@@ -85,13 +85,18 @@ class Control:
         self.world = dist.get_world_size()
         self.group = dist.new_group(backend="gloo") if self.world > 1 else None
 
-    def equal(self, number: int) -> bool:
-        """Whether every rank has the same number (63 bits): one small CPU all-reduce."""
+    def compare(self, number: int) -> Callable[[], bool]:
+        """Start one small CPU all-reduce. What is returned waits for it: whether every rank has the same number (63 bits)."""
         if self.group is None:
-            return True
+            return lambda: True
         pair = torch.tensor([number, -number], dtype=torch.int64)
-        dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=self.group)
-        return pair[0].item() == -pair[1].item()
+        work = dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+        def equal() -> bool:
+            work.wait()
+            return pair[0].item() == -pair[1].item()
+
+        return equal
 
     def exchange(self, thing: object) -> list:
         """Every rank's `thing`, by rank."""

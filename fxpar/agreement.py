@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fxpar.backends.runtime import Control
@@ -18,15 +18,21 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
-def agree_on_call(control: Control, key: Any) -> None:
-    """Compare the signature that each rank was called with: raises `MismatchError` on every rank unless all are the same."""
-    if control.equal(digest(repr(key))):
-        return
-    everyone = control.exchange(repr(key[0]))
-    first = everyone[0]
-    other = next((r for r, k in enumerate(everyone) if k != first), 0)
-    raise MismatchError(f"ranks were called differently: rank 0 with {first}, rank {other} with {everyone[other]}; every "
-                        "rank must pass inputs of the same shapes and dtypes, in the same mode")
+def agree_on_call(control: Control, key: Any) -> Callable[[], None]:
+    """Start comparing the signature that each rank was called with. What is returned ends it: it raises `MismatchError` on
+    every rank unless all are the same."""
+    equal = control.compare(digest(repr(key)))
+
+    def settle() -> None:
+        if equal():
+            return
+        everyone = control.exchange(repr(key[0]))
+        first = everyone[0]
+        other = next((r for r, k in enumerate(everyone) if k != first), 0)
+        raise MismatchError(f"ranks were called differently: rank 0 with {first}, rank {other} with {everyone[other]}; every "
+                            "rank must pass inputs of the same shapes and dtypes, in the same mode")
+
+    return settle
 
 
 @contextlib.contextmanager

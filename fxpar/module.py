@@ -210,23 +210,24 @@ class ParallelModule(nn.Module):
     def _lookup(self, call: calls.Call) -> tuple[Compiled, Callable[[], None]]:
         """What runs this call, and what to call after it was started.
 
-        That compares what the ranks were called with: on a GPU, where starting communication does not block, after the forward
-        has been started and beside it; but for a call that has to be compiled first.
+        That ends the comparison of what the ranks were called with. On a GPU, where starting communication does not block, it
+        runs beside the forward, but for a call that has to be compiled first.
         """
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         captured = (calls.signature(call), self.training, auto)
         key = (*captured, torch.is_grad_enabled())
-        if key in self._compiled and device == "cuda":
-            return self._compiled[key], lambda: agree_on_call(self._control, key)
-        agree_on_call(self._control, key)
+        settle = agree_on_call(self._control, key)
+        if key not in self._compiled or device != "cuda":
+            settle()
+            settle = _nothing
         if key not in self._compiled:
             if captured not in self._programs:
                 with agree_on_program(self._control) as made:
                     made.append(self._compile_call(call, self._tilings))
                 self._programs[captured] = made[0]
             self._compiled[key] = self._compile(self._programs[captured], call)
-        return self._compiled[key], _nothing
+        return self._compiled[key], settle
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its parameter layouts as the ones the parameters are stored in."""
