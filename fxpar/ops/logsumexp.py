@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 LONGEST, SHORTEST = 128, 32
 """Elements of a part: the largest power of two between them that divides the row."""
+
+LOG2_E = 1 / math.log(2)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """``x.exp()``: a GPU has one instruction for powers of two, and takes eight for powers of e."""
+    return (x * LOG2_E).exp2()
 
 
 class _InParts(torch.autograd.Function):
@@ -15,14 +24,14 @@ class _InParts(torch.autograd.Function):
         parts = x.unflatten(-1, (-1, part))
         most = parts.amax(-1, keepdim=True)
         most = torch.where(most.isfinite(), most, 0.0)
-        out = torch.logsumexp((parts - most).exp().sum(-1).log() + most.squeeze(-1), -1)
+        out = torch.logsumexp(_exp(parts - most).sum(-1).log() + most.squeeze(-1), -1)
         ctx.save_for_backward(x, out)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, out = ctx.saved_tensors
-        return grad.unsqueeze(-1) * (x - out.unsqueeze(-1)).exp(), None
+        return grad.unsqueeze(-1) * _exp(x - out.unsqueeze(-1)), None
 
 
 def logsumexp(x: Tensor) -> Tensor:
@@ -46,7 +55,7 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, out = ctx.saved_tensors
-        return grad * (x - out).exp(), None
+        return grad * _exp(x - out), None
 
 
 def known_logsumexp(x: Tensor, out: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
-        columns = torch.arange(ctx.width, device=grad.device)
-        return torch.where(columns == index.unsqueeze(-1), grad.unsqueeze(-1), 0.0).to(ctx.dtype), None
+        columns = torch.arange(ctx.width, device=grad.device, dtype=torch.int32)
+        at = index.clamp(-1, ctx.width).to(torch.int32)  # compared once per element of x: half as wide is twice as fast
+        return torch.where(columns == at.unsqueeze(-1), grad.unsqueeze(-1), 0.0).to(ctx.dtype), None
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
