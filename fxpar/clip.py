@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from fxpar import compat
 from fxpar.backends.runtime import GroupRuntime
 from fxpar.mesh import Axes, BoundMesh
-from fxpar.ops.scale import scale_
+from fxpar.ops.elementwise import scale_
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float, norm_type: float, bound: BoundMesh,

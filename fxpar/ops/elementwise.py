@@ -1,0 +1,108 @@
+"""Elementwise work on many tensors by one kernel each: `scale_` in place, `spread` to two places, `add` of two lists."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpar.ops.table import ALIGNED, BLOCK, table
+
+
+@functools.cache
+def _kernels() -> Any:
+    """One program a row of the table: the number of elements, then the addresses."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def address(place, like):
+        return tl.multiple_of(tl.load(place).to(tl.pointer_type(like.dtype.element_ty)), 16)
+
+    @triton.jit
+    def scale(table, factor, like, BLOCK: tl.constexpr):
+        by = tl.load(factor)
+        if by != 1.0:
+            row = table + 2 * tl.program_id(0)
+            count = tl.load(row)
+            x = address(row + 1, like)
+            whole = count // BLOCK * BLOCK
+            for start in range(0, whole, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                tl.store(x + at, tl.load(x + at) * by)
+            at = whole + tl.arange(0, BLOCK)
+            tl.store(x + at, tl.load(x + at, mask=at < count) * by, mask=at < count)
+
+    @triton.jit
+    def spread(table, source, to, BLOCK: tl.constexpr):
+        row = table + 4 * tl.program_id(0)
+        count = tl.load(row)
+        x, first, second = address(row + 1, source), address(row + 2, to), address(row + 3, to)
+        whole = count // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            value = tl.load(x + at).to(to.dtype.element_ty)
+            tl.store(first + at, value)
+            tl.store(second + at, value)
+        at = whole + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < count).to(to.dtype.element_ty)
+        tl.store(first + at, value, mask=at < count)
+        tl.store(second + at, value, mask=at < count)
+
+    @triton.jit
+    def add(table, like, BLOCK: tl.constexpr):
+        row = table + 4 * tl.program_id(0)
+        count = tl.load(row)
+        to, one, other = address(row + 1, like), address(row + 2, like), address(row + 3, like)
+        whole = count // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(to + at, tl.load(one + at) + tl.load(other + at))
+        at = whole + tl.arange(0, BLOCK)
+        tl.store(to + at, tl.load(one + at, mask=at < count) + tl.load(other + at, mask=at < count), mask=at < count)
+
+    return SimpleNamespace(scale=scale, spread=spread, add=add)
+
+
+def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply each tensor in place by `factor`, a float32 scalar on their device that the host does not look at.
+
+    On a GPU nothing is read or written if the factor is exactly 1.
+    """
+    groups: dict[tuple, list[Tensor]] = {}
+    for t in tensors:
+        if t.numel():
+            groups.setdefault((t.dtype, t.is_contiguous(), t.data_ptr() % ALIGNED), []).append(t)
+    for group in groups.values():
+        rows = table(group)
+        if rows is not None:
+            _kernels().scale[(len(rows),)](rows, factor, group[0], BLOCK)
+        else:
+            torch._foreach_mul_(group, factor)
+
+
+@torch.no_grad()
+def spread(source: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """first[i] and second[i], of its size, become source[i], which is read once."""
+    rows = table(source, first, second)
+    if rows is not None and first[0].dtype == second[0].dtype:
+        _kernels().spread[(len(rows),)](rows, source[0], first[0], BLOCK)
+    elif source:
+        to = [*itertools.chain(*zip(first, second, strict=True))]
+        torch._foreach_copy_(to, [*itertools.chain(*zip(source, source, strict=True))])
+
+
+@torch.no_grad()
+def add(to: Sequence[Tensor], one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    """to[i] becomes one[i] + other[i], of its size and dtype; it may be either of them."""
+    rows = table(to, one, other)
+    if rows is not None and to[0].dtype == one[0].dtype == other[0].dtype:
+        _kernels().add[(len(rows),)](rows, to[0], BLOCK)
+        return
+    for x, y, z in zip(to, one, other, strict=True):
+        torch.add(y, z, out=x)
