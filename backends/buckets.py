@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 c10d = torch.ops._c10d_functional
-BUCKET_BYTES = 128 * 2**20
+BUCKET_BYTES, REDUCTION_BYTES = 128 * 2**20, 160 * 2**20
+"""The most that parameters gathered, and gradients reduced, in one bucket have."""
 NOTHING: Mapping[str, str] = MappingProxyType({})
 COALESCED: dict[Any, Any] = {
     c10d.all_reduce.default: c10d.all_reduce_coalesced.default,
@@ -21,11 +22,12 @@ COALESCED: dict[Any, Any] = {
 REDUCTIONS = (c10d.reduce_scatter_tensor.default, c10d.all_reduce.default)
 
 
-def bucket_reductions(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mapping[str, str] = NOTHING) -> None:
+def bucket_reductions(graph: fx.Graph, limit: int = REDUCTION_BYTES, bulk: Mapping[str, str] = NOTHING) -> None:
     """Join reductions whose results only leave the graph, in place.
 
-    Takes: a functional graph in its final order. Afterwards: runs of such reductions of one kind over one group, of at least
-    about `limit` bytes of operands, are one coalesced operator (one launch, no copies), started where the last of them was.
+    Takes: a functional graph in its final order. Afterwards: runs of such reductions of one kind over one group, of at most
+    `limit` bytes of operands (a larger one is a bucket by itself), are one coalesced operator (one launch, no copies), started
+    where the last of them was.
     A bucket of reduce-scatters is waited for when the second after it starts, because its operands are kept until then; what
     is reduced in place is waited for at the end. bulk: name of a group -> that which scatters over it instead.
     """
@@ -40,9 +42,10 @@ def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, bulk: Mapping[str, str]
     for node in [n for n in graph.nodes if n.target is kind and leaves_graph(n)]:
         key = (*node.args[1:], node.meta["val"].dtype)
         bucket = open_buckets.setdefault(key, [])
+        if bucket and sum(_bytes(n.args[0]) for n in [*bucket, node]) > limit:
+            full.append(bucket)
+            bucket = open_buckets[key] = []
         bucket.append(node)
-        if sum(_bytes(n.args[0]) for n in bucket) >= limit:
-            full.append(open_buckets.pop(key))
     order = {n: i for i, n in enumerate(graph.nodes)}
     full = sorted([*full, *open_buckets.values()], key=lambda b: order[b[-1]])
     scatter = kind is c10d.reduce_scatter_tensor.default

@@ -1,15 +1,18 @@
-"""casts: parameters that are gathered together are cast together, by one kernel."""
+"""casts: parameters that are gathered together are cast together: by one kernel, or where they are copied anyway."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxpar import compat
+
 CAST = torch.ops.prims.convert_element_type.default
-PERMUTE = torch.ops.aten.permute.default
+PERMUTE, CAT = torch.ops.aten.permute.default, torch.ops.aten.cat.default
 
 
 def _cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -28,6 +31,114 @@ CAST_TOGETHER = torch.ops.fxpar.cast_together.default
 @torch.library.register_fake("fxpar::cast_together", lib=_library)
 def _fake(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty_like(t, dtype=dtype) for t in tensors]
+
+
+def _gathered(tensors: list[Tensor], dtype: torch.dtype, size: int, counts: list[int]) -> list[Tensor]:
+    groups = iter(tensors)
+    heads = [[next(groups) for _ in range(count)] for count in counts]
+    return [g[0].new_empty((size * sum(t.shape[0] for t in g), *g[0].shape[1:]), dtype=dtype) for g in heads]
+
+
+def _gather_casts(tensors: list[Tensor], dtype: torch.dtype, size: int, group: str, counts: list[int]) -> list[Tensor]:
+    out = _gathered(tensors, dtype, size, counts)
+    each, parts = iter(tensors), []
+    for whole, count in zip(out, counts, strict=True):
+        parts += whole.split([size * next(each).shape[0] for _ in range(count)])
+    work = compat.collective_group(group).allgather_into_tensor_coalesced(parts, tensors)
+    for whole in out:
+        compat.register_work(whole, work)
+    return out
+
+
+_library.define("gather_casts(Tensor[] tensors, ScalarType dtype, int size, str group, int[] counts) -> Tensor[]")
+_library.impl("gather_casts", _gather_casts, "CompositeExplicitAutograd")
+GATHER_CASTS = torch.ops.fxpar.gather_casts.default
+"""As `all_gather_into_tensor_coalesced`, on a `CopyGroup`, with results in another dtype; `counts` of them, one after the other,
+are concatenated."""
+
+
+@torch.library.register_fake("fxpar::gather_casts", lib=_library)
+def _fake_gather(tensors: list[Tensor], dtype: torch.dtype, size: int, group: str, counts: list[int]) -> list[Tensor]:
+    return _gathered(tensors, dtype, size, counts)
+
+
+def gather_casts(graph: fx.Graph, bucket: list[fx.Node], bulk: Mapping[str, str]) -> bool:
+    """Join, in place, gathers of inputs of the graph that are cast before, if all are: says whether it did.
+
+    Takes: gathers over one group, in the order in which they are waited for, after whose last one nothing that they need
+    stands. bulk: name of a group -> the name of the `CopyGroup` that gathers over it instead; of others nothing is joined.
+    Afterwards: one operator, where the last of them stood, gathers and casts; and concatenates those that are only used so.
+    """
+    args: Any = bucket[0].args
+    casts = {n: cast for n in bucket if (cast := _cast_of(n.all_input_nodes[0])) is not None}
+    kinds = {(c.all_input_nodes[0].meta["val"].dtype, c.args[1]) for c in casts.values()}
+    if args[-1] not in bulk or len(casts) < len(bucket) or len(kinds) > 1:
+        return False
+    groups = _concatenated(bucket)
+    ((_, dtype),) = kinds
+    with graph.inserting_after(bucket[-1]):
+        shards = [casts[n].args[0] for group, _ in groups for n in group]
+        joined = graph.call_function(GATHER_CASTS, (shards, dtype, args[1], bulk[args[-1]], [len(g) for g, _ in groups]))
+    values = [(cat or group[0]).meta["val"] for group, cat in groups]
+    joined.meta = {**bucket[0].meta, "val": values}
+    operands, unused, after = [n.all_input_nodes[0] for n in bucket], [], joined
+    for i, (group, cat) in enumerate(groups):
+        first = min(group, key=bucket.index)
+        wait = next(iter(first.users))
+        with graph.inserting_after(after):
+            after = graph.call_function(operator.getitem, (joined, i))
+        after.meta = {**first.meta, "val": values[i]}
+        wait.args = (after,)
+        if cat is not None:
+            wait.meta = {**wait.meta, "val": cat.meta["val"]}
+            cat.replace_all_uses_with(wait)
+            unused.append(cat)
+    erase_unused(graph, [*unused, *bucket, *operands])
+    return True
+
+
+def _concatenated(bucket: list[fx.Node]) -> list[tuple[list[fx.Node], fx.Node | None]]:
+    """The gathers of a bucket: those of which nothing is used but their concatenation in the order of that, with it."""
+    into = {value: (gather, cat) for gather in bucket for value, cat in [concatenation(gather)] if cat is not None}
+    groups: list[tuple[list[fx.Node], fx.Node | None]] = []
+    for cat in dict.fromkeys(cat for _, cat in into.values()):
+        values: Any = cat.args[0]
+        if len(set(values)) == len(values) and all(v in into for v in values):
+            groups.append(([into[v][0] for v in values], cat))
+    done = {n for group, _ in groups for n in group}
+    return [*groups, *(([n], None) for n in bucket if n not in done)]
+
+
+def concatenation(gather: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """What is used of a gather, which is waited for; and the concatenation of rows, if it is used for that alone, as it is."""
+    value = next(iter(gather.users))
+    while (user := _only_user(value)) is not None and user.target is PERMUTE:
+        value = user
+    joins = user is not None and user.target is CAT and user.args[1:] in ((), (0,)) and _is_as_gathered(value)
+    return value, user if joins else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_as_gathered(value: fx.Node) -> bool:
+    """Whether the permutations behind which it stands change nothing together."""
+    order = list(range(value.meta["val"].dim()))
+    while value.target is PERMUTE:
+        dims: Any = value.args[1]
+        order, value = [dims[i] for i in order], value.all_input_nodes[0]
+    return order == sorted(order)
+
+
+def erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase what nothing uses, and what was there for that alone."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if not node.users and node.op == "call_function" and not node._erased:
+            stack += node.all_input_nodes
+            graph.erase_node(node)
 
 
 def cast_together(graph: fx.Graph, values: list[fx.Node]) -> None:

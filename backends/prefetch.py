@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import fx
 
 from fxpar.backends.buckets import BUCKET_BYTES, NOTHING, REDUCTIONS, join, leaves_graph
-from fxpar.backends.casts import cast_together
+from fxpar.backends.casts import cast_together, concatenation, gather_casts
 from fxpar.backends.remat import UNSHARD
 
 FIRST_BYTES, SMALL_BYTES = 16 * 2**20, 2**20
@@ -23,12 +24,13 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mappin
     """Reorder the gathers of parameters in a forward or backward graph, in place.
 
     Takes: a functional graph in its final order, in which every wait stands before its first use. Afterwards: gathers over one
-    group are joined, in the order of their first use, into buckets of at most `limit` bytes of results (a larger one is a
-    bucket by itself), and each bucket starts where the one `LEAD` before it is first waited for: at most ``LEAD + 1`` are
-    held at a time, and all but the first run beside computation. The first is small, so that computation starts soon, and
-    comes at the start; or, where little is gathered that was passed in (token ids), after what follows from that, up to the
-    next wait. The second starts once all of the first has been waited for, the third where the second is waited for; both no
-    later than the first gradients are reduced, which would keep them waiting. Casts in a bucket are one operator.
+    group are joined, in the order of their first use, into buckets of at most `limit` bytes of results (a larger one, or more
+    that are concatenated, are a bucket by themselves), and each bucket starts where the one `LEAD` before it is first waited
+    for: at most ``LEAD + 1`` are held at a time, and all but the first run beside computation. The first is small, so that
+    computation starts soon, and comes at the start; or, where little is gathered that was passed in (token ids), after what
+    follows from that, up to the next wait. The second starts once all of the first has been waited for, the third where the
+    second is waited for; both no later than the first gradients are reduced, which would keep them waiting. Casts in a bucket
+    are one operator, or part of the gather.
     bulk: name of a group -> that which gathers over it instead.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
@@ -43,11 +45,13 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mappin
     for node in chains[0]:
         stay[0].prepend(node)
     anchors = _anchors(stay, order, set(map(_wait, small)), buckets)
-    for bucket, chain, anchor in zip(buckets, chains[1:], anchors, strict=True):
+    for chain, anchor in zip(chains[1:], anchors, strict=True):
         for node in chain:
             anchor.prepend(node)
-        cast_together(graph, [n.all_input_nodes[0] for n in bucket])
-        join(graph, bucket, bucket[-1], bulk)
+    for bucket in buckets:
+        if not gather_casts(graph, bucket, bulk):
+            cast_together(graph, [n.all_input_nodes[0] for n in bucket])
+            join(graph, bucket, bucket[-1], bulk)
     graph.lint()
 
 
@@ -65,13 +69,15 @@ def _anchors(stay: list[fx.Node], order: dict[fx.Node, int], early: set[fx.Node]
 
 
 def _buckets(gathers: list[fx.Node], limit: int) -> list[list[fx.Node]]:
+    """Gathers that are concatenated stay together."""
     buckets: list[list[fx.Node]] = []
-    for node in gathers:
+    for _, group in itertools.groupby(gathers, key=lambda n: concatenation(n)[1] or n):
+        nodes = list(group)
         room = min(limit, FIRST_BYTES) if len(buckets) == 1 else limit
-        if buckets and _alike(buckets[-1][-1], node) and _bytes([*buckets[-1], node]) <= room:
-            buckets[-1].append(node)
+        if buckets and _alike(buckets[-1][-1], nodes[0]) and _bytes([*buckets[-1], *nodes]) <= room:
+            buckets[-1] += nodes
         else:
-            buckets.append([node])
+            buckets.append(nodes)
     return buckets
 
 

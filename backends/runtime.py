@@ -32,11 +32,11 @@ class GroupRuntime:
                 self.mesh.group(node.args[1])
 
     def copy_engines(self, axes: Axes, control: Control,
-                     make: Callable[[dist.ProcessGroup], copies.CopyGroup] = copies.on_gpu) -> bool:
+                     make: Callable[[dist.ProcessGroup], copies.CopyGroup]) -> bool:
         """Have parameters gathered and gradients scattered over `axes` by copies between GPUs, in compiled programs, if every
         group over them is on one host that allows it.
 
-        To be called on all ranks; says whether it is so. Costs two slots of memory a rank.
+        To be called on all ranks; says whether it is so. Costs the slots' memory on each rank.
         """
         groups = self.mesh.mesh.groups(axes)
         hosts = control.exchange(socket.gethostname())

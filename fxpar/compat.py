@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -132,6 +132,17 @@ def graph_pass(function: Callable[[fx.Graph], None], *files: str, key: str = "")
     return Pass()
 
 
+@functools.cache
+def lower_as_concatenation(operator: Any) -> None:
+    """Have Inductor compute the operands of ``operator(tensors, dim)`` in their places of the result."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lower(tensors: Any, dim: int) -> Any:
+        return ir.TensorBox(ir.ConcatKernel.create(tensors, dim))
+
+
 def in_backward(node: fx.Node) -> bool:
     """Whether a node of a joint graph was traced in its backward pass."""
     return node.meta.get("partitioner_tag") == "is_backward"
@@ -172,18 +183,25 @@ class SymmetricSlots:
     where the GPUs cannot.
     """
 
-    def __init__(self, group: Any, nbytes: int, device: torch.device):
+    def __init__(self, group: Any, sizes: Sequence[int], device: torch.device):
         from torch.distributed import _symmetric_memory as symmetric
 
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed, and not to be had on every host
-        memory = symmetric.empty(2 * nbytes + 4 * group.size(), dtype=torch.uint8, device=device).zero_()
+        nbytes = sum(sizes)
+        memory = symmetric.empty(nbytes + 4 * group.size(), dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize(device)
         handle = symmetric.rendezvous(memory, group.group_name)
-        self.rank, self.size, self.nbytes = handle.rank, handle.world_size, nbytes
-        self._slots = [handle.get_buffer(r, (2, nbytes), torch.uint8) for r in range(self.size)]
-        self._flags = [handle.get_buffer(r, (self.size,), torch.int32, nbytes // 2) for r in range(self.size)]
+        self.rank, self.size = handle.rank, handle.world_size
+        self._slots = [handle.get_buffer(r, (nbytes,), torch.uint8).split(list(sizes)) for r in range(self.size)]
+        flags = [handle.get_buffer(r, (self.size,), torch.int32, nbytes // 4) for r in range(self.size)]
+        peers = [r for r in range(self.size) if r != self.rank]
+        self._to = [flags[r][self.rank : self.rank + 1] for r in peers]
+        self._from = [flags[self.rank].data_ptr() + 4 * r for r in peers]
         self._count, self._counter = 0, torch.zeros(1, dtype=torch.int32, device=device)
-        self._keep, self._driver = (memory, handle), ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
+        self._keep, self._write, self._wait = (memory, handle), driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
+        for operation in (self._write, self._wait):
+            operation.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
         handle.barrier()
         torch.cuda.synchronize(device)
 
@@ -193,18 +211,24 @@ class SymmetricSlots:
     def barrier(self) -> None:
         self._count += 1
         stream = torch.cuda.current_stream().cuda_stream
-        self._memory_operation("cuStreamWriteValue32_v2", stream, self._counter.data_ptr())
-        peers = [r for r in range(self.size) if r != self.rank]
-        for peer in peers:
-            self._flags[peer][self.rank : self.rank + 1].copy_(self._counter)
-        for peer in peers:  # 0: until it is at least the count
-            self._memory_operation("cuStreamWaitValue32_v2", stream, self._flags[self.rank].data_ptr() + 4 * peer)
+        codes = [self._write(stream, self._counter.data_ptr(), self._count, 0)]
+        for flag in self._to:
+            flag.copy_(self._counter)
+        codes += [self._wait(stream, flag, self._count, 0) for flag in self._from]  # 0: until it is at least the count
+        if any(codes):
+            raise RuntimeError(f"memory operations of a stream failed with CUDA error {max(codes)}")
 
-    def _memory_operation(self, name: str, stream: int, address: int) -> None:
-        code = getattr(self._driver, name)(
-            ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(self._count), ctypes.c_uint(0))
-        if code:
-            raise RuntimeError(f"{name} failed with CUDA error {code}")
+
+def collective_group(name: str) -> Any:
+    """The group of which functional collectives know this name."""
+    c10d: Any = torch._C._distributed_c10d
+    return c10d._resolve_process_group(name)
+
+
+def register_work(tensor: torch.Tensor, work: Any) -> None:
+    """Have `wait_tensor` wait for `work` before `tensor` is used."""
+    c10d: Any = torch._C._distributed_c10d
+    c10d._register_work(tensor, work)
 
 
 def register_group(group: Any, name: str) -> None:

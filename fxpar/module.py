@@ -18,6 +18,7 @@ from fxpar import compat, storage
 from fxpar import inputs as calls
 from fxpar.accumulation import Accumulator, Step
 from fxpar.agreement import agree_on_call, agree_on_program
+from fxpar.backends import copies
 from fxpar.backends.runtime import Control, GroupRuntime
 from fxpar.clip import clip_grad_norm
 from fxpar.dump import readable
@@ -93,9 +94,6 @@ class ParallelModule(nn.Module):
         self._bound, self._control = bound, control
         self._compile_call, self._lower = compile_call, lower
         self._runtime = GroupRuntime(bound)
-        stored = bound.mesh.strategies.get("zero", ())
-        if stored and device.type == "cuda" and plan.overlap_param_gather and plan.overlap_grad_reduce:
-            self._runtime.copy_engines(stored, control)
         self._programs: dict[tuple, Program] = {}
         self._compiled: dict[tuple, Compiled] = {}
         self._tilings: dict[str, Tiling] = {}
@@ -233,6 +231,7 @@ class ParallelModule(nn.Module):
         """Take the program of an example call, and its parameter layouts as the ones the parameters are stored in."""
         self._programs[(calls.signature(call), self.training, None)] = program
         self._store(program)
+        self._use_copy_engines()
         seeds = self._control.exchange(torch.initial_seed() & 0x7FFFFFFF)
         self.seed = seeds[0]
 
@@ -267,6 +266,17 @@ class ParallelModule(nn.Module):
             for table in (module._parameters, module._buffers):
                 for key in table:
                     self._slots[f"{module_name}.{key}" if module_name else key] = (table, key)
+
+    def _use_copy_engines(self) -> None:
+        """Have parameters gathered and gradients scattered by copies between GPUs, where that can be."""
+        plan, mesh = self.plan, self._bound.mesh
+        stored = mesh.strategies.get("zero", ())
+        if not stored or not copies.available(self.device) or not plan.overlap_param_gather or not plan.overlap_grad_reduce:
+            return
+        sizes = [(count * (plan.param_dtype or p.dtype).itemsize, count * (plan.reduce_dtype or p.dtype).itemsize)
+                 for p in self.parameters() for count in [mesh.size(*stored) * compat.local_part(p).numel()]]
+        parameter, gradient = max((s for s in sizes if s[1] <= copies.LARGEST), key=lambda s: s[1], default=(0, 0))
+        self._runtime.copy_engines(stored, self._control, lambda group: copies.on_gpu(group, parameter, gradient))
 
     def _of_rank_0(self, t: Tensor) -> Tensor:
         """The same initial value on every rank, as DDP has it: ranks may have built the model from different seeds."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fxpar import compat
-from fxpar.backends.copies import CopyGroup
+from fxpar.backends.copies import GATHERS, SCATTERS, CopyGroup
 
 c10d = torch.ops._c10d_functional
 
@@ -19,7 +19,8 @@ def main():
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     n, nccl = dist.get_world_size(), dist.group.WORLD.group_name
-    group = CopyGroup(compat.SymmetricSlots(dist.group.WORLD, 2**20, device), torch.cuda.Stream(priority=-1))
+    slots = compat.SymmetricSlots(dist.group.WORLD, [2**20] * len([*GATHERS, *SCATTERS]), device)
+    group = CopyGroup(slots, torch.cuda.Stream(priority=-1))
     compat.register_group(group, "copies")
     generator = torch.Generator(device).manual_seed(dist.get_rank())
     for turn in range(50):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fxpar import compat
 from fxpar.backends.copies import CopyGroup
+from tests.slots import Alone
 
 aten = torch.ops.aten
 
@@ -198,14 +201,17 @@ def test_lowered_graphs_are_those_of_forward_and_backward():
         assert len(compat.lowered_graphs(graph, [x, w], {})) == 1
 
 
-class Alone:
-    """Slots of one rank."""
+def test_operands_are_computed_where_they_are_concatenated():
+    """`compat.lower_as_concatenation`."""
+    from fxpar.backends.products import WRITTEN
 
-    rank, size, nbytes = 0, 1, 256
-    barrier = staticmethod(lambda: None)
-
-    def of(self, rank: int, which: int) -> torch.Tensor:
-        return torch.empty(self.nbytes, dtype=torch.uint8)
+    compat.lower_as_concatenation(WRITTEN)
+    x = torch.randn(4, 3)
+    run = torch.compile(lambda x: WRITTEN([x.sin(), x.cos()], 1), fullgraph=True)
+    with torch.no_grad():
+        have, (code,) = torch._inductor.utils.run_and_get_code(run, x)
+    assert torch.equal(have, torch.cat([x.sin(), x.cos()], 1)) or torch.allclose(have, torch.cat([x.sin(), x.cos()], 1))
+    assert "fxpar.cat.default(" not in code.split("def call")[-1] and code.count("# alias") == 2
 
 
 def test_a_registered_group_is_found_by_its_name():
@@ -213,6 +219,32 @@ def test_a_registered_group_is_found_by_its_name():
     compat.register_group(group, "alone")
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(torch.arange(3), 1, "alone")
     assert torch.ops._c10d_functional.wait_tensor(gathered).tolist() == [0, 1, 2]
+
+
+class Noted(dist.Work):
+    """Work that notes in a list that it was waited for."""
+
+    def __init__(self, notes: list[str]):
+        super().__init__()
+        self.notes = notes
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self.notes.append("waited")
+        return True
+
+
+def test_registered_work_is_waited_for():
+    notes: list[str] = []
+    x = torch.ones(2)
+    compat.register_work(x, Noted(notes))
+    gc.collect()
+    assert notes == [] and torch.ops._c10d_functional.wait_tensor(x) is x and notes == ["waited"]
+
+
+def test_a_group_is_resolved_by_its_name():
+    group = CopyGroup(Alone())
+    compat.register_group(group, "resolved")
+    assert compat.collective_group("resolved") is group
 
 
 @pytest.mark.gpu

@@ -11,10 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from torch import fx
 
 import fxpar
+from fxpar import compat
 from fxpar.backends import buckets, casts, inductor, overlap, prefetch
+from fxpar.backends.copies import CopyGroup
 from fxpar.backends.remat import UNSHARD
 from tests.graphs import WAIT, Made
 from tests.harness import RANDOM
+from tests.slots import Alone
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 GATHERS = (c10d.all_gather_into_tensor.default, c10d.all_gather_into_tensor_coalesced.default)
@@ -158,6 +161,63 @@ def test_casts_of_a_bucket_are_one_operator(one_rank, kinds, together):
     assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.CAST_TOGETHER] == together
     left = sum(n.target is casts.CAST for n in made.graph.nodes)
     assert left + sum(together) == len(kinds) - kinds.count("w")
+
+
+@pytest.mark.parametrize("kinds, gathers, together", [
+    ("nin", [3], []), ("n", [1], []), ("ndnd", [], [2, 2]), ("ntn", [], [2]), ("nsn", [], [2]), ("ww", [], [])])
+def test_what_copies_casts_too_if_all_of_a_bucket_is_cast(one_rank, kinds, gathers, together):
+    group = CopyGroup(Alone())
+    compat.register_group(group, "casts too")
+    bulk = {one_rank: "casts too"}
+    made = keeps_values(narrowed(one_rank, kinds), lambda g: prefetch.prefetch_parameters(g, bulk=bulk))
+    assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.GATHER_CASTS] == gathers
+    assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.CAST_TOGETHER] == together
+    if gathers:
+        assert not any(n.target is casts.CAST for n in made.graph.nodes)
+
+
+def concatenated(group: str, uses: str) -> Made:
+    """Six parameters cast and gathered; `uses` says which are concatenated ("20" in that order) and which used alone ("1"): with
+    "t" transposed, with "c" by columns, with "+" and once more."""
+    made = Made()
+    waits = []
+    for k in range(6):
+        value = made.call(f"narrow_{k}", casts.CAST, made.input(f"p{k}"), torch.bfloat16)
+        waits.append(made.gathered(f"p{k}", value, group))
+        waits[-1].args[0].meta["custom"] = {UNSHARD: True}
+    out = []
+    for i, use in enumerate(uses.split()):
+        values = []
+        for j, k in enumerate(int(c) for c in use if c.isdigit()):
+            turned = [made.call(f"turned_{i}_{j}", aten.permute.default, waits[k], [1, 0])]
+            turned += [made.call(f"back_{i}_{j}", aten.permute.default, turned[0], [1, 0])] * ("t" not in use)
+            values.append(turned[-1])
+        value = made.call(f"cat_{i}", aten.cat.default, values, int("c" in use)) if len(values) > 1 else values[0]
+        out.append(made.call(f"use_{i}", aten.mul.Tensor, value, 3))
+        if "+" in use:
+            out.append(made.call(f"more_{i}", aten.mul.Tensor, values[0], 2))
+    made.graph.output(tuple(out))
+    return made
+
+
+@pytest.mark.parametrize("uses, limit, counts", [
+    ("20 1 345", 512, [[2, 3, 1]]), ("012 345", 512, [[3, 3]]), ("0 1 2 3 4 5", 512, [[1] * 6]), ("00 12 345", 512, [[2, 3, 1]]),
+    ("201t 345", 512, [[3, 1, 1, 1]]), ("201c 345", 512, [[3, 1, 1, 1]]), ("201+ 345", 512, [[3, 1, 1, 1]]),
+    ("01 23 45", 64, [[2], [2], [2]]), ("0 12 345", 64, [[1], [2], [3]]),
+    ("0 12 345", 96, [[2, 1], [3]])])
+def test_what_is_only_concatenated_is_gathered_so(one_rank, uses, limit, counts):
+    group = CopyGroup(Alone())
+    compat.register_group(group, "into one")
+    made = concatenated(one_rank, uses)
+    cats = sum(n.target is casts.CAT for n in made.graph.nodes)
+    overlap.overlap_communication(made.graph)
+    keeps_values(made, lambda g: prefetch.prefetch_parameters(g, limit, bulk={one_rank: "into one"}))
+    gathers = [n for n in made.graph.nodes if n.target is casts.GATHER_CASTS]
+    assert [n.args[-1] for n in gathers] == counts
+    assert sum(n.target is casts.CAT for n in made.graph.nodes) == cats - sum(c > 1 for each in counts for c in each)
+    for node in gathers:
+        assert [v.shape[0] for v in node.meta["val"]] == [4 * c for c in node.args[-1]]
+        assert [u.meta["val"].shape for u in sorted(node.users)] == [v.shape for v in node.meta["val"]]
 
 
 def looked_up(group: str, lookup: bool) -> Made:
