@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from fxpar import compat
-from fxpar.backends import buckets, casts, overlap, prefetch, remat, widen
+from fxpar.backends import buckets, casts, overlap, prefetch, products, remat, widen
 from fxpar.backends.buckets import NOTHING
 from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.runtime import GroupRuntime
@@ -20,11 +20,12 @@ from fxpar.backends.trace import tensor_inputs_only
 from fxpar.ops.collectives import use_runtime
 from fxpar.plan import Plan
 
-SCHEDULE = [str(m.__file__) for m in (widen, overlap, prefetch, casts, buckets)]
+SCHEDULE = [str(m.__file__) for m in (widen, products, overlap, prefetch, casts, buckets)]
 
 
 def _schedule(graph: fx.Graph, plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool = False) -> None:
     widen.widen_products(graph, as_on_gpu)
+    products.join_products(graph, bulk)
     overlap.overlap_communication(graph)
     if plan.overlap_param_gather:
         prefetch.prefetch_parameters(graph, bulk=bulk)
