@@ -169,7 +169,8 @@ class CopyGroup(dist.ProcessGroup):
                         for k, more in enumerate(arrived):
                             add(into, into, more) if k else _copy(into, more)
         own = [x[me] for x in whole]
-        done.sum = functools.partial(_sum, flat, own, arrived if len(turns) == 1 else [flat])
+        done.in_slots = len(turns) == 1
+        done.sum = functools.partial(_sum, flat, own, arrived if done.in_slots else [flat])
         return done.started()
 
     def _take(self, kind: range, user: _Done) -> tuple[int, int]:
@@ -180,7 +181,8 @@ class CopyGroup(dist.ProcessGroup):
         self._users[which] = user
         if before is None or before is user:
             return which, 0
-        before.finish()
+        if before.in_slots:
+            before.finish()
         if before.used == self._barriers:
             with self._running():
                 self._barrier()
@@ -231,14 +233,15 @@ class CopyGroup(dist.ProcessGroup):
 class _Done(dist.Work):
     """Waiting makes the current stream wait, not the host.
 
-    sum: what is left to do then, which reads slots. operands: are kept until then. used: how many barriers there had been when
-    the last reader of its slots was started.
+    sum: what is left to do then; in_slots: whether it reads them. operands: are kept until then. used: how many barriers there
+    had been when the last reader of its slots was started.
     """
 
     def __init__(self, group: CopyGroup, operands: Sequence[Tensor] = ()):
         super().__init__()
         self.group, self.operands = group, operands
         self.sum: Callable[[], None] | None = None
+        self.in_slots = False
         self.event: torch.cuda.Event | None = None
         self.used = 0
 
@@ -248,11 +251,13 @@ class _Done(dist.Work):
         return self
 
     def finish(self) -> None:
-        """Let go of the slots."""
+        """Sum up, if that is still to be done; no later barrier is passed before it is."""
         if self.sum is not None:
             self._wait()
             self.sum()
             self.sum, self.operands, self.used = None, (), self.group._barriers
+            if self.group.stream is not None:
+                self.group.stream.wait_stream(torch.cuda.current_stream())
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         if self.sum is not None:
