@@ -10,7 +10,7 @@ from torch import fx
 from fxpar.errors import UnsupportedOperator
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.pick import pick
-from fxpar.passes.factors import extent
+from fxpar.passes.factors import Dim, Factor, extent
 from fxpar.passes.rules.registry import notation, rule
 from fxpar.passes.rules.spec import Op, Operand, Spec, einsum, unknown
 from fxpar.program import user_line
@@ -90,7 +90,8 @@ def einsum_op(op: Op) -> Spec:
 
 @rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
 def grouped_product(op: Op) -> Spec:
-    """Rows of `x` in groups, one matrix for each: rows and groups stay whole, the matrices' own dims are parallel."""
+    """Rows of `x` in groups, one matrix for each: rows and groups stay whole, the matrices' own dims are parallel, in pieces of
+    16 bytes (also where it is computed in two bytes an element): the kernels take no others."""
     x, weights, *rest = op.tensors()
     if len(op.dims(x)) != 2 or len(op.dims(weights)) != 3:
         return unknown(op)
@@ -98,8 +99,19 @@ def grouped_product(op: Op) -> Spec:
     spec.sums -= set(op.dim(weights, 0))
     spec.operands += [Operand(n, op.dims(n)) for n in rest]
     spec.whole |= {f for n in rest for d in op.dims(n) for f in d}
+    for dim in (op.dim(x, 1), op.dim(weights, 2)):
+        spec.whole |= _inner(op, dim, 8)
     spec.emit = _emit_grouped
     return spec
+
+
+def _inner(op: Op, dim: Dim, size: int) -> set[Factor]:
+    """The factors that have to stay whole for a part of `dim` to be a multiple of `size`."""
+    inner = op.factors.new(size)
+    outer = op.factors.new(max(extent(dim) // size, 1))
+    if extent(dim) % size or not op.factors.align(dim, (*outer, *inner)):
+        return set(dim)
+    return set(inner)
 
 
 def _emit_grouped(local):
