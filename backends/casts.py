@@ -1,4 +1,7 @@
-"""casts: parameters that are gathered together are cast together: by one kernel, or where they are copied anyway."""
+"""casts: parameters that are gathered together are cast together: by one kernel, or by what copies them.
+
+What copies them can also write those that are only used concatenated one after the other.
+"""
 
 from __future__ import annotations
 
