@@ -84,13 +84,15 @@ class Control:
     def __init__(self) -> None:
         self.world = dist.get_world_size()
         self.group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._largest = dist.AllreduceOptions()
+        self._largest.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
 
     def compare(self, number: int) -> Callable[[], bool]:
         """Start one small CPU all-reduce. What is returned waits for it: whether every rank has the same number (63 bits)."""
         if self.group is None:
             return lambda: True
         pair = torch.tensor([number, -number], dtype=torch.int64)
-        work = dist.all_reduce(pair, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        work = self.group.allreduce([pair], self._largest)  # as dist.all_reduce, without half of the time it takes to start
 
         def equal() -> bool:
             work.wait()

@@ -97,6 +97,17 @@ def strided_shard(dim: int, split_factor: int) -> Any:
     return _StridedShard(dim, split_factor=split_factor)
 
 
+def memory(tensor: Any) -> torch.Tensor:
+    """The tensor that a DTensor keeps its rank's part in, itself."""
+    return tensor._local_tensor
+
+
+def want_gradients(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """``requires_grad`` of each, without what a property of a DTensor costs."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [t.requires_grad for t in tensors]
+
+
 def local_part(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor, detached, without the dispatch that `to_local` costs per parameter."""
     return tensor._local_tensor.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,12 +23,12 @@ def canonical(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
 
     Arguments left at a default of None are dropped. Raises `InputError` where the arguments do not fit `forward`.
     """
-    signature = inspect.signature(model.forward)
+    parameters = _parameters(model.forward)
     try:
-        bound = signature.bind(*args, **kwargs)
+        bound = parameters.bind(*args, **kwargs)
     except TypeError as error:
-        raise InputError(f"{type(model).__name__}.forward{signature}: {error}") from error
-    kinds = {n: p.kind for n, p in signature.parameters.items()}
+        raise InputError(f"{type(model).__name__}.forward{parameters}: {error}") from error
+    kinds = {n: p.kind for n, p in parameters.parameters.items()}
     if any(k in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY) and n in bound.arguments
            for n, k in kinds.items()):
         return tuple(args), dict(kwargs)
@@ -38,6 +39,18 @@ def canonical(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
         elif value is not None:
             named[name] = value
     return (), named
+
+
+_methods: weakref.WeakKeyDictionary[Callable, inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def _parameters(forward: Callable) -> inspect.Signature:
+    """`inspect.signature`, which takes as long as starting many kernels: remembered for methods."""
+    if not inspect.ismethod(forward):
+        return inspect.signature(forward)
+    if forward.__func__ not in _methods:
+        _methods[forward.__func__] = inspect.signature(forward)
+    return _methods[forward.__func__]
 
 
 def example_call(model: nn.Module, example: Any) -> Call:
@@ -68,10 +81,11 @@ def leaves(call: Call) -> dict[str, Any]:
     return out
 
 
-def signature(call: Call) -> tuple:
-    """What a captured program depends on: structure, shapes, dtypes, which leaves want gradients, other leaves' values."""
+def signature(named: Mapping[str, Any]) -> tuple:
+    """What a captured program depends on, of a call's `leaves`: structure, shapes, dtypes, which of them want gradients, the
+    values of those that are no tensors."""
     parts: list[tuple] = []
-    for path, leaf in leaves(call).items():
+    for path, leaf in named.items():
         if isinstance(leaf, torch.Tensor):
             parts.append((path, tuple(leaf.shape), leaf.dtype, leaf.requires_grad))
         else:

@@ -16,13 +16,14 @@ from torch.utils import _pytree as pytree
 
 from fxpar import compat, storage
 from fxpar import inputs as calls
-from fxpar.accumulation import Accumulator, Step
+from fxpar.accumulation import Accumulator
 from fxpar.agreement import agree_on_call, agree_on_program
 from fxpar.backends import copies
 from fxpar.backends.runtime import Control, GroupRuntime
 from fxpar.clip import clip_grad_norm
 from fxpar.dump import readable
 from fxpar.errors import InputError
+from fxpar.feed import Feed, Place
 from fxpar.initialize import init_weights
 from fxpar.inspection import Report, report_of
 from fxpar.mesh import BoundMesh
@@ -33,31 +34,11 @@ from fxpar.program import Program
 
 @dataclass
 class Compiled:
-    """One captured call signature: its program and what runs it."""
+    """One captured call signature: its program, what it is given and what runs it."""
 
     program: Program
+    feed: Feed
     run: Callable[..., Any]
-
-
-class _ToLocal(torch.autograd.Function):
-    """DTensor parameters -> this rank's tensors; gradients come back as DTensors of the same placements.
-
-    ``receive(grads)`` is told of the gradients of plain tensors that pass through after them.
-    """
-
-    @staticmethod
-    def forward(ctx, receive: Callable, count: int, *tensors: Tensor):
-        ctx.receive, ctx.parameters = receive, tensors[:count]
-        ctx.set_materialize_grads(False)
-        return (*map(compat.local_part, ctx.parameters), *(t.detach() for t in tensors[count:]))
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor | None):
-        n = len(ctx.parameters)
-        ctx.receive(grads[n:])
-        pairs = zip(ctx.parameters, grads[:n], strict=True)
-        like = [None if g is None else compat.like_dtensor(g, p) for p, g in pairs]
-        return (None, None, *like, *[None] * (len(grads) - n))
 
 
 class _Average(torch.autograd.Function):
@@ -97,7 +78,7 @@ class ParallelModule(nn.Module):
         self._programs: dict[tuple, Program] = {}
         self._compiled: dict[tuple, Compiled] = {}
         self._tilings: dict[str, Tiling] = {}
-        self._slots: dict[str, tuple[dict[str, Any], str]] = {}
+        self._slots: dict[str, Place] = {}
         self._accumulator = Accumulator(plan, bound.mesh, self._lower_graph, self._state)
         self._sync = True
         self._steps = 0
@@ -129,13 +110,13 @@ class ParallelModule(nn.Module):
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
         """
         call = calls.canonical(self._model, args, kwargs)
-        compiled, settle = self._lookup(call)
-        program = compiled.program
         named = calls.leaves(call)
+        compiled, settle = self._lookup(call, named)
+        program = compiled.program
         step = None
         if torch.is_grad_enabled():
-            step = self._accumulator.step(program, self._sync, lambda: self._feed(program, named, None, seed=0))
-        feed = self._feed(program, named, step, self._next_seed())
+            step = self._accumulator.step(program, self._sync, lambda: compiled.feed(named))
+        feed = compiled.feed(named, step, self._next_seed())
         outs = compiled.run(*feed) if step is None else step.run(*feed, *step.inputs)
         settle()
         self._update_buffers(program, outs)
@@ -179,7 +160,7 @@ class ParallelModule(nn.Module):
             return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
 
         known = (d for p in reversed(list(self._programs.values())) if (d := dims(p)).keys() == names)
-        return next(known, None) or dims(self._lookup(call)[0].program)
+        return next(known, None) or dims(self._lookup(call, calls.leaves(call))[0].program)
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -205,15 +186,15 @@ class ParallelModule(nn.Module):
         mesh = self._bound.mesh
         return tuple(a for a in mesh.strategies.get("dp", ()) if mesh.size(a) > 1)
 
-    def _lookup(self, call: calls.Call) -> tuple[Compiled, Callable[[], None]]:
-        """What runs this call, and what to call after it was started.
+    def _lookup(self, call: calls.Call, named: dict[str, Any]) -> tuple[Compiled, Callable[[], None]]:
+        """What runs this call, whose leaves are `named`, and what to call after it was started.
 
         That ends the comparison of what the ranks were called with. On a GPU, where starting communication does not block, it
         runs beside the forward, but for a call that has to be compiled first.
         """
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        captured = (calls.signature(call), self.training, auto)
+        captured = (calls.signature(named), self.training, auto)
         key = (*captured, torch.is_grad_enabled())
         settle = agree_on_call(self._control, key)
         if key not in self._compiled or device != "cuda":
@@ -224,23 +205,24 @@ class ParallelModule(nn.Module):
                 with agree_on_program(self._control) as made:
                     made.append(self._compile_call(call, self._tilings))
                 self._programs[captured] = made[0]
-            self._compiled[key] = self._compile(self._programs[captured], call)
+            self._compiled[key] = self._compile(self._programs[captured], named)
         return self._compiled[key], settle
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its parameter layouts as the ones the parameters are stored in."""
-        self._programs[(calls.signature(call), self.training, None)] = program
+        self._programs[(calls.signature(calls.leaves(call)), self.training, None)] = program
         self._store(program)
         self._use_copy_engines()
         seeds = self._control.exchange(torch.initial_seed() & 0x7FFFFFFF)
         self.seed = seeds[0]
 
-    def _compile(self, program: Program, call: calls.Call) -> Compiled:
+    def _compile(self, program: Program, named: dict[str, Any]) -> Compiled:
         self._runtime.prepare(program.module)
-        run = self._lower_graph(program.module, self._feed(program, calls.leaves(call), None, seed=0))
+        feed = Feed(program, self._slots, self._accumulator, self.device)
+        run = self._lower_graph(program.module, feed(named))
         if self.device.type == "cuda":
             gc.collect()  # what compiling leaves behind: now, and not in the middle of a step
-        return Compiled(program, run)
+        return Compiled(program, feed, run)
 
     def _lower_graph(self, module: fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
         return self._lower(module, example, self._runtime, self.plan)
@@ -287,34 +269,6 @@ class ParallelModule(nn.Module):
         if torch.distributed.get_world_size() > 1 and t.numel():
             torch.distributed.broadcast(t.detach().reshape(-1).view(torch.uint8), 0)  # gloo knows no bool
         return t
-
-    def _feed(self, program: Program, named: dict[str, Any], step: Step | None, seed: int) -> list[Any]:
-        """The program's local inputs, and at the end those that a step holds; seed: what dropout draws from."""
-        names = [s.name for s in program.sources if s.kind == "param"]
-        held = step.held if step is not None else []
-
-        def receive(grads: tuple[Tensor | None, ...]) -> None:
-            if step is not None and held:
-                self._accumulator.hold(step, grads)
-            else:
-                self._accumulator.summed(step)
-
-        locals_ = iter(_ToLocal.apply(receive, len(names), *map(self._state, names), *held) if names else ())
-        feed: list[Any] = []
-        for source in program.sources:
-            if source.kind == "param":
-                feed.append(next(locals_))
-            elif source.kind == "buffer":
-                feed.append(self._state(source.name))
-            elif source.kind == "constant":
-                source.value = source.value.to(self.device)
-                feed.append(source.value)
-            elif source.kind == "seed":
-                feed.append(torch.tensor(seed, dtype=torch.int64, device=self.device))
-            else:
-                leaf = named[source.name]
-                feed.append(leaf.to(self.device) if isinstance(leaf, Tensor) else leaf)
-        return [*feed, *locals_]
 
     def _state(self, name: str) -> Tensor:
         """The parameter or buffer of that name, as the model has it now."""

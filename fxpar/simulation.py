@@ -70,7 +70,7 @@ class Simulation:
     def _compile(self, call: Call) -> Program:
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (signature(call), self.model.training, auto)
+        key = (signature(leaves(call)), self.model.training, auto)
         if key not in self._programs:
             args, kwargs = call
             self._programs[key] = compile_program(self.model, self.plan, kwargs or args, device=self.device,

@@ -161,6 +161,14 @@ def test_strided_shard_splits_what_lies_behind_other_factors():
     assert [p.tolist() for p in parts] == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
 
 
+def test_memory_and_want_gradients():
+    mesh = one_rank_mesh()
+    p = nn.Parameter(DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)]))
+    assert compat.memory(p) is compat.memory(p) and compat.memory(p).data_ptr() == p.to_local().data_ptr()
+    frozen = DTensor.from_local(torch.ones(1), mesh, [Replicate()])
+    assert compat.want_gradients([p, frozen, torch.ones(1, requires_grad=True)]) == [True, False, True]
+
+
 def test_local_part_and_like_dtensor():
     p = DTensor.from_local(torch.arange(6.0).view(2, 3), one_rank_mesh(), [Shard(0)]).requires_grad_()
     local = compat.local_part(p)

@@ -1,0 +1,130 @@
+"""What programs are given: inputs of any strides, parameters whatever was done to them between calls."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fxpar
+
+CHANGES = ("call", "call twice", "backward twice", "step", "freeze", "thaw", "replace", "move", "set", "eval")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.out(self.table(ids)).flatten(0, 1), labels.flatten())
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def pair(seed: int = 0) -> tuple[Tensor, Tensor]:
+    return tokens(seed)[:, :-1], tokens(seed)[:, 1:]
+
+
+def made(backend: str = "eager") -> tuple[Net, nn.Module]:
+    torch.manual_seed(0)
+    plain, model = Net(), Net()
+    model.load_state_dict(plain.state_dict())
+    return plain, fxpar.parallelize(model, "dp=1", pair(), backend=backend)
+
+
+def whole(t: Tensor) -> Tensor:
+    return getattr(t, "full_tensor", lambda: t)()
+
+
+def same(plain: nn.Module, module: nn.Module) -> None:
+    want = dict(plain.named_parameters())
+    for name, p in module.named_parameters():
+        assert (whole(p) - want[name]).norm() <= 1e-5 * want[name].norm(), name
+        assert (p.grad is None) == (want[name].grad is None), name
+        if p.grad is not None:
+            assert (whole(p.grad) - want[name].grad).norm() <= 1e-5 * want[name].grad.norm(), name
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("strided_first", [True, False])
+def test_inputs_may_have_any_strides(backend, strided_first):
+    plain, module = made(backend)
+    dense = tuple(t.contiguous() for t in pair())
+    for batch in (pair(), dense) if strided_first else (dense, pair()):
+        loss = module(*batch)
+        torch.testing.assert_close(loss, plain(*batch))
+        loss.backward()
+        plain(*batch).backward()
+    same(plain, module)
+
+
+def change(what: str, model: nn.Module, seed: int) -> None:
+    """One thing that a training loop may do between two calls, with the bias of the last layer."""
+    bias = model.out.bias
+    if what in ("call", "call twice", "backward twice"):
+        loss = model(*pair(seed)) + (model(*pair(seed + 1)) if what == "call twice" else 0)
+        loss.backward(retain_graph=what == "backward twice")
+        if what == "backward twice":
+            loss.backward()
+    elif what == "step":
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        model.zero_grad()
+    elif what in ("freeze", "thaw"):
+        bias.requires_grad_(what == "thaw")
+    elif what == "replace":
+        model.out.bias = nn.Parameter(bias.detach() + 1)
+    elif what in ("move", "set"):  # the same parameter, elsewhere
+        if not hasattr(bias, "_local_tensor"):
+            bias.data = bias.detach() * 2
+        elif what == "move":
+            bias._local_tensor = bias._local_tensor * 2
+        else:
+            bias._local_tensor.set_(bias._local_tensor * 2)
+    else:
+        with torch.no_grad():
+            model(*pair(seed))
+
+
+@given(st.lists(st.sampled_from(CHANGES), max_size=7))
+def test_parameters_are_seen_as_they_are(changes):
+    plain, module = made()
+    for seed, what in enumerate([*changes, "call"]):
+        for model in (plain, module):
+            change(what, model, seed)
+        same(plain, module)
+
+
+def test_tensors_are_made_once():
+    """As long as nothing is done to the parameters."""
+    _, module = made()
+    module(*pair()).backward()
+    (feed,) = (c.feed for c in module._compiled.values())
+    first = feed._linked.local
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    module(*pair()).backward()
+    assert feed._linked.local is first
+    module.out.bias.requires_grad_(False)
+    module(*pair()).backward()
+    assert feed._linked.local is not first
+
+
+def test_a_module_does_not_keep_itself():
+    _, module = made()
+    loss = module(*pair())
+    bias, gone = module.out.bias, weakref.ref(module)
+    module(*pair()).backward()
+    del module
+    gc.collect()
+    assert gone() is None
+    before = whole(bias.grad).clone()
+    loss.backward()
+    torch.testing.assert_close(whole(bias.grad), 2 * before)
