@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from fxpar import compat
-from fxpar.backends import buckets, casts, overlap, prefetch, products, remat, widen
+from fxpar.backends import buckets, casts, overlap, prefetch, products, remat, transfers, widen
 from fxpar.backends.buckets import NOTHING
 from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.runtime import GroupRuntime
@@ -20,7 +20,7 @@ from fxpar.backends.trace import tensor_inputs_only
 from fxpar.ops.collectives import use_runtime
 from fxpar.plan import Plan
 
-SCHEDULE = [str(m.__file__) for m in (widen, products, overlap, prefetch, casts, buckets)]
+SCHEDULE = [str(m.__file__) for m in (widen, products, overlap, prefetch, casts, buckets, transfers)]
 
 
 def _schedule(graph: fx.Graph, plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool = False) -> None:
@@ -31,6 +31,7 @@ def _schedule(graph: fx.Graph, plan: Plan, bulk: Mapping[str, str] = NOTHING, as
         prefetch.prefetch_parameters(graph, bulk=bulk)
     if plan.overlap_grad_reduce:
         buckets.bucket_reductions(graph, bulk=bulk)
+    transfers.copy_activations(graph, bulk)
 
 
 def settings(plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool = False) -> dict[str, Any]:
