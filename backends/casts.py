@@ -39,14 +39,15 @@ def _fake(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def _gathered(tensors: list[Tensor], dtype: torch.dtype, size: int, counts: list[int]) -> list[Tensor]:
     groups = iter(tensors)
     heads = [[next(groups) for _ in range(count)] for count in counts]
-    return [g[0].new_empty((size * sum(t.shape[0] for t in g), *g[0].shape[1:]), dtype=dtype) for g in heads]
+    return [torch.empty((size * sum(t.shape[0] for t in g), *g[0].shape[1:]), dtype=dtype, device=g[0].device) for g in heads]
 
 
 def _gather_casts(tensors: list[Tensor], dtype: torch.dtype, size: int, group: str, counts: list[int]) -> list[Tensor]:
     out = _gathered(tensors, dtype, size, counts)
     each, parts = iter(tensors), []
     for whole, count in zip(out, counts, strict=True):
-        parts += whole.split([size * next(each).shape[0] for _ in range(count)])
+        rows = [size * next(each).shape[0] for _ in range(count)]
+        parts += whole.split(rows) if count > 1 else [whole]
     work = compat.collective_group(group).allgather_into_tensor_coalesced(parts, tensors)
     for whole in out:
         compat.register_work(whole, work)

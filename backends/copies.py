@@ -123,18 +123,18 @@ class CopyGroup(dist.ProcessGroup):
     def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """outputs[i], contiguous, becomes every rank's inputs[i], one after the other, in the dtype of outputs[i]."""
         me, n = self.slots.rank, self.slots.size
-        flat, whole = [x.reshape(-1) for x in inputs], [y.view(n, -1).unbind() for y in outputs]
+        whole = [y.view(n, -1).unbind() for y in outputs]
         mine = [y[me] for y in whole]
         turns = _layout(mine, self.slots.of(me, GATHERS[0]).numel())
         done = _Done(self)
         if len(turns) > 1:
-            torch._foreach_copy_(mine, flat)
+            torch._foreach_copy_(mine, [x.reshape(-1) for x in inputs])
         for parts in turns:
             which, free = self._take(GATHERS, done)
             slot = self._windows(me, which, 0, parts)
             if len(turns) == 1:
                 self._wait_for_barrier(free)
-                spread(flat, slot, mine)
+                spread(inputs, slot, mine)
             with self._running():
                 if len(turns) > 1:
                     _copy(slot, _cut(mine, parts))

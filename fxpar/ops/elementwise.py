@@ -88,13 +88,14 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
 @torch.no_grad()
 def spread(source: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    """first[i] and second[i], of its size, become source[i], which is read once."""
+    """first[i] and second[i], of its size and of one dim, become source[i], which is read once."""
     rows = table(source, first, second)
     if rows is not None and first[0].dtype == second[0].dtype:
         _kernels().spread[(len(rows),)](rows, source[0], first[0], BLOCK)
     elif source:
         to = [*itertools.chain(*zip(first, second, strict=True))]
-        torch._foreach_copy_(to, [*itertools.chain(*zip(source, source, strict=True))])
+        flat = [x.reshape(-1) for x in source]
+        torch._foreach_copy_(to, [*itertools.chain(*zip(flat, flat, strict=True))])
 
 
 @torch.no_grad()
