@@ -44,7 +44,8 @@ def _gathered(tensors: list[Tensor], dtype: torch.dtype, size: int, counts: list
 
 def _gather_casts(tensors: list[Tensor], dtype: torch.dtype, size: int, group: str, counts: list[int]) -> list[Tensor]:
     out = _gathered(tensors, dtype, size, counts)
-    each, parts = iter(tensors), []
+    each = iter(tensors)
+    parts: list[Tensor] = []
     for whole, count in zip(out, counts, strict=True):
         rows = [size * next(each).shape[0] for _ in range(count)]
         parts += whole.split(rows) if count > 1 else [whole]

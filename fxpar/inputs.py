@@ -74,6 +74,8 @@ def default_example(model: nn.Module) -> Call:
 def leaves(call: Call) -> dict[str, Any]:
     """Path -> leaf: "input_ids", "0", "batch.mask"; the paths that capture names its inputs by."""
     args, kwargs = call
+    if not args and all(isinstance(v, torch.Tensor) for v in kwargs.values()):
+        return dict(kwargs)  # as most calls are: the same, sooner
     out = {}
     for tree in (args, kwargs):
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]:

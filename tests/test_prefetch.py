@@ -295,8 +295,9 @@ def test_scatters_that_are_computed_with_are_left_alone(one_rank):
 # ---- any graph ----
 
 
-def some_step(r: Random, group: str) -> Made:
-    """Parameters, some used twice, gathered in any order; gradients scattered, summed, both, or computed with."""
+def some_step(r: Random, group: str, products: bool = False) -> Made:
+    """Parameters, some used twice, gathered in any order; gradients (if `products`, of weights) scattered, summed, both, or
+    computed with."""
     made = Made()
     x = made.input("x")
     parameters = [made.input(f"p{i}") for i in range(r.randint(1, 6))]
@@ -307,7 +308,7 @@ def some_step(r: Random, group: str) -> Made:
         if i not in gathered or r.random() < 0.2:
             gathered[i] = unshard(made, f"{i}_{step}", parameters[i], group, r.random() < 0.3)
         value = made.call(f"use_{step}", aten.mm.default, value, gathered[i])
-        grad = made.call(f"grad_{step}", aten.mul.Tensor, value, 0.5)
+        grad = made.call(f"grad_{step}", *(aten.mm.default, value, x) if products else (aten.mul.Tensor, value, 0.5))
         if r.random() < 0.3:
             value = made.gathered(f"x_{step}", value, group)
         if r.random() < 0.8:
