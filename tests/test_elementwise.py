@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fxpar.ops.elementwise import add, scale_, spread
-from fxpar.ops.table import BLOCK, CHUNK
+from fxpar.ops.table import BLOCK, CHUNK, rows
 
 SIZES = [1, 17, BLOCK, BLOCK + 8, CHUNK - 1, CHUNK, 3 * CHUNK + 5]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -34,6 +34,18 @@ class Places:
         for y, x in zip(self.around, want, strict=True):
             assert torch.equal(y[self.offset : self.offset + len(x)], x)
             assert (y[: self.offset] == -7).all() and (y[self.offset + len(x) :] == -7).all()
+
+
+def test_rows_say_where_every_chunk_begins():
+    wide, narrow = torch.float32, torch.bfloat16
+    sizes, places = [CHUNK - 1, 2 * CHUNK + 5, 3], [(2**40, 2**41), (2**42, 2**43), (64, 128)]
+    columns = [[(place[i], size, (wide, narrow)[i], True) for place, size in zip(places, sizes, strict=True)] for i in (0, 1)]
+    for _ in range(2):
+        assert rows(columns, torch.device("cpu")).tolist() == [
+            [CHUNK - 1, 2**40, 2**41],
+            [CHUNK, 2**42, 2**43], [CHUNK, 2**42 + 4 * CHUNK, 2**43 + 2 * CHUNK], [5, 2**42 + 8 * CHUNK, 2**43 + 4 * CHUNK],
+            [3, 64, 128],
+        ]  # fmt: skip
 
 
 def check_scale(device: str, dtype: torch.dtype, factor: float) -> None:

@@ -25,14 +25,33 @@ def table(*columns: Sequence[Tensor]) -> Tensor | None:
     return _table(key, len(columns), columns[0][0].device)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _table(key: tuple[tuple[int, int, torch.dtype, bool], ...], count: int, device: torch.device) -> Tensor | None:
     columns = [key[i : i + len(key) // count] for i in range(0, len(key), len(key) // count)]
     if any(len({dtype for *_, dtype, _ in column}) > 1 for column in columns) or not all(map(_fits, key)) or not _has_triton():
         return None
-    rows = [(min(CHUNK, row[0][1] - start), *(address + start * dtype.itemsize for address, _, dtype, _ in row))
-            for row in zip(*columns, strict=True) for start in range(0, row[0][1], CHUNK)]
-    return torch.tensor(rows, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    return rows(columns, device)
+
+
+def rows(columns: Sequence[Sequence[tuple[int, int, torch.dtype, bool]]], device: torch.device) -> Tensor:
+    """The table of k columns of (address, elements, dtype, contiguous).
+
+    The host looks at the tensors and not at their chunks, which are many: memory moves from step to step while an allocator
+    settles, or whenever something else was run in between.
+    """
+    index, count, start = _chunks(tuple(size for _, size, *_ in columns[0]), device)
+    addresses = [list(row) for row in zip(*([address for address, *_ in column] for column in columns), strict=True)]
+    widths = [column[0][2].itemsize for column in columns]
+    begins = torch.tensor([*addresses, widths], dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.cat([count, begins[index] + start * begins[-1:]], 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the chunks of tensors of these sizes: [chunks] which tensor's, [chunks, 1] how many elements, from which one on."""
+    of = [(i, min(CHUNK, size - start), start) for i, size in enumerate(sizes) for start in range(0, size, CHUNK)]
+    index, count, start = torch.tensor(of, dtype=torch.int64).to(device).unbind(1)
+    return index, count[:, None], start[:, None]
 
 
 def _fits(tensor: tuple[int, int, torch.dtype, bool]) -> bool:
