@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxpar
+from fxpar import compat
 from fxpar.backends import buckets, inductor, overlap
 from tests.graphs import Made, local_feed, runtime_of
 from tests.processes import launch
@@ -53,6 +55,21 @@ def same(have: tuple, want: tuple) -> None:
     assert have[0] == pytest.approx(want[0], rel=1e-6)
     for name, grad in want[1].items():
         torch.testing.assert_close(have[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("often", [(700, 10, 10), (0, 10, 10), (50_000, 5, 500)])
+def test_garbage_is_collected_as_before_compiling(often, monkeypatch):
+    inside, before = [], gc.get_threshold()
+    model, batch = net()
+    monkeypatch.setattr(compat, "compile_graph", lambda *args: inside.append(gc.get_threshold()) or 1 / 0)
+    gc.set_threshold(*often)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            fxpar.parallelize(model, "dp=1", batch, backend="inductor")(**batch)
+        assert gc.get_threshold() == often
+    finally:
+        gc.set_threshold(*before)
+    assert inside == [{700: (10_000, 10, 100)}.get(often[0], often)]
 
 
 def test_one_process_equals_eager():
