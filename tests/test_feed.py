@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import fxpar
 
-CHANGES = ("call", "call twice", "backward twice", "step", "freeze", "thaw", "replace", "move", "set", "eval")
+CHANGES = ("call", "call twice", "backward twice", "step", "freeze", "thaw", "replace", "move", "set", "hook",
+           "hook after", "grad", "eval")
 
 
 class Net(nn.Module):
@@ -67,6 +68,10 @@ def test_inputs_may_have_any_strides(backend, strided_first):
     same(plain, module)
 
 
+def halve(p: Tensor) -> None:
+    p.grad = p.grad * 0.5
+
+
 def change(what: str, model: nn.Module, seed: int) -> None:
     """One thing that a training loop may do between two calls, with the bias of the last layer."""
     bias = model.out.bias
@@ -82,6 +87,14 @@ def change(what: str, model: nn.Module, seed: int) -> None:
         bias.requires_grad_(what == "thaw")
     elif what == "replace":
         model.out.bias = nn.Parameter(bias.detach() + 1)
+    elif what == "hook" and bias.requires_grad:
+        bias.register_hook(lambda grad: grad * 2)
+    elif what == "hook after" and bias.requires_grad:
+        bias.register_post_accumulate_grad_hook(halve)
+    elif what == "grad":
+        weights = [p for p in model.parameters() if p.requires_grad]
+        for p, grad in zip(weights, torch.autograd.grad(model(*pair(seed)), weights), strict=True):
+            p.grad = grad
     elif what in ("move", "set"):  # the same parameter, elsewhere
         if not hasattr(bias, "_local_tensor"):
             bias.data = bias.detach() * 2
@@ -89,7 +102,7 @@ def change(what: str, model: nn.Module, seed: int) -> None:
             bias._local_tensor = bias._local_tensor * 2
         else:
             bias._local_tensor.set_(bias._local_tensor * 2)
-    else:
+    elif what == "eval":
         with torch.no_grad():
             model(*pair(seed))
 
