@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
-GATHER, SCATTER, WAIT = c10d.all_gather_into_tensor.default, c10d.reduce_scatter_tensor.default, c10d.wait_tensor.default
+GATHER, SCATTER = c10d.all_gather_into_tensor.default, c10d.reduce_scatter_tensor.default
 PRODUCTS = (aten.mm.default, aten.mm.dtype, aten.addmm.default, aten.bmm.default)
 LEAST_BYTES = 2**20
 """Of the larger side of a collective."""
