@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from torch import fx
@@ -22,34 +23,43 @@ from fxpar.backends.trace import tensor_inputs_only
 from fxpar.ops.collectives import use_runtime
 from fxpar.plan import Plan
 
-SCHEDULE = [str(m.__file__) for m in (widen, products, overlap, prefetch, casts, buckets, transfers)]
+GraphPass = Callable[[fx.Graph], None]
 
 
-def _schedule(graph: fx.Graph, plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool = False) -> None:
-    widen.widen_products(graph, as_on_gpu)
-    products.join_products(graph, bulk)
-    overlap.overlap_communication(graph)
-    if plan.overlap_param_gather:
-        prefetch.prefetch_parameters(graph, bulk=bulk)
-    if plan.overlap_grad_reduce:
-        buckets.bucket_reductions(graph, bulk=bulk)
-    transfers.copy_activations(graph, bulk)
-
-
-def settings(plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool = False) -> dict[str, Any]:
-    """Inductor's settings for one graph: our order of operators, which its own reordering must not undo.
+def graph_passes(plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool = False) -> list[tuple[ModuleType, GraphPass]]:
+    """The passes over the forward and over the backward graph, in order, each with the module that it is in.
 
     bulk: name of a group -> that which gathers parameters and scatters gradients over it instead. as_on_gpu: for graphs that
-    are looked at, and not run.
+    are not run by Inductor.
     """
+    return [
+        (widen, lambda graph: widen.widen_products(graph, as_on_gpu)),
+        (products, lambda graph: products.join_products(graph, bulk)),
+        (overlap, overlap.overlap_communication),
+        *([(prefetch, lambda graph: prefetch.prefetch_parameters(graph, bulk=bulk))] if plan.overlap_param_gather else []),
+        *([(buckets, lambda graph: buckets.bucket_reductions(graph, bulk=bulk))] if plan.overlap_grad_reduce else []),
+        (transfers, lambda graph: transfers.copy_activations(graph, bulk)),
+    ]
+
+
+def settings(plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool = False,
+             passes: int | None = None) -> dict[str, Any]:
+    """Inductor's settings for one graph: our order of operators, which its own reordering must not undo.
+
+    bulk, as_on_gpu: see `graph_passes`, of which the first `passes` are applied (None: all).
+    """
+    chosen = graph_passes(plan, bulk, as_on_gpu)[:passes]
+
+    def schedule(graph: fx.Graph) -> None:
+        for _, apply in chosen:
+            apply(graph)
+
+    files = [str(module.__file__) for module in (*(m for m, _ in chosen), casts)]
     return {
         "joint_custom_pre_pass": compat.graph_pass(
             lambda graph: choose_recomputation(graph, plan), remat.__file__, key=str((plan.zero, plan.recompute))
         ),
-        "post_grad_custom_post_pass": compat.graph_pass(
-            lambda graph: _schedule(graph, plan, bulk, as_on_gpu), *SCHEDULE,
-            key=str((plan.overlap_param_gather, plan.overlap_grad_reduce, dict(bulk), as_on_gpu)),
-        ),
+        "post_grad_custom_post_pass": compat.graph_pass(schedule, *files, key=str((dict(bulk), as_on_gpu))),
         "reorder_for_peak_memory": False,
     }
 

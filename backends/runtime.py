@@ -17,8 +17,37 @@ from fxpar.ops import collectives
 c10d = torch.ops._c10d_functional
 
 
-class GroupRuntime:
-    """The `Runtime` of one rank: functional collectives, which Inductor sees, buckets and overlaps."""
+class FunctionalRuntime:
+    """A `Runtime` that speaks through functional collectives, which Inductor sees, buckets and overlaps.
+
+    Who makes one says which ranks there are: `size` and `index` along axes, and the `name` of the group over them.
+    """
+
+    def size(self, axes: Axes) -> int:
+        raise NotImplementedError
+
+    def index(self, axes: Axes) -> int:
+        raise NotImplementedError
+
+    def name(self, axes: Axes) -> str:
+        raise NotImplementedError
+
+    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
+        return c10d.wait_tensor(c10d.all_reduce(x, op, self.name(axes)))
+
+    def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, self.size(axes), self.name(axes)))
+
+    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
+        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", self.size(axes), self.name(axes)))
+
+    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
+        ones = [1] * self.size(axes)
+        return c10d.wait_tensor(c10d.all_to_all_single(x, ones, ones, self.name(axes)))
+
+
+class GroupRuntime(FunctionalRuntime):
+    """The `Runtime` of one rank of a real run: its process groups."""
 
     def __init__(self, mesh: BoundMesh):
         self.mesh = mesh
@@ -62,21 +91,8 @@ class GroupRuntime:
     def index(self, axes: Axes) -> int:
         return self.mesh.index(axes)
 
-    def _name(self, axes: Axes) -> str:
+    def name(self, axes: Axes) -> str:
         return self.mesh.group(axes).group_name
-
-    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
-        return c10d.wait_tensor(c10d.all_reduce(x, op, self._name(axes)))
-
-    def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
-        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, self.size(axes), self._name(axes)))
-
-    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
-        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", self.size(axes), self._name(axes)))
-
-    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
-        ones = [1] * self.size(axes)
-        return c10d.wait_tensor(c10d.all_to_all_single(x, ones, ones, self._name(axes)))
 
 
 class Control:

@@ -89,6 +89,25 @@ def run(module: fx.GraphModule, mesh: Mesh, inputs: list[list[Any]], watch: Watc
     raise AssertionError("a program without an output")
 
 
+class Lockstep:
+    """All ranks of a mesh, one node of a program after the other; as `backends.lowered.Lowered`."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def forward(self, module: fx.GraphModule, feeds: list[list[Any]], watch: Watch | None = None) -> list[list[Any]]:
+        return run(module, self.mesh, feeds, watch)
+
+    def backward(self, roots: list[list[Tensor]], seeds: list[list[Tensor]],
+                 inputs: list[list[Tensor]]) -> list[list[Tensor | None]]:
+        """The gradients of rank r's `inputs` from its outputs `roots` and their cotangents `seeds`."""
+        flat = [x for mine in inputs for x in mine]
+        found = torch.autograd.grad([x for mine in roots for x in mine], flat, [x for mine in seeds for x in mine],
+                                    allow_unused=True)
+        count = len(inputs[0])
+        return [list(found[r * count : (r + 1) * count]) for r in range(len(inputs))]
+
+
 def _call(node: fx.Node, env: dict[fx.Node, list[Any]], rank: int) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n][rank])
     target: Any = node.target

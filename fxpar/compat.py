@@ -68,15 +68,18 @@ def autocast_region(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is wrap_with_autocast
 
 
-def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None) -> Callable:
+def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None,
+                  backward_at_once: bool = False) -> Callable:
     """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
 
     No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this
-    graph alone.
+    graph alone. backward_at_once: the backward is compiled now, and not when it first runs.
     """
+    from torch._functorch import config as aot
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
+    with aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext():
+        compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
     return compiled
 
 
@@ -248,17 +251,42 @@ def register_group(group: Any, name: str) -> None:
     c10d._register_process_group(name, group)
 
 
+def unregister_group(name: str) -> None:
+    """Undo `register_group`."""
+    c10d: Any = torch._C._distributed_c10d
+    c10d._unregister_process_group(name)
+
+
 def lowered_graphs(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any]) -> list[fx.GraphModule]:
     """The graphs that `compile_graph` would generate code for, after all graph passes: the forward and, if there is one, the
     backward. Nothing is compiled or run; `inputs` may be fake."""
+    found: list[fx.GraphModule] = []
+    _through_graph_passes(gm, inputs, config, found.append)
+    return found
+
+
+def interpret_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
+                    interpreter: type[fx.Interpreter]) -> Callable:
+    """As `compile_graph`, but `interpreter` runs the graphs of `lowered_graphs` where code would have been generated."""
+    return _through_graph_passes(gm, inputs, config, lambda module: lambda given: interpreter(module).boxed_run(given))
+
+
+def _through_graph_passes(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
+                          run: Callable[[fx.GraphModule], Any]) -> Callable:
+    """`compile_fx` with ``run(module)``, a callable over a list of inputs, in the place of generated code."""
     from torch._functorch import config as aot
     from torch._inductor import compile_fx as inductor
     from torch._inductor.output_code import OutputCode
     from torch._inductor.virtualized import V
 
-    found: list[fx.GraphModule] = []
+    class Code(OutputCode):
+        def __init__(self, run: Any):
+            self.run = run
+            self._boxed_call = True
 
-    class Nothing(OutputCode):
+        def __call__(self, inputs: Any) -> Any:
+            return self.run(inputs)
+
         def post_compile(self, *args: Any, **kwargs: Any) -> None: ...
 
         def set_triton_bundle(self, *args: Any, **kwargs: Any) -> None: ...
@@ -269,9 +297,8 @@ def lowered_graphs(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[
             mode = inductor.fake_tensor_prop(module, example)
         with V.set_fake_mode(mode):
             inductor._recursive_post_grad_passes(module, is_inference=is_inference)
-        found.append(module)
-        return Nothing()
+        return Code(run(module))
 
     with aot.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
-        inductor.compile_fx(gm, inputs, inner_compile=keep, config_patches=config)
-    return found
+        compiled: Any = inductor.compile_fx(gm, inputs, inner_compile=keep, config_patches=config)
+    return compiled

@@ -22,13 +22,14 @@ from torch import Tensor, fx
 from fxpar import compat
 from fxpar.backends import inductor
 from fxpar.backends.liveness import Buffer, Kernel, Lowering, size_of, timeline
+from fxpar.backends.runtime import FunctionalRuntime
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.mesh import Axes, Mesh
 from fxpar.ops.collectives import use_runtime
 from fxpar.passes.accumulate import accumulation
 from fxpar.program import Program, module_path
 
-aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 PARTS = ("parameters", "gradients", "optimizer", "inputs", "activations", "parameter copies", "temporaries")
 
@@ -65,7 +66,7 @@ def predict(program: Program) -> Peak:
 # ---- the graphs ----
 
 
-class _Shapes:
+class _Shapes(FunctionalRuntime):
     """The `Runtime` of a rank that has no other ranks: collectives over made-up groups, for their shapes."""
 
     def __init__(self, mesh: Mesh):
@@ -77,18 +78,8 @@ class _Shapes:
     def index(self, axes: Axes) -> int:
         return 0
 
-    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
-        return c10d.wait_tensor(c10d.all_reduce(x, op, str(axes)))
-
-    def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
-        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, self.size(axes), str(axes)))
-
-    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
-        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", self.size(axes), str(axes)))
-
-    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
-        ones = [1] * self.size(axes)
-        return c10d.wait_tensor(c10d.all_to_all_single(x, ones, ones, str(axes)))
+    def name(self, axes: Axes) -> str:
+        return str(axes)
 
 
 @dataclass

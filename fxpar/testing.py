@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxpar.backends.eager import run_flat
+from fxpar.backends.inductor import graph_passes
 from fxpar.errors import EquivalenceError
-from fxpar.inputs import example_call
+from fxpar.inputs import Call, example_call
 from fxpar.inputs import leaves as input_leaves
 from fxpar.passes.layout import put
 from fxpar.plan import Plan
@@ -20,6 +24,8 @@ from fxpar.simulation import Simulation, scalar_of, unflatten
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
+FARTHER = 1.5
+"""How much farther from the model a plan in fewer bits may be than one device in them."""
 NOISE = 1e-7
 """What is zero but for rounding is compared to this much of the largest parameter gradient, or buffer."""
 
@@ -34,30 +40,111 @@ class Reference:
     buffers: dict[str, Tensor]
 
 
-def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, loss_tolerance: float = LOSS_TOLERANCE,
+def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, lowered: bool = False,
+                      backend: str = "eager", transport: str = "auto", loss_tolerance: float = LOSS_TOLERANCE,
                       gradient_tolerance: float = GRADIENT_TOLERANCE, seed: int = 0) -> None:
     """Check that `model` under `plan` computes what `model` computes.
 
     Runs every rank in this process on the *global* batch `example_inputs` (a dict of keyword arguments, or a tuple),
     in the mode the model is in. Compares the loss (relative to it), every gradient (relative, in norm), and the
     buffers that the model updates. A model without a loss is compared through `simulation.scalar_of` its outputs. With
-    dropout on, the reference is the captured model on one device with the same counter-based masks.
+    dropout on, the reference is the captured model on one device with the same counter-based masks. Under a plan with
+    microbatches it is the mean over the same microbatches on one device.
+
+    Where the plan computes in fewer bits than the model has (`param_dtype`, `reduce_dtype`), what it computes may be no farther
+    from the model than 1.5 times what one device computes in them.
+
+    lowered, backend, transport: see `fxpar.simulate`. With lowered=True the forward and backward graphs are compared that the
+    inductor backend hands over, with backend="inductor" what it makes of them.
     Raises: `EquivalenceError` that names the gradient or loss, the first value of the program that differs, its
     layout, the line of the model that made it, and the pass after which it differs.
     """
+    plan = Plan.of(plan)
     stages: list[tuple[str, Program]] = []
-    simulation = Simulation(model, plan, example_inputs, observe=lambda name, p: stages.append((name, _frozen(p))))
+    simulation = Simulation(model, plan, example_inputs, observe=lambda name, p: stages.append((name, _frozen(p))),
+                            lowered=lowered, backend=backend, transport=transport)
     call = example_call(model, example_inputs)
     with torch.random.fork_rng(devices=[]):
-        if any(s.kind == "seed" for s in simulation.program.sources):
-            reference = _run_program(_before_partition(stages), model, input_leaves(call), seed)
-        else:
-            reference = _run_model(model, call)
+        parts = simulation.microbatches(call)
+        with _buffers_put_back(model):
+            exact = _mean([_exact(model, plan, part, stages, seed + i) for i, part in enumerate(parts)])
+        compare = functools.partial(_first_difference, exact, loss_tolerance=loss_tolerance,
+                                    gradient_tolerance=gradient_tolerance)
+        if _is_narrow(plan):
+            one = _mean([_run_program(_before_partition(stages), model, input_leaves(part), seed + i)
+                         for i, part in enumerate(parts)])
+            compare = functools.partial(_too_far, exact, _rounded(one, plan))
         result = simulation.step(*call[0], **call[1], seed=seed)
-    problem = _first_difference(reference, result, loss_tolerance, gradient_tolerance)
-    if problem is not None:
-        raise EquivalenceError(_explain(problem, model, simulation, stages, call, reference, seed, loss_tolerance,
-                                        gradient_tolerance))
+        problem = compare(result)
+        if problem is not None and simulation.lowered:
+            raise EquivalenceError(_explain_lowered(problem, model, simulation, call, seed, compare))
+        if problem is not None:
+            raise EquivalenceError(_explain(problem, model, simulation, stages, parts[0], seed, compare))
+
+
+def _exact(model: nn.Module, plan: Plan, call: Call, stages: list[tuple[str, Program]], seed: int) -> Reference:
+    """One device, in the dtypes that the model has."""
+    if not any(s.kind == "seed" for s in _before_partition(stages).sources):
+        return _run_model(model, call)
+    if not _is_narrow(plan):
+        return _run_program(_before_partition(stages), model, input_leaves(call), seed)
+    wide: list[tuple[str, Program]] = []
+    Simulation(model, replace(plan, param_dtype=None, reduce_dtype=None, microbatches=1), call[1] or call[0],
+               observe=lambda name, p: wide.append((name, _frozen(p))))
+    return _run_program(_before_partition(wide), model, input_leaves(call), seed)
+
+
+@contextlib.contextmanager
+def _buffers_put_back(model: nn.Module) -> Iterator[None]:
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                b.copy_(buffers[n])
+
+
+def _mean(parts: list[Reference]) -> Reference:
+    """Loss and gradients on average; what else there is, of the last part."""
+    count = len(parts)
+    if count == 1:
+        return parts[0]
+    grads: dict[str, Tensor] = {}
+    for part in parts:
+        for name, grad in part.grads.items():
+            grads[name] = grads.get(name, 0) + grad / count
+    return replace(parts[-1], loss=torch.stack([part.loss for part in parts]).mean(), grads=grads,
+                   input_grads={n: g / count for n, g in parts[-1].input_grads.items()})
+
+
+def _is_narrow(plan: Plan) -> bool:
+    return any(d is not None and d.itemsize < 4 for d in (plan.param_dtype, plan.reduce_dtype))
+
+
+def _rounded(one: Reference, plan: Plan) -> Reference:
+    """As if one device had reduced its gradients."""
+    dtype = plan.reduce_dtype or torch.float32
+    return replace(one, grads={n: g.to(dtype).to(g.dtype) for n, g in one.grads.items()})
+
+
+def _too_far(exact: Reference, one: Reference, result: Any) -> str | None:
+    """What is farther from `exact` than `FARTHER` times what `one` is."""
+    def off(grads: dict[str, Tensor]) -> float:
+        return sum((grads[n].double() - g.double()).square().sum().item() for n, g in exact.grads.items() if n in grads) ** 0.5
+
+    missing = [n for n, g in exact.grads.items() if n not in result.grads and g.abs().max() > 0]
+    if missing:
+        return f"the gradient of {missing[0]} exists on only one side"
+    size = off(dict.fromkeys(exact.grads, torch.zeros(())))
+    mine, allowed = off(result.grads), FARTHER * off(one.grads) + GRADIENT_TOLERANCE * size
+    if not mine <= allowed:
+        return (f"the gradients are off by {mine / size:.2g} of their norm, one device's in these dtypes by "
+                f"{off(one.grads) / size:.2g}")
+    loss, allowed = abs(result.loss - exact.loss).item(), FARTHER * abs(one.loss - exact.loss).item()
+    if not loss <= allowed + torch.finfo(torch.bfloat16).eps * abs(exact.loss).item():
+        return f"the loss is {result.loss.item():.9g}, on one device {exact.loss.item():.9g}"
+    return None
 
 
 def _frozen(program: Program) -> Program:
@@ -76,23 +163,17 @@ def _before_partition(stages: list[tuple[str, Program]]) -> Program:
     return next(p for name, p in reversed(stages) if name == "infer")
 
 
-def _run_model(model: nn.Module, call: tuple) -> Reference:
-    """One step of the plain model, which is left as it was found."""
+def _run_model(model: nn.Module, call: Call) -> Reference:
+    """One step of the plain model, whose buffers are updated."""
     args, kwargs = copy.deepcopy(call)
-    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     inputs = {n: t for n, t in input_leaves((args, kwargs)).items() if isinstance(t, Tensor) and t.requires_grad}
-    try:
-        with torch.enable_grad():
-            loss = scalar_of(model(*args, **kwargs))
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        wanted = [*parameters.values(), *inputs.values()]
-        found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
-        grads = {n: g for n, g in zip([*parameters, *inputs], found, strict=True) if g is not None}
-        changed = {n: b.detach().clone() for n, b in model.named_buffers()}
-    finally:
-        with torch.no_grad():
-            for n, b in model.named_buffers():
-                b.copy_(buffers[n])
+    with torch.enable_grad():
+        loss = scalar_of(model(*args, **kwargs))
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    wanted = [*parameters.values(), *inputs.values()]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+    grads = {n: g for n, g in zip([*parameters, *inputs], found, strict=True) if g is not None}
+    changed = {n: b.detach().clone() for n, b in model.named_buffers()}
     return Reference(loss.detach(), {n: g for n, g in grads.items() if n in parameters},
                      {n: g for n, g in grads.items() if n in inputs}, changed)
 
@@ -120,7 +201,7 @@ def _run_program(program: Program, model: nn.Module, inputs: dict[str, Any], see
                      {n: g for (k, n), g in grads.items() if k == "input"}, new)
 
 
-def _first_difference(reference: Reference, result: Any, loss_tolerance: float, gradient_tolerance: float) -> str | None:
+def _first_difference(reference: Reference, result: Any, *, loss_tolerance: float, gradient_tolerance: float) -> str | None:
     off = _relative(result.loss, reference.loss)
     if not off <= loss_tolerance:
         return f"the loss is {result.loss.item():.9g}, on one device {reference.loss.item():.9g} (off by {off:.2g})"
@@ -151,17 +232,18 @@ def _relative(mine: Tensor, theirs: Tensor) -> float:
     return (mine.double() - theirs.double()).norm().item() / (scale if scale > 0 else 1.0)
 
 
-def _explain(problem: str, model, simulation, stages, call, reference, seed, loss_tolerance, gradient_tolerance) -> str:
+def _explain(problem: str, model: nn.Module, simulation: Simulation, stages: list[tuple[str, Program]], call: Call, seed: int,
+             compare: Callable[[Any], str | None]) -> str:
     """Add to `problem` the pass after which the program differs, and the first value that does."""
     inputs = input_leaves(call)
-    for name, program in stages:
+    for name, program in stages if simulation.plan.microbatches == 1 else []:
         if name == "partition":
             break
         alone = _run_program(program, model, inputs, seed)
         if name != "capture" and any(s.kind == "seed" for s in simulation.program.sources) and not any(
                 s.kind == "seed" for s in program.sources):
             continue
-        if _first_difference(reference, alone, loss_tolerance, gradient_tolerance):
+        if compare(alone):
             return f"{problem}; the program differs from the model after pass {name!r}"
     expected: dict[str, Any] = {}
     _run_program(_before_partition(stages), model, inputs, seed, expected)
@@ -183,3 +265,21 @@ def _explain(problem: str, model, simulation, stages, call, reference, seed, los
     simulation.watch = None
     where = found[0] if found else "every value of the forward agrees: a backward differs"
     return f"{problem}; after pass 'partition'; {where}; plan {simulation.plan}"
+
+
+def _explain_lowered(problem: str, model: nn.Module, simulation: Simulation, call: Call, seed: int,
+                     compare: Callable[[Any], str | None]) -> str:
+    """Add to `problem` what made the difference: the program, one of the inductor backend's graph passes, or the compiler."""
+    plan, example = simulation.plan, call[1] or call[0]
+
+    def differs(**options: Any) -> bool:
+        return compare(Simulation(model, plan, example, **options).step(*call[0], **call[1], seed=seed)) is not None
+
+    if differs():
+        return f"{problem}; the partitioned program differs already: try lowered=False; plan {plan}"
+    names = [module.__name__.rpartition(".")[2] for module, _ in graph_passes(plan)]
+    for count in range(len(names) + 1):
+        if differs(lowered=True, transport=simulation.transport, passes=count):
+            made_by = f"the graph pass {names[count - 1]!r}" if count else "the joint graph, or its cut into forward and backward"
+            return f"{problem}; the partitioned program agrees: {made_by} makes the difference; plan {plan}"
+    return f"{problem}; the lowered graphs agree: the compiler makes the difference; plan {plan}"

@@ -10,6 +10,7 @@ from torch._functorch import partitioners
 
 import fxpar
 from fxpar import compat
+from fxpar.backends import inductor
 from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.runtime import GroupRuntime
 from fxpar.backends.trace import tensor_inputs_only
@@ -101,6 +102,12 @@ class Halves:
     @property
     def saved_bytes(self) -> int:
         return sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in self.saved)
+
+
+def schedule(graph: fx.Graph, plan: fxpar.Plan) -> None:
+    """All graph passes of the inductor backend, in order."""
+    for _, apply in inductor.graph_passes(plan):
+        apply(graph)
 
 
 def calls(graph: fx.Graph, *names: str) -> int:

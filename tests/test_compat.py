@@ -209,6 +209,28 @@ def test_lowered_graphs_are_those_of_forward_and_backward():
         assert len(compat.lowered_graphs(graph, [x, w], {})) == 1
 
 
+def test_interpreted_graphs_compute_what_compiled_ones_do():
+    """`compat.interpret_graph`, through the graph passes of its settings, forward and backward."""
+
+    class Counting(fx.Interpreter):
+        ran: list[Any] = []
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            self.ran.append(target)
+            return super().call_function(target, args, kwargs)
+
+    graph = fx.symbolic_trace(lambda x, w: (torch.tanh(x @ w),))
+    x, w = torch.randn(3, 4), torch.randn(4, 2, requires_grad=True)
+    passed: list[fx.Graph] = []
+    config = {"post_grad_custom_post_pass": compat.graph_pass(passed.append, __file__)}
+    run = compat.interpret_graph(graph, [x, w], config, Counting)
+    assert len(passed) == 2 and Counting.ran == []  # the backward too, before anything ran
+    (y,) = run(x, w)
+    assert Counting.ran[:2] == [aten.mm.default, aten.tanh.default]
+    torch.testing.assert_close(y, torch.tanh(x @ w))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), w)[0], torch.autograd.grad(torch.tanh(x @ w).sum(), w)[0])
+
+
 def test_operands_are_computed_where_they_are_concatenated():
     """`compat.lower_as_concatenation`."""
     from fxpar.backends.products import WRITTEN
@@ -227,6 +249,9 @@ def test_a_registered_group_is_found_by_its_name():
     compat.register_group(group, "alone")
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(torch.arange(3), 1, "alone")
     assert torch.ops._c10d_functional.wait_tensor(gathered).tolist() == [0, 1, 2]
+    compat.unregister_group("alone")
+    with pytest.raises(RuntimeError, match="alone"):
+        torch.ops._c10d_functional.all_gather_into_tensor(torch.arange(3), 1, "alone")
 
 
 class Noted(dist.Work):

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 import fxpar
 from fxpar import compat
-from fxpar.backends import buckets, inductor, overlap
-from tests.graphs import Made, local_feed, runtime_of
+from fxpar.backends import buckets, inductor, overlap, transfers
+from tests.graphs import Made, local_feed, runtime_of, schedule
 from tests.processes import launch
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -99,14 +99,14 @@ def test_two_processes_equal_eager(plan):
 ])  # fmt: skip
 def test_compiled_graphs_communicate(two_ranks, monkeypatch, plan, forward, backward):
     graphs: list[Counter[str]] = []
-    schedule = inductor._schedule
+    last = transfers.copy_activations
 
     def seen(graph: fx.Graph, *options: Any) -> None:
-        schedule(graph, *options)
+        last(graph, *options)
         graphs.append(Counter(n.target.overloadpacket.__name__ for n in graph.nodes
                               if getattr(n.target, "namespace", "") == "_c10d_functional"))
 
-    monkeypatch.setattr(inductor, "_schedule", seen)
+    monkeypatch.setattr(transfers, "copy_activations", seen)
     model, batch = net()
     program = fxpar.compile_program(model, plan, batch)
     runtime, feed = runtime_of(program), local_feed(program, model, batch)
@@ -184,5 +184,5 @@ def test_buckets_are_of_bounded_size_and_one_dtype(one_rank):
 def test_both_passes_together_keep_values(one_rank):
     made = gradients(one_rank, [torch.float32] * 3)
     before = made.run()
-    inductor._schedule(made.graph, fxpar.Plan())
+    schedule(made.graph, fxpar.Plan())
     assert len(joined(made)) == 1 and all(map(torch.equal, made.run(), before))

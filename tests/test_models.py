@@ -12,15 +12,13 @@ from tests import zoo
 PLANS = ["dp=2", "dp=4", "tp=2", "tp=4", "dp=2,tp=2", "dp=2,tp=4"]
 PLANS += [f"{plan},sequence_parallel=false" for plan in PLANS if "tp" in plan]
 STORED = ["dp=2,zero=1", "dp=4,zero=2", "dp=2,tp=2,zero=3", "dp=4,dp_replicate=2,zero=2", "dp=4,dp_replicate=2,tp=2,zero=3"]
-BATCHES = {"buffers": 2}
-"""The batch of the models whose batch is no multiple of 4."""
 
 
 def check(name, plan, train=True):
     model, inputs = zoo.build(name)
     plan = Plan.parse(plan)
-    if BATCHES.get(name, plan.dp) % plan.dp:
-        with pytest.raises(PlanError, match=f"`dp`={plan.dp}: must divide the global batch of {BATCHES[name]}"):
+    if zoo.rows(name) % plan.dp:
+        with pytest.raises(PlanError, match=f"`dp`={plan.dp}: must divide the global batch of {zoo.rows(name)}"):
             assert_equivalent(model.train(train), plan, inputs)
     else:
         assert_equivalent(model.train(train), plan, inputs)

@@ -12,10 +12,10 @@ from torch import fx
 
 import fxpar
 from fxpar import compat
-from fxpar.backends import buckets, casts, inductor, overlap, prefetch
+from fxpar.backends import buckets, casts, overlap, prefetch
 from fxpar.backends.copies import CopyGroup
 from fxpar.backends.remat import UNSHARD
-from tests.graphs import WAIT, Made
+from tests.graphs import WAIT, Made, schedule
 from tests.harness import RANDOM
 from tests.slots import Alone
 
@@ -352,7 +352,7 @@ def test_the_schedule_follows_the_plan(one_rank):
     def scheduled(plan: fxpar.Plan) -> list[list[int]]:
         made = forward(one_rank), backward(one_rank)
         for part in made:
-            keeps_values(part, lambda g: inductor._schedule(g, plan))
+            keeps_values(part, lambda g: schedule(g, plan))
         return [joined(made[0], GATHERS), joined(made[1], SCATTERS)]
 
     assert scheduled(fxpar.Plan()) == [[5], [5]]

@@ -27,10 +27,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxpar.mesh import Axes
 
@@ -148,12 +148,32 @@ CONJUGATE = {
 """name -> (forward, backward). The table of the module's docstring, and the only place that pairs them."""
 
 
+def differs_along(node: fx.Node) -> Axes | None:
+    """The axes along which a node of a program does something else on each rank, forward or backward, than communicate."""
+    args: Any = node.args
+    if node.target is axis_index:
+        return args[0]
+    kind = getattr(node.target, "__name__", "") if node.target in COLLECTIVES else ""
+    if kind == "all_gather" and args[4:5] and args[4]:
+        kind = "all_gather_varying"
+    return args[1] if SLICE in CONJUGATE.get(kind, ()) else None
+
+
 def run_step(step: Step, run: Runtime, x: Tensor, axes: Axes, place: Place, to: Place) -> Tensor:
     """One direction on this rank."""
     x = step.before(x, place, to, run.size(axes), run.index(axes))
     if step.comm is not None:
-        x = getattr(run, step.comm)(x, axes)
+        x = _communicate(getattr(run, step.comm), x, axes)
     return step.after(x, place, to, run.size(axes))
+
+
+def _communicate(method: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """``method(x, *args)`` of a `Runtime`, with booleans sent as bytes.
+
+    Inductor's lowering of a collective promotes its operands among each other: a tensor of booleans beside the size of the
+    group becomes one of int64, whose bytes whoever reads the result as booleans takes for eight values each.
+    """
+    return method(x.to(torch.uint8), *args).to(torch.bool) if x.dtype is torch.bool else method(x, *args)
 
 
 @dataclass(frozen=True)
@@ -203,7 +223,7 @@ def psum(x: Tensor, axes: Axes) -> Tensor:
 
 def pmax(x: Tensor, axes: Axes) -> Tensor:
     """The maximum over the ranks of `axes`; for values no gradient flows through."""
-    return _active.get().all_reduce(x.detach().contiguous(), axes, "max")
+    return _communicate(_active.get().all_reduce, x.detach().contiguous(), axes, "max")
 
 
 def vary(x: Tensor, axes: Axes, reduce: torch.dtype | None = None, carried: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ oddities       one difficulty each
 from tests.zoo import held_out, hugging_face, oddities, plain
 from tests.zoo.hugging_face import LLAMA, language_model
 from tests.zoo.plain import CausalAttention, NanoGPT
-from tests.zoo.registry import HELD_OUT, MODELS, Built, build, ids, labels
+from tests.zoo.registry import HELD_OUT, MODELS, Built, build, ids, labels, rows
 
 __all__ = [
     "HELD_OUT",
@@ -27,4 +27,5 @@ __all__ = [
     "language_model",
     "oddities",
     "plain",
+    "rows",
 ]

@@ -58,6 +58,11 @@ def build(name: str) -> Built:
     return made.train(), inputs
 
 
+def rows(name: str) -> int:
+    """How many rows the inputs of a model have, as a rule `BATCH`."""
+    return {"buffers": 2}.get(name, BATCH)
+
+
 def ids(vocab: int = VOCAB, seq: int = SEQ, batch: int = BATCH) -> Tensor:
     return torch.randint(1, vocab, (batch, seq))
 

@@ -1,0 +1,199 @@
+"""threads: process groups whose ranks are threads of one process, for real programs without real ranks.
+
+Whatever issues functional collectives (an interpreted graph, or what Inductor compiled) runs here as it runs on a cluster:
+each rank on its own, in the order of its own program, meeting the others in its collectives alone. Ranks that would hang on
+a cluster, because they issue different collectives or not equally many, are an error here that says who waits for what.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fxpar import compat
+from fxpar.backends.runtime import FunctionalRuntime
+from fxpar.errors import EquivalenceError
+from fxpar.mesh import Axes, Mesh
+
+T = TypeVar("T")
+TIMEOUT = 120.0
+"""Seconds after which a rank that waits in a collective gives up."""
+
+_current = threading.local()  # .rank: that of the thread
+_count = itertools.count()
+
+
+class Threads:
+    """The ranks of a mesh as threads, and the groups over its axes."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self._groups: dict[Axes, ThreadGroup] = {}
+        self._names: list[str] = []
+        weakref.finalize(self, _forget, self._names)
+
+    def runtime(self, rank: int) -> ThreadRuntime:
+        return ThreadRuntime(self, rank)
+
+    def name(self, axes: Axes) -> str:
+        """The name of the groups over `axes`: the same for all ranks, so that they can share a graph."""
+        if axes not in self._groups:
+            group = self._groups[axes] = ThreadGroup(self.mesh.groups(axes), axes)
+            for name in (group.registered, copying(group.registered)):
+                compat.register_group(group, name)
+                self._names.append(name)
+        return self._groups[axes].registered
+
+    def run(self, body: Callable[[int], T]) -> list[T]:
+        """What ``body(rank)`` returns on every rank, all at once.
+
+        Raises: the error of the first rank that failed; `EquivalenceError` if ranks wait for each other in vain.
+        """
+        results: list[Any] = [None] * self.mesh.world_size
+        errors: dict[int, BaseException] = {}
+
+        def run(rank: int) -> None:
+            _current.rank = rank
+            try:
+                results[rank] = body(rank)
+            except BaseException as error:
+                errors[rank] = error
+                for group in self._groups.values():
+                    group.abort()
+
+        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(self.mesh.world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            cause = next((e for e in errors.values() if not isinstance(e, threading.BrokenBarrierError)), None)
+            waiting = {r: str(e) for r, e in errors.items()}
+            raise cause or EquivalenceError(f"ranks wait for each other in vain: {waiting}")
+        return results
+
+
+def copying(name: str) -> str:
+    """The name of the group that moves parameters and gradients for the group of this name."""
+    return f"{name}-copies"
+
+
+def _forget(names: list[str]) -> None:
+    for name in names:
+        compat.unregister_group(name)
+
+
+class ThreadRuntime(FunctionalRuntime):
+    """One rank's `Runtime`. bulk: as in `GroupRuntime`, for every group."""
+
+    def __init__(self, threads: Threads, rank: int):
+        self.threads, self.rank = threads, rank
+        self.bulk: dict[str, str] = {}
+
+    def size(self, axes: Axes) -> int:
+        return self.threads.mesh.size(*axes)
+
+    def index(self, axes: Axes) -> int:
+        return self.threads.mesh.index(self.rank, axes)
+
+    def name(self, axes: Axes) -> str:
+        return self.threads.name(axes)
+
+    def copy_engines(self, axes: Axes) -> None:
+        """Have parameters gathered and gradients scattered over `axes` as copy engines do it."""
+        name = self.name(axes)
+        self.bulk[name] = copying(name)
+
+
+class _Arrived(dist.Work):
+    """Everything here is done when it is started."""
+
+    def wait(self, timeout: Any = None) -> bool:
+        return True
+
+
+class _Meeting:
+    """Where the threads of one group exchange tensors."""
+
+    def __init__(self, ranks: list[int]):
+        self.ranks = ranks
+        self.barrier = threading.Barrier(len(ranks))
+        self.entries: list[tuple[str, list[Tensor]]] = [("", [])] * len(ranks)
+
+
+class ThreadGroup(dist.ProcessGroup):
+    """The groups over some axes of a mesh, as one: each thread communicates with those of its own."""
+
+    def __init__(self, groups: Sequence[Sequence[int]], axes: Axes):
+        super().__init__(0, len(groups[0]))  # type: ignore[call-arg]
+        self.registered = f"fxpar-threads{next(_count)}-{'-'.join(axes)}"
+        self._meetings = {rank: meeting for group in groups for meeting in [_Meeting(list(group))] for rank in group}
+
+    def abort(self) -> None:
+        """Whoever waits, or ever will, fails at once."""
+        for meeting in self._meetings.values():
+            meeting.barrier.abort()
+
+    def _exchange(self, what: str, mine: Sequence[Tensor], to: Sequence[Tensor],
+                  combine: Callable[[int, list[Tensor], int], Tensor]) -> dist.Work:
+        """to[i] becomes ``combine(i, everyone's mine[i], my index)``."""
+        meeting = self._meetings[_current.rank]
+        index = meeting.ranks.index(_current.rank)
+        text = f"{what} of {[(str(x.dtype)[6:], list(x.shape)) for x in mine]} over {self.registered}"
+        meeting.entries[index] = text, list(mine)
+        _wait(meeting.barrier, text)
+        entries = list(meeting.entries)
+        different = next((i for i, (other, _) in enumerate(entries) if other != text), None)
+        made = [] if different is not None else [
+            combine(i, [tensors[i] for _, tensors in entries], index) for i in range(len(mine))]
+        _wait(meeting.barrier, text)
+        if different is not None:
+            raise EquivalenceError(f"ranks issue different collectives: rank {_current.rank} {text}; rank "
+                                   f"{meeting.ranks[different]} {entries[different][0]}")
+        for y, made_here in zip(to, made, strict=True):
+            y.copy_(made_here)
+        return _Arrived()
+
+    def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:  # type: ignore[override]
+        largest = options is not None and options.reduceOp == dist.ReduceOp.MAX
+        return self._exchange("all_reduce max" if largest else "all_reduce", tensors, tensors,
+                              lambda i, xs, me: functools.reduce(torch.maximum if largest else torch.add, xs))
+
+    def allreduce_coalesced(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
+        return self.allreduce(tensors, options)
+
+    def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
+        return self._exchange("all_gather", inputs, outputs, lambda i, xs, me: torch.cat(xs).view(outputs[i].shape))
+
+    def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
+        def combine(i: int, xs: list[Tensor], me: int) -> Tensor:
+            return functools.reduce(torch.add, [x.view(len(xs), -1)[me] for x in xs]).view(outputs[i].shape)
+
+        return self._exchange("reduce_scatter", inputs, outputs, combine)
+
+    def alltoall_base(self, output: Tensor, given: Tensor, out_splits: list[int], in_splits: list[int],
+                      _: Any = None) -> dist.Work:
+        def combine(i: int, xs: list[Tensor], me: int) -> Tensor:
+            return torch.cat([x.chunk(len(xs))[me] for x in xs])
+
+        if len({*out_splits, *in_splits}) > 1:
+            raise EquivalenceError("all_to_all with parts of different sizes is not simulated")
+        return self._exchange("all_to_all", [given], [output], combine)
+
+    def getBackendName(self) -> str:
+        return "fxpar-threads"
+
+
+def _wait(barrier: threading.Barrier, text: str) -> None:
+    try:
+        barrier.wait(TIMEOUT)
+    except threading.BrokenBarrierError as error:
+        raise threading.BrokenBarrierError(f"rank {_current.rank} waits in {text}") from error
