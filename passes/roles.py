@@ -10,13 +10,13 @@ from torch import fx
 from fxpar.errors import PlanError
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.pick import pick
-from fxpar.passes.factors import Factor, leaves
+from fxpar.passes.factors import Dim, Dims, Factor, leaves
 from fxpar.passes.rules.matmul import grouped_product
 from fxpar.passes.rules.registry import find
 from fxpar.program import Program
 
 aten = torch.ops.aten
-ROLES = ("batch", "seq", "heads", "ffn", "vocab", "experts", "hidden")
+ROLES = ("batch", "seq", "heads", "head_dim", "ffn", "vocab", "experts", "hidden")
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 ATTENTION = (aten.scaled_dot_product_attention.default, windowed_attention)
@@ -27,7 +27,8 @@ def assign_roles(program: Program) -> None:
 
     batch: dim 0 of the inputs (or the batch of attention, where dim 0 turns out to be its sequence; or what the plan
     says). seq: the query and key dims of attention, also where it is written out. heads: the head dims of
-    attention, or batch dims of a product of two activations that come from a weight. vocab: the rows of a table
+    attention, or batch dims of a product of two activations that come from a weight. head_dim: the last dims of what
+    attention takes, beside heads or where they would be ffn; no plan splits them. vocab: the rows of a table
     looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product. ffn:
     made by one weight and contracted by another, and by nothing else. hidden: what remains of the weights' dims that
     other weights contract. The first that applies stays. Raises `PlanError` if an override names no such dim.
@@ -35,10 +36,10 @@ def assign_roles(program: Program) -> None:
     params = [n for n, s in program.source_of().items() if s.kind == "param"]
     in_params = {f for n in params for d in n.meta["dims"] for f in leaves(d)}
     _overrides(program)
-    _attention(program, in_params)
+    one_head = _attention(program, in_params)
     _batch(program)
     _vocab(program)
-    _weights(program, in_params)
+    _weights(program, in_params, one_head)
 
 
 def _give(dim, role: str) -> None:
@@ -59,16 +60,21 @@ def _overrides(program: Program) -> None:
             f.role = role or "none"
 
 
-def _attention(program: Program, in_params: set[Factor]) -> None:
+def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
+    """seq, heads and head_dim; returns the last dims of operands that have no heads. (These may be the residual stream's.)"""
     scores: set[tuple[Factor, Factor]] = set()
+    products: list[tuple[Dims, Dims]] = []
+    one_head: set[Factor] = set()
     for node in program.graph.nodes:
         if node.target in ATTENTION:
-            q, k = node.args[0].meta["dims"], node.args[1].meta["dims"]
+            q, k, v = (n.meta["dims"] for n in node.args[:3])
             _give(q[-2], "seq")
             _give(k[-2], "seq")
             if len(q) == 4:
                 _give([f for f in leaves(q[1]) if f in in_params or f.role], "heads")
                 _give([f for f in leaves(k[1]) if f in in_params], "heads")
+            for dims in (q, k, v):
+                _head_dim(dims[-1], q[:-2], one_head)
         elif node.target in SOFTMAX and len(node.meta["dims"]) >= 3:
             rows, columns = (leaves(d) for d in node.meta["dims"][-2:])
             if any((r, c) in scores for r in rows for c in columns):
@@ -81,6 +87,24 @@ def _attention(program: Program, in_params: set[Factor]) -> None:
                 _give([f for f in both if f in in_params], "heads")
                 rows, columns = (leaves(d) for d in node.meta["dims"][-2:])
                 scores |= {(r, c) for r in rows for c in columns}
+                products.append((a, b))
+    for a, b in products:
+        if _is_seq(a[-1]):  # probabilities and values
+            _head_dim(b[-1], b[:-2], one_head)
+        elif _is_seq(a[-2]) and _is_seq(b[-1]):  # queries and keys
+            _head_dim(a[-1], a[:-2], one_head)
+    return one_head
+
+
+def _is_seq(dim: Dim) -> bool:
+    return any(f.role == "seq" for f in leaves(dim))
+
+
+def _head_dim(dim: Dim, lead: Dims, one_head: set[Factor]) -> None:
+    if any(f.role == "heads" for d in lead for f in leaves(d)):
+        _give(dim, "head_dim")
+    else:
+        one_head.update(leaves(dim))
 
 
 def _batch(program: Program) -> None:
@@ -139,8 +163,8 @@ def _vocab(program: Program) -> None:
             _give(node.args[1].meta["dims"][0], "experts")
 
 
-def _weights(program: Program, in_params: set[Factor]) -> None:
-    """ffn and hidden, from how weights make and contract factors."""
+def _weights(program: Program, in_params: set[Factor], one_head: set[Factor]) -> None:
+    """ffn (of `one_head`: head_dim) and hidden, from how weights make and contract factors."""
     made: Counter[Factor] = Counter()
     contracted: Counter[Factor] = Counter()
     reduced: set[Factor] = set()
@@ -162,7 +186,7 @@ def _weights(program: Program, in_params: set[Factor]) -> None:
         reduced |= {f for s in (*spec.whole, *spec.inner, *spec.maxes) for f in s.leaves()}
     for f in in_params:
         if f.role is None and made[f] and contracted[f] and f not in reduced:
-            f.role = "ffn"
+            f.role = "head_dim" if f in one_head else "ffn"
     for f in in_params:
         if f.role is None and contracted[f]:
             f.role = "hidden"

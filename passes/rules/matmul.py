@@ -242,8 +242,6 @@ def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
     group = op.factors.new(extent(heads) // max(extent(kv), 1))
     if not op.factors.align(heads, (*kv, *group)):
         spec.whole.update(heads, kv)
-    if not kv:
-        spec.whole.update(heads)
 
 
 def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:
