@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,14 +13,14 @@ from torch import fx
 from fxpar.errors import PlanError
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.pick import pick
-from fxpar.passes.factors import Dim, Dims, Factor, leaves
+from fxpar.passes.factors import Factor, leaves
 from fxpar.passes.rules.matmul import grouped_product
 from fxpar.passes.rules.registry import find
 from fxpar.program import Program
 
 aten = torch.ops.aten
 ROLES = ("batch", "seq", "heads", "head_dim", "ffn", "vocab", "experts", "hidden")
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 ATTENTION = (aten.scaled_dot_product_attention.default, windowed_attention)
 
@@ -63,7 +66,7 @@ def _overrides(program: Program) -> None:
 def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
     """seq, heads and head_dim; returns the last dims of operands that have no heads. (These may be the residual stream's.)"""
     scores: set[tuple[Factor, Factor]] = set()
-    products: list[tuple[Dims, Dims]] = []
+    products: list[_Product] = []
     one_head: set[Factor] = set()
     for node in program.graph.nodes:
         if node.target in ATTENTION:
@@ -81,26 +84,64 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
                 _give(rows, "seq")
                 _give(columns, "seq")
         elif node.target in PRODUCTS:
-            a, b = (n.meta.get("dims") for n in node.args[:2])
-            if len(a) >= 3 and len(b) >= 3 and all(n.meta["needs_grad"] for n in node.args[:2]):
-                both = {f for d in a[:-2] for f in leaves(d)} & {f for d in b[:-2] for f in leaves(d)}
-                _give([f for f in both if f in in_params], "heads")
-                rows, columns = (leaves(d) for d in node.meta["dims"][-2:])
-                scores |= {(r, c) for r in rows for c in columns}
-                products.append((a, b))
-    for a, b in products:
-        if _is_seq(a[-1]):  # probabilities and values
-            _head_dim(b[-1], b[:-2], one_head)
-        elif _is_seq(a[-2]) and _is_seq(b[-1]):  # queries and keys
-            _head_dim(a[-1], a[:-2], one_head)
+            product = _product(node)
+            if product is not None:
+                _give([f for f in product.batch if f in in_params], "heads")
+                scores |= {(r, c) for r in product.made[0] for c in product.made[1]}
+                products.append(product)
+    for product in products:
+        if _is_seq(product.inner):  # probabilities and values
+            _head_dim(product.columns, [product.batch], one_head)
+        elif _is_seq(product.made[0]) and _is_seq(product.made[1]):  # queries and keys
+            _head_dim(product.inner, [product.batch], one_head)
     return one_head
 
 
-def _is_seq(dim: Dim) -> bool:
+@dataclass
+class _Product:
+    """Of two activations, [batch, rows, inner] and [batch, inner, columns]: factors. made: the result's rows and columns (in
+    which keys that are the queries, too, have got another name)."""
+
+    batch: list[Factor]
+    inner: list[Factor]
+    columns: list[Factor]
+    made: tuple[list[Factor], list[Factor]]
+
+
+def _product(node: fx.Node) -> _Product | None:
+    args: Any = node.args
+    if node.target is aten.einsum.default:
+        left, _, right = args[0].replace(" ", "").partition("->")
+        (one, _, other), nodes = left.partition(","), args[1]
+        if "." in left or "," in other or not right or not other:
+            return None
+    else:
+        nodes = args[:2]
+        a, b = (len(n.meta["dims"]) for n in nodes)
+        if a < 3 or b < 3:
+            return None
+        lead = "abcdefgh"[: max(a, b) - 2]
+        one, other, right = (lead[len(lead) - r + 2 :] + end for r, end in ((a, "mk"), (b, "kn"), (max(a, b), "mn")))
+    if not all(n.meta["needs_grad"] and not _is_weight(n) for n in nodes):
+        return None
+    first, second, made = ({c: leaves(d) for c, d in zip(text, n.meta["dims"], strict=True)}
+                           for text, n in ((one, nodes[0]), (other, nodes[1]), (right, node)))
+
+    def of(dims: dict[str, list[Factor]], letters: set[str]) -> list[Factor]:
+        return [f for c, d in dims.items() if c in letters for f in d]
+
+    both = set(one) & set(other)
+    batch = of(first, both & set(right))
+    batch = [f for f in batch if f in of(second, both & set(right))]
+    rows, columns = (of(made, set(text) - both) for text in (one, other))
+    return _Product(batch, of(first, both - set(right)), of(second, set(other) - both), (rows, columns))
+
+
+def _is_seq(dim: Iterable[Factor]) -> bool:
     return any(f.role == "seq" for f in leaves(dim))
 
 
-def _head_dim(dim: Dim, lead: Dims, one_head: set[Factor]) -> None:
+def _head_dim(dim: Iterable[Factor], lead: Iterable[Iterable[Factor]], one_head: set[Factor]) -> None:
     if any(f.role == "heads" for d in lead for f in leaves(d)):
         _give(dim, "head_dim")
     else:
