@@ -14,12 +14,13 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
+from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.plan import Plan
 from fxpar.program import block_path
 
 aten = torch.ops.aten
 SAVE, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
-PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution)
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten._grouped_mm, grouped_mm.overloadpacket)
 BLOCK, UNSHARD = "fxpar_block", "fxpar_unshard"
 """Keys of ``meta["custom"]``, which reaches the joint graph: the block a value belongs to; that it is a parameter gathered
 from where it is stored."""

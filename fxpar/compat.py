@@ -27,6 +27,7 @@ __all__ = [
     "compile_graph",
     "detect_fake_mode",
     "fake_like",
+    "is_grouped_product",
     "is_pointwise",
     "is_random",
     "mutates",
@@ -58,6 +59,12 @@ def is_random(target: Any) -> bool:
 def mutates(target: Any) -> bool:
     """Whether the operator writes to one of its arguments."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def is_grouped_product(function: Any) -> bool:
+    """Whether a function that is being called, as a ``TorchFunctionMode`` sees it, is PyTorch's grouped matrix product."""
+    packet = torch.ops.aten._grouped_mm
+    return function in (torch._grouped_mm, packet, packet.default)
 
 
 def no_grad_region(node: fx.Node) -> bool:

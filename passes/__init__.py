@@ -1,6 +1,6 @@
 """The compiler's passes: one file and one public function each, ``(program, ...) -> program``, in the order they run.
 
-capture      the user's model -> a flat functional graph (with regions, autocast, batchnorm)
+capture      the user's model -> a flat functional graph (with regions, autocast, batchnorm, grouped)
 simplify     drop what computes nothing
 outputs      only the loss, if the plan asks for that
 precision    casts between storage and compute dtypes

@@ -24,6 +24,7 @@ from fxpar.inputs import leaves
 from fxpar.mesh import Mesh
 from fxpar.passes.batchnorm import expand_batch_norm
 from fxpar.passes.dropout import expand_dropout
+from fxpar.passes.grouped import GroupedProducts
 from fxpar.passes.regions import inline_regions
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
@@ -49,7 +50,7 @@ def capture(
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _fake_input(mode, t, device, plan.param_dtype),
                                                     (args, kwargs))
-    with _fake_parameters(model, mode, device, plan.param_dtype) as originals:
+    with _grouped_experts(model), _fake_parameters(model, mode, device, plan.param_dtype) as originals:
         exported, prefix = _export(model, fake_args, fake_kwargs)
         inline_regions(exported.graph_module)
         expand_batch_norm(exported.graph)
@@ -72,6 +73,26 @@ def _fake_input(mode: compat.FakeTensorMode, t: torch.Tensor, device: torch.devi
 def _copy(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """`aten.copy` has no derivative; what it means has one."""
     return src.to(dst.dtype).expand(dst.shape).clone()
+
+
+EXPERTS = "_experts_implementation_internal"
+SAME_EXPERTS = ("eager", "batched_mm", "sonicmoe", "deepgemm", None)
+"""Hugging Face's implementations of experts that compute from the same weights what "grouped_mm" does."""
+
+
+@contextlib.contextmanager
+def _grouped_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, Hugging Face's experts are grouped products, which can be traced and split, whatever the model asks for."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), EXPERTS)}
+    before = [(c, getattr(c, EXPERTS)) for c in configs.values()]
+    try:
+        for config, implementation in before:
+            if implementation in SAME_EXPERTS:
+                setattr(config, EXPERTS, "grouped_mm")
+        yield
+    finally:
+        for config, implementation in before:
+            setattr(config, EXPERTS, implementation)
 
 
 @contextlib.contextmanager
@@ -113,7 +134,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torc
     if torch.is_autocast_enabled(device):
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
     try:
-        with torch.autocast(device, enabled=False), torch.enable_grad(), _Draws():
+        with torch.autocast(device, enabled=False), torch.enable_grad(), _Draws(), GroupedProducts():
             return torch.export.export(model, args, kwargs, strict=False), prefix
     except Exception as error:
         raise _capture_error(error) from error
@@ -155,10 +176,7 @@ _CAUSES = {
 }
 
 
-_BRANCH = (
-    "make the branch depend on Python values or shapes, use torch.where or torch.cond, or move this part out of the "
-    'model; for mixture-of-experts models of Hugging Face set experts_implementation="grouped_mm"'
-)
+_BRANCH = "make the branch depend on Python values or shapes, use torch.where or torch.cond, or move this part out of the model"
 _OTHER = "see the chained error: the model, called like this on one device, has to run and be traceable by torch.export"
 
 

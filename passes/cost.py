@@ -10,22 +10,26 @@ from torch import fx
 
 from fxpar.mesh import Mesh
 from fxpar.ops.attention import windowed_attention
+from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.passes.factors import Factor, leaves
 from fxpar.passes.layout import Layout, local_shape
 from fxpar.passes.rules.spec import Spec
 
 ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, windowed_attention)
 LOOKUPS = (torch.ops.aten.embedding.default,)
+GROUPED = (torch.ops.aten._grouped_mm.default, grouped_mm)
 
 
 def forward_flops(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh) -> int:
     """Multiply-adds count two. A contraction is the product of all the extents it ranges over; attention is two products
-    over the pairs of positions it looks at (half of them if causal); everything else counts nothing."""
+    over the pairs of positions it looks at (half of them if causal); each row of a grouped product meets one group's matrix;
+    everything else counts nothing."""
     if node.target in ATTENTION:
         return _attention(node, spec, at, mesh)
     if not spec.sums or len(spec.operands) < 2 or node.target in LOOKUPS:
         return 0
-    seen: set[Factor] = {f for o in spec.operands if not o.deferred for d in o.dims for f in leaves(d)}
+    operands = spec.operands[:1] if node.target in GROUPED else spec.operands
+    seen: set[Factor] = {f for o in operands if not o.deferred for d in o.dims for f in leaves(d)}
     seen |= {f for d in spec.outs[0] for f in leaves(d)}
     return 2 * math.prod(f.size // mesh.size(*(a for a, g in at.items() if g is f)) for f in seen)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,8 +19,8 @@ from fxpar.passes.rules.registry import find
 from fxpar.program import Program
 
 aten = torch.ops.aten
-ROLES = ("batch", "seq", "heads", "ffn", "vocab", "experts", "hidden")
-PRODUCTS = (aten.matmul.default, aten.bmm.default)
+ROLES = ("batch", "seq", "heads", "head_dim", "ffn", "vocab", "experts", "hidden")
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 ATTENTION = (aten.scaled_dot_product_attention.default, windowed_attention)
 
@@ -27,7 +30,8 @@ def assign_roles(program: Program) -> None:
 
     batch: dim 0 of the inputs (or the batch of attention, where dim 0 turns out to be its sequence; or what the plan
     says). seq: the query and key dims of attention, also where it is written out. heads: the head dims of
-    attention, or batch dims of a product of two activations that come from a weight. vocab: the rows of a table
+    attention, or batch dims of a product of two activations that come from a weight. head_dim: the last dims of what
+    attention takes, beside heads or where they would be ffn; no plan splits them. vocab: the rows of a table
     looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product. ffn:
     made by one weight and contracted by another, and by nothing else. hidden: what remains of the weights' dims that
     other weights contract. The first that applies stays. Raises `PlanError` if an override names no such dim.
@@ -35,10 +39,10 @@ def assign_roles(program: Program) -> None:
     params = [n for n, s in program.source_of().items() if s.kind == "param"]
     in_params = {f for n in params for d in n.meta["dims"] for f in leaves(d)}
     _overrides(program)
-    _attention(program, in_params)
+    one_head = _attention(program, in_params)
     _batch(program)
     _vocab(program)
-    _weights(program, in_params)
+    _weights(program, in_params, one_head)
 
 
 def _give(dim, role: str) -> None:
@@ -59,28 +63,89 @@ def _overrides(program: Program) -> None:
             f.role = role or "none"
 
 
-def _attention(program: Program, in_params: set[Factor]) -> None:
+def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
+    """seq, heads and head_dim; returns the last dims of operands that have no heads. (These may be the residual stream's.)"""
     scores: set[tuple[Factor, Factor]] = set()
+    products: list[_Product] = []
+    one_head: set[Factor] = set()
     for node in program.graph.nodes:
         if node.target in ATTENTION:
-            q, k = node.args[0].meta["dims"], node.args[1].meta["dims"]
+            q, k, v = (n.meta["dims"] for n in node.args[:3])
             _give(q[-2], "seq")
             _give(k[-2], "seq")
             if len(q) == 4:
                 _give([f for f in leaves(q[1]) if f in in_params or f.role], "heads")
                 _give([f for f in leaves(k[1]) if f in in_params], "heads")
+            for dims in (q, k, v):
+                _head_dim(dims[-1], q[:-2], one_head)
         elif node.target in SOFTMAX and len(node.meta["dims"]) >= 3:
             rows, columns = (leaves(d) for d in node.meta["dims"][-2:])
             if any((r, c) in scores for r in rows for c in columns):
                 _give(rows, "seq")
                 _give(columns, "seq")
         elif node.target in PRODUCTS:
-            a, b = (n.meta.get("dims") for n in node.args[:2])
-            if len(a) >= 3 and len(b) >= 3 and all(n.meta["needs_grad"] for n in node.args[:2]):
-                both = {f for d in a[:-2] for f in leaves(d)} & {f for d in b[:-2] for f in leaves(d)}
-                _give([f for f in both if f in in_params], "heads")
-                rows, columns = (leaves(d) for d in node.meta["dims"][-2:])
-                scores |= {(r, c) for r in rows for c in columns}
+            product = _product(node)
+            if product is not None:
+                _give([f for f in product.batch if f in in_params], "heads")
+                scores |= {(r, c) for r in product.made[0] for c in product.made[1]}
+                products.append(product)
+    for product in products:
+        if _is_seq(product.inner):  # probabilities and values
+            _head_dim(product.columns, [product.batch], one_head)
+        elif _is_seq(product.made[0]) and _is_seq(product.made[1]):  # queries and keys
+            _head_dim(product.inner, [product.batch], one_head)
+    return one_head
+
+
+@dataclass
+class _Product:
+    """Of two activations, [batch, rows, inner] and [batch, inner, columns]: factors. made: the result's rows and columns (in
+    which keys that are the queries, too, have got another name)."""
+
+    batch: list[Factor]
+    inner: list[Factor]
+    columns: list[Factor]
+    made: tuple[list[Factor], list[Factor]]
+
+
+def _product(node: fx.Node) -> _Product | None:
+    args: Any = node.args
+    if node.target is aten.einsum.default:
+        left, _, right = args[0].replace(" ", "").partition("->")
+        (one, _, other), nodes = left.partition(","), args[1]
+        if "." in left or "," in other or not right or not other:
+            return None
+    else:
+        nodes = args[:2]
+        a, b = (len(n.meta["dims"]) for n in nodes)
+        if a < 3 or b < 3:
+            return None
+        lead = "abcdefgh"[: max(a, b) - 2]
+        one, other, right = (lead[len(lead) - r + 2 :] + end for r, end in ((a, "mk"), (b, "kn"), (max(a, b), "mn")))
+    if not all(n.meta["needs_grad"] and not _is_weight(n) for n in nodes):
+        return None
+    first, second, made = ({c: leaves(d) for c, d in zip(text, n.meta["dims"], strict=True)}
+                           for text, n in ((one, nodes[0]), (other, nodes[1]), (right, node)))
+
+    def of(dims: dict[str, list[Factor]], letters: set[str]) -> list[Factor]:
+        return [f for c, d in dims.items() if c in letters for f in d]
+
+    both = set(one) & set(other)
+    batch = of(first, both & set(right))
+    batch = [f for f in batch if f in of(second, both & set(right))]
+    rows, columns = (of(made, set(text) - both) for text in (one, other))
+    return _Product(batch, of(first, both - set(right)), of(second, set(other) - both), (rows, columns))
+
+
+def _is_seq(dim: Iterable[Factor]) -> bool:
+    return any(f.role == "seq" for f in leaves(dim))
+
+
+def _head_dim(dim: Iterable[Factor], lead: Iterable[Iterable[Factor]], one_head: set[Factor]) -> None:
+    if any(f.role == "heads" for d in lead for f in leaves(d)):
+        _give(dim, "head_dim")
+    else:
+        one_head.update(leaves(dim))
 
 
 def _batch(program: Program) -> None:
@@ -139,8 +204,8 @@ def _vocab(program: Program) -> None:
             _give(node.args[1].meta["dims"][0], "experts")
 
 
-def _weights(program: Program, in_params: set[Factor]) -> None:
-    """ffn and hidden, from how weights make and contract factors."""
+def _weights(program: Program, in_params: set[Factor], one_head: set[Factor]) -> None:
+    """ffn (of `one_head`: head_dim) and hidden, from how weights make and contract factors."""
     made: Counter[Factor] = Counter()
     contracted: Counter[Factor] = Counter()
     reduced: set[Factor] = set()
@@ -162,7 +227,7 @@ def _weights(program: Program, in_params: set[Factor]) -> None:
         reduced |= {f for s in (*spec.whole, *spec.inner, *spec.maxes) for f in s.leaves()}
     for f in in_params:
         if f.role is None and made[f] and contracted[f] and f not in reduced:
-            f.role = "ffn"
+            f.role = "head_dim" if f in one_head else "ffn"
     for f in in_params:
         if f.role is None and contracted[f]:
             f.role = "hidden"

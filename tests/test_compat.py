@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.overrides import TorchFunctionMode
 
 from fxpar import compat
 from fxpar.backends.copies import CopyGroup
@@ -72,6 +74,22 @@ def test_is_pointwise():
 def test_is_random():
     assert all(map(compat.is_random, (aten.rand.default, aten.normal_.default, aten.bernoulli.default, aten.dropout.default)))
     assert not any(map(compat.is_random, (aten.add.Tensor, torch.rand)))
+
+
+def test_is_grouped_product():
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(compat.is_grouped_product(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[bool] = []
+    x, weights, ends = torch.ones(4, 8), torch.ones(2, 8, 8), torch.tensor([2, 4], dtype=torch.int32)
+    with Seen():
+        F.grouped_mm(x, weights, offs=ends)
+        aten._grouped_mm(x, weights, ends)
+        aten._grouped_mm.default(x, weights, ends)
+        torch.mm(x, x.T)
+    assert seen[:3] == [True, True, True] and not any(seen[3:])
 
 
 def test_mutates():

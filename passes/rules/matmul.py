@@ -9,6 +9,7 @@ from torch import fx
 
 from fxpar.errors import UnsupportedOperator
 from fxpar.ops.attention import windowed_attention
+from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.pick import pick
 from fxpar.passes.factors import Dim, Factor, extent
 from fxpar.passes.rules.registry import notation, rule
@@ -88,7 +89,7 @@ def einsum_op(op: Op) -> Spec:
     return einsum(op, f"{spaced} -> {' '.join(right)}", nodes)
 
 
-@rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
+@rule(aten._grouped_mm.default, grouped_mm)
 def grouped_product(op: Op) -> Spec:
     """Rows of `x` in groups, one matrix for each: rows and groups stay whole, the matrices' own dims are parallel, in pieces of
     16 bytes (also where it is computed in two bytes an element): the kernels take no others."""
@@ -101,7 +102,8 @@ def grouped_product(op: Op) -> Spec:
     spec.whole |= {f for n in rest for d in op.dims(n) for f in d}
     for dim in (op.dim(x, 1), op.dim(weights, 2)):
         spec.whole |= _inner(op, dim, 8)
-    spec.emit = _emit_grouped
+    if op.target is not grouped_mm:
+        spec.emit = _emit_grouped
     return spec
 
 
@@ -240,8 +242,6 @@ def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
     group = op.factors.new(extent(heads) // max(extent(kv), 1))
     if not op.factors.align(heads, (*kv, *group)):
         spec.whole.update(heads, kv)
-    if not kv:
-        spec.whole.update(heads)
 
 
 def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxpar import compat
@@ -17,10 +16,7 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of these operators.
-
-    An overload packet means all its overloads; an operator that another library may define is given by name.
-    """
+    """Register a function as the rule of these operators. An overload packet means all its overloads."""
 
     def register(function: Rule) -> Rule:
         for target in targets:
@@ -38,8 +34,7 @@ def notation(text: str, *targets: Any) -> None:
 
 def find(target: Any) -> Rule | None:
     """The rule of an operator, if it has one."""
-    named = target.name() if isinstance(target, torch._ops.OpOverload) else None
-    return RULES.get(target) or RULES.get(named)
+    return RULES.get(target)
 
 
 def spec_for(node: fx.Node, factors: Factors) -> Spec:

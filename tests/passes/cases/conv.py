@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fxpar.ops.grouped_mm import grouped_mm
 from tests.harness import Gen
 from tests.passes.cases.registry import case
 
@@ -119,13 +120,14 @@ def _recurrent(g: Gen, gates: int, states: int):
     return x, start if states == 2 else start[0], weights, bias, layers, 0.0, True, both, first
 
 
-@case(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
-def grouped_product(g: Gen):
+@case(aten._grouped_mm.default, all_rows=True, dtype=torch.float32)
+@case(grouped_mm, all_rows=False, dtype=None)
+def grouped_product(g: Gen, all_rows: bool, dtype: torch.dtype | None):
+    """Groups may be empty. PyTorch's own operator says nothing about rows that are in none."""
     groups, rows = g.pick(2, 3, 4), g.pick(4, 6, 8)
-    ends = sorted(g.r.randint(0, rows) for _ in range(groups - 1))
-    offsets = torch.tensor([*ends, rows], dtype=torch.int32)
-    single = torch.float32
-    return g.f(rows, 32, dtype=single), g.f(groups, 32, g.pick(32, 64), dtype=single), offsets
+    ends = sorted(g.r.randint(0, rows) for _ in range(groups))
+    offsets = torch.tensor([*ends[:-1], rows if all_rows else ends[-1]], dtype=torch.int32)
+    return g.f(rows, 32, dtype=dtype), g.f(groups, 32, g.pick(32, 64), dtype=dtype), offsets
 
 
 case(aten.lstm.input)(lambda g: _recurrent(g, 4, 2))
