@@ -33,6 +33,9 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mappin
     are one operator, or part of the gather.
     bulk: name of a group -> that which gathers over it instead.
     """
+    for gather in graph.find_nodes(op="call_function", target=GATHER):
+        if _from_input(gather):
+            _own_chain(graph, gather)
     order = {n: i for i, n in enumerate(graph.nodes)}
     ready = [n for n in graph.find_nodes(op="call_function", target=GATHER) if _from_input(n)]
     gathers = [n for n in ready if n.meta.get("custom", {}).get(UNSHARD)]
@@ -86,6 +89,19 @@ def _from_input(node: fx.Node) -> bool:
     while node.op != "placeholder" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
+
+
+def _own_chain(graph: fx.Graph, gather: fx.Node) -> None:
+    """Make what a gather is made from its own, in place: what something else uses, too (a cast table that is also looked up in),
+    is computed once more for the gather, so that it can move with it."""
+    made = gather
+    while (operand := made.all_input_nodes[0]).op != "placeholder":
+        if len(operand.users) > 1:
+            with graph.inserting_before(made):
+                own = graph.node_copy(operand, lambda n: n)
+            made.replace_input_with(operand, own)
+            operand = own
+        made = operand
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
 Case = tuple[Any, ...]
+Pair = tuple[int, int, int, int]
 
 
 def pairwise(*settings: Sequence[Any]) -> list[Case]:
@@ -20,17 +22,24 @@ def pairwise(*settings: Sequence[Any]) -> list[Case]:
             for x in range(len(settings[a])) for y in range(len(settings[b]))}
     cases: list[dict[int, int]] = []
     while left:
-        first = min(p for p in left if {p[0], p[2]} == set(order[:2])) if any(
-            {p[0], p[2]} == set(order[:2]) for p in left) else min(left)
+        first = min(left, key=lambda p: ({p[0], p[2]} != set(order[:2]), p))
         chosen = {first[0]: first[1], first[2]: first[3]}
         for k in order:
             if k not in chosen:
-                chosen[k] = max(range(len(settings[k])), key=lambda v: (len(_pairs({**chosen, k: v}) & left), -(v + len(cases)) % len(
-                    settings[k])))
+                chosen[k] = max(range(len(settings[k])), key=functools.partial(_gain, chosen, k, left))
         left -= _pairs(chosen)
         cases.append(chosen)
     return [tuple(setting[chosen[k]] for k, setting in enumerate(settings)) for chosen in cases]
 
 
-def _pairs(chosen: dict[int, int]) -> set[tuple[int, int, int, int]]:
+def _gain(chosen: dict[int, int], setting: int, left: set[Pair], value: int) -> int:
+    """How many pairs are covered by giving one more setting this value."""
+    return sum(_pair(k, v, setting, value) in left for k, v in chosen.items())
+
+
+def _pair(a: int, x: int, b: int, y: int) -> Pair:
+    return (a, x, b, y) if a < b else (b, y, a, x)
+
+
+def _pairs(chosen: dict[int, int]) -> set[Pair]:
     return {(a, chosen[a], b, chosen[b]) for a, b in itertools.combinations(sorted(chosen), 2)}

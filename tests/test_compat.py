@@ -229,12 +229,11 @@ def test_lowered_graphs_are_those_of_forward_and_backward():
 
 def test_interpreted_graphs_compute_what_compiled_ones_do():
     """`compat.interpret_graph`, through the graph passes of its settings, forward and backward."""
+    ran = []
 
     class Counting(fx.Interpreter):
-        ran: list[Any] = []
-
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            self.ran.append(target)
+        def call_function(self, target, args, kwargs):
+            ran.append(target)
             return super().call_function(target, args, kwargs)
 
     graph = fx.symbolic_trace(lambda x, w: (torch.tanh(x @ w),))
@@ -242,9 +241,9 @@ def test_interpreted_graphs_compute_what_compiled_ones_do():
     passed: list[fx.Graph] = []
     config = {"post_grad_custom_post_pass": compat.graph_pass(passed.append, __file__)}
     run = compat.interpret_graph(graph, [x, w], config, Counting)
-    assert len(passed) == 2 and Counting.ran == []  # the backward too, before anything ran
+    assert len(passed) == 2 and ran == []  # the backward too, before anything ran
     (y,) = run(x, w)
-    assert Counting.ran[:2] == [aten.mm.default, aten.tanh.default]
+    assert ran[:2] == [aten.mm.default, aten.tanh.default]
     torch.testing.assert_close(y, torch.tanh(x @ w))
     torch.testing.assert_close(torch.autograd.grad(y.sum(), w)[0], torch.autograd.grad(torch.tanh(x @ w).sum(), w)[0])
 

@@ -155,16 +155,16 @@ def narrowed(group: str, kinds: str) -> Made:
 
 
 @pytest.mark.parametrize("kinds, together", [
-    ("nn", [2]), ("nin", [3]), ("ntn", [2]), ("ndnd", [2, 2]), ("nsn", [2]), ("n", []), ("ts", []), ("wwnw", []), ("nwn", [])])
+    ("nn", [2]), ("nin", [3]), ("ntn", [2]), ("ndnd", [2, 2]), ("nsn", [3]), ("n", []), ("ts", []), ("wwnw", []), ("nwn", [])])
 def test_casts_of_a_bucket_are_one_operator(one_rank, kinds, together):
     made = keeps_values(narrowed(one_rank, kinds), prefetch.prefetch_parameters)
     assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.CAST_TOGETHER] == together
     left = sum(n.target is casts.CAST for n in made.graph.nodes)
-    assert left + sum(together) == len(kinds) - kinds.count("w")
+    assert left + sum(together) == len(kinds) - kinds.count("w") + kinds.count("s")
 
 
 @pytest.mark.parametrize("kinds, gathers, together", [
-    ("nin", [3], []), ("n", [1], []), ("ndnd", [], [2, 2]), ("ntn", [], [2]), ("nsn", [], [2]), ("ww", [], [])])
+    ("nin", [3], []), ("n", [1], []), ("ndnd", [], [2, 2]), ("ntn", [], [2]), ("nsn", [3], []), ("ww", [], [])])
 def test_what_copies_casts_too_if_all_of_a_bucket_is_cast(one_rank, kinds, gathers, together):
     group = CopyGroup(Alone())
     compat.register_group(group, "casts too")
@@ -173,7 +173,7 @@ def test_what_copies_casts_too_if_all_of_a_bucket_is_cast(one_rank, kinds, gathe
     assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.GATHER_CASTS] == gathers
     assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.CAST_TOGETHER] == together
     if gathers:
-        assert not any(n.target is casts.CAST for n in made.graph.nodes)
+        assert sum(n.target is casts.CAST for n in made.graph.nodes) == kinds.count("s")
 
 
 def concatenated(group: str, uses: str) -> Made:
@@ -234,6 +234,22 @@ def looked_up(group: str, lookup: bool) -> Made:
 def test_what_is_computed_before_it_is_gathered_stays(one_rank):
     made = keeps_values(looked_up(one_rank, lookup=False), prefetch.prefetch_parameters)
     assert made.names() == ["start_p", "y", "start_y", "wait_y", "wait_p", "out"]
+
+
+@pytest.mark.parametrize("late", [0, 4])
+def test_a_cast_that_something_else_uses_first_is_made_once_more_for_the_gather(one_rank, late):
+    """A tied table: the lookup goes to the cast part, the head to the gathered table."""
+    made = forward(one_rank, narrow=(late,))
+    cast = next(n for n in made.graph.nodes if n.name == f"narrow_p{late}")
+    first = next(n for n in made.graph.nodes if n.op != "placeholder")
+    with made.graph.inserting_before(first):
+        early = made.graph.node_copy(cast)
+        seen = made.call("seen", aten.sum.default, early)
+    cast.replace_all_uses_with(early)
+    made.graph.erase_node(cast)
+    made.graph.output_node().args = ((*made.graph.output_node().args[0], seen),)
+    keeps_values(made, lambda g: prefetch.prefetch_parameters(g, BYTES))
+    assert len(early.users) == 1 and len([n for n in made.graph.nodes if n.target is aten.to.dtype]) == 3
 
 
 def test_small_inputs_are_gathered_before_parameters(one_rank):
