@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxpar.backends.eager import run_flat
 from fxpar.errors import EquivalenceError
+from fxpar.hugging_face import as_trained
 from fxpar.inputs import example_call
 from fxpar.inputs import leaves as input_leaves
 from fxpar.passes.layout import put
@@ -81,20 +84,40 @@ def _run_model(model: nn.Module, call: tuple) -> Reference:
     args, kwargs = copy.deepcopy(call)
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     inputs = {n: t for n, t in input_leaves((args, kwargs)).items() if isinstance(t, Tensor) and t.requires_grad}
+    for t in inputs.values():
+        t.grad = None
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), as_trained(model, kwargs) as (kwargs, _), _own_gradients(model) as parameters:
             loss = scalar_of(model(*args, **kwargs))
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        wanted = [*parameters.values(), *inputs.values()]
-        found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
-        grads = {n: g for n, g in zip([*parameters, *inputs], found, strict=True) if g is not None}
+            if loss.requires_grad:
+                loss.backward()
         changed = {n: b.detach().clone() for n, b in model.named_buffers()}
     finally:
         with torch.no_grad():
             for n, b in model.named_buffers():
                 b.copy_(buffers[n])
-    return Reference(loss.detach(), {n: g for n, g in grads.items() if n in parameters},
-                     {n: g for n, g in grads.items() if n in inputs}, changed)
+    return Reference(loss.detach(), {n: p.grad for n, p in parameters.items() if p.grad is not None},
+                     {n: t.grad for n, t in inputs.items() if t.grad is not None}, changed)
+
+
+@contextlib.contextmanager
+def _own_gradients(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, the model has parameters of the same values whose gradients and hooks are nobody's; yields them by name.
+
+    `torch.autograd.grad` would need none, but a model that checkpoints reentrantly has `backward` alone.
+    """
+    made: dict[int, nn.Parameter] = {}
+    undo: list[tuple[dict, str, nn.Parameter]] = []
+    try:
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    undo.append((module._parameters, name, p))
+                    module._parameters[name] = made.setdefault(id(p), nn.Parameter(p.detach(), p.requires_grad))
+        yield dict(model.named_parameters())
+    finally:
+        for table, name, p in undo:
+            table[name] = p
 
 
 def _run_program(program: Program, model: nn.Module, inputs: dict[str, Any], seed: int,
@@ -113,7 +136,7 @@ def _run_program(program: Program, model: nn.Module, inputs: dict[str, Any], see
     sinks = program.tensor_sinks()
     loss = scalar_of(unflatten(program, outs))
     wants = [(s, f) for s, f in zip(program.sources, feed, strict=True) if s.requires_grad]
-    found = torch.autograd.grad(loss, [f for _, f in wants], allow_unused=True) if loss.requires_grad else []
+    found = torch.autograd.grad(loss, [f for _, f in wants], allow_unused=True) if loss.requires_grad else [None] * len(wants)
     grads = {(s.kind, s.name): g for (s, _), g in zip(wants, found, strict=True) if g is not None}
     new = {s.name: o.detach() for s, o in zip(sinks, outs, strict=True) if s.kind == "buffer"}
     return Reference(loss.detach(), {n: g for (k, n), g in grads.items() if k == "param"},

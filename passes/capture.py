@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.errors import CaptureError
+from fxpar.hugging_face import as_trained, say
 from fxpar.inputs import leaves
 from fxpar.mesh import Mesh
 from fxpar.passes.batchnorm import expand_batch_norm
@@ -49,7 +50,8 @@ def capture(
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _fake_input(mode, t, device, plan.param_dtype),
                                                     (args, kwargs))
-    with _fake_parameters(model, mode, device, plan.param_dtype) as originals:
+    with as_trained(model, fake_kwargs) as (fake_kwargs, notes), _fake_parameters(
+            model, mode, device, plan.param_dtype) as originals:
         exported, prefix = _export(model, fake_args, fake_kwargs)
         inline_regions(exported.graph_module)
         expand_batch_norm(exported.graph)
@@ -58,6 +60,8 @@ def capture(
             exported = exported.run_decompositions({aten.copy.default: _copy})
             inline_regions(exported.graph_module)
     program = _program(exported, prefix, model, originals, plan, mesh)
+    program.notes += notes
+    say(notes)
     given = leaves((args, kwargs))
     for source in program.sources:
         if source.kind == "input" and isinstance(source.value, torch.Tensor) and source.value.dtype != given[source.name].dtype:
@@ -113,7 +117,7 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torc
     if torch.is_autocast_enabled(device):
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
     try:
-        with torch.autocast(device, enabled=False), torch.enable_grad(), _Draws():
+        with torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), _Draws():
             return torch.export.export(model, args, kwargs, strict=False), prefix
     except Exception as error:
         raise _capture_error(error) from error
@@ -148,26 +152,28 @@ class _Autocast(nn.Module):
             return self.model(*args, **kwargs)
 
 
-_CAUSES = {
-    "GuardOnDataDependentSymNode": "control flow that depends on the values of a tensor",
-    "DataDependentOutputException": "a Python value read out of a tensor (.item(), bool(tensor))",
-    "DynamicOutputShapeException": "an operator whose output shape depends on values (nonzero, boolean indexing)",
-}
-
-
 _BRANCH = (
     "make the branch depend on Python values or shapes, use torch.where or torch.cond, or move this part out of the "
     'model; for mixture-of-experts models of Hugging Face set experts_implementation="grouped_mm"'
 )
+_TYPE = "return tensors, tuples, dicts or dataclasses that torch.export.register_dataclass knows"
 _OTHER = "see the chained error: the model, called like this on one device, has to run and be traceable by torch.export"
+
+_CAUSES = {
+    "GuardOnDataDependentSymNode": ("control flow that depends on the values of a tensor", _BRANCH),
+    "DataDependentOutputException": ("a Python value read out of a tensor (.item(), bool(tensor))", _BRANCH),
+    "DynamicOutputShapeException": ("an operator whose output shape depends on values (nonzero, boolean indexing)", _BRANCH),
+    "which is not a known type": ("an output of a type that torch.utils._pytree does not know", _TYPE),
+}
 
 
 def _capture_error(error: Exception) -> CaptureError:
     """What stopped the trace, where in the user's code, and the way out."""
     kind, text = type(error).__name__, str(error)
-    cause = next((c for k, c in _CAUSES.items() if k == kind or k in text), None)
-    what = cause or f"{kind}: {text.splitlines()[0] if text else ''}"
-    return CaptureError(what, where=_user_frame(error), way_out=_BRANCH if cause else _OTHER)
+    other = (f"{kind}: {text.splitlines()[0] if text else ''}", _OTHER)
+    what, way_out = next((c for k, c in _CAUSES.items() if k == kind or k in text), other)
+    found = re.search(r"Found <class '([^']+)'> in output", text)
+    return CaptureError(f"{what}: {found[1]}" if found else what, where=_user_frame(error), way_out=way_out)
 
 
 def _user_frame(error: BaseException) -> str:
