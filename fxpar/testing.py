@@ -150,7 +150,7 @@ def _first_difference(reference: Reference, result: Any, loss_tolerance: float, 
     largest = max((g.norm().item() for g in reference.grads.values()), default=0.0)
     for kind, mine, theirs in (("", result.grads, reference.grads), ("input ", result.input_grads, reference.input_grads)):
         missing = set(theirs) ^ set(mine)
-        missing = {n for n in missing if (theirs.get(n, mine.get(n))).abs().max() > 0}
+        missing = {n for n in missing if (theirs.get(n, mine.get(n))).any()}
         if missing:
             return f"the gradient of {kind}{sorted(missing)[0]} exists on only one side"
         for name in set(theirs) & set(mine):
@@ -172,6 +172,12 @@ def _first_difference(reference: Reference, result: Any, loss_tolerance: float, 
 def _relative(mine: Tensor, theirs: Tensor) -> float:
     scale = theirs.double().norm().item()
     return (mine.double() - theirs.double()).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def _finite(have: Tensor, want: Tensor) -> list[Tensor]:
+    """Both, with 0 where they are the same infinity, or no number: what a model computes and masks out."""
+    same = ~want.isfinite() & ((have == want) | (have.isnan() & want.isnan()))
+    return [t.masked_fill(same, 0) for t in (have, want)]
 
 
 def _explain(problem: str, model, simulation, stages, call, reference, seed, loss_tolerance, gradient_tolerance) -> str:
@@ -197,8 +203,8 @@ def _explain(problem: str, model, simulation, stages, call, reference, seed, los
             return
         want = expected[made]
         have = put([v.detach() for v in values], node.meta["tiling"], want.shape, mesh)
-        if (want.is_floating_point() and not _relative(have, want) <= 1e-5) or (not want.is_floating_point() and not torch.equal(
-                have, want)):
+        floats = want.is_floating_point()
+        if not (_relative(*_finite(have, want)) <= 1e-5 if floats else torch.equal(have, want)):
             found.append(f"first value that differs: {made} {node.meta['shows']} ({user_line(node)})")
 
     simulation.watch = watch

@@ -8,7 +8,9 @@ a 70B model on the meta device is captured as readily as a small one on a CPU.
 from __future__ import annotations
 
 import contextlib
+import random
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +29,7 @@ from fxpar.passes.batchnorm import expand_batch_norm
 from fxpar.passes.dropout import expand_dropout
 from fxpar.passes.regions import inline_regions
 from fxpar.plan import Plan
-from fxpar.program import Program, Sink, Source
+from fxpar.program import Program, Sink, Source, user_line
 
 aten = torch.ops.aten
 
@@ -116,15 +118,36 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torc
     device, prefix = next((t.device.type for t in model.parameters()), "cpu"), ""
     if torch.is_autocast_enabled(device):
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
+    drawn = _host_draws()
     try:
-        with torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), _Draws():
-            return torch.export.export(model, args, kwargs, strict=False), prefix
+        with torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), _Traced():
+            exported = torch.export.export(model, args, kwargs, strict=False)
+    except CaptureError as error:
+        raise CaptureError(error.what, _user_frame(error), error.way_out) from None
     except Exception as error:
         raise _capture_error(error) from error
+    if drawn != _host_draws():
+        raise CaptureError("random numbers of Python's random or numpy in the forward: every step would use the same", None,
+                           "make them outside of the model and pass them in, or switch off what draws them (a Hugging Face "
+                           "config's mask_time_prob and mask_feature_prob, layerdrop)")
+    return exported, prefix
 
 
-class _Draws(TorchFunctionMode):
-    """Answers ``torch.rand([]) < p`` where it does not depend on the draw: p is 0 or 1 (layer dropping is off)."""
+def _host_draws() -> tuple:
+    """Changes when Python's random or numpy's global generator is drawn from."""
+    numpy: Any = sys.modules.get("numpy")
+    return random.getstate(), numpy and [getattr(part, "tolist", lambda p=part: p)() for part in numpy.random.get_state()]
+
+
+_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class _Traced(TorchFunctionMode):
+    """What a trace does not see as it is meant.
+
+    ``torch.rand([]) < p`` is answered where it does not depend on the draw: p is 0 or 1 (layer dropping is off). ``x.data``,
+    which would be a constant, is `x` detached.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,6 +157,11 @@ class _Draws(TorchFunctionMode):
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
             if isinstance(args[1], int | float) and not 0 < args[1] < 1:
                 return args[1] >= 1
+        if func == _SET_DATA:
+            raise CaptureError("a forward that replaces the .data of a tensor", None, "a forward may write to buffers alone: "
+                               "replace it outside of forward, between steps")
+        if func == _DATA:
+            return args[0].detach()
         made = func(*args, **(kwargs or {}))
         if func is torch.rand and made.dim() == 0:
             self.draws.append(made)
@@ -267,11 +295,10 @@ def _sinks(exported: torch.export.ExportedProgram, prefix: str) -> list[Sink]:
             sinks.append(Sink("output" if spec.arg.name else "literal", str(position), constant))
             position += 1
         else:
-            raise CaptureError(
-                f"an output of kind {spec.kind.name} ({spec.target})",
-                where="",
-                way_out="A forward may update buffers, not its inputs.",
-            )
+            made = next((n for n in exported.graph.nodes if n.name == spec.arg.name), None)
+            kind = "parameter" if spec.kind is OutputKind.PARAMETER_MUTATION else "input"
+            raise CaptureError(f"a forward that writes to the {kind} {spec.target}", user_line(made) if made else None,
+                               "a forward may write to buffers alone: write to a copy, or outside of forward, between steps")
     return sinks
 
 
