@@ -59,9 +59,14 @@ def capture(
         expand_batch_norm(exported.graph)
         expand_dropout(exported.graph)
         if any(compat.mutates(n.target) for n in exported.graph.nodes):
-            exported = exported.run_decompositions({aten.copy.default: _copy})
+            try:
+                exported = exported.run_decompositions({aten.copy.default: _copy})
+            except Exception as error:
+                _require_shapes(exported.graph)
+                raise _capture_error(error) from error
             inline_regions(exported.graph_module)
     program = _program(exported, prefix, model, originals, plan, mesh)
+    _require_shapes(program.graph)
     program.notes += notes
     say(notes)
     given = leaves((args, kwargs))
@@ -191,6 +196,7 @@ _CAUSES = {
     "GuardOnDataDependentSymNode": ("control flow that depends on the values of a tensor", _BRANCH),
     "DataDependentOutputException": ("a Python value read out of a tensor (.item(), bool(tensor))", _BRANCH),
     "DynamicOutputShapeException": ("an operator whose output shape depends on values (nonzero, boolean indexing)", _BRANCH),
+    "gen_vmap_plumbing": ("torch.vmap", "write the mapped dimension out, by broadcasting"),
     "which is not a known type": ("an output of a type that torch.utils._pytree does not know", _TYPE),
 }
 
@@ -202,6 +208,15 @@ def _capture_error(error: Exception) -> CaptureError:
     what, way_out = next((c for k, c in _CAUSES.items() if k == kind or k in text), other)
     found = re.search(r"Found <class '([^']+)'> in output", text)
     return CaptureError(f"{what}: {found[1]}" if found else what, where=_user_frame(error), way_out=way_out)
+
+
+def _require_shapes(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+        if any(not isinstance(n, int) for v in values for n in v.shape):
+            raise CaptureError("an operator whose output shape depends on values (nonzero, boolean indexing)",
+                               user_line(node) or None, "use torch.where, a product with the mask, or topk, whose shapes "
+                               "are fixed")
 
 
 def _user_frame(error: BaseException) -> str:

@@ -47,6 +47,15 @@ class Selects(Net):
         return y[y > 0].sum()  # selects
 
 
+class SelectsAndWrites(Net):
+    """What is written to has the trace made functional, which cannot be done with shapes that depend on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, chosen = self.linear(x).add_(1), x[:, 0] > 0
+        kept = y[chosen]  # keeps
+        return F.cross_entropy(kept, torch.zeros(4).long()[chosen])
+
+
 class Writes(Net):
     def forward(self, x: Tensor) -> Tensor:
         x.add_(1)  # input
@@ -63,6 +72,13 @@ class Replaces(Net):
     def forward(self, x: Tensor) -> Tensor:
         self.linear.weight.data = self.linear.weight.data * 2  # replaces
         return self.linear(x).sum()
+
+
+class Vmaps(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        above = torch.vmap(lambda q: q.new_ones([]) + q)(torch.arange(n))  # vmaps
+        return self.linear(x).add_(1).sum() * above.sum()
 
 
 class Draws(Net):
@@ -165,6 +181,8 @@ def test_a_random_operator_is_named_with_its_line_and_a_way_out():
 @pytest.mark.parametrize("model, mark, what, way_out", [
     (Branch, "branch", "control flow", "torch.where"),
     (Selects, "selects", "shape depends on values", "torch.where"),
+    (Vmaps, "vmaps", "torch.vmap", "broadcasting"),
+    (SelectsAndWrites, "keeps", "shape depends on values", "torch.where"),
 ])  # fmt: skip
 def test_what_depends_on_values_is_named_with_its_line(model, mark, what, way_out):
     with pytest.raises(CaptureError) as caught:
