@@ -129,14 +129,18 @@ def table(outcomes: dict[str, str]) -> str:
     return "\n".join([*lines, ""])
 
 
+def write(outcomes: dict[str, str]) -> None:
+    text = FILE.read_text()
+    FILE.write_text(text[: text.index(BEGIN) + len(BEGIN)] + table(outcomes) + text[text.index(END) :])
+
+
 def main(names: list[str]) -> None:
     outcomes = {}
     for name in names or families.FAMILIES:
         outcomes[name] = outcome(name)
         print(f"{name}: {outcomes[name]}", flush=True)
     if not names:
-        text = FILE.read_text()
-        FILE.write_text(text.replace(_part(text), table(outcomes)))
+        write(outcomes)
 
 
 if __name__ == "__main__":
