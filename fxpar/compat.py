@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
@@ -100,6 +101,18 @@ def trunc_normal_as(function: Callable) -> Iterator[None]:
         yield
     finally:
         torch.nn.init._no_grad_trunc_normal_ = original
+
+
+@contextlib.contextmanager
+def checkpoints_inlined() -> Iterator[None]:
+    """Inside, a reentrant `torch.utils.checkpoint` is a plain call: its own forward runs without gradients, and a trace of it
+    would be a program without a backward."""
+    function: Any = torch.utils.checkpoint.CheckpointFunction
+    function.apply = staticmethod(lambda run, preserve, *args: run(*args))
+    try:
+        yield
+    finally:
+        del function.apply
 
 
 def strided_shard(dim: int, split_factor: int) -> Any:

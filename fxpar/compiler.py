@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxpar import mesh as meshes
-from fxpar.errors import CaptureError, PlanError
+from fxpar.errors import PlanError
 from fxpar.inputs import Call, example_call, globalize, leaves
 from fxpar.passes.axes import refine_axes
 from fxpar.passes.capture import capture
@@ -28,7 +27,7 @@ from fxpar.passes.precision import cast_parameters
 from fxpar.passes.simplify import simplify
 from fxpar.passes.zero import shard_storage
 from fxpar.plan import Plan
-from fxpar.program import Program, user_line
+from fxpar.program import Program
 
 Pass = Callable[[Program], Program]
 Observer = Callable[[str, Program], None]
@@ -102,20 +101,10 @@ def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
 def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, observe: Observer | None) -> Program:
     start = time.perf_counter()
     program = capture(model, plan, meshes.from_plan(plan), *call, device)
-    _require_shapes(program)
     program.timings["capture"] = time.perf_counter() - start
     if observe is not None:
         observe("capture", program)
     return program
-
-
-def _require_shapes(program: Program) -> None:
-    for node in program.graph.nodes:
-        values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
-        if any(not isinstance(n, int) for v in values for n in v.shape):
-            raise CaptureError("an operator whose output shape depends on values (nonzero, boolean indexing)",
-                               user_line(node) or None, "use torch.where, a product with the mask, or topk, whose shapes "
-                               "are fixed")
 
 
 def _run(program: Program, steps: list[tuple[str, Pass]], observe: Observer | None) -> Program:

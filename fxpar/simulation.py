@@ -274,6 +274,8 @@ def program_dtype(node) -> torch.dtype:
 
 
 def _check_replicas(name: str, parts: Iterable[Tensor], total: Tensor, node, program: Program) -> None:
+    if not total.numel() or total.isnan().any():  # a model that is not finite is not fxpar's doing
+        return
     scale = total.abs().max().item() or 1.0
     for rank, part in enumerate(parts):
         mine = take(total, node.meta["tiling"], program.mesh, rank)

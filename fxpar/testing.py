@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from fxpar.backends.eager import run_flat
 from fxpar.backends.inductor import graph_passes
 from fxpar.errors import EquivalenceError
+from fxpar.hugging_face import as_trained
 from fxpar.inputs import Call, example_call
 from fxpar.inputs import leaves as input_leaves
 from fxpar.passes.layout import put
@@ -167,15 +168,35 @@ def _run_model(model: nn.Module, call: Call) -> Reference:
     """One step of the plain model, whose buffers are updated."""
     args, kwargs = copy.deepcopy(call)
     inputs = {n: t for n, t in input_leaves((args, kwargs)).items() if isinstance(t, Tensor) and t.requires_grad}
-    with torch.enable_grad():
+    for t in inputs.values():
+        t.grad = None
+    with torch.enable_grad(), as_trained(model, kwargs) as (kwargs, _), _own_gradients(model) as parameters:
         loss = scalar_of(model(*args, **kwargs))
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    wanted = [*parameters.values(), *inputs.values()]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
-    grads = {n: g for n, g in zip([*parameters, *inputs], found, strict=True) if g is not None}
+        if loss.requires_grad:
+            loss.backward()
     changed = {n: b.detach().clone() for n, b in model.named_buffers()}
-    return Reference(loss.detach(), {n: g for n, g in grads.items() if n in parameters},
-                     {n: g for n, g in grads.items() if n in inputs}, changed)
+    return Reference(loss.detach(), {n: p.grad for n, p in parameters.items() if p.grad is not None},
+                     {n: t.grad for n, t in inputs.items() if t.grad is not None}, changed)
+
+
+@contextlib.contextmanager
+def _own_gradients(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, the model has parameters of the same values whose gradients and hooks are nobody's; yields them by name.
+
+    `torch.autograd.grad` would need none, but a model that checkpoints reentrantly has `backward` alone.
+    """
+    made: dict[int, nn.Parameter] = {}
+    undo: list[tuple[dict, str, nn.Parameter]] = []
+    try:
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    undo.append((module._parameters, name, p))
+                    module._parameters[name] = made.setdefault(id(p), nn.Parameter(p.detach(), p.requires_grad))
+        yield dict(model.named_parameters())
+    finally:
+        for table, name, p in undo:
+            table[name] = p
 
 
 def _run_program(program: Program, model: nn.Module, inputs: dict[str, Any], seed: int,
@@ -194,7 +215,7 @@ def _run_program(program: Program, model: nn.Module, inputs: dict[str, Any], see
     sinks = program.tensor_sinks()
     loss = scalar_of(unflatten(program, outs))
     wants = [(s, f) for s, f in zip(program.sources, feed, strict=True) if s.requires_grad]
-    found = torch.autograd.grad(loss, [f for _, f in wants], allow_unused=True) if loss.requires_grad else []
+    found = torch.autograd.grad(loss, [f for _, f in wants], allow_unused=True) if loss.requires_grad else [None] * len(wants)
     grads = {(s.kind, s.name): g for (s, _), g in zip(wants, found, strict=True) if g is not None}
     new = {s.name: o.detach() for s, o in zip(sinks, outs, strict=True) if s.kind == "buffer"}
     return Reference(loss.detach(), {n: g for (k, n), g in grads.items() if k == "param"},
@@ -208,7 +229,7 @@ def _first_difference(reference: Reference, result: Any, *, loss_tolerance: floa
     largest = max((g.norm().item() for g in reference.grads.values()), default=0.0)
     for kind, mine, theirs in (("", result.grads, reference.grads), ("input ", result.input_grads, reference.input_grads)):
         missing = set(theirs) ^ set(mine)
-        missing = {n for n in missing if (theirs.get(n, mine.get(n))).abs().max() > 0}
+        missing = {n for n in missing if (theirs.get(n, mine.get(n))).any()}
         if missing:
             return f"the gradient of {kind}{sorted(missing)[0]} exists on only one side"
         for name in set(theirs) & set(mine):
@@ -230,6 +251,12 @@ def _first_difference(reference: Reference, result: Any, *, loss_tolerance: floa
 def _relative(mine: Tensor, theirs: Tensor) -> float:
     scale = theirs.double().norm().item()
     return (mine.double() - theirs.double()).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def _finite(have: Tensor, want: Tensor) -> list[Tensor]:
+    """Both, with 0 where they are the same infinity, or no number: what a model computes and masks out."""
+    same = ~want.isfinite() & ((have == want) | (have.isnan() & want.isnan()))
+    return [t.masked_fill(same, 0) for t in (have, want)]
 
 
 def _explain(problem: str, model: nn.Module, simulation: Simulation, stages: list[tuple[str, Program]], call: Call, seed: int,
@@ -256,8 +283,8 @@ def _explain(problem: str, model: nn.Module, simulation: Simulation, stages: lis
             return
         want = expected[made]
         have = put([v.detach() for v in values], node.meta["tiling"], want.shape, mesh)
-        if (want.is_floating_point() and not _relative(have, want) <= 1e-5) or (not want.is_floating_point() and not torch.equal(
-                have, want)):
+        floats = want.is_floating_point()
+        if not (_relative(*_finite(have, want)) <= 1e-5 if floats else torch.equal(have, want)):
             found.append(f"first value that differs: {made} {node.meta['shows']} ({user_line(node)})")
 
     simulation.watch = watch

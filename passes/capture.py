@@ -8,7 +8,9 @@ a 70B model on the meta device is captured as readily as a small one on a CPU.
 from __future__ import annotations
 
 import contextlib
+import random
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.errors import CaptureError
+from fxpar.hugging_face import as_trained, say
 from fxpar.inputs import leaves
 from fxpar.mesh import Mesh
 from fxpar.passes.batchnorm import expand_batch_norm
@@ -27,7 +30,7 @@ from fxpar.passes.dropout import expand_dropout
 from fxpar.passes.grouped import GroupedProducts
 from fxpar.passes.regions import inline_regions
 from fxpar.plan import Plan
-from fxpar.program import Program, Sink, Source
+from fxpar.program import Program, Sink, Source, user_line
 
 aten = torch.ops.aten
 
@@ -50,15 +53,23 @@ def capture(
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _fake_input(mode, t, device, plan.param_dtype),
                                                     (args, kwargs))
-    with _grouped_experts(model), _fake_parameters(model, mode, device, plan.param_dtype) as originals:
+    with _grouped_experts(model), as_trained(model, fake_kwargs) as (fake_kwargs, notes), _fake_parameters(
+            model, mode, device, plan.param_dtype) as originals:
         exported, prefix = _export(model, fake_args, fake_kwargs)
         inline_regions(exported.graph_module)
         expand_batch_norm(exported.graph)
         expand_dropout(exported.graph)
         if any(compat.mutates(n.target) for n in exported.graph.nodes):
-            exported = exported.run_decompositions({aten.copy.default: _copy})
+            try:
+                exported = exported.run_decompositions({aten.copy.default: _copy})
+            except Exception as error:
+                _require_shapes(exported.graph)
+                raise _capture_error(error) from error
             inline_regions(exported.graph_module)
     program = _program(exported, prefix, model, originals, plan, mesh)
+    _require_shapes(program.graph)
+    program.notes += notes
+    say(notes)
     given = leaves((args, kwargs))
     for source in program.sources:
         if source.kind == "input" and isinstance(source.value, torch.Tensor) and source.value.dtype != given[source.name].dtype:
@@ -133,15 +144,37 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torc
     device, prefix = next((t.device.type for t in model.parameters()), "cpu"), ""
     if torch.is_autocast_enabled(device):
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
+    drawn = _host_draws()
     try:
-        with torch.autocast(device, enabled=False), torch.enable_grad(), _Draws(), GroupedProducts():
-            return torch.export.export(model, args, kwargs, strict=False), prefix
+        with torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), _Traced(), \
+                GroupedProducts():
+            exported = torch.export.export(model, args, kwargs, strict=False)
+    except CaptureError as error:
+        raise CaptureError(error.what, _user_frame(error), error.way_out) from None
     except Exception as error:
         raise _capture_error(error) from error
+    if drawn != _host_draws():
+        raise CaptureError("random numbers of Python's random or numpy in the forward: every step would use the same", None,
+                           "make them outside of the model and pass them in, or switch off what draws them (a Hugging Face "
+                           "config's mask_time_prob and mask_feature_prob, layerdrop)")
+    return exported, prefix
 
 
-class _Draws(TorchFunctionMode):
-    """Answers ``torch.rand([]) < p`` where it does not depend on the draw: p is 0 or 1 (layer dropping is off)."""
+def _host_draws() -> tuple:
+    """Changes when Python's random or numpy's global generator is drawn from."""
+    numpy: Any = sys.modules.get("numpy")
+    return random.getstate(), numpy and [getattr(part, "tolist", lambda p=part: p)() for part in numpy.random.get_state()]
+
+
+_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class _Traced(TorchFunctionMode):
+    """What a trace does not see as it is meant.
+
+    ``torch.rand([]) < p`` is answered where it does not depend on the draw: p is 0 or 1 (layer dropping is off). ``x.data``,
+    which would be a constant, is `x` detached.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,6 +184,11 @@ class _Draws(TorchFunctionMode):
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
             if isinstance(args[1], int | float) and not 0 < args[1] < 1:
                 return args[1] >= 1
+        if func == _SET_DATA:
+            raise CaptureError("a forward that replaces the .data of a tensor", None, "a forward may write to buffers alone: "
+                               "replace it outside of forward, between steps")
+        if func == _DATA:
+            return args[0].detach()
         made = func(*args, **(kwargs or {}))
         if func is torch.rand and made.dim() == 0:
             self.draws.append(made)
@@ -169,23 +207,35 @@ class _Autocast(nn.Module):
             return self.model(*args, **kwargs)
 
 
-_CAUSES = {
-    "GuardOnDataDependentSymNode": "control flow that depends on the values of a tensor",
-    "DataDependentOutputException": "a Python value read out of a tensor (.item(), bool(tensor))",
-    "DynamicOutputShapeException": "an operator whose output shape depends on values (nonzero, boolean indexing)",
-}
-
-
 _BRANCH = "make the branch depend on Python values or shapes, use torch.where or torch.cond, or move this part out of the model"
+_TYPE = "return tensors, tuples, dicts or dataclasses that torch.export.register_dataclass knows"
 _OTHER = "see the chained error: the model, called like this on one device, has to run and be traceable by torch.export"
+
+_CAUSES = {
+    "GuardOnDataDependentSymNode": ("control flow that depends on the values of a tensor", _BRANCH),
+    "DataDependentOutputException": ("a Python value read out of a tensor (.item(), bool(tensor))", _BRANCH),
+    "DynamicOutputShapeException": ("an operator whose output shape depends on values (nonzero, boolean indexing)", _BRANCH),
+    "gen_vmap_plumbing": ("torch.vmap", "write the mapped dimension out, by broadcasting"),
+    "which is not a known type": ("an output of a type that torch.utils._pytree does not know", _TYPE),
+}
 
 
 def _capture_error(error: Exception) -> CaptureError:
     """What stopped the trace, where in the user's code, and the way out."""
     kind, text = type(error).__name__, str(error)
-    cause = next((c for k, c in _CAUSES.items() if k == kind or k in text), None)
-    what = cause or f"{kind}: {text.splitlines()[0] if text else ''}"
-    return CaptureError(what, where=_user_frame(error), way_out=_BRANCH if cause else _OTHER)
+    other = (f"{kind}: {text.splitlines()[0] if text else ''}", _OTHER)
+    what, way_out = next((c for k, c in _CAUSES.items() if k == kind or k in text), other)
+    found = re.search(r"Found <class '([^']+)'> in output", text)
+    return CaptureError(f"{what}: {found[1]}" if found else what, where=_user_frame(error), way_out=way_out)
+
+
+def _require_shapes(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+        if any(not isinstance(n, int) for v in values for n in v.shape):
+            raise CaptureError("an operator whose output shape depends on values (nonzero, boolean indexing)",
+                               user_line(node) or None, "use torch.where, a product with the mask, or topk, whose shapes "
+                               "are fixed")
 
 
 def _user_frame(error: BaseException) -> str:
@@ -279,11 +329,10 @@ def _sinks(exported: torch.export.ExportedProgram, prefix: str) -> list[Sink]:
             sinks.append(Sink("output" if spec.arg.name else "literal", str(position), constant))
             position += 1
         else:
-            raise CaptureError(
-                f"an output of kind {spec.kind.name} ({spec.target})",
-                where="",
-                way_out="A forward may update buffers, not its inputs.",
-            )
+            made = next((n for n in exported.graph.nodes if n.name == spec.arg.name), None)
+            kind = "parameter" if spec.kind is OutputKind.PARAMETER_MUTATION else "input"
+            raise CaptureError(f"a forward that writes to the {kind} {spec.target}", user_line(made) if made else None,
+                               "a forward may write to buffers alone: write to a copy, or outside of forward, between steps")
     return sinks
 
 

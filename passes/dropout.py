@@ -23,8 +23,13 @@ ATTENTION = aten.scaled_dot_product_attention.default
 def expand_dropout(graph: fx.Graph) -> None:
     """Rewrite, in place, what drops whole channels, and `AlphaDropout`, to plain dropout of a tensor of ones.
 
-    Takes: a graph as exported. Making it functional would turn them into random operators that nothing knows.
+    Takes: a graph as exported. Making it functional would turn them into random operators that nothing knows; so it would what
+    drops in place, which becomes a copy of what is kept.
     """
+    for node in list(graph.nodes):
+        if node.target in IN_PLACE and node.args[1] and node.args[2]:
+            r = Rewriter(graph, node)
+            r.replace(r.call(aten.copy_.default, node.args[0], r.call(IN_PLACE[node.target], *node.args)))
     for node in list(graph.nodes):
         build = RELATIVES.get(node.target)
         if build is not None and node.args[1] and node.args[2]:
@@ -56,6 +61,13 @@ def _alpha(features: bool) -> Callable[[Rewriter, fx.Node, float], None]:
 
     return build
 
+
+IN_PLACE = {
+    aten.dropout_.default: aten.dropout.default,
+    aten.feature_dropout_.default: aten.feature_dropout.default,
+    aten.alpha_dropout_.default: aten.alpha_dropout.default,
+    aten.feature_alpha_dropout_.default: aten.feature_alpha_dropout.default,
+}
 
 RELATIVES = {
     aten.feature_dropout.default: _features,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 import fxpar
 from fxpar import CaptureError, FxparError, InputError, MismatchError, Plan, PlanError, UnsupportedOperator
+from fxpar.testing import assert_equivalent
 from tests import zoo
 from tests.processes import launch
 
@@ -44,10 +47,52 @@ class Selects(Net):
         return y[y > 0].sum()  # selects
 
 
+class SelectsAndWrites(Net):
+    """What is written to has the trace made functional, which cannot be done with shapes that depend on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, chosen = self.linear(x).add_(1), x[:, 0] > 0
+        kept = y[chosen]  # keeps
+        return F.cross_entropy(kept, torch.zeros(4).long()[chosen])
+
+
 class Writes(Net):
     def forward(self, x: Tensor) -> Tensor:
-        x.add_(1)
+        x.add_(1)  # input
         return self.linear(x).sum()
+
+
+class Clips(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear.weight.data.clamp_(-1, 1)  # clips
+        return self.linear(x).sum()
+
+
+class Replaces(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear.weight.data = self.linear.weight.data * 2  # replaces
+        return self.linear(x).sum()
+
+
+class Vmaps(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        above = torch.vmap(lambda q: q.new_ones([]) + q)(torch.arange(n))  # vmaps
+        return self.linear(x).add_(1).sum() * above.sum()
+
+
+class Draws(Net):
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) * self.draw()).sum()
+
+
+class Reads(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) * self.linear.weight.data.norm()).sum()
 
 
 X = torch.ones(4, 6)
@@ -136,6 +181,8 @@ def test_a_random_operator_is_named_with_its_line_and_a_way_out():
 @pytest.mark.parametrize("model, mark, what, way_out", [
     (Branch, "branch", "control flow", "torch.where"),
     (Selects, "selects", "shape depends on values", "torch.where"),
+    (Vmaps, "vmaps", "torch.vmap", "broadcasting"),
+    (SelectsAndWrites, "keeps", "shape depends on values", "torch.where"),
 ])  # fmt: skip
 def test_what_depends_on_values_is_named_with_its_line(model, mark, what, way_out):
     with pytest.raises(CaptureError) as caught:
@@ -144,9 +191,26 @@ def test_what_depends_on_values_is_named_with_its_line(model, mark, what, way_ou
     assert what in caught.value.what and way_out in caught.value.way_out
 
 
-def test_a_forward_that_writes_to_its_inputs():
-    with pytest.raises(CaptureError, match=r"MUTATION \(x\); A forward may update buffers, not its inputs"):
-        fxpar.simulate(Writes(), "dp=2", (X,))
+@pytest.mark.parametrize("model, mark, what", [
+    (Writes, "input", "writes to the input x"),
+    (Clips, "clips", "writes to the parameter linear.weight"),
+    (Replaces, "replaces", "replaces the .data of a tensor"),
+])  # fmt: skip
+def test_a_forward_that_writes_to_what_is_no_buffer(model, mark, what):
+    with pytest.raises(CaptureError, match=what) as caught:
+        fxpar.simulate(model(), "dp=2", (X,))
+    assert caught.value.where.startswith(line_of(mark))
+    assert "write to buffers alone" in caught.value.way_out
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_random_numbers_that_a_trace_would_freeze(draw):
+    with pytest.raises(CaptureError, match=r"Python's random or numpy.*every step would use the same; make them outside"):
+        fxpar.simulate(Draws(draw), "dp=2", (X,))
+
+
+def test_a_parameter_that_is_read_without_its_gradient():
+    assert_equivalent(Reads(), "dp=2", (X,))
 
 
 # ---- inputs ----

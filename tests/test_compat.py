@@ -304,3 +304,16 @@ def test_symmetric_slots_are_seen_by_all_ranks():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "equal" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_reentrant_checkpoints_are_calls_while_inlined():
+    from torch.utils.checkpoint import checkpoint
+
+    x = torch.ones(2, requires_grad=True)
+
+    def made() -> str:
+        return type(checkpoint(torch.sin, x, use_reentrant=True).grad_fn).__name__
+
+    with compat.checkpoints_inlined():
+        assert made() == "SinBackward0"
+    assert made() == "CheckpointFunctionBackward"

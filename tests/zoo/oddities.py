@@ -141,6 +141,20 @@ def dropouts() -> Built:
     return made, (torch.randn(BATCH, 3, 4, 4),)
 
 
+@held_out("dropouts_in_place")
+def dropouts_in_place() -> Built:
+    made = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Dropout2d(0.3, inplace=True),
+        nn.Flatten(),
+        nn.Linear(128, 32),
+        nn.Dropout(0.2, inplace=True),
+        nn.Linear(32, 4),
+        nn.AlphaDropout(0.2, inplace=True),
+    )
+    return made, (torch.randn(BATCH, 3, 4, 4),)
+
+
 @held_out("dense_experts")
 def dense_experts() -> Built:
     """Every token to every expert, by einsum; the auxiliary loss is a product of means."""

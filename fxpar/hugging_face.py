@@ -1,0 +1,93 @@
+"""What Hugging Face models are asked to do while they are traced: keep no cache, and compute attention by operators of ATen.
+
+Both are fields of a model's config. They are changed for as long as `as_trained` lasts, in every config that a part of the model
+reads, and put back after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from fxpar.errors import CaptureError
+
+_log = logging.getLogger("fxpar")
+
+TRACED = ("sdpa", "eager")
+"""The implementations of attention that are made of ATen's operators."""
+
+
+@contextlib.contextmanager
+def as_trained(model: nn.Module, arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Inside, `model` (or the Hugging Face models in it) keeps no cache, and its attention can be traced.
+
+    Yields the arguments of the call, with ``use_cache=True`` replaced, and notes about what was changed that its user asked for.
+    A model that is not Hugging Face's is left alone. Attention that the user registered is left alone too.
+    Raises: `CaptureError` for a model that was built with an attention that cannot be exchanged.
+    """
+    transformers: Any = sys.modules.get("transformers")
+    parts = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)] if transformers else []
+    notes: list[str] = []
+    undo: list[tuple[Any, str, Any]] = []
+    if parts and parts[0] is model and arguments.get("use_cache"):
+        arguments = {**arguments, "use_cache": False}
+        notes.append("use_cache=True is left out: a forward that is trained returns past_key_values=None")
+    if any(getattr(m, "gradient_checkpointing", False) is True for part in parts for m in part.modules()):
+        notes.append("the model's own gradient checkpointing is left out: Plan(recompute=...) says what the backward makes again")
+    try:
+        for config in _configs(model, transformers) if parts else []:
+            if getattr(config, "use_cache", False) is True:
+                undo.append((config, "use_cache", True))
+                config.use_cache = False
+            asked = config._attn_implementation
+            if asked is not None and asked not in TRACED and not _registered_by_user(asked, transformers):
+                chosen = _exchanged(config, asked, [p for p in parts if p.config is config])
+                undo.append((config, "_attn_implementation_internal", asked))
+                config._attn_implementation_internal = chosen  # the public name would change the configs inside of it too
+                notes.append(f"attn_implementation={asked!r} cannot be traced: {chosen!r} takes its place, which the backend "
+                             "runs by a fused kernel where there is one")
+        yield arguments, list(dict.fromkeys(notes))
+    finally:
+        for config, name, value in undo:
+            setattr(config, name, value)
+
+
+def say(notes: list[str]) -> None:
+    """Log notes, once and not once a rank."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for note in notes:
+            _log.warning(note)
+
+
+def _configs(model: nn.Module, transformers: Any) -> list[Any]:
+    """Every config that a module of the model holds, and those inside of them, once each."""
+    kind = transformers.PretrainedConfig
+    found: dict[int, Any] = {}
+    todo = [c for m in model.modules() for c in vars(m).values() if isinstance(c, kind)]
+    while todo:
+        config = todo.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            todo += [c for c in vars(config).values() if isinstance(c, kind)]
+    return list(found.values())
+
+
+def _registered_by_user(name: str, transformers: Any) -> bool:
+    known = transformers.AttentionInterface()
+    return name in known and not getattr(known[name], "__module__", "").startswith("transformers.")
+
+
+def _exchanged(config: Any, asked: str, parts: list[Any]) -> str:
+    """The implementation that computes the same as the one asked for: `sdpa` where it knows all that the model does."""
+    fixed = [p for p in parts if not p._can_set_attn_implementation()]
+    if fixed:
+        raise CaptureError(f"attn_implementation={asked!r} of {type(fixed[0]).__name__}, which was built with it", None,
+                           'build the model with attn_implementation="sdpa", or "eager" where it does not know that')
+    capped = any("attn" in key and "softcap" in key and value for key, value in vars(config).items())
+    return "sdpa" if not capped and all(p._supports_sdpa for p in parts) else "eager"
