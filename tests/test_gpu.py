@@ -1,24 +1,74 @@
-"""Two GPUs over NCCL, through Inductor. Run them where there are two: ``pytest -m gpu``."""
+"""Many architectures on 2 and on 4 GPUs, over NCCL, compiled by Inductor, against one GPU: ``pytest -m gpu -n 4``.
 
+``-k smoke`` runs each architecture once. FXPAR_TABLE=FILE collects a line per case, of which ``python -m tests.gpu_table FILE``
+makes the table of benchmarks/RESULTS.md. Every plan is a process group of its own; those of two GPUs run side by side on
+different GPUs, where there are four.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-PROGRAM = Path(__file__).with_name("nccl_program.py")
+from tests.matrix import pairwise
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = (
+    "llama_padded", "llama_left", "llama_tied", "llama_odd", "qwen2", "qwen3", "phi3", "gemma2_padded", "mistral_sliding", "gptj",
+    "falcon", "bloom", "olmo2", "stablelm", "starcoder2", "mpt", "gpt2_padded", "gpt_oss", "mixtral", "qwen3_moe", "bert",
+    "roberta", "distilbert", "t5", "bart", "vit", "clip", "nanogpt", "resnet", "dlrm",
+)  # fmt: skip
+PLANS = {2: ("dp=2", "tp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3"),
+         4: ("dp=2,tp=2", "dp=2,tp=2,zero=3", "dp=4,dp_replicate=2,zero=3", "tp=4,sequence_parallel=false")}  # fmt: skip
+RECOMPUTE = ("none", "selective", "full", "0.5")
+DTYPES = ("", "param_dtype=bf16")
+CASES = {gpus: pairwise(FAMILIES, plans, RECOMPUTE, DTYPES, (1, 2)) for gpus, plans in PLANS.items()}
+
+
+def runs(gpus: int, plan: str, cases: list[tuple]) -> None:
+    """All cases of a plan in one process group; what is wrong is said of each of them."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"{gpus} GPUs are needed, {torch.cuda.device_count()} are here")
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    first = worker * gpus % (torch.cuda.device_count() // gpus * gpus)
+    devices = ",".join(str(first + i) for i in range(gpus))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
+               str(ROOT / "tests/gpu_program.py"), plan, json.dumps(cases)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if "FXPAR_TABLE" in os.environ:
+        with open(os.environ["FXPAR_TABLE"], "a") as table:
+            table.writelines(json.dumps({**line, "mesh": plan, "gpus": gpus}) + "\n" for line in lines)
+    wrong = "\n".join(f"{line['model']} {line['plan']}: {line['error']}" for line in lines if line["error"])
+    assert not wrong, wrong
+    assert done.returncode == 0 and len(lines) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
 
 
 @pytest.mark.gpu
 @pytest.mark.multiproc
-@pytest.mark.parametrize("plan, dtype", [
-    *((plan, dtype) for plan in ("dp=2", "tp=2", "dp=2,zero=2", "dp=2,zero=3", "dp=2,zero=3,recompute=full")
-      for dtype in ("float32", "bfloat16")),
-    *((f"{plan},param_dtype=bf16,reduce_dtype=fp32", "bfloat16") for plan in ("dp=2", "dp=2,zero=3")),
-    *((f"dp=2,zero={level},microbatches=2", "float32") for level in (1, 2, 3)),
-])  # fmt: skip
-def test_two_gpus_compute_what_one_does(plan, dtype):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(PROGRAM)]
-    done = subprocess.run([*command, plan, dtype], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "equal" in done.stdout
+@pytest.mark.parametrize("gpus, plan", [(gpus, plan) for gpus, plans in PLANS.items() for plan in plans])
+def test_architectures(gpus, plan):
+    runs(gpus, plan, [(name, *rest) for name, mine, *rest in CASES[gpus] if mine == plan])
+
+
+@pytest.mark.gpu
+@pytest.mark.multiproc
+@pytest.mark.parametrize("plan", PLANS[2])
+def test_smoke(plan):
+    """Each architecture under one plan, each plan with all policies and dtypes."""
+    settings = itertools.cycle(itertools.product(RECOMPUTE, DTYPES, (1,)))
+    cases = [(name, mine, *rest) for name, mine, rest in zip(FAMILIES, itertools.cycle(PLANS[2]), settings, strict=False)]
+    runs(2, plan, [(name, *rest) for name, mine, *rest in cases if mine == plan])
+
+
+def test_the_cover_of_gpus_has_every_family_under_every_plan():
+    for gpus, plans in PLANS.items():
+        assert {c[:2] for c in CASES[gpus]} == set(itertools.product(FAMILIES, plans))

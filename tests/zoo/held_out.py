@@ -31,6 +31,9 @@ _hf_lm(
 )
 _hf_lm("mistral_sliding", "MistralConfig", **LLAMA, sliding_window=4)
 _hf_lm("llama_padded", "LlamaConfig", **LLAMA, mask=True)
+_hf_lm("llama_left", "LlamaConfig", **LLAMA, mask="left")
+_hf_lm("gpt2_padded", "GPT2Config", n_embd=32, n_layer=2, n_head=4, n_positions=64, mask=True)
+_hf_lm("gemma2_padded", "Gemma2Config", **LLAMA, head_dim=8, sliding_window=4, mask="left")
 _hf_lm(
     "llama_odd",
     "LlamaConfig",

@@ -9,14 +9,15 @@ import torch
 from tests.zoo.registry import BATCH, SEQ, VOCAB, Built, ids, labels, model, padding
 
 
-def language_model(config_name: str, vocab: int = VOCAB, seq: int = SEQ, mask: bool = False, **options: Any) -> Built:
-    """A causal language model from its config class, by name."""
+def language_model(config_name: str, vocab: int = VOCAB, seq: int = SEQ, mask: bool | str = False,
+                   **options: Any) -> Built:
+    """A causal language model from its config class, by name. mask: with a padded batch, on the right or on the "left"."""
     import transformers
 
     config = getattr(transformers, config_name)(vocab_size=vocab, use_cache=False, **options)
     inputs = {"input_ids": ids(vocab, seq), "labels": labels(vocab, seq)}
     if mask:
-        inputs["attention_mask"] = padding(seq=seq)
+        inputs["attention_mask"] = padding(seq=seq).flip(1) if mask == "left" else padding(seq=seq)
     return transformers.AutoModelForCausalLM.from_config(config), inputs
 
 

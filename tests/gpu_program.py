@@ -1,0 +1,208 @@
+"""What test_gpu.py starts on every GPU: one training step of many models under one plan, compared with one GPU.
+
+    torchrun --nproc-per-node=2 tests/gpu_program.py dp=2,zero=3 '[["llama_padded", "selective", "", 1]]'
+
+A case is [model of the zoo, recompute, more of the plan ("param_dtype=bf16"), microbatches]. All share one process group, one
+after the other. Each is compiled by Inductor and speaks over NCCL: loss, gradients, their clipped norm, one step of AdamW, the
+parameters after it as full tensors, a checkpoint saved and loaded. Rank 0 prints a line of JSON per case:
+{"model", "plan", "error" (empty if all is right), "seconds"}.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxpar
+from fxpar.simulation import scalar_of
+from fxpar.testing import FARTHER, GRADIENT_TOLERANCE, LOSS_TOLERANCE, NOISE
+from tests import zoo
+
+Step = tuple[Tensor, dict[str, Tensor]]
+LEARNING_RATE = 1e-3
+
+
+def main(plan: str, cases: list[list]) -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.backends.cudnn.allow_tf32 = False
+    dist.init_process_group("nccl", timeout=timedelta(seconds=90), device_id=torch.device("cuda", torch.cuda.current_device()))
+    side = dist.new_group(backend="gloo", timeout=timedelta(seconds=120))
+    for name, recompute, more, microbatches in cases:
+        start = time.perf_counter()
+        text = ",".join(filter(None, [plan, more, f"recompute={recompute}", f"microbatches={microbatches}"]))
+        try:
+            error = run(name, fxpar.Plan.parse(text))
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}\n{traceback.format_exc()[-2000:]}"
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=side)
+        if dist.get_rank() == 0:
+            worst = next((f"rank {r}: {e}" for r, e in enumerate(errors) if e), "")
+            print(json.dumps({"model": name, "plan": text, "error": worst, "seconds": round(time.perf_counter() - start, 1)}),
+                  flush=True)
+        torch._dynamo.reset()
+    dist.destroy_process_group()
+
+
+def run(name: str, plan: fxpar.Plan) -> str:
+    """What is wrong with a model under a plan; an empty text if nothing is."""
+    model, inputs = zoo.build(name)
+    model, inputs = without_dropout(model).cuda(), on_gpu(inputs)
+    if plan.microbatches > 1 and "labels" in inputs and inputs["labels"].dim() > 1:
+        inputs["labels"].clamp_(min=1)  # as many labels in each
+    exact = copy.deepcopy(model)
+    module = fxpar.parallelize(copy.deepcopy(model), plan, part(inputs, plan, 0))
+    mine = part(inputs, plan, module.replica)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=LEARNING_RATE, fused=True) for m in (exact, module)]
+    whole = microbatches(inputs, plan)
+    want, have = step(exact, whole), parallel_step(module, mine)
+    if plan.param_dtype is None:
+        wrong = difference(want, have)
+    else:
+        narrow = copy.deepcopy(model).to(plan.param_dtype)
+        wrong = farther(want, have, step(narrow, floats(whole, plan.param_dtype)))
+    return wrong or after(exact, module, optimizers, plan)
+
+
+def after(exact: nn.Module, module: Any, optimizers: list[torch.optim.Optimizer], plan: fxpar.Plan) -> str:
+    """The rest of a step."""
+    precise = 1e-4 if plan.param_dtype is None else 0.1
+    parameters = [p for p in exact.parameters() if p.grad is not None]
+    before = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = module.clip_grad_norm_(before.item() / 2)
+    if not abs(norm - before) <= precise * before:
+        return f"clip_grad_norm_ returned {norm.item():.6g} instead of {before.item():.6g}"
+    clipped = torch.stack([p.grad.full_tensor().norm() for p in module.parameters() if p.grad is not None]).norm()
+    if not abs(clipped - before / 2) <= 1e-3 * before:
+        return f"after clipping the norm is {clipped.item():.6g} instead of {before.item() / 2:.6g}"
+    torch.nn.utils.clip_grad_norm_(exact.parameters(), before.item() / 2)
+    for optimizer in optimizers:
+        optimizer.step()
+    plain = dict(exact.named_parameters())
+    far = [n for n, p in module.named_parameters() if (p.full_tensor() - plain[n]).abs().max() > 2.01 * LEARNING_RATE]
+    if far:
+        return f"after a step {far[0]} is farther from one GPU's than two steps can be"
+    return saves(module, optimizers[1])
+
+
+def saves(module: Any, optimizer: torch.optim.Optimizer) -> str:
+    """What was saved is there again after it was lost."""
+    where = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(where)
+    fxpar.save_checkpoint(f"{where[0]}/step", module, optimizer)
+    kept = [t.clone() for t in parts(module, optimizer)]
+    for t in parts(module, optimizer):
+        t.zero_()
+    fxpar.load_checkpoint(f"{where[0]}/step", module, optimizer)
+    same = all(map(torch.equal, parts(module, optimizer), kept))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(where[0])
+    return "" if same else "the checkpoint differs from what was saved"
+
+
+def parts(module: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """This rank's parts of the parameters and of the optimizer's state."""
+    state = [t for p in module.parameters() for k, t in optimizer.state[p].items() if k != "step"]
+    return [t.detach().to_local() for t in (*module.parameters(), *state)]
+
+
+def step(model: nn.Module, batches: list[Any]) -> Step:
+    """One GPU's loss and gradients, by name, on average over microbatches."""
+    losses = []
+    for inputs in batches:
+        loss = scalar_of(called(model, inputs)) / len(batches)
+        loss.backward()
+        losses.append(loss.detach().double())
+    return torch.stack(losses).sum(), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def parallel_step(module: fxpar.ParallelModule, inputs: Any) -> Step:
+    """The loss and the full gradients, by name."""
+    if module.plan.microbatches > 1:
+        loss = called(module.train_step, inputs)
+    else:
+        loss = scalar_of(called(module, inputs))
+        loss.backward()
+    grads = {n: p.grad.full_tensor().double() for n, p in module.named_parameters() if p.grad is not None}
+    return loss.detach().double(), grads
+
+
+def called(function: Any, inputs: Any) -> Any:
+    return function(**inputs) if isinstance(inputs, dict) else function(*inputs)
+
+
+def difference(want: Step, have: Step) -> str:
+    (loss, grads), (other, others) = want, have
+    if not abs(other - loss) <= LOSS_TOLERANCE * abs(loss):
+        return f"the loss is {other.item():.9g} instead of {loss.item():.9g}"
+    largest = max(g.norm().item() for g in grads.values())
+    for name, grad in grads.items():
+        if name not in others:
+            return f"no gradient of {name}"
+        error = (others[name] - grad).norm().item()
+        if not error <= GRADIENT_TOLERANCE * grad.norm().item() + NOISE * largest:
+            return f"the gradient of {name} is off by {error / max(grad.norm().item(), 1e-30):.2g} of its norm"
+    return ""
+
+
+def farther(want: Step, have: Step, narrow: Step) -> str:
+    def off(grads: dict[str, Tensor]) -> float:
+        return math.sqrt(sum((grads[n] - g).square().sum().item() for n, g in want[1].items() if n in grads))
+
+    missing = set(want[1]) - set(have[1])
+    if missing:
+        return f"no gradient of {min(missing)}"
+    if not off(have[1]) <= FARTHER * off(narrow[1]):
+        return f"the gradients are off by {off(have[1]):.3g}, one GPU's in these dtypes by {off(narrow[1]):.3g}"
+    if not abs(have[0] - want[0]) <= 1e-2 * abs(want[0]):
+        return f"the loss is {have[0].item():.6g} instead of {want[0].item():.6g}"
+    return ""
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """No GPU draws what another does: what dropout computes is compared elsewhere, in one process."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
+                setattr(module, name, 0.0)
+    return model
+
+
+def on_gpu(inputs: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.cuda, inputs)
+
+
+def floats(inputs: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+
+
+def microbatches(inputs: Any, plan: fxpar.Plan) -> list[Any]:
+    """The global batch of each: the n-th part of every replica's rows."""
+    def rows(t: Tensor, n: int) -> Tensor:
+        return torch.cat([mine.chunk(plan.microbatches)[n] for mine in t.chunk(plan.dp)])
+
+    return [pytree.tree_map_only(Tensor, lambda t, n=n: rows(t, n), inputs) for n in range(plan.microbatches)]
+
+
+def part(inputs: Any, plan: fxpar.Plan, replica: int) -> Any:
+    """A replica's rows of every input."""
+    return pytree.tree_map_only(Tensor, lambda t: t.chunk(plan.dp)[replica], inputs)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
