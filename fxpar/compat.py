@@ -17,7 +17,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, _dtensor_spec
 from torch.distributed.tensor.placement_types import _StridedShard
 
 __all__ = [
@@ -95,6 +95,29 @@ def trunc_normal_as(function: Callable) -> Iterator[None]:
 def strided_shard(dim: int, split_factor: int) -> Any:
     """The DTensor placement of a factor that lies inside a dim, behind `split_factor` others."""
     return _StridedShard(dim, split_factor=split_factor)
+
+
+def _read_strided_shards_left_to_right() -> None:
+    """Have DTensor read strided shards that say no order of shards (heads within a fused weight) one mesh axis after another.
+
+    Later versions of torch do that by themselves; an early one refuses to gather such a tensor. It is told where every spec is
+    made, so that results of operators (optimizer states, the values of a state dict) can be gathered as parameters can be.
+    """
+    spec = _dtensor_spec.DTensorSpec
+    made = spec.__post_init__
+
+    @functools.wraps(made)
+    def post_init(self: Any) -> None:
+        if self.use_strided_shard_as_shard_order is None and any(isinstance(p, _StridedShard) for p in self.placements):
+            order = spec._maybe_convert_StridedShard_to_shard_order(tuple(self.placements), self.mesh)
+            self.use_strided_shard_as_shard_order = order is not None
+        made(self)
+
+    spec.__post_init__ = post_init
+
+
+if not hasattr(_dtensor_spec, "_StridedShardNotDecodableError"):  # torch before 2.12
+    _read_strided_shards_left_to_right()
 
 
 def memory(tensor: Any) -> torch.Tensor:
