@@ -103,7 +103,7 @@ def _read_strided_shards_left_to_right() -> None:
     Later versions of torch do that by themselves; an early one refuses to gather such a tensor. It is told where every spec is
     made, so that results of operators (optimizer states, the values of a state dict) can be gathered as parameters can be.
     """
-    spec = _dtensor_spec.DTensorSpec
+    spec: Any = _dtensor_spec.DTensorSpec
     made = spec.__post_init__
 
     @functools.wraps(made)

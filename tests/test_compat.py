@@ -161,6 +161,12 @@ def test_strided_shard_splits_what_lies_behind_other_factors():
     assert [p.tolist() for p in parts] == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
 
 
+def test_strided_shards_that_say_no_order_are_gathered_whatever_made_them():
+    p = DTensor.from_local(torch.arange(6.0), one_rank_mesh(), [compat.strided_shard(0, 3)])
+    for t in (p, p.detach(), torch.ones_like(p), p.redistribute(placements=[Replicate()]).redistribute(placements=p.placements)):
+        assert t.placements == p.placements and torch.equal(t.full_tensor(), t.to_local())
+
+
 def test_memory_and_want_gradients():
     mesh = one_rank_mesh()
     p = nn.Parameter(DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)]))
