@@ -97,6 +97,29 @@ def strided_shard(dim: int, split_factor: int) -> Any:
     return _StridedShard(dim, split_factor=split_factor)
 
 
+def _says_an_order(placements: Sequence[Any], mesh: Any) -> bool:
+    """Whether strided shards are but an order in which whole shards were made: each rank holds consecutive elements."""
+    return _dtensor_spec.DTensorSpec._maybe_convert_StridedShard_to_shard_order(tuple(placements), mesh) is not None
+
+
+def _refuse_strided_chunks() -> None:
+    """torch.distributed.checkpoint takes every part of a DTensor for one rectangle: have it refuse parts that are several."""
+    for name in ("__create_chunk_list__", "__create_write_items__"):
+        original = getattr(DTensor, name)
+
+        def checked(self: Any, *args: Any, original: Callable = original) -> Any:
+            if self._local_tensor.shape != self.shape and not _says_an_order(self.placements, self.device_mesh):
+                raise NotImplementedError(
+                    f"torch.distributed.checkpoint cannot save or load the parts of a tensor of shape {tuple(self.shape)} with "
+                    f"placements {self.placements}: each has several pieces; use fxpar.save_checkpoint, fxpar.load_checkpoint")
+            return original(self, *args)
+
+        setattr(DTensor, name, functools.wraps(original)(checked))
+
+
+_refuse_strided_chunks()
+
+
 def _read_strided_shards_left_to_right() -> None:
     """Have DTensor read strided shards that say no order of shards (heads within a fused weight) one mesh axis after another.
 
@@ -109,8 +132,7 @@ def _read_strided_shards_left_to_right() -> None:
     @functools.wraps(made)
     def post_init(self: Any) -> None:
         if self.use_strided_shard_as_shard_order is None and any(isinstance(p, _StridedShard) for p in self.placements):
-            order = spec._maybe_convert_StridedShard_to_shard_order(tuple(self.placements), self.mesh)
-            self.use_strided_shard_as_shard_order = order is not None
+            self.use_strided_shard_as_shard_order = _says_an_order(self.placements, self.mesh)
         made(self)
 
     spec.__post_init__ = post_init
