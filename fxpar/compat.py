@@ -17,7 +17,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor, _dtensor_spec
+from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
 __all__ = [
@@ -121,13 +121,15 @@ _refuse_strided_chunks()
 
 
 def _read_strided_shards_left_to_right() -> None:
-    """Have DTensor read strided shards that say no order of shards (heads within a fused weight) one mesh axis after another.
+    """Have DTensor gather strided shards that say no order of shards (heads within a fused weight) one mesh axis after another.
 
-    Later versions of torch do that by themselves; an early one refuses to gather such a tensor. It is told where every spec is
-    made, so that results of operators (optimizer states, the values of a state dict) can be gathered as parameters can be.
+    By itself, torch 2.11 refuses to gather such a tensor, and later versions gather wrongly where one dim has two of them, or
+    fail where there is a mesh of both axes. DTensor is told where every spec is made, so that results of operators (optimizer
+    states, the values of a state dict) can be gathered as parameters can be.
     """
     spec: Any = _dtensor_spec.DTensorSpec
-    made = spec.__post_init__
+    step: Any = _redistribute._TransformInfo
+    made, kind = spec.__post_init__, step._comm_type_key
 
     @functools.wraps(made)
     def post_init(self: Any) -> None:
@@ -135,11 +137,15 @@ def _read_strided_shards_left_to_right() -> None:
             self.use_strided_shard_as_shard_order = _says_an_order(self.placements, self.mesh)
         made(self)
 
-    spec.__post_init__ = post_init
+    @functools.wraps(kind)
+    def alone(self: Any) -> str | None:
+        """None: not to be merged with other steps."""
+        return None if any(isinstance(p, _StridedShard) for p in self.src_dst_placements) else kind(self)
+
+    spec.__post_init__, step._comm_type_key = post_init, alone
 
 
-if not hasattr(_dtensor_spec, "_StridedShardNotDecodableError"):  # torch before 2.12
-    _read_strided_shards_left_to_right()
+_read_strided_shards_left_to_right()
 
 
 def memory(tensor: Any) -> torch.Tensor:

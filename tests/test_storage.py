@@ -57,8 +57,7 @@ def distributed(rank: int, seeds: list[int]) -> dict[str, int]:
         assert made.shape == x.shape and torch.equal(made.to_local(), part), text
         assert torch.equal(distribute_tensor(x, bound.device_mesh, made.placements).to_local(), part), text
         assert torch.equal(storage.whole(part, tiles, x.shape, bound, GroupRuntime(bound)), x), text
-        if one_axis_a_dim(tiles):
-            assert torch.equal(made.full_tensor(), x), text
+        assert torch.equal(made.full_tensor(), x), text
         seen["one axis" if one_axis_a_dim(tiles) else "two axes"] += 1
         seen["strided"] += any("Strided" in repr(p) for p in made.placements)
     return seen
