@@ -38,14 +38,16 @@ lint: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch comes first and alone, so that nothing that follows chooses another build of it; timm comes without dependencies
-# for the same reason. torchvision, which timm imports, has no build for a CPU torch: it lies in a folder of its own, where
-# transformers does not find it, and the one test that needs it registers stand-ins for its compiled operators.
+# torch comes first, so that nothing that follows chooses another build of it, and without its dependencies: the index of
+# PIP_TORCH may lack the versions of them that constraints.txt asks for; the line after it brings them from the usual one.
+# timm comes without dependencies for the first reason. torchvision, which timm imports, has no build for a CPU torch: it
+# lies in a folder of its own, where transformers does not find it, and the one test that needs it registers stand-ins for
+# its compiled operators.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("fxpar needs Python 3.11 or newer; $(PYTHON) is %d.%d: make PYTHON=python3.12" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(PIP_TORCH) torch
-	$(PIP) setuptools sympy rich safetensors transformers pytest pytest-xdist hypothesis ruff mypy
+	$(PIP) --no-deps $(PIP_TORCH) torch
+	$(PIP) torch setuptools numpy sympy rich safetensors transformers pytest pytest-xdist hypothesis ruff mypy
 	$(PIP) huggingface_hub PyYAML pillow
 	$(PIP) --no-deps timm
 	$(PIP) --no-deps --upgrade --target $(VENV)/vision torchvision

@@ -30,9 +30,11 @@ class Made:
         self.graph = fx.Graph()
         self.feeds: list[Tensor] = []
 
-    def input(self, name: str, dtype: torch.dtype = torch.float32) -> fx.Node:
+    def input(self, name: str, dtype: torch.dtype = torch.float32, turned: bool = False) -> fx.Node:
+        """turned: the transposed tensor is the contiguous one."""
         node = self.graph.placeholder(name)
-        node.meta["val"] = torch.randn(4, 4, generator=torch.Generator().manual_seed(len(self.feeds))).to(dtype)
+        value = torch.randn(4, 4, generator=torch.Generator().manual_seed(len(self.feeds))).to(dtype)
+        node.meta["val"] = value.t().contiguous().t() if turned else value
         self.feeds.append(node.meta["val"])
         return node
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -177,6 +178,23 @@ def test_strided_shard_splits_what_lies_behind_other_factors():
     placement = compat.strided_shard(0, 3)
     parts, _ = placement._split_tensor(torch.arange(12), 2)
     assert [p.tolist() for p in parts] == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+
+
+def test_strided_shards_that_say_no_order_are_gathered_whatever_made_them():
+    p = DTensor.from_local(torch.arange(6.0), one_rank_mesh(), [compat.strided_shard(0, 3)])
+    for t in (p, p.detach(), torch.ones_like(p), p.redistribute(placements=[Replicate()]).redistribute(placements=p.placements)):
+        assert t.placements == p.placements and torch.equal(t.full_tensor(), t.to_local())
+
+
+def test_checkpoints_of_torch_refuse_parts_of_several_pieces(tmp_path):
+    mesh, inside = one_rank_mesh(), [compat.strided_shard(0, 3)]
+    whole = DTensor.from_local(torch.ones(12), mesh, inside)
+    part = DTensor.from_local(torch.ones(6), mesh, inside, shape=torch.Size([12]), stride=(1,))
+    dist.checkpoint.save({"p": whole}, checkpoint_id=tmp_path / "c")
+    dist.checkpoint.load({"p": whole}, checkpoint_id=tmp_path / "c")
+    for run in (dist.checkpoint.save, dist.checkpoint.load):
+        with pytest.raises(dist.checkpoint.api.CheckpointException, match=r"several pieces; use fxpar.save_checkpoint"):
+            run({"p": part}, checkpoint_id=tmp_path / "c")
 
 
 def test_memory_and_want_gradients():

@@ -140,7 +140,8 @@ def narrowed(group: str, kinds: str) -> Made:
     float64, "s" with their cast used once more, "w" without a cast."""
     made = Made()
     out = []
-    parameters = [made.input(f"p{k}", torch.float64 if kind == "d" else torch.float32) for k, kind in enumerate(kinds)]
+    parameters = [made.input(f"p{k}", torch.float64 if kind == "d" else torch.float32, turned=kind == "t")
+                  for k, kind in enumerate(kinds)]
     for k, (kind, p) in enumerate(zip(kinds, parameters, strict=True)):
         value = p if kind == "w" else made.call(f"narrow_{k}", casts.CAST, p, torch.bfloat16)
         if kind in "it":

@@ -73,7 +73,7 @@ def _front(x: Tensor, place: Place, ranks: int) -> Tensor:
     shape = list(x.shape)
     y = x.reshape(*shape[:dim], outer, ranks, shape[dim] // (outer * ranks), *shape[dim + 1 :])
     y = y.movedim((dim + 1, dim, dim + 2), (0, 1, 2))
-    return y.reshape(shape[dim], *y.shape[3:])
+    return y.reshape(shape[dim], *y.shape[3:]).contiguous()
 
 
 def _back(y: Tensor, place: Place, ranks: int) -> Tensor:

@@ -36,10 +36,9 @@ def applies(target) -> bool:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return True
-    types = [str(a.type) for a in schema.arguments]
     return not (
         schema.is_mutable
-        or any("Dimname" in t for t in types)
+        or "name" in schema.overload_name.lower()
         or not any("Tensor" in str(r.type) for r in schema.returns)
         or target.name() in NOT_FROM_MODELS
     )
