@@ -128,7 +128,7 @@ def _collective(node: fx.Node, mesh: Mesh, xs: list[Tensor]) -> list[Tensor]:
     if kind == "all_gather":
         dim, outer, varying, *dtypes = rest
         typed = Typed("all_gather_varying" if varying else kind, axes, (dim, outer), (0, 1), *dtypes)
-    elif kind == "vary":
+    elif kind in ("vary", "average"):
         typed = Typed(kind, axes, reduce=(*rest, None)[0])
     else:
         place, to = (rest[0], rest[1]) if rest else (0, 1), (rest[2], rest[3]) if len(rest) > 2 else (0, 1)

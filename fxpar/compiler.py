@@ -24,6 +24,7 @@ from fxpar.passes.outputs import keep_loss
 from fxpar.passes.partition import partition
 from fxpar.passes.place import place
 from fxpar.passes.precision import cast_parameters
+from fxpar.passes.replicas import average_replicas
 from fxpar.passes.simplify import simplify
 from fxpar.passes.zero import shard_storage
 from fxpar.plan import Plan
@@ -48,6 +49,7 @@ def passes(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
         ("place", lambda p: place(p, pinned)),
         ("zero", lambda p: shard_storage(p, pinned)),
         ("partition", partition),
+        ("replicas", average_replicas),
     ]
 
 

@@ -15,11 +15,12 @@ from fxpar.compiler import compile_program
 from fxpar.inputs import example_call, microbatch
 from fxpar.memory import Peak, predict
 from fxpar.mesh import Mesh
+from fxpar.passes.layout import held_shape
 from fxpar.plan import Plan
 from fxpar.program import Program, module_path
 
 GIB = 2**30
-BACKWARD = {"vary": "all_reduce", "all_gather_varying": "reduce_scatter", "reduce_scatter": "all_gather",
+BACKWARD = {"vary": "all_reduce", "average": "all_reduce", "all_gather_varying": "reduce_scatter", "reduce_scatter": "all_gather",
             "shard": "all_gather", "all_to_all": "all_to_all"}  # fmt: skip
 """What the backward of each typed collective communicates, if anything."""
 
@@ -132,7 +133,7 @@ def report_of(program: Program, predicted: Callable[[], Peak] | None = None) -> 
 
 
 def _local_shape(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
-    return tuple(math.prod(p.size // mesh.size(*p.axes) for p in dim) for dim in node.meta["tiling"])
+    return held_shape(node.meta["tiling"], mesh)
 
 
 def _local_numel(node: fx.Node, mesh: Mesh) -> int:
@@ -160,7 +161,7 @@ def _collectives(program: Program) -> list[CollectiveRow]:
             continue
         kind, axes, size = facts["kind"], tuple(facts["axes"]), facts.get("bytes", 0)
         ranks = program.mesh.size(*axes)
-        if kind not in ("vary", "shard"):
+        if kind not in ("vary", "average", "shard"):
             add(kind, axes, "forward", node, size)
         if not node.meta.get("needs_grad"):
             continue

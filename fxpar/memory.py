@@ -11,7 +11,6 @@ Not counted: what libraries hold outside of a step (some tens of MiB for cuBLAS)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from fxpar.backends.trace import tensor_inputs_only
 from fxpar.mesh import Axes, Mesh
 from fxpar.ops.collectives import use_runtime
 from fxpar.passes.accumulate import accumulation
+from fxpar.passes.layout import held_shape
 from fxpar.program import Program, module_path
 
 aten = torch.ops.aten
@@ -117,8 +117,7 @@ def _local(mode: Any, node: fx.Node, value: Any, mesh: Mesh, requires_grad: bool
     if not isinstance(value, Tensor):
         return value
     held = node.meta.get("global", value)
-    shape = tuple(held.shape) if "tiling" not in node.meta else tuple(
-        math.prod(p.size // mesh.size(*p.axes) for p in dim) for dim in node.meta["tiling"])
+    shape = tuple(held.shape) if "tiling" not in node.meta else held_shape(node.meta["tiling"], mesh)
     with mode:
         return torch.empty(shape, dtype=held.dtype, requires_grad=requires_grad)
 

@@ -68,6 +68,11 @@ def tiling(dims: Dims, layout: Layout, mesh: Mesh) -> Tiling:
     return tuple(tuple(pieces(d, layout, mesh)) for d in dims)
 
 
+def held_shape(tiles: Tiling, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of one rank's part."""
+    return tuple(math.prod(p.size // mesh.size(*p.axes) for p in dim) for dim in tiles)
+
+
 def place_of(dims: Dims, layout: Layout, mesh: Mesh, leaf: Factor) -> tuple[int, int]:
     """Where a factor lies in the local tensor: (dim, product of the local sizes before it in that dim)."""
     for i, dim in enumerate(dims):

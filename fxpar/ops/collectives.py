@@ -9,6 +9,7 @@ replicated value is used differently on every rank, so its cotangents have to be
     =============================  ===========================  ====================
     psum           P -> R          all-reduce                   identity
     vary           R -> used in S  identity                     all-reduce
+    average        R -> used in R  identity                     all-reduce, mean
     all_gather     S -> R          all-gather                   take my slice
       varying      S -> used in S  all-gather                   reduce-scatter
     reduce_scatter P -> S          reduce-scatter               all-gather
@@ -113,6 +114,7 @@ def _slice(x: Tensor, place: Place, to: Place, ranks: int, index: int) -> Tensor
 
 SAME = Step(lambda x, *_: x.view_as(x), None, lambda y, *_: y)
 SUM = Step(lambda x, *_: x.contiguous(), "all_reduce", lambda y, *_: y)
+MEAN = Step(lambda x, place, to, n, _: (x / n).contiguous(), "all_reduce", lambda y, *_: y)
 GATHER = Step(lambda x, place, *_: _front(x, place, 1), "all_gather", lambda y, place, _, n: _back(y, place, n))
 SLICE = Step(_slice, None, lambda y, *_: y)
 SCATTER = Step(lambda x, place, to, n, _: _front(x, place, n), "reduce_scatter", lambda y, place, *_: _back(y, place, 1))
@@ -139,6 +141,7 @@ def _joined(y: Tensor, place: Place) -> Tensor:
 CONJUGATE = {
     "psum": (SUM, SAME),
     "vary": (SAME, SUM),
+    "average": (SAME, MEAN),
     "all_gather": (GATHER, SLICE),
     "all_gather_varying": (GATHER, SCATTER),
     "reduce_scatter": (SCATTER, GATHER),
@@ -232,6 +235,12 @@ def vary(x: Tensor, axes: Axes, reduce: torch.dtype | None = None, carried: Tens
     return _apply(x, Typed("vary", axes, reduce=reduce), carried=carried)
 
 
+def average(x: Tensor, axes: Axes) -> Tensor:
+    """Replicated -> used alike on all ranks of `axes`: the value itself; its cotangents, which are equal but for rounding, become
+    the same."""
+    return _apply(x, Typed("average", axes))
+
+
 def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = False, dtype: torch.dtype | None = None,
                reduce: torch.dtype | None = None, kept: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
     """Sharded -> replicated along `dim`; `varying`: what follows differs from rank to rank.
@@ -264,4 +273,4 @@ def axis_index(axes: Axes) -> int:
     return _active.get().index(axes)
 
 
-COLLECTIVES = (psum, pmax, vary, all_gather, reduce_scatter, shard, all_to_all)
+COLLECTIVES = (psum, pmax, vary, average, all_gather, reduce_scatter, shard, all_to_all)
