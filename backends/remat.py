@@ -6,6 +6,7 @@ partitioner, which reads them, decides what is left open: of values that are che
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,9 @@ from fxpar.program import block_path
 aten = torch.ops.aten
 SAVE, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
 PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten._grouped_mm, grouped_mm.overloadpacket)
+CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.kthvalue, aten.multinomial)
+"""Operators that choose among elements. What they chose is kept: made again, rounded otherwise, they may choose otherwise
+(another expert), and what the forward pass kept would no longer fit."""
 BLOCK, UNSHARD = "fxpar_block", "fxpar_unshard"
 """Keys of ``meta["custom"]``, which reaches the joint graph: the block a value belongs to; that it is a parameter gathered
 from where it is stored."""
@@ -43,13 +47,17 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
 
     - "selective": inside blocks, outputs of matrix products, attention and collectives are kept, all else is made again;
     - "full": what leaves a block is kept, all that is inside is made again;
-    - "none", or a memory budget: nothing more is decided here.
+    - "none", or a memory budget: nothing more is decided here;
+
+    but for what `CHOICES` are made of, which is kept.
     """
     forward = _forward(graph)
     decide = _POLICIES.get(str(plan.recompute), _open)
     tail = _after_blocks(forward)
     for node in forward:
         policy = decide(node, forward)
+        if policy is not None and _packet(node) in CHOICES:
+            policy = SAVE
         if _is_unsharded(node):
             keep = plan.zero < 3 or node in tail
             policy = AGAIN if not keep else SAVE if _is_wait(node) else None
@@ -83,7 +91,7 @@ def _is_unsharded(node: fx.Node) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target.is_view
+    return target is operator.getitem or isinstance(target, torch._ops.OpOverload) and target.is_view
 
 
 def _is_wait(node: fx.Node) -> bool:
@@ -98,19 +106,29 @@ def _open(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | Non
     return None
 
 
+def _made_by(node: fx.Node) -> fx.Node:
+    """The operator that made a value: of one of several results, the one that made them all."""
+    return node.all_input_nodes[0] if node.target is operator.getitem else node
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(_made_by(node).target, "overloadpacket", None)
+
+
 def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
-    made_by: Any = node.args[0] if node.name.startswith("getitem") else node
-    packet = getattr(made_by.target, "overloadpacket", None)
+    packet = _packet(node)
     attention = packet is not None and packet.__name__.startswith("_scaled_dot_product")
     if packet in PRODUCTS or attention or _is_wait(node):
         return SAVE
-    return AGAIN if _block(node) else None
+    return AGAIN if _block(_made_by(node)) else None
 
 
 def _full(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
-    block = _block(node)
+    block = _block(_made_by(node))
     if not block:
         return None
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return AGAIN  # several results: each of them is kept, or not
     leaves = any(u.op == "output" or (u in forward and _block(u) != block) for u in node.users)
     return SAVE if leaves else AGAIN
 

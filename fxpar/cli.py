@@ -20,6 +20,7 @@ from torch import nn
 from fxpar.errors import FxparError
 from fxpar.inspection import inspect
 from fxpar.plan import Plan
+from fxpar.simulation import BACKENDS
 from fxpar.testing import assert_equivalent
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             print(inspect(model, plan, example))
         else:
             model.train(not args.eval)
-            assert_equivalent(model, plan, example)
+            assert_equivalent(model, plan, example, lowered=not args.partitioned, backend=args.backend)
             print(f"equal: {args.model} under {plan} computes what one device computes")
         return 0
     except AssertionError as error:
@@ -61,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--batch", type=int, help="global batch (Hugging Face models); default: 2 x dp")
         command.add_argument("--seq", type=int, default=128, help="sequence length (Hugging Face models)")
         command.add_argument("--eval", action="store_true", help="check the model in eval mode")
+    check = commands.choices["check"]
+    check.add_argument("--partitioned", action="store_true",
+                       help="run the partitioned program, not the graphs that the inductor backend makes of it")
+    check.add_argument("--backend", default="eager", choices=BACKENDS, help="inductor: compile those graphs, too")
     plan = commands.add_parser("plan", help="parse and validate a plan")
     plan.add_argument("plan", metavar="PLAN")
     return parser

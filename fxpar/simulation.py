@@ -134,7 +134,8 @@ class Simulation:
             if value.shape[dim] % (replicas * n):
                 raise PlanError("microbatches", n, f"must divide each replica's part of a batch of {value.shape[dim]}",
                                 "microbatches=1")
-            return torch.cat([mine.chunk(n, dim)[i] for mine in value.chunk(replicas, dim)], dim)
+            mine = torch.cat([part.chunk(n, dim)[i] for part in value.detach().chunk(replicas, dim)], dim)
+            return mine.requires_grad_(value.requires_grad)
 
         spec = pytree.tree_structure(call)
         return [pytree.tree_unflatten([rows(v, dims.get(p), i) for p, v in named.items()], spec) for i in range(n)]

@@ -93,7 +93,7 @@ def _boundaries(program: Program) -> list[Boundary]:
         if all(u in inner for u in node.users):
             continue
         gathers = node.target is collectives.all_gather
-        sums = any(n.target is collectives.vary or (n.target is collectives.all_gather and n.args[4])
+        sums = any(n.target in (collectives.vary, collectives.average) or (n.target is collectives.all_gather and n.args[4])
                    for n in chain if n.op == "call_function" and _over(n, dp))
         out.append(Boundary(node, chain, params[chain[0]], gathers, sums))
     return out
@@ -101,7 +101,8 @@ def _boundaries(program: Program) -> list[Boundary]:
 
 def _over(node: fx.Node, axes: Axes) -> bool:
     args: Any = node.args
-    return node.target in (collectives.vary, collectives.all_gather) and bool(set(axes) & set(args[1]))
+    communicates = node.target in (collectives.vary, collectives.average, collectives.all_gather)
+    return communicates and bool(set(axes) & set(args[1]))
 
 
 def _from_parameter(node: fx.Node, params: dict[fx.Node, Source], axes: Axes) -> tuple[fx.Node, ...]:

@@ -26,7 +26,8 @@ def expand_losses(program: Program) -> Program:
 
     Afterwards: no cross_entropy_loss, nll_loss or reducing elementwise loss remains; what replaces them has the same
     value and gradients up to rounding, including ``ignore_index``, class weights, label smoothing and
-    class probabilities as targets.
+    class probabilities as targets. Of 16-bit logits they are computed in float32 and rounded at the end, as PyTorch's own
+    kernels do it: the number of labels is no number of 16 bits.
     """
     for node in list(program.graph.nodes):
         if node.op != "call_function":
@@ -41,7 +42,9 @@ def expand_losses(program: Program) -> Program:
 
 
 def _classes_last(r: Rewriter, x: fx.Node) -> fx.Node:
-    """[n, c, ...] -> [n, ..., c]."""
+    """[n, c, ...] -> [n, ..., c], in float32 at least."""
+    if x.meta["val"].is_floating_point() and x.meta["val"].dtype.itemsize < 4:
+        x = r.call(aten.to.dtype, x, torch.float32)
     rank = x.meta["val"].dim()
     return r.call(aten.permute.default, x, [0, *range(2, rank), 1]) if rank > 2 else x
 
@@ -91,11 +94,11 @@ def _soft_cross_entropy(r: Rewriter, a: dict) -> None:
     share = r.call(aten.mul.Tensor, lse, r.call(aten.sum.dim_IntList, target, [-1]))
     loss = r.call(aten.sub.Tensor, share, r.call(aten.sum.dim_IntList, r.call(aten.mul.Tensor, target, x), [-1]))
     if a["reduction"] == NONE:
-        r.replace(loss)
+        _replace(r, loss)
         return
     total = r.call(aten.sum.default, loss)
     rows = loss.meta["val"].numel()
-    r.replace(total if a["reduction"] == SUM else r.call(aten.div.Tensor, total, rows))
+    _replace(r, total if a["reduction"] == SUM else r.call(aten.div.Tensor, total, rows))
 
 
 def _nll(r: Rewriter, node: fx.Node) -> None:
@@ -125,6 +128,12 @@ def _valid(r: Rewriter, target: fx.Node, ignore: int) -> tuple[fx.Node, fx.Node]
     return valid, r.call(aten.where.ScalarOther, valid, target, 0)
 
 
+def _replace(r: Rewriter, value: fx.Node) -> None:
+    """`value`, in the dtype of what it replaces."""
+    dtype = r.node.meta["val"].dtype
+    r.replace(value if value.meta["val"].dtype is dtype else r.call(aten.to.dtype, value, dtype))
+
+
 def _row_weights(r: Rewriter, weight: fx.Node | None, safe: fx.Node) -> fx.Node | None:
     if weight is None:
         return None
@@ -135,7 +144,7 @@ def _row_weights(r: Rewriter, weight: fx.Node | None, safe: fx.Node) -> fx.Node 
 def _reduce_rows(r: Rewriter, loss: fx.Node, valid: fx.Node, weights: fx.Node | None, reduction: int) -> None:
     loss = r.call(aten.where.ScalarOther, valid, loss, 0.0)
     if reduction == NONE:
-        r.replace(loss)
+        _replace(r, loss)
         return
     total = r.call(aten.sum.default, loss)
     if reduction == MEAN:
@@ -144,7 +153,7 @@ def _reduce_rows(r: Rewriter, loss: fx.Node, valid: fx.Node, weights: fx.Node | 
         else:
             counted = r.call(aten.where.ScalarOther, valid, weights, 0.0)
         total = r.call(aten.div.Tensor, total, r.call(aten.sum.default, counted))
-    r.replace(total)
+    _replace(r, total)
 
 
 def _elementwise(r: Rewriter, node: fx.Node) -> None:

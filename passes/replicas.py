@@ -1,41 +1,28 @@
 """replicas: what several ranks hold of a parameter stays the same on all of them, bit by bit.
 
-Where ranks compute a gradient alike, each on its own, rounding may differ: GPUs add up in any order in lookups' backward, for
-one. The optimizer turns a difference of rounding into one of weights, which nothing brings together again; Adam makes a whole
-step of a gradient that is zero but for rounding. A gradient that is summed over ranks last is the same on all of them.
+Where ranks compute a gradient alike, each on its own, rounding may differ: a GPU adds up in any order in the backward of a
+lookup, and each rank's compiler chooses block sizes of its own by timing them. The optimizer turns a difference of
+rounding into one of weights, which nothing brings together again; Adam makes a whole step of a gradient that is zero but for
+rounding. A gradient that is summed over ranks last is the same on all of them.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from typing import Any
 
-import torch
 from torch import fx
 
-from fxpar import compat
 from fxpar.mesh import Axes
 from fxpar.ops import collectives
 from fxpar.passes.layout import held_shape
 from fxpar.program import Program, copy_provenance
-
-ORDERED = {
-    "linear", "mm", "bmm", "matmul", "addmm", "baddbmm", "einsum", "dot", "mv", "sum", "mean", "var", "var_mean", "std", "amax",
-    "amin", "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "layer_norm", "native_layer_norm", "rms_norm",
-    "group_norm", "native_group_norm", "cumsum", "cat", "stack", "split", "split_with_sizes", "chunk", "unbind", "clone",
-    "contiguous", "reshape", "to", "_to_copy", "type_as", "flatten", "unflatten", "flip", "roll", "pad", "constant_pad_nd",
-    "repeat", "tril", "triu", "where", "masked_fill", "known_logsumexp", "dropout_mask", "getitem",
-}  # fmt: skip
-"""Beside what is computed element by element, and views: operators whose backward adds up in an order of its own making."""
 
 
 def average_replicas(program: Program) -> Program:
     """Average gradients over the ranks that would each compute the whole of them, in place.
 
     Takes: a partitioned program. Afterwards: along every axis that a trained parameter is replicated over in storage, its
-    gradients were summed or scattered; or each rank computes them from the same values by `ORDERED` operators; or they
-    are averaged, by `collectives.average`.
+    gradients are communicated last: summed or scattered, or, where neither was so, averaged by `collectives.average`.
     """
     mesh = program.mesh
     for node, source in program.source_of().items():
@@ -45,7 +32,7 @@ def average_replicas(program: Program) -> Program:
         replicated = tuple(a for a in mesh.names if mesh.size(a) > 1 and a not in split)
         alike: dict[Axes, list[fx.Node]] = {}
         for user in node.users:
-            axes = tuple(a for a in replicated if not _communicated(user, a) and _rounds_differently(user, a))
+            axes = tuple(a for a in replicated if not _communicated(user, a))
             if axes and user.op == "call_function":
                 alike.setdefault(axes, []).append(user)
         for axes, users in alike.items():
@@ -64,32 +51,6 @@ def _communicated(user: fx.Node, axis: str) -> bool:
     elif user.op != "call_function" or len(user.all_input_nodes) != 1 or not user.meta.get("resharded"):
         return False
     return bool(user.users) and all(_communicated(u, axis) for u in user.users)
-
-
-def _rounds_differently(user: fx.Node, axis: str) -> bool:
-    """Whether what comes back through a use of a parameter may differ by rounding among the ranks of an axis.
-
-    It is followed to where cotangents come out of a collective, the same on all ranks.
-    """
-    seen: set[fx.Node] = set()
-    pending = [user]
-    while pending:
-        node = pending.pop()
-        if node in seen or node.op == "output" or not node.meta.get("needs_grad", True):
-            continue
-        seen.add(node)
-        if node.target in collectives.COLLECTIVES and axis in node.args[1]:  # type: ignore[operator]
-            continue
-        if node.target not in collectives.COLLECTIVES and not _is_ordered(node.target):
-            return True
-        pending += node.users
-    return False
-
-
-def _is_ordered(target: Any) -> bool:
-    name = getattr(getattr(target, "overloadpacket", target), "__name__", "")
-    is_view = isinstance(target, torch._ops.OpOverload) and target.is_view
-    return is_view or name in ORDERED or target is operator.getitem or compat.is_pointwise(target)
 
 
 def _average(graph: fx.Graph, node: fx.Node, axes: Axes, users: list[fx.Node], size: int) -> None:

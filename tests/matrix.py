@@ -26,7 +26,9 @@ def pairwise(*settings: Sequence[Any]) -> list[Case]:
         chosen = {first[0]: first[1], first[2]: first[3]}
         for k in order:
             if k not in chosen:
-                chosen[k] = max(range(len(settings[k])), key=functools.partial(_gain, chosen, k, left))
+                turn = len(cases) % len(settings[k])  # who comes first where several cover as many
+                values = [*range(turn, len(settings[k])), *range(turn)]
+                chosen[k] = max(values, key=functools.partial(_gain, chosen, k, left))
         left -= _pairs(chosen)
         cases.append(chosen)
     return [tuple(setting[chosen[k]] for k, setting in enumerate(settings)) for chosen in cases]

@@ -94,11 +94,12 @@ def whole_step() -> dict[str, Tensor]:
 
 
 # Communications of six parameters over three microbatches. `odd`, which no axis divides, is summed before it is used in a way
-# that differs: its gradient is one number. mid.weight is frozen; `turned` is used as it is and turned, and gathered once.
+# that differs: its gradient is computed alike, from one number, and averaged.
+# mid.weight is frozen; `turned` is used as it is and turned, and gathered once.
 EXPECTED = {
-    "dp=2": {"all_reduce": 5},
-    "dp=2,zero=1": {"all_gather": 6, "reduce_scatter": 5},
-    "dp=2,zero=2": {"all_gather": 6, "reduce_scatter": 5 * PARTS},
+    "dp=2": {"all_reduce": 6},
+    "dp=2,zero=1": {"all_gather": 6, "reduce_scatter": 5, "all_reduce": 1},
+    "dp=2,zero=2": {"all_gather": 6, "reduce_scatter": 5 * PARTS, "all_reduce": PARTS},
 }
 
 

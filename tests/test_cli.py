@@ -70,9 +70,13 @@ def test_check_a_callable(capsys):
 
 def test_check_a_configuration_in_evaluation_mode(capsys, config, monkeypatch):
     seen = []
-    monkeypatch.setattr("fxpar.cli.assert_equivalent", lambda model, plan, example: seen.append(model.training))
+    monkeypatch.setattr("fxpar.cli.assert_equivalent", lambda model, plan, example, **options: seen.append(
+        (model.training, options)))
     assert run(capsys, "check", str(config.parent), "--plan", "dp=2", "--eval")[0] == 0
-    assert seen == [False]
+    assert run(capsys, "check", str(config.parent), "--plan", "dp=2", "--partitioned")[0] == 0
+    assert run(capsys, "check", str(config.parent), "--plan", "dp=2", "--backend", "inductor")[0] == 0
+    assert seen == [(False, {"lowered": True, "backend": "eager"}), (True, {"lowered": False, "backend": "eager"}),
+                    (True, {"lowered": True, "backend": "inductor"})]
 
 
 def test_check_exits_with_1_where_values_differ(capsys, monkeypatch):

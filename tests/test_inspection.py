@@ -74,6 +74,7 @@ def test_sequence_parallel_communication_is_megatrons():
 
 
 def test_communication_without_sequence_parallelism_is_megatrons():
+    """And each norm's gradient, which all ranks compute alike, is averaged, so that it stays the same on all of them."""
     made = report("tp=2,sequence_parallel=false")
     assert counts(made, "forward") == {
         ("all_reduce", "o_proj"): LAYERS, ("all_reduce", "down_proj"): LAYERS, ("all_reduce", "embed_tokens"): 1,
@@ -81,6 +82,7 @@ def test_communication_without_sequence_parallelism_is_megatrons():
     }  # fmt: skip
     assert counts(made, "backward") == {
         ("all_reduce", "q_proj"): LAYERS, ("all_reduce", "gate_proj"): LAYERS, ("all_reduce", "lm_head"): 1,
+        ("all_reduce", "input_layernorm"): LAYERS, ("all_reduce", "post_attention_layernorm"): LAYERS, ("all_reduce", "norm"): 1,
     }  # fmt: skip
 
 

@@ -102,6 +102,34 @@ def test_zero_3_keeps_what_it_gathered_after_the_last_block(halves):
 # ---- activations ----
 
 
+class Chooses(nn.Module):
+    """Two blocks, each of which takes its largest elements, in their order."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, HIDDEN), nn.Linear(4, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(F.gelu(self.up(self.norm(x)).topk(4, -1).values.sort(-1).values))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Chooses.Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_was_chosen_is_not_chosen_again(two_ranks, monkeypatch, recompute):
+    made = Halves(Chooses(), f"dp=2,recompute={recompute}", {"x": torch.randn(4, WIDTH)}, monkeypatch)
+    assert calls(made.forward, "topk") == calls(made.forward, "sort") == 2
+    assert calls(made.backward, "topk", "sort") == 0 and calls(made.backward, "gelu") == 2
+
+
 @pytest.mark.parametrize("zero", [0, 3])
 def test_full_keeps_of_a_block_what_leaves_it(halves, zero):
     made = halves(f"dp=2,zero={zero},recompute=full")

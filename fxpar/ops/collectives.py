@@ -235,10 +235,10 @@ def vary(x: Tensor, axes: Axes, reduce: torch.dtype | None = None, carried: Tens
     return _apply(x, Typed("vary", axes, reduce=reduce), carried=carried)
 
 
-def average(x: Tensor, axes: Axes) -> Tensor:
-    """Replicated -> used alike on all ranks of `axes`: the value itself; its cotangents, which are equal but for rounding, become
-    the same."""
-    return _apply(x, Typed("average", axes))
+def average(x: Tensor, axes: Axes, carried: Tensor | None = None) -> Tensor:
+    """Replicated -> used alike on all ranks of `axes`: the value itself; its cotangents (and those `carried`), equal but for
+    rounding, become the same."""
+    return _apply(x, Typed("average", axes), carried=carried)
 
 
 def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = False, dtype: torch.dtype | None = None,
