@@ -91,7 +91,7 @@ def _emit_logsumexp(local):
     axes = local.axes(op.dim(node, dim))
     if not axes:
         return local.default()
-    x = local.args[0]
+    x = _at_least_float32(local, local.args[0])
     part = local.call(aten.logsumexp.default, local.call(aten.detach.default, x), [dim])
     part = local.call(aten.unsqueeze.default, part, dim)
     top = local.reduce(part, axes, "max")
@@ -99,6 +99,7 @@ def _emit_logsumexp(local):
     total = local.reduce(local.call(aten.exp.default, local.call(aten.sub.Tensor, part, top)), axes, "sum")
     out = local.call(aten.add.Tensor, local.call(aten.log.default, total), top)
     out = local.call(known_logsumexp, x, out) if op.needs_grad() else out
+    out = out if op.out.dtype.itemsize >= 4 else local.call(aten.to.dtype, out, op.out.dtype)
     return out if op["keepdim"] else local.call(aten.squeeze.dim, out, dim)
 
 
@@ -119,13 +120,22 @@ def _emit_softmax(local):
     dtype = op.out.dtype
     if x.meta.get("dtype", dtype) is not dtype:
         x = local.call(aten.to.dtype, x, dtype)
+    x = _at_least_float32(local, x)
     top = local.reduce(local.call(aten.amax.default, local.call(aten.detach.default, x), [dim], True), axes, "max")
     shifted = local.call(aten.sub.Tensor, x, local.vary(top, axes))
     exps = local.call(aten.exp.default, shifted)
     total = local.reduce(local.call(aten.sum.dim_IntList, exps, [dim], True), axes, "sum")
     if log:
-        return local.call(aten.sub.Tensor, shifted, local.vary(local.call(aten.log.default, total), axes))
-    return local.call(aten.div.Tensor, exps, local.vary(total, axes))
+        out = local.call(aten.sub.Tensor, shifted, local.vary(local.call(aten.log.default, total), axes))
+    else:
+        out = local.call(aten.div.Tensor, exps, local.vary(total, axes))
+    return out if dtype.itemsize >= 4 else local.call(aten.to.dtype, out, dtype)
+
+
+def _at_least_float32(local, x):
+    """A 16-bit operand in float32: what kernels for it do inside of one rank, sums over ranks need, too."""
+    dtype = x.meta.get("dtype", local.op.out.dtype)
+    return local.call(aten.to.dtype, x, torch.float32) if dtype.itemsize < 4 else x
 
 
 @rule(aten.cumsum, aten.cumprod, aten.sort, aten.argsort, aten.topk, aten.logcumsumexp, aten.cummax, aten.cummin,
