@@ -72,6 +72,9 @@ SAMPLE = [
     ("mlp_norm", "dp=4,dp_replicate=2,zero=2", "none", "", 1, "auto"),
     ("nanogpt", "dp=2,tp=2,zero=1,sequence_parallel=false", "0.5", "", 2, "auto"),
     ("mlp", "dp=2,zero=3", "none", "", 2, "nccl"),
+    ("shared_block", "tp=2", "selective", "param_dtype=bf16", 2, "nccl"),  # a softmax, and a loss, of bf16 over split classes
+    ("lstm", "tp=2", "none", "param_dtype=bf16", 1, "nccl"),
+    ("transformer", "dp=2,tp=2,zero=1,sequence_parallel=false", "full", "", 1, "auto"),  # several results of one operator
 ]
 
 
