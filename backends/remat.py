@@ -91,7 +91,7 @@ def _is_unsharded(node: fx.Node) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     target = node.target
-    return target is operator.getitem or isinstance(target, torch._ops.OpOverload) and target.is_view
+    return target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and target.is_view)
 
 
 def _is_wait(node: fx.Node) -> bool:

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-from fxpar.program import Program
+from fxpar.errors import CaptureError
+from fxpar.program import Program, user_line
 
 aten = torch.ops.aten
+PRODUCTS = {aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.baddbmm, aten.convolution, aten.conv1d, aten.conv2d,
+            aten.conv3d, aten.lstm_cell, aten.gru_cell}  # fmt: skip
 
 
 def cast_parameters(program: Program) -> Program:
@@ -19,8 +22,11 @@ def cast_parameters(program: Program) -> Program:
     Takes: a program captured in the plan's `param_dtype`. Afterwards: the placeholder of a parameter has the dtype it is
     stored in, that of a floating-point input the one it is given in, and one cast makes what is computed with.
     ``meta["reduce_dtype"]`` on a parameter's cast tells the partitioner in which dtype the gradient is summed over ranks: the
-    plan's `reduce_dtype`, else the storage dtype.
+    plan's `reduce_dtype`, else the storage dtype. Raises: `CaptureError` for a product of values in different dtypes, which
+    PyTorch has not: the model makes a value of its own in the dtype that parameters are stored in.
     """
+    if program.plan.param_dtype is not None:
+        _require_equal_dtypes(program)
     for node, source in program.source_of().items():
         computed: Any = node.meta["val"]
         if source.kind not in ("param", "input") or not isinstance(computed, torch.Tensor) or not computed.is_floating_point():
@@ -42,3 +48,16 @@ def cast_parameters(program: Program) -> Program:
             )
         source.value = node.meta["val"]
     return program
+
+
+def _require_equal_dtypes(program: Program) -> None:
+    for node in program.graph.nodes:
+        if getattr(node.target, "overloadpacket", None) not in PRODUCTS:
+            continue
+        values = [n.meta.get("val") for n in node.all_input_nodes]
+        dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        if len(dtypes) > 1:
+            names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+            raise CaptureError(f"a product of {names} values ({node.target}) under param_dtype", user_line(node) or None,
+                               "make values of your own in the dtype of what they meet (torch.zeros(..., dtype=x.dtype), "
+                               ".to(x.dtype)), or leave param_dtype out")
