@@ -30,7 +30,7 @@ class Dumper:
         (self.directory / f"{self.count:02d}_{name}.py").write_text(text)
 
 
-def readable(program: Program, stage: str = "partition") -> str:
+def readable(program: Program, stage: str = "replicas") -> str:
     """The program as a Python module: `forward` on flat inputs, and a main that runs it on made-up ones."""
     local = any("tiling" in n.meta for n in program.placeholders())
     modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})

@@ -22,7 +22,7 @@ def average_replicas(program: Program) -> Program:
     """Average gradients over the ranks that would each compute the whole of them, in place.
 
     Takes: a partitioned program. Afterwards: along every axis that a trained parameter is replicated over in storage, its
-    gradients are communicated last: summed or scattered, or, where neither was so, averaged by `collectives.average`.
+    gradients are communicated last: summed, scattered or gathered, or else averaged by `collectives.average`.
     """
     mesh = program.mesh
     for node, source in program.source_of().items():
@@ -44,7 +44,7 @@ def average_replicas(program: Program) -> Program:
 
 def _communicated(user: fx.Node, axis: str) -> bool:
     """Whether what comes back through a use of a parameter was communicated over an axis."""
-    if user.target in (collectives.vary, collectives.all_gather):
+    if user.target in (collectives.vary, collectives.all_gather, collectives.shard):
         axes = user.args[1]
         if axis in axes:  # type: ignore[operator]
             return True

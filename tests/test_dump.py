@@ -47,18 +47,18 @@ def test_a_file_runs_by_itself(files, name, shape):
 
 def test_comments_say_source_layout_collective_and_the_users_line(files):
     text = list(files.values())[-1].read_text()
-    assert re.search(r"# param h.0.attn.c_attn.weight; \[\w+3 heads4/tp hidden8, hidden32\]", text)
+    assert re.search(r"# param h.0.attn.c_attn.weight; \[\w+3 heads4/tp head_dim8, hidden32\]", text)
     lines, first = inspect.getsourcelines(zoo.CausalAttention.forward)
     at = first + next(i for i, line in enumerate(lines) if "self.c_attn(x)" in line)
     assert f"# {'/'.join(zoo.plain.__file__.split('/')[-3:])}:{at}  qkv = self.c_attn(x)" in text
     assert "all_gather over tp for" in text and "reduce_scatter over tp for" in text
-    assert text.startswith("\"\"\"After pass 'partition'. Plan dp=2,tp=2; mesh dp=2 x tp=2; one rank of it.")
+    assert text.startswith("\"\"\"After pass 'replicas'. Plan dp=2,tp=2; mesh dp=2 x tp=2; one rank of it.")
 
 
 def test_a_directory_is_written_where_parallelize_is_told_to(tmp_path, capsys):
     module = fxpar.parallelize(torch.nn.Linear(4, 4), "dp=1", (torch.ones(2, 4),), dump_dir=tmp_path / "new")
     names = [p.name for p in sorted((tmp_path / "new").iterdir())]
-    assert names[0] == "00_capture.py" and names[-1].endswith("_partition.py")
+    assert names[0] == "00_capture.py" and names[-1].endswith("_replicas.py")
     text = module.print_readable()
     assert capsys.readouterr().out == text + "\n"
     assert text == (tmp_path / "new" / names[-1]).read_text()
