@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from fxpar.backends.runtime import Control
 from fxpar.errors import FxparError, MismatchError
 from fxpar.program import Program
+
+PARTS = ("their inputs", "the mode (training) of submodule {}", "whether parameter {} wants gradients", "autocast", "grad mode")
+"""What ranks compare of a call, in order; {} is the name of what differs."""
 
 
 def digest(text: str) -> int:
@@ -18,19 +20,27 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
-def agree_on_call(control: Control, key: Any) -> Callable[[], None]:
-    """Start comparing the signature that each rank was called with. What is returned ends it: it raises `MismatchError` on
-    every rank unless all are the same."""
+def agree_on_call(control: Control, key: tuple, names: Callable[[int], list[str]]) -> Callable[[], None]:
+    """Start comparing what each rank was called with. What is returned ends it: it raises `MismatchError` on every rank
+    unless all are the same.
+
+    key: in the order of `PARTS`. ``names(i)``: of what the values of part i, a tuple, belong to.
+    """
     equal = control.compare(digest(repr(key)))
 
     def settle() -> None:
         if equal():
             return
-        everyone = control.exchange(repr(key[0]))
-        first = everyone[0]
-        other = next((r for r, k in enumerate(everyone) if k != first), 0)
-        raise MismatchError(f"ranks were called differently: rank 0 with {first}, rank {other} with {everyone[other]}; every "
-                            "rank must pass inputs of the same shapes and dtypes, in the same mode")
+        everyone = control.exchange([[repr(x) for x in p] if isinstance(p, tuple) and i in (1, 2) else repr(p)
+                                     for i, p in enumerate(key)])
+        other = next(r for r, parts in enumerate(everyone) if parts != everyone[0])
+        part = next(i for i, pair in enumerate(zip(everyone[0], everyone[other], strict=True)) if pair[0] != pair[1])
+        mine, theirs, name = everyone[0][part], everyone[other][part], ""
+        if isinstance(mine, list):
+            at = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), 0)
+            mine, theirs, name = mine[at], theirs[at], repr(names(part)[at]) if names(part)[at] else "(the model itself)"
+        raise MismatchError(f"ranks were called differently in {PARTS[part].format(name)}: rank 0 with {mine}, rank {other} with "
+                            f"{theirs}; every rank must pass inputs of the same shapes and dtypes to a model in the same state")
 
     return settle
 

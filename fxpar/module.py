@@ -104,7 +104,8 @@ class ParallelModule(nn.Module):
         return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward on this replica's batch. A new signature (shapes, dtypes, mode) is captured once.
+        """The model's forward on this replica's batch. A new signature (shapes, dtypes, the mode of any submodule, which
+        parameters are trained) is captured once.
 
         Raises: `InputError` for arguments that do not fit; `MismatchError` on every rank if ranks were given
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
@@ -192,11 +193,10 @@ class ParallelModule(nn.Module):
         That ends the comparison of what the ranks were called with. On a GPU, where starting communication does not block, it
         runs beside the forward, but for a call that has to be compiled first.
         """
-        device = self.device.type
-        auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        captured = (calls.signature(named), self.training, auto)
+        captured = self._captured(named)
         key = (*captured, torch.is_grad_enabled())
-        settle = agree_on_call(self._control, key)
+        device = self.device.type
+        settle = agree_on_call(self._control, key, self._names)
         if key not in self._compiled or device != "cuda":
             settle()
             settle = _nothing
@@ -208,9 +208,22 @@ class ParallelModule(nn.Module):
             self._compiled[key] = self._compile(self._programs[captured], named)
         return self._compiled[key], settle
 
+    def _captured(self, named: dict[str, Any]) -> tuple:
+        """What a captured program depends on: the call's leaves, the mode of every submodule, which parameters are trained, and
+        autocast."""
+        modes = tuple(module.training for module in self._model.modules())
+        trained = tuple(compat.want_gradients([p for _, p in self._model.named_parameters()]))
+        device = self.device.type
+        auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return calls.signature(named), modes, trained, auto
+
+    def _names(self, part: int) -> list[str]:
+        """Of the submodules, or the parameters, in the order of `_captured`."""
+        return [name for name, _ in (self._model.named_modules() if part == 1 else self._model.named_parameters())]
+
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its parameter layouts as the ones the parameters are stored in."""
-        self._programs[(calls.signature(calls.leaves(call)), self.training, None)] = program
+        self._programs[self._captured(calls.leaves(call))] = program
         self._store(program)
         self._use_copy_engines()
         seeds = self._control.exchange(torch.initial_seed() & 0x7FFFFFFF)
