@@ -60,7 +60,7 @@ def build(name: str) -> Built:
 
 def rows(name: str) -> int:
     """How many rows the inputs of a model have, as a rule `BATCH`."""
-    return {"buffers": 2, "mlp_norm": 2 * BATCH}.get(name, BATCH)
+    return {"buffers": 2, "mlp_norm": 2 * BATCH, "contrastive": 2 * BATCH}.get(name, BATCH)
 
 
 def ids(vocab: int = VOCAB, seq: int = SEQ, batch: int = BATCH) -> Tensor:
