@@ -259,7 +259,7 @@ def error_of(rank: int, what: str) -> tuple[str, str]:
 @pytest.mark.multiproc
 @pytest.mark.parametrize("what, named", [
     ("shape", r"rank 0 with .*\(1, 6\).*, rank 1 with .*\(2, 6\)"),
-    ("mode", "in the same mode"),
+    ("mode", r"the mode \(training\) of submodule \(the model itself\): rank 0 with True, rank 1 with False"),
     ("model", "the model's code, configuration, plan"),
     ("plan", "the model's code, configuration, plan"),
     ("example", "ranks captured different programs"),

@@ -125,9 +125,12 @@ def test_tensors_are_made_once():
     torch.optim.SGD(module.parameters(), lr=0.1).step()
     module(*pair()).backward()
     assert feed._linked.local is first
+    module.out.bias = nn.Parameter(module.out.bias.detach())
+    module(*pair()).backward()
+    assert feed._linked.local is not first and len(module._compiled) == 1
     module.out.bias.requires_grad_(False)
     module(*pair()).backward()
-    assert feed._linked.local is not first
+    assert len(module._compiled) == 2
 
 
 def test_a_module_does_not_keep_itself():
