@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
 
@@ -17,20 +18,20 @@ from fxpar.ops import collectives
 c10d = torch.ops._c10d_functional
 
 
-class FunctionalRuntime:
+class FunctionalRuntime(ABC):
     """A `Runtime` that speaks through functional collectives, which Inductor sees, buckets and overlaps.
 
     Who makes one says which ranks there are: `size` and `index` along axes, and the `name` of the group over them.
     """
 
-    def size(self, axes: Axes) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def size(self, axes: Axes) -> int: ...
 
-    def index(self, axes: Axes) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def index(self, axes: Axes) -> int: ...
 
-    def name(self, axes: Axes) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def name(self, axes: Axes) -> str: ...
 
     def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
         return c10d.wait_tensor(c10d.all_reduce(x, op, self.name(axes)))
