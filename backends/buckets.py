@@ -39,7 +39,7 @@ def bucket_reductions(graph: fx.Graph, limit: int = REDUCTION_BYTES, bulk: Mappi
 def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, bulk: Mapping[str, str]) -> None:
     open_buckets: dict[tuple, list[fx.Node]] = {}
     full: list[list[fx.Node]] = []
-    for node in [n for n in graph.nodes if n.target is kind and leaves_graph(n)]:
+    for node in [n for n in graph.nodes if n.target is kind and leaves_graph(n) and not _is_reduced_again(n, kind)]:
         key = (*node.args[1:], node.meta["val"].dtype)
         bucket = open_buckets.setdefault(key, [])
         if bucket and sum(_bytes(n.args[0]) for n in [*bucket, node]) > limit:
@@ -67,6 +67,11 @@ def _only_output(node: fx.Node) -> bool:
     if node.op == "output" or node.target in REDUCTIONS:
         return node.op == "output" or leaves_graph(node)
     return len(node.all_input_nodes) == 1 and all(map(_only_output, node.users))
+
+
+def _is_reduced_again(node: fx.Node, kind: Any) -> bool:
+    """Whether the result goes into another reduction of this kind, which cannot start together with it."""
+    return any(u.target is kind or (u.op != "output" and _is_reduced_again(u, kind)) for u in node.users)
 
 
 def _bytes(node: Any) -> int:

@@ -54,13 +54,15 @@ def passes(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
 
 
 def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *,
-                    device: torch.device | str | None = None, observe: Observer | None = None) -> Program:
+                    device: torch.device | str | None = None, observe: Observer | None = None,
+                    pinned: dict[str, Tiling] | None = None) -> Program:
     """Capture `model` on *global* inputs and run the passes: the program of one rank, without processes.
 
     model: may be on the meta device. example_inputs: the global batch (a dict of keyword arguments or a tuple), of which
     only shapes and dtypes matter; may be left out for Hugging Face models. device: where the program is to run (default:
     where the parameters are; the CPU for a meta model). `observe(name, program)` is called after capture and after
-    every pass. ``program.timings`` has the seconds of each.
+    every pass. pinned: how parameters are stored already, by name: for a model that is called in another way.
+    ``program.timings`` has the seconds of each pass.
     """
     plan = Plan.of(plan)
     plan.require_supported()
@@ -68,7 +70,7 @@ def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = No
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         device = torch.device("cpu") if device.type == "meta" else device
-    return _run(_start(model, plan, call, torch.device(device), observe), passes(), observe)
+    return _run(_start(model, plan, call, torch.device(device), observe), passes(pinned), observe)
 
 
 def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe: Observer | None, call: Call,

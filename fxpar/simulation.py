@@ -16,7 +16,7 @@ from fxpar.compiler import Observer, compile_program
 from fxpar.errors import EquivalenceError, FxparError, PlanError
 from fxpar.inputs import Call, canonical, example_call, leaves, signature
 from fxpar.passes.accumulate import Boundary, Variant, accumulation
-from fxpar.passes.layout import put, take
+from fxpar.passes.layout import Tiling, put, take
 from fxpar.plan import Plan
 from fxpar.program import Program
 
@@ -76,6 +76,7 @@ class Simulation:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.watch: simulate_backend.Watch | None = None
         self._programs: dict[tuple, Program] = {}
+        self._stored: dict[str, Tiling] = {}  # the parameters' storage, which the first program decides
         self._ranks: dict[int, Ranks] = {}
         self.program = self._compile(example_call(model, example))
         if self.plan.microbatches > 1:
@@ -88,7 +89,10 @@ class Simulation:
         if key not in self._programs:
             args, kwargs = call
             self._programs[key] = compile_program(self.model, self.plan, kwargs or args, device=self.device,
-                                                  observe=self.observe)
+                                                  observe=self.observe, pinned=self._stored)
+            for node, source in self._programs[key].source_of().items():
+                if source.kind == "param":
+                    self._stored.setdefault(source.name, node.meta["tiling"])
         return self._programs[key]
 
     def _ranks_of(self, program: Program) -> Ranks:

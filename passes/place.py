@@ -107,6 +107,7 @@ class _Walk:
         if source.kind == "param":
             stored = pinned_layout(dims, self.pinned[source.name], self.mesh)
             layout = _used(stored, self.mesh.strategies.get("zero", ()))
+            self.chains[node] = [node]
         elif source.kind == "input":
             layout = self._input(source, dims)
         node.meta["layout"] = layout
@@ -137,9 +138,12 @@ class _Walk:
             return
         root = self._flexible_root(node, spec)
         if root is not None:
-            node.meta["layout"] = None
             self.chains[root].append(node)
             self.chains[node] = self.chains[root]
+            given: Layout | None = root.meta["layout"]
+            node.meta["layout"] = None if given is None else restrict(given, node.meta["dims"], ())
+            if given is not None:
+                node.meta["placement"] = Placement(dict(node.meta["layout"]), [node.meta["layout"]])
             return
         at = self._assign(node, spec)
         for operand in spec.operands:
@@ -150,11 +154,15 @@ class _Walk:
         node.meta["layout"] = placement.layouts[0] if isinstance(node.meta["val"], torch.Tensor) else placement.layouts
 
     def _flexible_root(self, node: fx.Node, spec: Spec) -> fx.Node | None:
-        """A parameter that is only cast or rearranged stays undecided until something uses it."""
+        """The parameter that an operator only casts or rearranges, which stays undecided until something uses it, unless its
+        storage is given."""
         if len(spec.operands) != 1 or spec.sums or spec.maxes or spec.inner or spec.whole or len(spec.outs) != 1:
             return None
         source = spec.operands[0].node
-        return source if source in self.chains and source.meta["layout"] is None else None
+        return source if source in self.chains and (source.meta["layout"] is None or self._is_given(source)) else None
+
+    def _is_given(self, node: fx.Node) -> bool:
+        return self.sources[self.chains[node][0]].name in self.pinned
 
     def _settle(self, node: fx.Node, at: Layout, gathered: Iterable[Factor]) -> None:
         """The first use decides how a parameter (and what was made from it alone) is used, and what it would have it stored

@@ -309,6 +309,15 @@ def test_scatters_that_are_computed_with_are_left_alone(one_rank):
     assert joined(keeps_values(made, buckets.bucket_reductions), SCATTERS) == [1, 1]
 
 
+def test_a_sum_of_a_sum_starts_after_it(one_rank):
+    made = Made()
+    x = made.input("x")
+    inner = [made.reduced(n, x, one_rank) for n in ("a", "b")]
+    made.graph.output((*(made.reduced(f"{n}2", made.call(f"half_{n}", aten.div.Tensor, t, 2), one_rank) for n, t in zip(
+        "ab", inner, strict=True)), made.reduced("c", x, one_rank)))
+    assert sorted(joined(keeps_values(made, buckets.bucket_reductions), SUMS)) == [1, 1, 3]
+
+
 # ---- any graph ----
 
 
