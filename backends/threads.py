@@ -63,7 +63,8 @@ class Threads:
         def run(rank: int) -> None:
             _current.rank = rank
             try:
-                results[rank] = body(rank)
+                with torch.autograd.set_multithreading_enabled(False):  # a GPU's backward stays in its rank's thread
+                    results[rank] = body(rank)
             except BaseException as error:
                 errors[rank] = error
                 for group in self._groups.values():
@@ -113,11 +114,38 @@ class ThreadRuntime(FunctionalRuntime):
         self.bulk[name] = copying(name)
 
 
-class _Arrived(dist.Work):
-    """Everything here is done when it is started."""
+class _Started(dist.Work):
+    """A collective under way, as long as it can be: what it makes is there when it is waited for and not before, and until then
+    its operands may be read. A program that reads results or overwrites operands too early, which on a GPU would go wrong
+    now and then, goes wrong always.
+    """
+
+    def __init__(self, what: str, operands: Sequence[Tensor], results: Sequence[Tensor], made: Sequence[Tensor]):
+        super().__init__()
+        self.what, self.results, self.made = what, results, made
+        for result in results:
+            _spoil(result)
+        self.kept = [(x, x.clone()) for x in (*operands, *results)]
+        self.done = False
 
     def wait(self, timeout: Any = None) -> bool:
+        if not self.done:
+            self.done = True
+            if not all(_same_bytes(x, before) for x, before in self.kept):
+                raise EquivalenceError(f"between the start of a collective and its wait its tensors were written: {self.what}")
+            for result, made in zip(self.results, self.made, strict=True):
+                result.copy_(made)
         return True
+
+
+def _spoil(t: Tensor) -> None:
+    """Values that nothing should depend on."""
+    t.fill_(float("nan") if t.is_floating_point() or t.is_complex() else 85)
+
+
+def _same_bytes(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) if x.dim() else torch.equal(
+        x.reshape(1).view(torch.uint8), y.reshape(1).view(torch.uint8))
 
 
 class _Meeting:
@@ -158,9 +186,7 @@ class ThreadGroup(dist.ProcessGroup):
         if different is not None:
             raise EquivalenceError(f"ranks issue different collectives: rank {_current.rank} {text}; rank "
                                    f"{meeting.ranks[different]} {entries[different][0]}")
-        for y, made_here in zip(to, made, strict=True):
-            y.copy_(made_here)
-        return _Arrived()
+        return _Started(text, [x for x in mine if not any(x is y for y in to)], to, made)
 
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:  # type: ignore[override]
         largest = options is not None and options.reduceOp == dist.ReduceOp.MAX

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils.checkpoint
@@ -86,9 +87,29 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
     from torch._functorch import config as aot
     from torch._inductor.compile_fx import compile_fx
 
+    _mend_reductions()
     with aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext():
         compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
     return compiled
+
+
+@functools.cache
+def _mend_reductions() -> None:
+    """Have Inductor give `all_reduce_coalesced` contiguous operands, as it does `all_reduce`.
+
+    It reduces copies in place, and may lay the copy of a transposed gradient out transposed. What waits for it wants it
+    contiguous, so it is copied once more: before the wait, while it is being summed (torch 2.11 to 2.15).
+    """
+    from torch._inductor import ir
+    from torch._inductor.lowering import clone, lowerings
+
+    c10d = torch.ops._c10d_functional
+    in_place = lowerings[c10d.all_reduce_coalesced_.default]
+
+    def reduce(inputs: list[Any], *args: Any) -> Any:
+        return in_place([ir.ExternKernel.require_contiguous(clone(x)) for x in inputs], *args)
+
+    lowerings[c10d.all_reduce_coalesced.default] = reduce
 
 
 @contextlib.contextmanager
@@ -259,8 +280,18 @@ def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Cal
 def memory_budget(fraction: float | None) -> Iterator[None]:
     """Inside, the partitioner keeps at most about this fraction of what it would keep for the backward pass."""
     from torch._functorch import config
+    from torch.utils import flop_counter
 
-    with config.patch(activation_memory_budget=fraction) if fraction is not None else contextlib.nullcontext():
+    if fraction is None:
+        yield
+        return
+    count = flop_counter.sdpa_flop_count
+
+    def grouped_too(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+        heads = query[1]  # torch < 2.12 refuses fewer heads of keys, which attention repeats
+        return count(query, (key[0], heads, *key[2:]), (value[0], heads, *value[2:]))
+
+    with config.patch(activation_memory_budget=fraction), mock.patch.object(flop_counter, "sdpa_flop_count", grouped_too):
         yield
 
 

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.overrides import TorchFunctionMode
+from torch.utils import flop_counter
 
 from fxpar import compat
 from fxpar.backends.copies import CopyGroup
@@ -156,6 +157,13 @@ def test_memory_budget_keeps_less():
 
     assert kept(None) == kept(1.0) > kept(0.3)
     assert kept(None) == kept(1.0)  # nothing stays set
+
+
+def test_operators_of_attention_with_fewer_heads_of_keys_are_counted_under_a_memory_budget():
+    q, k = torch.empty(2, 8, 16, 64, device="meta"), torch.empty(2, 2, 16, 64, device="meta")
+    with compat.memory_budget(0.5):
+        grouped = flop_counter.sdpa_flop_count(q.shape, k.shape, k.shape)
+        assert grouped == flop_counter.sdpa_flop_count(q.shape, q.shape, q.shape) > 0
 
 
 def test_trunc_normal_as_replaces_it_and_puts_it_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxpar
+from fxpar import compat
 from fxpar.backends import inductor, overlap
 from fxpar.backends.threads import Threads
+from fxpar.dump import readable
 from fxpar.errors import CaptureError, EquivalenceError, PlanError
 from fxpar.mesh import Mesh
+from fxpar.program import Program
 from fxpar.testing import assert_equivalent
 from tests import zoo
 from tests.matrix import pairwise
@@ -85,6 +89,32 @@ SAMPLE = [
 @pytest.mark.parametrize("case", SAMPLE, ids=id_of)
 def test_some_models_under_plans(case):
     check(*case)
+
+
+PINNED = [("gpt2", "dp=2,tp=2,zero=3"), ("gemma2_padded", "dp=2,param_dtype=bf16"), ("falcon", "dp=2,zero=2,param_dtype=bf16"),
+          ("llama_tied", "tp=2"), ("nanogpt", "dp=4,dp_replicate=2,zero=3")]
+
+
+def unnamed(program: Program) -> str:
+    """A program as text, but for the names of sizes without a role."""
+    return re.sub(r"\b[a-z]{1,2}(?=\d)", "_", readable(program))
+
+
+@pytest.mark.parametrize("name, plan", PINNED)
+def test_a_second_program_of_the_same_call_is_the_first(name, plan):
+    """Of a module whose parameters are stored already, no operator is at another place: gradients are summed in the same dtype."""
+    model, inputs = zoo.build(name)
+    first = fxpar.compile_program(model, plan, inputs)
+    stored = {s.name: node.meta["tiling"] for node, s in first.source_of().items() if s.kind == "param"}
+    again = fxpar.compile_program(model, plan, inputs, pinned=stored)
+    assert unnamed(again) == unnamed(first)
+
+
+def test_microbatches_are_programs_of_stored_parameters():
+    model, inputs = zoo.build("gemma2_padded")
+    simulation = fxpar.simulate(model, "dp=2,microbatches=2", inputs)
+    alone = fxpar.compile_program(model, "dp=2,microbatches=2", simulation.microbatches(((), inputs))[0][1])
+    assert unnamed(simulation.program) == unnamed(alone)
 
 
 def test_the_cover_has_every_pair():
@@ -197,6 +227,50 @@ def test_threads_exchange_as_process_groups_do():
     for rank, (total, top, gathered, scattered, exchanged) in enumerate(threads.run(body)):
         assert total == [3, 6, 9] and top == [2, 3, 4] and gathered == [0, 1, 2, 1, 2, 3, 2, 3, 4]
         assert scattered == [[3], [6], [9]][rank] and exchanged == [rank + other for other in range(3)]
+
+
+def test_a_result_is_not_there_before_it_is_waited_for():
+    threads, name = group_of(2)
+
+    def body(rank: int) -> tuple[bool, Tensor]:
+        started = c10d.all_reduce(torch.ones(3), "sum", name)
+        early = started.isnan().all().item()
+        return early, c10d.wait_tensor(started)
+
+    for early, result in threads.run(body):
+        assert early and result.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("issue", [lambda x, name: c10d.all_gather_into_tensor(x, 2, name),
+                                   lambda x, name: c10d.all_reduce_(x, "sum", name)], ids=["operand", "in place"])
+def test_what_is_written_while_it_is_communicated_is_told(issue):
+    threads, name = group_of(2)
+
+    def body(rank: int) -> None:
+        x = torch.ones(4)
+        started = issue(x, name)
+        x.fill_(rank)
+        c10d.wait_tensor(started)
+
+    with pytest.raises(EquivalenceError, match="between the start of a collective and its wait its tensors were written: all_"):
+        threads.run(body)
+
+
+def test_compiled_sums_of_transposed_gradients_are_not_read_early():
+    """As Inductor lowers them, the copy of one that lies transposed was copied once more while it was being summed."""
+    threads, name = group_of(2)
+
+    class Sums(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+            gradients = [(x.mT @ y).mT.clone(memory_format=torch.contiguous_format), ((x.mT @ z).mT + 1).contiguous()]
+            summed = c10d.all_reduce_coalesced(gradients, "sum", name)
+            return c10d.wait_tensor(summed[0]).mT + 1, c10d.wait_tensor(summed[1]).mT * 2
+
+    inputs = [[torch.randn(8, n) for n in (4, 6, 10)] for _ in range(2)]
+    run = compat.compile_graph(fx.symbolic_trace(Sums()), inputs[0], {})
+    first, second = (sum(x.mT @ given[i] for x, *given in inputs) for i in (0, 1))
+    for made in threads.run(lambda rank: run(*inputs[rank])):
+        torch.testing.assert_close(made, (first + 1, (second + 2) * 2))
 
 
 @pytest.mark.parametrize("last, message", [
