@@ -2,7 +2,8 @@
 
 ``-k smoke`` runs each architecture once. FXPAR_TABLE=FILE collects a line per case, of which ``python -m tests.gpu_table FILE``
 makes the table of benchmarks/RESULTS.md. Every plan is a process group of its own; those of two GPUs run side by side on
-different GPUs, where there are four.
+different GPUs, where there are four. The plans of four GPUs are also run by one, in simulation (``-k simulated -n 6``): the
+same graphs, compiled for it, with the ranks as threads.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fxpar
+from fxpar.testing import assert_equivalent
+from tests import zoo
+from tests.gpu_program import on_gpu, without_dropout
 from tests.matrix import pairwise
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +72,19 @@ def test_smoke(plan):
     settings = itertools.cycle(itertools.product(RECOMPUTE, DTYPES, (1,)))
     cases = [(name, mine, *rest) for name, mine, rest in zip(FAMILIES, itertools.cycle(PLANS[2]), settings, strict=False)]
     runs(2, plan, [(name, *rest) for name, mine, *rest in cases if mine == plan])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, plan, recompute, more, microbatches", CASES[4])
+def test_simulated(name, plan, recompute, more, microbatches):
+    """One GPU runs what four would, compiled."""
+    if not torch.cuda.is_available():
+        pytest.skip("a GPU is needed")
+    model, inputs = zoo.build(name)
+    if microbatches > 1 and "labels" in inputs and inputs["labels"].dim() > 1:
+        inputs["labels"].clamp_(min=1)  # as many labels in each
+    whole = ",".join(filter(None, [plan, more, f"recompute={recompute}", f"microbatches={microbatches}"]))
+    assert_equivalent(without_dropout(model).cuda(), fxpar.Plan.parse(whole), on_gpu(inputs), backend="inductor")
 
 
 def test_the_cover_of_gpus_has_every_family_under_every_plan():
