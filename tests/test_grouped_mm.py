@@ -15,7 +15,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 import fxpar
 from fxpar.ops.grouped_mm import grouped_mm, grouped_mm_weights, has_kernel
-from fxpar.passes import grouped
 from tests import zoo
 from tests.graphs import Halves, calls
 from tests.harness import RANDOM
