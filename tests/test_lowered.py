@@ -102,7 +102,7 @@ def unnamed(program: Program) -> str:
 
 @pytest.mark.parametrize("name, plan", PINNED)
 def test_a_second_program_of_the_same_call_is_the_first(name, plan):
-    """Of a module whose parameters are stored already, no operator is at another place: gradients are summed in the same dtype."""
+    """Where parameters are stored already, no operator is at another place: gradients are summed in the same dtype."""
     model, inputs = zoo.build(name)
     first = fxpar.compile_program(model, plan, inputs)
     stored = {s.name: node.meta["tiling"] for node, s in first.source_of().items() if s.kind == "param"}
