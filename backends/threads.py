@@ -125,13 +125,13 @@ class _Started(dist.Work):
         self.what, self.results, self.made = what, results, made
         for result in results:
             _spoil(result)
-        self.kept = [(x, x.clone()) for x in (*operands, *results)]
+        self.kept = [(x, _bytes(x)) for x in (*operands, *results)]
         self.done = False
 
     def wait(self, timeout: Any = None) -> bool:
         if not self.done:
             self.done = True
-            if not all(_same_bytes(x, before) for x, before in self.kept):
+            if not all(torch.equal(_bytes(x), before) for x, before in self.kept):
                 raise EquivalenceError(f"between the start of a collective and its wait its tensors were written: {self.what}")
             for result, made in zip(self.results, self.made, strict=True):
                 result.copy_(made)
@@ -143,9 +143,9 @@ def _spoil(t: Tensor) -> None:
     t.fill_(float("nan") if t.is_floating_point() or t.is_complex() else 85)
 
 
-def _same_bytes(x: Tensor, y: Tensor) -> bool:
-    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) if x.dim() else torch.equal(
-        x.reshape(1).view(torch.uint8), y.reshape(1).view(torch.uint8))
+def _bytes(t: Tensor) -> Tensor:
+    """A copy of what a tensor holds, NaNs and all."""
+    return t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 class _Meeting:
