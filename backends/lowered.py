@@ -34,7 +34,7 @@ class Lowered:
         self.plan, self.compiled, self.passes = plan, compiled, passes
         self.threads = Threads(mesh)
         copies = copies and plan.overlap_param_gather and plan.overlap_grad_reduce
-        self._copied = mesh.strategies.get("zero", ()) if copies else ()
+        self._copied = mesh.axes("zero") if copies else ()
         self._made: dict[int, tuple[fx.GraphModule, list[Callable[..., Any]]]] = {}
 
     def forward(self, module: fx.GraphModule, feeds: list[list[Any]]) -> list[list[Any]]:

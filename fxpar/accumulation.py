@@ -51,7 +51,7 @@ class Accumulator:
 
     def __init__(self, plan: Plan, mesh: Mesh, lower: Lower, parameter: Callable[[str], Tensor]):
         self.plan, self.lower, self.parameter = plan, lower, parameter
-        self.spread = mesh.size(*mesh.strategies.get("dp", ())) > 1
+        self.spread = mesh.size(*mesh.axes("dp")) > 1
         self.pending: dict[str, Tensor] = {}
         self._boundaries: dict[str, tuple[Program, Variants]] = {}
         self._variants: dict[int, Variants] = {}

@@ -100,7 +100,7 @@ def globalize(call: Call, plan: Plan, mesh: Mesh, batch: Mapping[str, int | None
 
     batch: input path -> batch dim (None for inputs that have none).
     """
-    n = mesh.size(*mesh.strategies.get("dp", ()))
+    n = mesh.size(*mesh.axes("dp"))
     return _resized(call, batch, lambda size: size * n)
 
 

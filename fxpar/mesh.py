@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fxpar.plan import Plan
 
 Axes = tuple[str, ...]
+STRATEGIES = ("dp", "tp", "zero")
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,18 @@ class Mesh:
     def world_size(self) -> int:
         return math.prod(self.sizes)
 
+    def axes(self, strategy: str) -> Axes:
+        """The axes of a strategy, major to minor; () where the plan does not use it. Raises KeyError for an unknown one."""
+        if strategy not in STRATEGIES:
+            raise KeyError(f"no strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
+        return self.strategies.get(strategy, ())
+
     def size(self, *axes: str) -> int:
-        """Ranks along these axes together; 1 for an axis the mesh does not have."""
-        return math.prod(self.sizes[self.names.index(a)] for a in axes if a in self.names)
+        """Ranks along these axes together. Raises KeyError for an axis that the mesh does not have."""
+        unknown = next((a for a in axes if a not in self.names), None)
+        if unknown is not None:
+            raise KeyError(f"no axis {unknown!r} in a mesh of {self}")
+        return math.prod(self.sizes[self.names.index(a)] for a in axes)
 
     def coordinate(self, rank: int) -> dict[str, int]:
         """Where `rank` lies, axis by axis."""
@@ -62,8 +72,8 @@ class Mesh:
         return [sorted(g, key=lambda r: self.index(r, axes)) for g in found.values()]
 
     def split(self, strategy: str, sizes: tuple[int, ...]) -> Mesh:
-        """The same ranks with a one-axis strategy split into finer axes of the given sizes."""
-        (name,) = self.strategies[strategy]
+        """The same ranks with a one-axis strategy, and all others with its axis, split into finer axes of the given sizes."""
+        (name,) = self.axes(strategy)
         if math.prod(sizes) != self.size(name):
             raise ValueError(f"{sizes} does not multiply to {strategy}={self.size(name)}")
         fine = tuple(f"{strategy}{i}" for i in range(len(sizes)))
@@ -71,7 +81,7 @@ class Mesh:
         return Mesh(
             self.names[:at] + fine + self.names[at + 1 :],
             self.sizes[:at] + tuple(sizes) + self.sizes[at + 1 :],
-            {**self.strategies, strategy: fine},
+            {s: tuple(b for a in axes for b in (fine if a == name else (a,))) for s, axes in self.strategies.items()},
         )
 
     def __str__(self) -> str:

@@ -91,7 +91,7 @@ class ParallelModule(nn.Module):
     @property
     def replica(self) -> int:
         """Which data-parallel replica this rank belongs to, from 0: the part of the global batch that it is to pass in."""
-        return self._bound.index(self._bound.mesh.strategies.get("dp", ()))
+        return self._bound.index(self._bound.mesh.axes("dp"))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -185,7 +185,7 @@ class ParallelModule(nn.Module):
 
     def _dp_axes(self) -> tuple[str, ...]:
         mesh = self._bound.mesh
-        return tuple(a for a in mesh.strategies.get("dp", ()) if mesh.size(a) > 1)
+        return tuple(a for a in mesh.axes("dp") if mesh.size(a) > 1)
 
     def _lookup(self, call: calls.Call, named: dict[str, Any]) -> tuple[Compiled, Callable[[], None]]:
         """What runs this call, whose leaves are `named`, and what to call after it was started.
@@ -270,7 +270,7 @@ class ParallelModule(nn.Module):
     def _use_copy_engines(self) -> None:
         """Have parameters gathered and gradients scattered by copies between GPUs, where that can be."""
         plan, mesh = self.plan, self._bound.mesh
-        stored = mesh.strategies.get("zero", ())
+        stored = mesh.axes("zero")
         if not stored or not copies.available(self.device) or not plan.overlap_param_gather or not plan.overlap_grad_reduce:
             return
         sizes = [(count * (plan.param_dtype or p.dtype).itemsize, count * (plan.reduce_dtype or p.dtype).itemsize)

@@ -26,7 +26,13 @@ _ONLY_YET: dict[str, object] = {
     "pp": 1,
     "cp": 1,
     "ep": 1,
+    "cp_comm": "p2p",
+    "schedule": "1f1b",
+    "virtual_stages": 1,
+    "ep_dispatch": "alltoall",
+    "tp_comm_overlap": False,
 }
+"""Fields that can have one value yet, because nothing would read another."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,7 +81,7 @@ class Plan:
     reduce_dtype: torch.dtype | None = None
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
-    tp_comm_overlap: bool = True
+    tp_comm_overlap: bool = False
     outputs: str = "all"
     batch_dims: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] = ()
     roles: Mapping[str, str | None] | tuple[tuple[str, str | None], ...] = ()
@@ -123,7 +129,7 @@ class Plan:
         for name, only in _ONLY_YET.items():
             value = getattr(self, name)
             if value != only:
-                raise PlanError(name, value, "not available in this version yet", f"{name}={only}")
+                raise PlanError(name, value, "not available in this version yet", f"{name}={_show(only)}")
 
     def __str__(self) -> str:
         """The fields that are not at their default, as `parse` reads them: "dp=2,tp=2"."""

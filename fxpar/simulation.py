@@ -130,7 +130,7 @@ class Simulation:
             return [call]
         program = self._compile(call)
         dims = {s.name: node.meta.get("batch_dim") for node, s in program.source_of().items() if s.kind == "input"}
-        replicas = program.mesh.size(*program.mesh.strategies.get("dp", ()))
+        replicas = program.mesh.size(*program.mesh.axes("dp"))
 
         def rows(value: Any, dim: int | None, i: int) -> Any:
             if dim is None or not isinstance(value, Tensor):
@@ -221,7 +221,7 @@ class Simulation:
 
 def training_over_replicas(program: Program) -> bool:
     """Whether something is kept between microbatches (see `fxpar.passes.accumulate`)."""
-    return program.plan.zero < 3 and program.mesh.size(*program.mesh.strategies.get("dp", ())) > 1
+    return program.plan.zero < 3 and program.mesh.size(*program.mesh.axes("dp")) > 1
 
 
 class Kept:

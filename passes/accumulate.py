@@ -84,7 +84,7 @@ def accumulation(program: Program) -> Variants:
 
 def _boundaries(program: Program) -> list[Boundary]:
     params = {n: s for n, s in program.source_of().items() if s.kind == "param"}
-    dp = tuple(a for a in program.mesh.strategies.get("dp", ()) if program.mesh.size(a) > 1)
+    dp = tuple(a for a in program.mesh.axes("dp") if program.mesh.size(a) > 1)
     chains = {n: chain for n in program.graph.nodes if (chain := _from_parameter(n, params, dp))}
     inner = {n for chain in chains.values() for n in chain[1:-1]}
     inner |= {chain[-1] for chain in chains.values()}

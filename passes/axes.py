@@ -17,7 +17,7 @@ def refine_axes(program: Program) -> Program:
     queries of one group (whose keys and values are then replicated over it). Otherwise nothing changes.
     """
     mesh = program.mesh
-    tp = mesh.size(*mesh.strategies.get("tp", ()))
+    tp = mesh.size(*mesh.axes("tp"))
     for node in program.graph.nodes:
         if tp == 1 or len(mesh.strategies["tp"]) > 1 or node.target not in ATTENTION:
             continue

@@ -92,7 +92,7 @@ class _Partitioner:
         """An output's batch goes to dp, as its inputs' did; elsewhere it stays as it is."""
         layout, dims = dict(node.meta.get("layout") or {}), node.meta.get("dims", ())
         want: Layout = {}
-        for axis in self.mesh.strategies.get("dp", ()):
+        for axis in self.mesh.axes("dp"):
             batch = next(
                 (
                     f

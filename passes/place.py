@@ -106,14 +106,14 @@ class _Walk:
         layout: Layout = {}
         if source.kind == "param":
             stored = pinned_layout(dims, self.pinned[source.name], self.mesh)
-            layout = _used(stored, self.mesh.strategies.get("zero", ()))
+            layout = _used(stored, self.mesh.axes("zero"))
             self.chains[node] = [node]
         elif source.kind == "input":
             layout = self._input(source, dims)
         node.meta["layout"] = layout
 
     def _input(self, source: Source, dims: Dims) -> Layout:
-        axes = tuple(a for a in self.mesh.strategies.get("dp", ()) if self.mesh.size(a) > 1)
+        axes = tuple(a for a in self.mesh.axes("dp") if self.mesh.size(a) > 1)
         n = self.mesh.size(*axes)
         for dim in dims:
             flat = leaves(dim)
@@ -167,7 +167,7 @@ class _Walk:
     def _settle(self, node: fx.Node, at: Layout, gathered: Iterable[Factor]) -> None:
         """The first use decides how a parameter (and what was made from it alone) is used, and what it would have it stored
         like (``meta["suits"]``)."""
-        zero = self.mesh.strategies.get("zero", ())
+        zero = self.mesh.axes("zero")
         param = self.chains[node][0]
         param.meta["suits"] = {a: f for a, f in restrict(at, param.meta["dims"], gathered).items() if a in zero}
         at = _used(at, zero)
@@ -187,7 +187,7 @@ class _Walk:
         for pref in self.prefs:
             if (pref.beside and pref.beside not in roles) or (pref.lookup and not _looks_up_few(node)):
                 continue
-            axes = self.mesh.strategies.get(pref.strategy, ())
+            axes = self.mesh.axes(pref.strategy)
             if any(a in at and at[a].role != pref.role for a in axes):
                 continue
             for axis in axes:
@@ -232,7 +232,7 @@ class _Walk:
         """The output factor that a pending sum over `axis` is scattered onto: the first that wants it."""
         roles = {f.role for f in flat}
         for pref in self.prefs:
-            if axis in self.mesh.strategies.get(pref.strategy, ()) and (not pref.beside or pref.beside in roles):
+            if axis in self.mesh.axes(pref.strategy) and (not pref.beside or pref.beside in roles):
                 for leaf in flat:
                     if leaf.role == pref.role and appends(layout, leaf, axis, self.mesh):
                         return leaf
@@ -343,7 +343,7 @@ def _note_unsplit(program: Program, prefs: list[Preference]) -> None:
         for i, dim in enumerate(node.meta["dims"]):
             for leaf in leaves(dim):
                 pref = next((p for p in prefs if p.role == leaf.role and not p.beside), None)
-                axes = program.mesh.strategies.get(pref.strategy, ()) if pref else ()
+                axes = program.mesh.axes(pref.strategy) if pref else ()
                 n = program.mesh.size(*axes)
                 if n > 1 and leaf.size % n and leaf not in node.meta["layout"].values() and leaf.size > 1:
                     program.note(

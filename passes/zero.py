@@ -26,7 +26,7 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
     divides in a dim that is not split yet, if there is one; of those, the one whose parts are contiguous, else the
     largest. A parameter without one stays as it is, and the report says so.
     """
-    axes = program.mesh.strategies.get("zero", ())
+    axes = program.mesh.axes("zero")
     whole: list[str] = []
     for node, source in program.source_of().items():
         if source.kind != "param" or not axes:

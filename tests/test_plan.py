@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxpar import mesh as meshes
 from fxpar.errors import CaptureError, FxparError, PlanError, UnsupportedOperator
 from fxpar.plan import Plan
 
@@ -173,6 +174,11 @@ def test_require_supported():
         ("pp=2", "pp=1"),
         ("cp=2", "cp=1"),
         ("dp=2,ep=2", "ep=1"),
+        ("cp_comm=a2a", "cp_comm=p2p"),
+        ("schedule=gpipe", "schedule=1f1b"),
+        ("virtual_stages=2", "virtual_stages=1"),
+        ("ep_dispatch=allgather", "ep_dispatch=alltoall"),
+        ("tp=2,tp_comm_overlap=true", "tp_comm_overlap=false"),
     ],
 )
 def test_require_supported_refuses(text, suggestion):
@@ -320,7 +326,7 @@ def test_unknown_field_lists_all_fields():
             "dp=8,ep=8,ep_dispatch=allgather",
         ),
         ("--micro-batch-size 2 --global-batch-size 64", 4, "dp=4,microbatches=8"),
-        ("--overlap-grad-reduce --overlap-param-gather --tp-comm-overlap", 2, "dp=2"),
+        ("--overlap-grad-reduce --overlap-param-gather --tp-comm-overlap", 2, "dp=2,tp_comm_overlap=true"),
         ("--recompute-activations", 1, "recompute=selective"),
         (
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
@@ -435,3 +441,26 @@ def test_source_errors_say_where_and_the_way_out():
     assert str(error) == "cannot capture a branch on data (at model.py:12); use torch.where"
     error = UnsupportedOperator("aten.foo.default")
     assert str(error) == "no sharding rule for operator aten.foo.default" and error.op == "aten.foo.default"
+
+
+# ---- the mesh of a plan ----
+
+
+def test_a_mesh_has_the_axes_of_every_strategy():
+    mesh = meshes.from_plan(Plan.parse("dp=4,dp_replicate=2,zero=3,tp=4"))
+    assert (mesh.axes("dp"), mesh.axes("zero"), mesh.axes("tp")) == (("dp_replicate", "dp_shard"), ("dp_shard",), ("tp",))
+    assert mesh.size("dp_replicate", "tp") == 8 and mesh.size() == 1
+    assert meshes.from_plan(Plan(tp=2)).axes("dp") == ()
+
+
+def test_an_unknown_strategy_or_axis_is_an_error():
+    mesh = meshes.from_plan(Plan(dp=2, tp=2))
+    with pytest.raises(KeyError, match="no strategy 'tensor'; there are dp, tp, zero"):
+        mesh.axes("tensor")
+    with pytest.raises(KeyError, match="no axis 'tp0' in a mesh of dp=2 x tp=2"):
+        mesh.size("tp0")
+
+
+def test_an_axis_that_is_split_is_split_in_every_strategy():
+    mesh = meshes.from_plan(Plan(dp=4, tp=2, zero=3)).split("dp", (2, 2))
+    assert mesh.axes("dp") == mesh.axes("zero") == ("dp0", "dp1") and mesh.names == ("dp0", "dp1", "tp")
