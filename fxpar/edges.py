@@ -212,16 +212,16 @@ class Edges:
                     "both, or detach() the tensor and gather it yourself")
             if node.kind == "part" and not split and self.replicas > 1:
                 raise InputError(
-                    f"input {origin.path!r} of {self.name} has no batch dim, so that all dp={self.replicas} replicas are to pass "
-                    f"the same, but it was computed from a replica's part of the outputs of {maker.name}; compute it inside of one "
-                    "of the modules, or name its batch dim in Plan(batch_dims)")
+                    f"input {origin.path!r} of {self.name} has no batch dim, so that all dp={self.replicas} replicas are to "
+                    f"pass the same, but it was computed from a replica's part of the outputs of {maker.name}; compute it "
+                    "inside of one of the modules, or name its batch dim in Plan(batch_dims)")
             node.crossing.mixed |= node.kind == "loss"
         if origin.parameters and self.replicas > 1 and not self._warned:
             self._warned = True
             warnings.warn(
                 f"input {origin.path!r} of {self.name} was computed with {len(origin.parameters)} parameters of no parallel "
-                "module: their gradients are those of this replica's loss; average them over the replicas (as DistributedDataParallel "
-                "does), or parallelize their module too", stacklevel=2)
+                "module: their gradients are those of this replica's loss; average them over the replicas (as "
+                "DistributedDataParallel does), or parallelize their module too", stacklevel=2)
         return origin
 
 
