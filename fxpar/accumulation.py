@@ -35,12 +35,13 @@ Lower = Callable[[Any, list[Any]], Callable[..., Any]]
 @dataclass
 class Step:
     """How one microbatch runs: `run` takes the program's inputs, then `held` (whose gradients go to `Accumulator.hold`), then
-    `inputs`."""
+    `inputs`. carried: those gradients among its inputs that were kept, by the keys of their boundaries."""
 
     variant: Variant
     run: Callable[..., Any]
     held: list[Tensor]
     inputs: list[Tensor]
+    carried: dict[str, Tensor]
 
 
 class Accumulator:
@@ -78,7 +79,8 @@ class Accumulator:
         inputs = inputs[len(held) :]
         if id(variant) not in self._lowered:
             self._lowered[id(variant)] = self.lower(variant.module, [*example(), *held, *inputs])
-        return Step(variant, self._lowered[id(variant)], held, inputs)
+        carried = {b.key: self.pending[b.key] for kind, b in variant.extra if kind == "carried" and b.key in self.pending}
+        return Step(variant, self._lowered[id(variant)], held, inputs, carried)
 
     def forget(self) -> None:
         """Parameters have changed."""
@@ -117,15 +119,16 @@ class Accumulator:
         self._at_the_end(synced=False)
 
     def summed(self, step: Step | None) -> None:
-        """A backward that sums gradients has been through; what `step` carried has been summed with them."""
-        if step is not None:
-            carried = [b for kind, b in step.variant.extra if kind == "carried"]
-            for boundary, tensor in zip(carried, step.inputs[len(step.inputs) - len(carried) :], strict=True):
-                mine = self.pending.get(boundary.key)
-                if mine is tensor:
-                    del self.pending[boundary.key]
-                elif mine is not None:
-                    self.pending[boundary.key] = mine - tensor
+        """A backward that sums gradients has been through; what `step` carried has been summed with them.
+
+        Where it had been summed before (the model was called twice since), it is taken back at the end of the backward pass.
+        """
+        for key, tensor in step.carried.items() if step is not None else ():
+            mine = self.pending.get(key)
+            if mine is tensor:
+                del self.pending[key]
+            else:
+                self.pending[key] = -tensor if mine is None else mine - tensor
         self._at_the_end(synced=True)
 
     def _at_the_end(self, synced: bool) -> None:

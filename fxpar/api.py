@@ -34,6 +34,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     ("dp=2,tp=2"). example_inputs: what one rank will pass to forward (a dict of keyword arguments or a tuple), for its
     shapes; may be left out for Hugging Face models. backend: "inductor", "eager", or "auto" (inductor on CUDA, eager on
     CPU). dump_dir: where the program after every pass is written, numbered, as readable Python (rank 0 only).
+    Several modules may be parallelized and fed into each other, if their plans have the same replicas (see `ParallelModule`).
     Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
     Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`; on all ranks alike.
     """

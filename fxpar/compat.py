@@ -228,6 +228,21 @@ def after_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def backward_pass() -> int:
+    """The number of the backward pass under way, -1 where there is none."""
+    return torch._C._current_graph_task_id()
+
+
+def fate(node: Any) -> str:
+    """What the backward pass under way, from inside of which this is called, does with a node of its graph: "left out", "passed"
+    (its gradient is used, or asked for) or, for that of a leaf, "accumulated" (in ``.grad``) or "asked for"."""
+    try:
+        runs = torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that `torch.autograd.grad` was asked for
+        return "asked for"
+    return ("accumulated" if hasattr(node, "variable") else "passed") if runs else "left out"
+
+
 def graph_pass(function: Callable[[fx.Graph], None], *files: str, key: str = "") -> Any:
     """An Inductor graph pass whose compiled results may be cached as long as these source files and `key` do not change."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files

@@ -22,6 +22,7 @@ from fxpar.backends import copies
 from fxpar.backends.runtime import Control, GroupRuntime
 from fxpar.clip import clip_grad_norm
 from fxpar.dump import readable
+from fxpar.edges import Edges, whole
 from fxpar.errors import InputError
 from fxpar.feed import Feed, Place
 from fxpar.initialize import init_weights
@@ -41,26 +42,16 @@ class Compiled:
     run: Callable[..., Any]
 
 
-class _Average(torch.autograd.Function):
-    """A replica's part of an output: a loss computed from it outside the model counts for 1/dp of the whole."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, replicas: int) -> Tensor:
-        ctx.replicas = replicas
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad / ctx.replicas, None
-
-
 class ParallelModule(nn.Module):
     """The user's model, running on every rank of the mesh. Made by `fxpar.parallelize`.
 
     `forward` takes what the model's takes, with the batch of this rank's data-parallel replica, and returns the model's
     own output type. A loss is that of the global batch, the same on every rank, and ``.grad`` is its gradient. Other
     outputs are this replica's part (a DTensor where tp shards it); a loss that you compute from them yourself is
-    averaged over the replicas, as in DDP.
+    averaged over the replicas, as in DDP. Outputs may be fed into other parallel modules with the same replicas, through
+    plain operators too: parameters of all of them get the gradients of one device. Parameters of plain modules in between
+    get those of this replica's loss, to be averaged as in DDP. ``.grad`` of a tensor that you pass in is that of the
+    global objective, what `torch.autograd.grad` returns for it the derivative of the number that you gave (fxpar/edges.py).
 
     Parameters are DTensors on `mesh`, under the original names. `plan` and `mesh` (a `DeviceMesh`) are attributes.
     """
@@ -75,6 +66,7 @@ class ParallelModule(nn.Module):
         self._bound, self._control = bound, control
         self._compile_call, self._lower = compile_call, lower
         self._runtime = GroupRuntime(bound)
+        self._edges = Edges(type(model).__name__, plan, bound, self._runtime)
         self._programs: dict[tuple, Program] = {}
         self._compiled: dict[tuple, Compiled] = {}
         self._tilings: dict[str, Tiling] = {}
@@ -111,9 +103,10 @@ class ParallelModule(nn.Module):
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
         """
         call = calls.canonical(self._model, args, kwargs)
-        named = calls.leaves(call)
+        named = whole(calls.leaves(call))
         compiled, settle = self._lookup(call, named)
         program = compiled.program
+        named, crossing = self._edges.enter(program, named)
         step = None
         if torch.is_grad_enabled():
             step = self._accumulator.step(program, self._sync, lambda: compiled.feed(named))
@@ -121,7 +114,7 @@ class ParallelModule(nn.Module):
         outs = compiled.run(*feed) if step is None else step.run(*feed, *step.inputs)
         settle()
         self._update_buffers(program, outs)
-        return self._outputs(program, outs)
+        return self._outputs(program, self._edges.leave(program, outs, crossing))
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward over the plan's microbatches; gradients are summed over ranks once. Returns the loss.
@@ -325,8 +318,6 @@ class ParallelModule(nn.Module):
         mesh, dp = self._bound.mesh, self._dp_axes()
         tiles = node.meta["tiling"]
         split = {a for d in tiles for p in d for a in p.axes}
-        if split & set(dp) and out.requires_grad:
-            out = _Average.apply(out, mesh.size(*dp))
         inner = tuple(a for a in mesh.names if a in split and a not in dp)
         if not inner:
             return out

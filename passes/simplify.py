@@ -26,8 +26,8 @@ DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropo
 
 
 def simplify(program: Program) -> Program:
-    """Erase, in place: metadata assertions, casts to the same dtype and device, aliases, dropout that is off, dead
-    code (random numbers that nothing reads included).
+    """Erase, in place: metadata assertions, casts to the same dtype and device, aliases, dropout that is off, the joint
+    broadcasting of tensors (of which expansions are left), dead code (random numbers that nothing reads included).
 
     The values that remain are unchanged, bit for bit.
     """
@@ -39,6 +39,8 @@ def simplify(program: Program) -> Program:
             graph.erase_node(node)
         elif node.target is aten.native_dropout.default and not (node.args[1] and node.args[2]):
             _off(graph, node)
+        elif node.target is aten.broadcast_tensors.default:
+            _expansions(graph, node)
         elif _is_noop(node):
             args: Any = node.args
             node.replace_all_uses_with(args[0])
@@ -54,6 +56,21 @@ def _off(graph: fx.Graph, node: fx.Node) -> None:
         if user.args[1] == 0:
             user.replace_all_uses_with(args[0])
             graph.erase_node(user)
+
+
+def _expansions(graph: fx.Graph, node: fx.Node) -> None:
+    """Each of its results is an operand, expanded where that is smaller; losses of torch.nn.functional begin like this."""
+    args: Any = node.args
+    for user in list(node.users):
+        operand, value = args[0][user.args[1]], user.meta["val"]
+        if operand.meta["val"].shape == value.shape:
+            user.replace_all_uses_with(operand)
+        else:
+            with graph.inserting_before(user):
+                new = graph.call_function(aten.expand.default, (operand, list(value.shape)))
+            new.meta.update(user.meta)
+            user.replace_all_uses_with(new)
+        graph.erase_node(user)
 
 
 def _is_noop(node: fx.Node) -> bool:

@@ -343,3 +343,22 @@ def test_reentrant_checkpoints_are_calls_while_inlined():
     with compat.checkpoints_inlined():
         assert made() == "SinBackward0"
     assert made() == "CheckpointFunctionBackward"
+
+
+def test_the_fate_of_a_node_in_a_backward_pass():
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    inner = x * y
+    leaves = [torch.autograd.graph.get_gradient_edge(t).node for t in (x, y)]
+    outer, seen = inner * 2, []
+
+    def look(_: torch.Tensor) -> None:
+        seen.append([compat.backward_pass(), *map(compat.fate, [*leaves, inner.grad_fn])])
+
+    outer.register_hook(look)
+    outer.sum().backward(retain_graph=True)
+    outer.sum().backward(retain_graph=True, inputs=[x])
+    torch.autograd.grad(outer.sum(), x, retain_graph=True)
+    torch.autograd.grad(outer.sum(), inner)
+    assert [s[1:] for s in seen] == [["accumulated", "accumulated", "passed"], ["accumulated", "left out", "passed"],
+                                     ["asked for", "left out", "passed"], ["left out", "left out", "passed"]]
+    assert len({s[0] for s in seen}) == 4 and compat.backward_pass() == -1

@@ -195,6 +195,21 @@ class Typed:
     reduce: torch.dtype | None = None
 
 
+class _Transposed(torch.autograd.Function):
+    """The backward of a collective, of which gradients are asked for in turn: they take its forward."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, typed: Typed, run: Runtime) -> Tensor:
+        ctx.typed, ctx.run = typed, run
+        return run_step(CONJUGATE[typed.kind][1], run, grad, typed.axes, typed.place, typed.to)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        typed = ctx.typed
+        return run_step(CONJUGATE[typed.kind][0], ctx.run, grad, typed.axes, typed.place, typed.to), None, None
+
+
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, kept: Tensor | None, carried: Tensor | None, typed: Typed, run: Runtime) -> Tensor:
@@ -211,7 +226,10 @@ class _Apply(torch.autograd.Function):
         if carried is not None:
             grad = grad + carried
         grad = grad.to(typed.reduce or ctx.dtype)
-        grad = run_step(CONJUGATE[typed.kind][1], ctx.run, grad, typed.axes, typed.place, typed.to)
+        if torch.is_grad_enabled():
+            grad = _Transposed.apply(grad, typed, ctx.run)
+        else:
+            grad = run_step(CONJUGATE[typed.kind][1], ctx.run, grad, typed.axes, typed.place, typed.to)
         return grad.to(ctx.dtype), None, None, None, None
 
 
