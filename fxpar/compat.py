@@ -224,6 +224,16 @@ def move_hooks(old: Any, new: Any, before: Callable, after: Callable) -> None:
             setattr(new, name, hooks)
 
 
+def attach_hooks(tensors: Sequence[Any]) -> None:
+    """Have the hooks of `tensors` run after ``torch.utils.swap_tensors`` (``module.half()``) gave those other memory: the
+    objects keep their hooks, the memory that gradients arrive at has none."""
+    with torch._C.DisableTorchFunctionSubclass():
+        for t in tensors:
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                if getattr(t, name):
+                    setattr(t, name, getattr(t, name))
+
+
 def local_part(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor, detached, without the dispatch that `to_local` costs per parameter."""
     return tensor._local_tensor.detach()

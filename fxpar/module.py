@@ -103,6 +103,13 @@ class ParallelModule(nn.Module):
         self._model.train(mode)
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelModule:
+        kept = [(p, dict(p.__dict__)) for p in self.parameters()]
+        super()._apply(fn, recurse)
+        for p, attributes in kept:  # swapped for those of what `fn` made
+            p.__dict__.update(attributes)
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward on this replica's batch. A new signature (shapes, dtypes, the mode of any submodule, which
         parameters are trained) is captured once.

@@ -268,6 +268,17 @@ def test_attributes_hooks_and_gradients_go_with_the_parameter():
     assert module.weight.mark == {"a": 1}
 
 
+def test_hooks_and_attributes_outlive_a_change_of_dtype():
+    net = linear()
+    net.weight.mark = 1
+    net.weight.register_hook(lambda g: g * 0)
+    optimizer = torch.optim.SGD(net.parameters())
+    module = parallel(net).double()
+    module(torch.ones(2, 4).double()).sum().backward()
+    assert full(module.weight.grad).abs().max() == 0 and full(module.bias.grad).min() == 2
+    assert optimizer.param_groups[0]["params"][0] is module.weight and module.weight.mark == 1
+
+
 def test_initialisation_sees_attributes():
     class Marked(nn.Linear):
         def reset_parameters(self) -> None:
