@@ -70,6 +70,9 @@ class Accumulator:
         variants = self._of(program)
         if not variants.boundaries:
             return None
+        if compat.are_hooked([self.parameter(s.name) for s in program.sources if s.kind == "param"]):
+            self._kept = None
+            return None  # hooks see each microbatch's gradient, as on one device
         values = dict(zip(variants.boundaries, self._values(program, variants), strict=True))
         if sync:
             self._kept = None

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fxpar import identity
 from fxpar import inputs as calls
 from fxpar.agreement import agree_on_program
 from fxpar.backends import eager, inductor
@@ -30,7 +31,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
                 dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
 
-    model: real or on the meta device; its parameters are replaced by DTensors. plan: a `Plan` or its text
+    model: real or on the meta device; DTensors take the place of its parameters, wherever those are held (in an optimizer that
+    was made before, too), with their hooks, attributes and gradients. plan: a `Plan` or its text
     ("dp=2,tp=2"). example_inputs: what one rank will pass to forward (a dict of keyword arguments or a tuple), for its
     shapes; may be left out for Hugging Face models. backend: "inductor", "eager", or "auto" (inductor on CUDA, eager on
     CPU). dump_dir: where the program after every pass is written, numbered, as readable Python (rank 0 only).
@@ -52,6 +54,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     compile_call = functools.partial(compile_replica, model, plan, device, dumper)
     control = Control()
     with agree_on_program(control) as made:
+        identity.check(model)
         made.append(compile_call(example, None))
     module = ParallelModule(model, plan, BoundMesh(made[0].mesh, device.type), control, device, compile_call, lower)
     module.adopt(made[0], example)

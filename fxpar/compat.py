@@ -207,6 +207,33 @@ def want_gradients(tensors: Sequence[torch.Tensor]) -> list[bool]:
         return [t.requires_grad for t in tensors]
 
 
+def are_hooked(tensors: Sequence[Any]) -> bool:
+    """Whether any of them has a hook on its gradient, or one that runs after it was accumulated."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors)
+
+
+def move_hooks(old: Any, new: Any, before: Callable, after: Callable) -> None:
+    """Have the hooks of `old` run for `new` instead: as ``before(hook)`` those on the gradient, as ``after(hook)`` those that
+    run after it was accumulated. The handles that were given for them remove them from it."""
+    for name, changed in (("_backward_hooks", before), ("_post_accumulate_grad_hooks", after)):
+        hooks = getattr(old, name)
+        if hooks is not None:
+            hooks.update({key: changed(hook) for key, hook in hooks.items()})
+            setattr(old, name, None)
+            setattr(new, name, hooks)
+
+
+def attach_hooks(tensors: Sequence[Any]) -> None:
+    """Have the hooks of `tensors` run after ``torch.utils.swap_tensors`` (``module.half()``) gave those other memory: the
+    objects keep their hooks, the memory that gradients arrive at has none."""
+    with torch._C.DisableTorchFunctionSubclass():
+        for t in tensors:
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                if getattr(t, name):
+                    setattr(t, name, getattr(t, name))
+
+
 def local_part(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor, detached, without the dispatch that `to_local` costs per parameter."""
     return tensor._local_tensor.detach()

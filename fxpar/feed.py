@@ -102,6 +102,7 @@ class Feed:
         if made is not None and all(map(is_, parameters, made.parameters)) and all(map(is_, memory, made.memory)) \
                 and state == made.state and all(t.grad_fn is made.node for t in made.local):
             return made.local
+        compat.attach_hooks(parameters)
         local = _ToLocal.apply(_summed(weakref.ref(self._accumulator)), len(parameters), *parameters)
         self._linked = _Linked(parameters, memory, state, local, local[0].grad_fn)
         return local

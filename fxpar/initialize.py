@@ -86,6 +86,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=p.requires_grad)
+        memo[id(p)].__dict__.update(p.__dict__)  # an initialisation may ask for attributes
     return copy.deepcopy(model, memo)
 
 

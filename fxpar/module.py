@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from fxpar import compat, storage
+from fxpar import compat, identity, storage
 from fxpar import inputs as calls
 from fxpar.accumulation import Accumulator
 from fxpar.agreement import agree_on_call, agree_on_program
@@ -23,7 +23,7 @@ from fxpar.backends.runtime import Control, GroupRuntime
 from fxpar.clip import clip_grad_norm
 from fxpar.dump import readable
 from fxpar.edges import Edges, whole
-from fxpar.errors import InputError
+from fxpar.errors import InputError, MismatchError
 from fxpar.feed import Feed, Place
 from fxpar.initialize import init_weights
 from fxpar.inspection import Report, report_of
@@ -94,6 +94,13 @@ class ParallelModule(nn.Module):
     def train(self, mode: bool = True) -> ParallelModule:
         self._model.train(mode)
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelModule:
+        kept = [(p, dict(p.__dict__)) for p in self.parameters()]
+        super()._apply(fn, recurse)
+        for p, attributes in kept:  # swapped for those of what `fn` made
+            p.__dict__.update(attributes)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward on this replica's batch. A new signature (shapes, dtypes, the mode of any submodule, which
@@ -239,11 +246,13 @@ class ParallelModule(nn.Module):
         return self._lower(module, example, self._runtime, self.plan)
 
     def _store(self, program: Program) -> None:
-        """Replace the model's parameters by DTensors in the layouts the program wants; parameters it never uses stay whole."""
+        """Have DTensors in the layouts the program wants take the place of the model's parameters; parameters it never uses stay
+        whole."""
+        self._require_same_gradients()
         for node, source in program.source_of().items():
             if source.kind == "param":
                 self._tilings[source.name] = node.meta["tiling"]
-        made: dict[int, nn.Parameter] = {}
+        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         for module_name, module in self._model.named_modules():
             for key, p in module._parameters.items():
                 if p is None:
@@ -251,14 +260,35 @@ class ParallelModule(nn.Module):
                 if id(p) not in made:
                     name = f"{module_name}.{key}" if module_name else key
                     tiles = self._tilings.setdefault(program.tied.get(name, name), tuple(() for _ in p.shape))
-                    made[id(p)] = storage.parameter(self._of_rank_0(p), tiles, self._bound, self.device)
-                module._parameters[key] = made[id(p)]
+                    made[id(p)] = p, self._parameter(name, p, tiles)
+                module._parameters[key] = made[id(p)][1]
             for key, b in module._buffers.items():
                 if b is not None and not b.is_meta:
                     module._buffers[key] = self._of_rank_0(b)
             for table in (module._parameters, module._buffers):
                 for key in table:
                     self._slots[f"{module_name}.{key}" if module_name else key] = (table, key)
+        identity.take_over(list(made.values()))
+
+    def _parameter(self, name: str, p: nn.Parameter, tiles: Tiling) -> nn.Parameter:
+        def part(whole: Tensor) -> DTensor:
+            return storage.distribute(whole, tiles, self._bound, self.device)
+
+        new = storage.parameter(self._of_rank_0(p), tiles, self._bound, self.device)
+        if p.grad is not None:
+            new.grad = part(self._of_rank_0(p.grad))
+        identity.inherit(p, new, name, part)
+        return new
+
+    def _require_same_gradients(self) -> None:
+        """Raises `MismatchError` if parameters have gradients already on some ranks, and on others not."""
+        everyone = self._control.exchange([n for n, p in self._model.named_parameters() if p.grad is not None])
+        other = next((r for r, names in enumerate(everyone) if names != everyone[0]), None)
+        if other is not None:
+            name = min({*everyone[0]} ^ {*everyone[other]})
+            one, none = (0, other) if name in everyone[0] else (other, 0)
+            raise MismatchError(f"parameter {name!r} has a gradient on rank {one} and none on rank {none}: call `zero_grad()` "
+                                "before `parallelize`")
 
     def _use_copy_engines(self) -> None:
         """Have parameters gathered and gradients scattered by copies between GPUs, where that can be."""

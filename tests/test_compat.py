@@ -362,3 +362,23 @@ def test_the_fate_of_a_node_in_a_backward_pass():
     assert [s[1:] for s in seen] == [["accumulated", "accumulated", "passed"], ["accumulated", "left out", "passed"],
                                      ["asked for", "left out", "passed"], ["left out", "left out", "passed"]]
     assert len({s[0] for s in seen}) == 4 and compat.backward_pass() == -1
+
+
+def test_hooks_move_with_their_handles_and_are_attached_again():
+    old, new = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    handles = [old.register_hook(lambda g: g * 2), old.register_post_accumulate_grad_hook(lambda p: seen.append(p is new))]
+    seen: list[bool] = []
+    assert compat.are_hooked([new, old]) and not compat.are_hooked([new])
+    compat.move_hooks(old, new, lambda hook: lambda g: hook(g) + 1, lambda hook: hook)
+    assert compat.are_hooked([new]) and not compat.are_hooked([old])
+    new.sum().backward()
+    assert new.grad.tolist() == [3, 3] and seen == [True]
+    torch.utils.swap_tensors(new, nn.Parameter(torch.ones(2)))
+    new.sum().backward()
+    compat.attach_hooks([new, old])
+    new.sum().backward()
+    assert new.grad.tolist() == [4, 4] and seen == [True, True]
+    for handle in handles:
+        handle.remove()
+    new.sum().backward()
+    assert new.grad.tolist() == [5, 5] and len(seen) == 2 and not compat.are_hooked([new])
