@@ -131,7 +131,7 @@ def test_labels_and_ids_out_of_range_are_errors(which, value, lowered, plan):
         model(**out_of_range(which, value))
     ranks = fxpar.simulate(model, plan, batch(), lowered=lowered)
     ranks.step(**batch())
-    with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
         ranks.step(**out_of_range(which, value))
 
 

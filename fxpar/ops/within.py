@@ -1,4 +1,4 @@
-"""`within`: numbers of rows, each of which must be one of a table's: what a lookup checks, where each rank has a part of the rows."""
+"""`within`: numbers of rows, each of which a table must have: the check of a lookup, where each rank has a part of the rows."""
 
 from __future__ import annotations
 
