@@ -221,7 +221,7 @@ class ParallelModule(nn.Module):
         if key not in self._compiled:
             if captured not in self._programs:
                 if captured[PARTS] != next(reversed(self._programs))[PARTS]:
-                    self._slots = state.places(self._model, self._slots, self._tilings)
+                    self._slots = state.places(self._model, self._slots, self._tilings, self._bound.mesh)
                 with agree_on_program(self._control) as made:
                     made.append(self._compile_call(call, self._tilings))
                 self._make_room(captured)

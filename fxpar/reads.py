@@ -21,8 +21,8 @@ SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 """Values that are compared by what they are; others are compared by which object they are."""
 
 CONTAINERS = (list, tuple, dict, set, frozenset)
-LONGEST = 256
-"""Elements of a container up to which these are compared, too; of a longer one it is their number."""
+LONGEST, DEEPEST = 256, 8
+"""Elements of a container up to which these are compared, too, and how deep it is looked into; beyond, it is their number."""
 
 MISSING = object()
 """What a slot without a value holds."""
@@ -88,8 +88,8 @@ def _slots(owner: Any, name: str, text: str) -> Iterator[Slot]:
         yield from _of_class(home, name)
 
 
-def _of_torch(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "torch"
+def _of_torch(kind: type | types.FunctionType) -> bool:
+    return str(kind.__module__).partition(".")[0] == "torch"
 
 
 def _of_class(home: type | None, name: str) -> Iterator[Slot]:
@@ -99,9 +99,9 @@ def _of_class(home: type | None, name: str) -> Iterator[Slot]:
         yield from _of_function(getattr(value, "fget", None) or getattr(value, "__func__", value), f"{home.__name__}.{name}")
 
 
-def _of_function(function: Any, text: str) -> Iterator[Slot]:
+def _of_function(function: Any, text: str, seen: tuple[Any, ...] = ()) -> Iterator[Slot]:
     """Values that a method of the user names: global ones and, with those of functions that it wraps, those of its cells."""
-    if not isinstance(function, types.FunctionType) or function.__module__.partition(".")[0] == "torch":
+    if not isinstance(function, types.FunctionType) or function in seen or _of_torch(function):
         return
     for name in function.__code__.co_names:
         if _is_value(function.__globals__.get(name, MISSING)) and not name.startswith("__"):
@@ -110,7 +110,7 @@ def _of_function(function: Any, text: str) -> Iterator[Slot]:
         inside = _Cell(cell)(name, MISSING)
         if _is_value(inside):
             yield Slot(cell, _Cell(cell), name, f"{name} of {text}")
-        yield from _of_function(inside, text)
+        yield from _of_function(inside, text, (*seen, function))
 
 
 def _is_value(value: Any) -> bool:
@@ -165,11 +165,11 @@ def recorded() -> Iterator[Reads]:
     known: set[type] = set()
     unwatched: set[type] = set()
 
-    def follow(value: Any) -> None:
+    def follow(value: Any, depth: int = 0) -> None:
         kind = type(value)
         if kind in CONTAINERS:
-            for part in (value.values() if kind is dict else value) if len(value) <= LONGEST else ():
-                follow(part)
+            for part in (value.values() if kind is dict else value) if len(value) <= LONGEST and depth < DEEPEST else ():
+                follow(part, depth + 1)
         elif kind in unwatched:
             if id(value) not in reads.whole:
                 reads.whole[id(value)] = value
@@ -215,6 +215,25 @@ def recorded() -> Iterator[Reads]:
                 kind.__getattribute__ = own
 
 
+def everything(model: nn.Module) -> Reads:
+    """For a trace that cannot be recorded: as if it had looked at all attributes of modules and of what they lead to."""
+    reads = Reads()
+
+    def follow(value: Any, depth: int) -> None:
+        if isinstance(value, CONTAINERS) and len(value) <= LONGEST and depth < DEEPEST:
+            for part in value.values() if isinstance(value, dict) else value:
+                follow(part, depth + 1)
+        elif _has_attributes(value) and id(value) not in reads.whole and depth < DEEPEST:
+            reads.whole[id(value)] = value
+            follow(_Fields(value)(), depth)
+
+    for module in model.modules():
+        for name in {"forward", *vars(module)} - _MACHINERY:
+            reads.found[id(vars(module)), name] = module, name
+            follow(vars(module).get(name), 0)
+    return reads
+
+
 def _has_attributes(value: Any) -> bool:
     """Whether it is an object with values of its own, such as a config."""
     kinds = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, *SIMPLE)
@@ -226,16 +245,16 @@ def same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, SIMPLE) and a == b)
 
 
-def content(value: Any) -> Any:
+def content(value: Any, depth: int = 0) -> Any:
     """What is compared of a value that can change and be the same object: a tensor's version, the elements of a container."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
     if not isinstance(value, CONTAINERS):
         return value if isinstance(value, SIMPLE) else _Same(value)
-    if len(value) > LONGEST:
+    if len(value) > LONGEST or depth == DEEPEST:
         return type(value), len(value)
     parts = [*value, *value.values()] if isinstance(value, dict) else value
-    return type(value), [(_Same(p), content(p)) if isinstance(p, Tensor) else (type(p), content(p)) for p in parts]
+    return type(value), [(_Same(p) if isinstance(p, Tensor) else type(p), content(p, depth + 1)) for p in parts]
 
 
 class _Same:

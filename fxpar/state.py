@@ -17,9 +17,11 @@ from torch.distributed.tensor import DTensor
 from fxpar import compat
 from fxpar.errors import InputError
 from fxpar.feed import Place
+from fxpar.mesh import Mesh
 from fxpar.passes.layout import Tiling
 from fxpar.program import Program
 from fxpar.reads import CONTAINERS, MISSING, Reads, Slot, content, same
+from fxpar.storage import placements
 
 MOST = 32
 """Programs that are kept of one model."""
@@ -203,7 +205,7 @@ def _short(value: Any) -> str:
     return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
 
 
-def places(model: nn.Module, before: Mapping[str, Place], tilings: dict[str, Tiling]) -> dict[str, Place]:
+def places(model: nn.Module, before: Mapping[str, Place], tilings: dict[str, Tiling], mesh: Mesh) -> dict[str, Place]:
     """Where the parameters and buffers of a model are whose parts have changed; `tilings` of parameters that were moved is
     completed.
 
@@ -215,13 +217,15 @@ def places(model: nn.Module, before: Mapping[str, Place], tilings: dict[str, Til
         for key, p in module._parameters.items():
             name = f"{path}.{key}".strip(".")
             found[name] = module._parameters, key
-            if p is not None and (not isinstance(p, DTensor) or names.get(id(p), name) not in tilings):
+            tiles = tilings.get(names.get(id(p), name))
+            if p is not None and (tiles is None or not isinstance(p, DTensor) or p.dim() != len(tiles)
+                                  or list(p.placements) != placements(tiles, mesh)):
                 raise InputError(
                     f"parameter {name!r} was put into the model after it was made parallel: it is not laid out over the ranks; "
                     "change the model first, and call fxpar.parallelize on the plain model (fxpar.save_checkpoint and "
                     "fxpar.load_checkpoint carry what was trained over)")
-            if p is not None:
-                tilings[name] = tilings[names.get(id(p), name)]
+            if p is not None and tiles is not None:
+                tilings[name] = tiles
         found |= {f"{path}.{key}".strip("."): (module._buffers, key) for key in module._buffers}
     return found
 

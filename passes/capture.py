@@ -31,7 +31,7 @@ from fxpar.passes.grouped import GroupedProducts
 from fxpar.passes.regions import inline_regions
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source, user_line
-from fxpar.reads import recorded
+from fxpar.reads import everything, recorded
 
 aten = torch.ops.aten
 
@@ -56,7 +56,13 @@ def capture(
                                                     (args, kwargs))
     with _grouped_experts(model), as_trained(model, fake_kwargs) as (fake_kwargs, notes), _fake_parameters(
             model, mode, device, plan.param_dtype) as originals:
-        with recorded() as reads:
+        try:
+            with recorded() as reads:
+                exported, prefix = _export(model, fake_args, fake_kwargs)
+        except CaptureError as error:
+            if not type(error.__cause__).__module__.startswith("torch._dynamo."):
+                raise
+            reads = everything(model)  # what is traced by Dynamo (torch.cond) cannot be watched
             exported, prefix = _export(model, fake_args, fake_kwargs)
         inline_regions(exported.graph_module)
         expand_batch_norm(exported.graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -248,3 +249,33 @@ def test_classes_are_as_they_were_after_recording():
         net(torch.ones(4, 4))
     assert not any("__getattribute__" in vars(kind) for kind in (nn.Module, Net, Config))
     assert {"p", "temperature", "act"} <= {name for _, name in reads.found.values()}
+
+
+def test_simulations_see_changes():
+    plain, _, x = made()
+    ranks = fxpar.simulate(plain, "dp=2", (x,))
+    for change in ("a value of a config", "a hook", "a mode", "a part removed", "a frozen parameter"):
+        CHANGES[change](plain, 3.0)
+        assert ranks.step(x).loss.item() == pytest.approx(plain(x).item(), rel=1e-4), change
+
+
+class Chooses(nn.Module):
+    """What torch.cond runs is traced by Dynamo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.factor, self.config = nn.Linear(4, 4), nn.Linear(4, 4), 1.0, Config(2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cond(x.sum() > 0, lambda x: self.a(x) * self.factor, lambda x: self.b(x), (x,))
+        return (y * self.config.temperature).sum()
+
+
+def test_attributes_that_dynamo_reads_are_compared():
+    torch.manual_seed(0)
+    plain, x = Chooses(), torch.ones(2, 4)
+    module = fxpar.parallelize(copy.deepcopy(plain), "dp=1", (x,))
+    for factor, temperature in ((1.0, 2.0), (3.0, 2.0), (3.0, 1.0)):
+        plain.factor = module.factor = factor
+        plain.config.temperature = module.config.temperature = temperature
+        torch.testing.assert_close(module(x), plain(x))
