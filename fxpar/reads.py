@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum)
 """Values that are compared by what they are; others are compared by which object they are."""
@@ -194,7 +194,8 @@ def recorded() -> Iterator[Reads]:
             if key not in reads.found:
                 reads.found[key] = self, name
             value = before(self, name)
-            follow(value)
+            if not isinstance(self, fx.GraphModule):  # with what a tracer keeps on the one that it makes
+                follow(value)
             return value
 
         try:
