@@ -55,7 +55,7 @@ class Accumulator:
         self.spread = mesh.size(*mesh.axes("dp")) > 1
         self.pending: dict[str, Tensor] = {}
         self._boundaries: dict[str, tuple[Program, Variants]] = {}
-        self._variants: dict[int, Variants] = {}
+        self._variants: dict[int, tuple[Program, Variants]] = {}
         self._lowered: dict[int, Callable[..., Any]] = {}
         self._kept: tuple[Any, list[Tensor]] | None = None
         self._synced = False
@@ -89,11 +89,22 @@ class Accumulator:
         """Parameters have changed."""
         self._kept = None
 
+    def drop(self, program: Program) -> None:
+        """`program` is not run any more: keep nothing that was made of it, but what gradients that are kept still need."""
+        if id(program) not in self._variants or any(
+                key in self.pending and owner is program for key, (owner, _) in self._boundaries.items()):
+            return
+        _, variants = self._variants.pop(id(program))
+        self._boundaries = {b.key: pair for pair in self._variants.values() for b in pair[1].boundaries}
+        for made in (variants.hold, variants.release, variants.values, variants.wide):
+            self._lowered.pop(id(made), None)
+        self._kept = None
+
     def _of(self, program: Program) -> Variants:
         if id(program) not in self._variants:
-            variants = self._variants[id(program)] = accumulation(program)
-            self._boundaries.update({b.key: (program, variants) for b in variants.boundaries})
-        return self._variants[id(program)]
+            pair = self._variants[id(program)] = program, accumulation(program)
+            self._boundaries.update({b.key: pair for b in pair[1].boundaries})
+        return self._variants[id(program)][1]
 
     @torch.no_grad()
     def _values(self, program: Program, variants: Variants) -> list[Tensor]:

@@ -11,7 +11,8 @@ from fxpar.backends.runtime import Control
 from fxpar.errors import FxparError, MismatchError
 from fxpar.program import Program
 
-PARTS = ("their inputs", "the mode (training) of submodule {}", "whether parameter {} wants gradients", "autocast", "grad mode")
+PARTS = ("their inputs", "the mode (training) of submodule {}", "whether parameter {} wants gradients",
+         "the parts of the model ({})", "hooks ({})", "attributes that the forward reads ({})", "autocast", "grad mode")
 """What ranks compare of a call, in order; {} is the name of what differs."""
 
 
@@ -31,7 +32,7 @@ def agree_on_call(control: Control, key: tuple, names: Callable[[int], list[str]
     def settle() -> None:
         if equal():
             return
-        everyone = control.exchange([[repr(x) for x in p] if isinstance(p, tuple) and i in (1, 2) else repr(p)
+        everyone = control.exchange([[repr(x) for x in p] if i in (1, 2) else (p, *names(i)) if i in (3, 4, 5) else repr(p)
                                      for i, p in enumerate(key)])
         other = next(r for r, parts in enumerate(everyone) if parts != everyone[0])
         part = next(i for i, pair in enumerate(zip(everyone[0], everyone[other], strict=True)) if pair[0] != pair[1])
@@ -39,6 +40,9 @@ def agree_on_call(control: Control, key: tuple, names: Callable[[int], list[str]
         if isinstance(mine, list):
             at = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), 0)
             mine, theirs, name = mine[at], theirs[at], repr(names(part)[at]) if names(part)[at] else "(the model itself)"
+        elif isinstance(mine, tuple):
+            name = max(mine, theirs)[1]
+            mine, theirs = f"change {mine[0]}", f"change {theirs[0]}"
         raise MismatchError(f"ranks were called differently in {PARTS[part].format(name)}: rank 0 with {mine}, rank {other} with "
                             f"{theirs}; every rank must pass inputs of the same shapes and dtypes to a model in the same state")
 

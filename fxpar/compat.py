@@ -234,6 +234,17 @@ def attach_hooks(tensors: Sequence[Any]) -> None:
                     setattr(t, name, getattr(t, name))
 
 
+def dtypes(tensors: Sequence[torch.Tensor]) -> list[torch.dtype]:
+    """The dtype of each, as `want_gradients`."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [t.dtype for t in tensors]
+
+
+def hooks(module: torch.nn.Module) -> tuple[dict, ...]:
+    """The tables of a module's hooks that run before, in and after a forward or a backward, themselves."""
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+
+
 def local_part(tensor: Any) -> torch.Tensor:
     """This rank's part of a DTensor, detached, without the dispatch that `to_local` costs per parameter."""
     return tensor._local_tensor.detach()

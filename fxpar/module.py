@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from fxpar import compat, identity, storage
+from fxpar import compat, identity, state, storage
 from fxpar import inputs as calls
 from fxpar.accumulation import Accumulator
 from fxpar.agreement import agree_on_call, agree_on_program
@@ -25,12 +26,14 @@ from fxpar.dump import readable
 from fxpar.edges import Edges, whole
 from fxpar.errors import InputError, MismatchError
 from fxpar.feed import Feed, Place
+from fxpar.hugging_face import say
 from fxpar.initialize import init_weights
 from fxpar.inspection import Report, report_of
 from fxpar.mesh import BoundMesh
 from fxpar.passes.layout import Tiling
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.state import PARTS, State
 
 
 @dataclass
@@ -63,18 +66,20 @@ class ParallelModule(nn.Module):
                              _buffers=model._buffers, _non_persistent_buffers_set=model._non_persistent_buffers_set)
         self.training = model.training
         self.plan, self.device = plan, device
-        self._bound, self._control = bound, control
+        self._bound, self._control, self._depends = bound, control, State(model)
         self._compile_call, self._lower = compile_call, lower
         self._runtime = GroupRuntime(bound)
         self._edges = Edges(type(model).__name__, plan, bound, self._runtime)
         self._programs: dict[tuple, Program] = {}
-        self._compiled: dict[tuple, Compiled] = {}
+        self._compiled: OrderedDict[tuple, Compiled] = OrderedDict()  # the least recently used first
+        self._said: set[int] = set()  # numbers of programs
         self._tilings: dict[str, Tiling] = {}
         self._slots: dict[str, Place] = {}
         self._accumulator = Accumulator(plan, bound.mesh, self._lower_graph, self._state)
         self._sync = True
         self._steps = 0
         self.seed = 0
+        self._made = True
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -91,6 +96,19 @@ class ParallelModule(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_model"], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What is not this object's own is the model's: its forward reads it there."""
+        if name == "training" or "_made" not in self.__dict__ or name in self.__dict__ or hasattr(ParallelModule, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self._model, name)
+
     def train(self, mode: bool = True) -> ParallelModule:
         self._model.train(mode)
         return super().train(mode)
@@ -103,8 +121,8 @@ class ParallelModule(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward on this replica's batch. A new signature (shapes, dtypes, the mode of any submodule, which
-        parameters are trained) is captured once.
+        """The model's forward on this replica's batch. A new signature (shapes, dtypes, the state of the model: see
+        `fxpar.state`) is captured once.
 
         Raises: `InputError` for arguments that do not fit; `MismatchError` on every rank if ranks were given
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
@@ -196,40 +214,48 @@ class ParallelModule(nn.Module):
         captured = self._captured(named)
         key = (*captured, torch.is_grad_enabled())
         device = self.device.type
-        settle = agree_on_call(self._control, key, self._names)
+        settle = agree_on_call(self._control, key, lambda part: self._depends.names(part - 1))
         if key not in self._compiled or device != "cuda":
             settle()
             settle = _nothing
         if key not in self._compiled:
             if captured not in self._programs:
+                if captured[PARTS] != next(reversed(self._programs))[PARTS]:
+                    self._slots = state.places(self._model, self._slots, self._tilings, self._bound.mesh)
                 with agree_on_program(self._control) as made:
                     made.append(self._compile_call(call, self._tilings))
+                self._make_room(captured)
                 self._programs[captured] = made[0]
+                self._depends.add(made[0].reads)
             self._compiled[key] = self._compile(self._programs[captured], named)
+        self._compiled.move_to_end(key)
         return self._compiled[key], settle
 
     def _captured(self, named: dict[str, Any]) -> tuple:
-        """What a captured program depends on: the call's leaves, the mode of every submodule, which parameters are trained, and
-        autocast."""
-        modules = _parts(self._model)
-        modes = tuple([module.training for _, module in modules])
-        parameters = [p for _, module in modules for p in module._parameters.values() if p is not None]
-        trained = tuple(compat.want_gradients(parameters))
+        """What a captured program depends on: the call's leaves, the state of the model (see `State.key`), and autocast."""
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return calls.signature(named), modes, trained, auto
+        return calls.signature(named), *self._depends.key(), auto
 
-    def _names(self, part: int) -> list[str]:
-        """Of the submodules, or the parameters, in the order of `_captured`."""
-        paths = {id(module): path for path, module in self._model.named_modules()}
-        modules = [(paths[i], module) for i, module in _parts(self._model)]
-        return [path for path, _ in modules] if part == 1 else [
-            f"{path}.{key}".strip(".") for path, module in modules for key, p in module._parameters.items() if p is not None]
+    def _make_room(self, captured: tuple) -> None:
+        """For another program: forget those of a model of other parts, or the least recently used one."""
+        newest, count = next(reversed(self._programs)), len(self._programs)
+        if count in {state.MANY, state.MOST} - self._said:
+            self._said.add(count)
+            say([state.note(count, captured, newest, self._depends.changed)])
+        forgotten = list(self._programs) if captured[PARTS] != newest[PARTS] else [
+            state.least_used(self._programs, self._compiled)] if count >= state.MOST else []
+        for key in forgotten:
+            self._accumulator.drop(self._programs.pop(key))
+            for grad in (True, False):
+                self._compiled.pop((*key, grad), None)
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its parameter layouts as the ones the parameters are stored in."""
-        self._programs[self._captured(calls.leaves(call))] = program
         self._store(program)
+        self._depends = State(self._model)
+        self._depends.add(program.reads)
+        self._programs[self._captured(calls.leaves(call))] = program
         self._use_copy_engines()
         seeds = self._control.exchange(torch.initial_seed() & 0x7FFFFFFF)
         self.seed = seeds[0]
@@ -384,17 +410,6 @@ class ParallelModule(nn.Module):
 
 def _nothing() -> None:
     pass
-
-
-def _parts(model: nn.Module) -> list[tuple[int, nn.Module]]:
-    """The model and its submodules, with their ids; `nn.Module.modules` takes twice as long, at every step."""
-    found: list[tuple[int, nn.Module]] = []
-    pending: list[nn.Module] = [model]
-    while pending:
-        module = pending.pop()
-        found.append((id(module), module))
-        pending += [child for child in module._modules.values() if child is not None]
-    return found
 
 
 def loss_of(outputs: Any) -> Tensor:

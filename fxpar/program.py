@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec
 
 from fxpar.mesh import Mesh
 from fxpar.plan import Plan
+from fxpar.reads import Reads
 
 SourceKind = Literal["param", "buffer", "constant", "input", "seed"]
 
@@ -56,7 +57,10 @@ class Sink:
 
 @dataclass
 class Program:
-    """A model, captured, with everything the passes have found out about it."""
+    """A model, captured, with everything the passes have found out about it.
+
+    reads: what of the model's attributes, and of the values of its buffers, the program was made of.
+    """
 
     module: fx.GraphModule
     sources: list[Source]
@@ -68,6 +72,7 @@ class Program:
     notes: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    reads: Reads = field(default_factory=Reads)
 
     @property
     def graph(self) -> fx.Graph:

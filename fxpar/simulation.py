@@ -19,6 +19,7 @@ from fxpar.passes.accumulate import Boundary, Variant, accumulation
 from fxpar.passes.layout import Tiling, put, take
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.state import State
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Simulation:
         self.lowered, self.backend, self.transport, self.passes = lowered or backend == "inductor", backend, transport, passes
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.watch: simulate_backend.Watch | None = None
+        self._depends = State(model)
         self._programs: dict[tuple, Program] = {}
         self._stored: dict[str, Tiling] = {}  # the parameters' storage, which the first program decides
         self._ranks: dict[int, Ranks] = {}
@@ -85,11 +87,12 @@ class Simulation:
     def _compile(self, call: Call) -> Program:
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (signature(leaves(call)), self.model.training, auto)
+        key = (signature(leaves(call)), *self._depends.key(), auto)
         if key not in self._programs:
             args, kwargs = call
             self._programs[key] = compile_program(self.model, self.plan, kwargs or args, device=self.device,
                                                   observe=self.observe, pinned=self._stored)
+            self._depends.add(self._programs[key].reads)
             for node, source in self._programs[key].source_of().items():
                 if source.kind == "param":
                     self._stored.setdefault(source.name, node.meta["tiling"])

@@ -31,6 +31,7 @@ from fxpar.passes.grouped import GroupedProducts
 from fxpar.passes.regions import inline_regions
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source, user_line
+from fxpar.reads import everything, recorded
 
 aten = torch.ops.aten
 
@@ -55,7 +56,14 @@ def capture(
                                                     (args, kwargs))
     with _grouped_experts(model), as_trained(model, fake_kwargs) as (fake_kwargs, notes), _fake_parameters(
             model, mode, device, plan.param_dtype) as originals:
-        exported, prefix = _export(model, fake_args, fake_kwargs)
+        try:
+            with recorded() as reads:
+                exported, prefix = _export(model, fake_args, fake_kwargs)
+        except CaptureError as error:
+            if not type(error.__cause__).__module__.startswith("torch._dynamo."):
+                raise
+            reads = everything(model)  # what is traced by Dynamo (torch.cond) cannot be watched
+            exported, prefix = _export(model, fake_args, fake_kwargs)
         inline_regions(exported.graph_module)
         expand_batch_norm(exported.graph)
         expand_dropout(exported.graph)
@@ -67,6 +75,7 @@ def capture(
                 raise _capture_error(error) from error
             inline_regions(exported.graph_module)
     program = _program(exported, prefix, model, originals, plan, mesh)
+    program.reads = reads
     _require_shapes(program.graph)
     program.notes += notes
     say(notes)

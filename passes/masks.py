@@ -176,6 +176,7 @@ def _rewrite(program: Program, node: fx.Node, mask: fx.Node, allowed: Verdict | 
     sources = program.source_of()
     for name in sorted(sources[n].name for n in _cone(mask) if n in sources):
         program.note(f"the attention mask in {name} was read when the model was captured")
+        program.reads.buffers.add(name)
 
 
 def _forget_strides(graph: fx.Graph) -> None:

@@ -213,6 +213,22 @@ def test_memory_and_want_gradients():
     assert compat.want_gradients([p, frozen, torch.ones(1, requires_grad=True)]) == [True, False, True]
 
 
+def test_dtypes():
+    p = nn.Parameter(DTensor.from_local(torch.ones(2, dtype=torch.float16), one_rank_mesh(), [Shard(0)]))
+    assert compat.dtypes([p, torch.ones(1)]) == [torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("register", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+def test_hooks(register):
+    module = nn.Linear(1, 1)
+    tables = compat.hooks(module)
+    assert not any(tables)
+    handle = getattr(module, f"register_{register}")(print)
+    assert sum(map(len, tables)) == 1 and [v for t in tables for v in t.values()] == [print]
+    handle.remove()
+    assert not any(tables)
+
+
 def test_local_part_and_like_dtensor():
     p = DTensor.from_local(torch.arange(6.0).view(2, 3), one_rank_mesh(), [Shard(0)]).requires_grad_()
     local = compat.local_part(p)

@@ -110,3 +110,47 @@ def test_the_same_dropout_under_any_plan():
     ]
     assert max(losses) - min(losses) < 1e-6 * losses[0]
     assert abs(fxpar.simulate(model, "dp=1", batch()).step(**batch(), seed=8).loss.item() - losses[0]) > 1e-3
+
+
+def out_of_range(which, value):
+    """A batch with one label, or one token id, that may be none."""
+    made = batch()
+    made[which][1, 2] = value
+    return made
+
+
+OUT_OF_RANGE = [("ids", VOCAB), ("ids", -1), ("labels", VOCAB + 1000), ("labels", -7)]
+
+
+@pytest.mark.parametrize("plan", ["dp=1", "dp=2", "tp=2", "dp=2,zero=3", "dp=2,tp=2"])
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("which, value", OUT_OF_RANGE)
+def test_labels_and_ids_out_of_range_are_errors(which, value, lowered, plan):
+    model = Head(LOSSES["weighted"])
+    with pytest.raises(IndexError):
+        model(**out_of_range(which, value))
+    ranks = fxpar.simulate(model, plan, batch(), lowered=lowered)
+    ranks.step(**batch())
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        ranks.step(**out_of_range(which, value))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiled_programs_check_labels_and_ids(grad):
+    model = fxpar.parallelize(Head(LOSSES["shifted"]), "dp=1", batch(), backend="inductor")
+    with torch.set_grad_enabled(grad):
+        model(**batch())
+        for which, value in OUT_OF_RANGE:
+            with pytest.raises(RuntimeError, match="out of bounds"):
+                model(**out_of_range(which, value))
+
+
+def test_the_only_label_that_is_ignored_is_the_one_asked_for():
+    model = Head(lambda x, y, w: F.cross_entropy(*flat(x, y), ignore_index=VOCAB + 3))
+    labels = batch()["labels"].clamp(min=0)
+    labels[0, 0] = VOCAB + 3
+    inputs = {"ids": batch()["ids"], "labels": labels}
+    assert_equivalent(model, "tp=2", inputs)
+    ranks = fxpar.simulate(model, "tp=2", inputs)
+    with pytest.raises(IndexError, match=f"less than {VOCAB}"):
+        ranks.step(**out_of_range("labels", -100))

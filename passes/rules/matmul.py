@@ -11,6 +11,7 @@ from fxpar.errors import UnsupportedOperator
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.pick import pick
+from fxpar.ops.within import within
 from fxpar.passes.factors import Dim, Factor, extent
 from fxpar.passes.rules.registry import notation, rule
 from fxpar.passes.rules.spec import Op, Operand, Spec, einsum, unknown
@@ -166,7 +167,10 @@ def recurrent(op: Op) -> Spec:
 
 @rule(aten.embedding.default)
 def embedding(op: Op) -> Spec:
-    """A table lookup; split over its rows each rank looks up what it has, and the sum is pending."""
+    """A table lookup; split over its rows each rank looks up what it has, and the sum is pending.
+
+    Whether there are such rows is checked in every layout: compilers count negative ones from the end.
+    """
     table, ids = op["weight"], op["indices"]
     spec = einsum(op, "v d, ... -> ... d", [table, ids])
     spec.emit, spec.leading = _emit_embedding, [op.dim(table, 0)]
@@ -177,9 +181,10 @@ def embedding(op: Op) -> Spec:
 
 def _emit_embedding(local):
     weight, ids, *rest = local.args
+    ids = local.call(within, ids, extent(local.spec.operands[0].dims[0]))
     offset = local.offset(local.spec.operands[0].dims[0])
     if offset is None:
-        return local.default()
+        return local.call(aten.embedding.default, weight, ids, *rest, **local.kwargs)
     rows = local.extent(local.spec.operands[0].dims[0])
     at = local.call(aten.sub.Tensor, ids, offset)
     mine = local.call(aten.logical_and.default, local.call(aten.ge.Scalar, at, 0), local.call(aten.lt.Scalar, at, rows))
@@ -208,6 +213,7 @@ def pick_one(op: Op) -> Spec:
 
 def _emit_pick(local):
     x, index = local.args
+    index = local.call(within, index, extent(local.spec.operands[0].dims[-1]))
     offset = local.offset(local.spec.operands[0].dims[-1])
     return local.call(pick, x, index if offset is None else local.call(aten.sub.Tensor, index, offset))
 

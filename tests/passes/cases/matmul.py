@@ -126,7 +126,7 @@ def embedding(g: Gen):
 def pick_one(g: Gen):
     lead, classes = g.shape(0, 2), g.n(2)
     index = g.i(classes, *lead)
-    return g.f(*lead, classes), torch.where(g.b(*lead), index, -100) if g.maybe(0.3) else index
+    return g.f(*lead, classes), index
 
 
 @case(aten.scaled_dot_product_attention.default)
