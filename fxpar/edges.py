@@ -184,6 +184,10 @@ class Edges:
         return [_Leave.apply(out, crossing, kind) if sink.kind == "output" and out.requires_grad else out
                 for out, sink, kind in zip(outs, sinks, kinds, strict=True)]
 
+    def drop(self, program: Program) -> None:
+        """The program will not be run again."""
+        self._programs.pop(id(program), None)
+
     def _of(self, program: Program) -> tuple[dict[str, bool], tuple[Kind, ...]]:
         """Which inputs of a program are split over replicas, and the kinds of its outputs."""
         if id(program) not in self._programs:

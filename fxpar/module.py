@@ -246,7 +246,9 @@ class ParallelModule(nn.Module):
         forgotten = list(self._programs) if captured[PARTS] != newest[PARTS] else [
             state.least_used(self._programs, self._compiled)] if count >= state.MOST else []
         for key in forgotten:
-            self._accumulator.drop(self._programs.pop(key))
+            program = self._programs.pop(key)
+            self._accumulator.drop(program)
+            self._edges.drop(program)
             for grad in (True, False):
                 self._compiled.pop((*key, grad), None)
 
