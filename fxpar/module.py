@@ -24,12 +24,13 @@ from fxpar.backends.runtime import Control, GroupRuntime
 from fxpar.clip import clip_grad_norm
 from fxpar.dump import readable
 from fxpar.edges import Edges, whole
-from fxpar.errors import InputError, MismatchError
+from fxpar.errors import CaptureError, InputError, MismatchError, UnsupportedOperator
 from fxpar.feed import Feed, Place
 from fxpar.hugging_face import say
 from fxpar.initialize import init_weights
 from fxpar.inspection import Report, report_of
 from fxpar.mesh import BoundMesh
+from fxpar.numbers import Numbers
 from fxpar.passes.layout import Tiling
 from fxpar.plan import Plan
 from fxpar.program import Program
@@ -69,6 +70,7 @@ class ParallelModule(nn.Module):
         self._bound, self._control, self._depends = bound, control, State(model)
         self._compile_call, self._lower = compile_call, lower
         self._runtime = GroupRuntime(bound)
+        self._numbers = Numbers(device)
         self._edges = Edges(type(model).__name__, plan, bound, self._runtime)
         self._programs: dict[tuple, Program] = {}
         self._compiled: OrderedDict[tuple, Compiled] = OrderedDict()  # the least recently used first
@@ -127,9 +129,7 @@ class ParallelModule(nn.Module):
         Raises: `InputError` for arguments that do not fit; `MismatchError` on every rank if ranks were given
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
         """
-        call = calls.canonical(self._model, args, kwargs)
-        named = whole(calls.leaves(call))
-        compiled, settle = self._lookup(call, named)
+        named, compiled, settle = self._found(calls.canonical(self._model, args, kwargs))
         program = compiled.program
         named, crossing = self._edges.enter(program, named)
         step = None
@@ -205,6 +205,17 @@ class ParallelModule(nn.Module):
         mesh = self._bound.mesh
         return tuple(a for a in mesh.axes("dp") if mesh.size(a) > 1)
 
+    def _found(self, call: calls.Call) -> tuple[dict[str, Any], Compiled, Callable[[], None]]:
+        """The leaves of a call as its program takes them, and what `_lookup` returns for it."""
+        prepared = self._numbers.prepared(call)
+        named = whole(calls.leaves(prepared))
+        try:
+            return named, *self._lookup(prepared, named)
+        except (CaptureError, UnsupportedOperator):
+            if not self._numbers.refused():
+                raise
+        return self._found(call)
+
     def _lookup(self, call: calls.Call, named: dict[str, Any]) -> tuple[Compiled, Callable[[], None]]:
         """What runs this call, whose leaves are `named`, and what to call after it was started.
 
@@ -223,7 +234,7 @@ class ParallelModule(nn.Module):
                 if captured[PARTS] != next(reversed(self._programs))[PARTS]:
                     self._slots = state.places(self._model, self._slots, self._tilings, self._bound.mesh)
                 with agree_on_program(self._control) as made:
-                    made.append(self._compile_call(call, self._tilings))
+                    made.append(self._numbers.checked(self._compile_call(call, self._tilings)))
                 self._make_room(captured)
                 self._programs[captured] = made[0]
                 self._depends.add(made[0].reads)

@@ -87,7 +87,9 @@ def capture(
 
 
 def _fake_input(mode: compat.FakeTensorMode, t: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-    return compat.fake_like(mode, t, device, dtype if t.is_floating_point() else None).requires_grad_(t.requires_grad)
+    """dtype: of those that are computed with; a number that is a tensor, which decides of no other's dtype, keeps its own."""
+    cast = dtype if t.is_floating_point() and t.dim() else None
+    return compat.fake_like(mode, t, device, cast).requires_grad_(t.requires_grad)
 
 
 def _copy(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

@@ -25,8 +25,7 @@ def cast_parameters(program: Program) -> Program:
     plan's `reduce_dtype`, else the storage dtype. Raises: `CaptureError` for a product of values in different dtypes, which
     PyTorch has not: the model makes a value of its own in the dtype that parameters are stored in.
     """
-    if program.plan.param_dtype is not None:
-        _require_equal_dtypes(program)
+    _require_equal_dtypes(program)
     for node, source in program.source_of().items():
         computed: Any = node.meta["val"]
         if source.kind not in ("param", "input") or not isinstance(computed, torch.Tensor) or not computed.is_floating_point():
@@ -58,6 +57,8 @@ def _require_equal_dtypes(program: Program) -> None:
         dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}
         if len(dtypes) > 1:
             names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-            raise CaptureError(f"a product of {names} values ({node.target}) under param_dtype", user_line(node) or None,
+            under = program.plan.param_dtype is not None
+            raise CaptureError(f"a product of {names} values ({node.target})" + " under param_dtype" * under,
+                               user_line(node) or None,
                                "make values of your own in the dtype of what they meet (torch.zeros(..., dtype=x.dtype), "
-                               ".to(x.dtype)), or leave param_dtype out")
+                               ".to(x.dtype))" + ", or leave param_dtype out" * under)

@@ -199,20 +199,20 @@ def test_programs_are_bounded_and_it_is_said(monkeypatch, caplog):
             super().__init__()
             self.linear = plain
 
-        def forward(self, x: Tensor, by: float) -> Tensor:
+        def forward(self, x: Tensor, by: int) -> Tensor:
             return self.linear(x) * by
 
     want = plain(x).detach()
-    module = fxpar.parallelize(Scaled(), "dp=1", {"x": x, "by": 1.0})
+    module = fxpar.parallelize(Scaled(), "dp=1", {"x": x, "by": 1})
     with caplog.at_level(logging.WARNING, "fxpar"):
-        for by in (1.0, 2.0, 3.0, 1.0, 4.0, 5.0, 6.0, 1.0):
+        for by in (1, 2, 3, 1, 4, 5, 6, 1):
             torch.testing.assert_close(module(x, by), want * by)
-            module(x, 1.0)
+            module(x, 1)
             assert len(module._programs) <= 4 and len(module._compiled) <= 4
     said = [r.getMessage() for r in caplog.records if "programs of this model" in r.getMessage()]
-    assert len(said) == 2 and "input 'by' (2.0, then 3.0)" in said[0] and "The 4 used last are kept" in said[1]
+    assert len(said) == 2 and "input 'by' (2, then 3)" in said[0] and "The 4 used last are kept" in said[1]
     kept = {key[0][1][1] for key in module._programs}
-    assert kept == {1.0, 4.0, 5.0, 6.0}
+    assert kept == {1, 4, 5, 6}
 
 
 def of_a_rank(rank: int, alike: bool) -> str:
