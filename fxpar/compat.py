@@ -136,6 +136,31 @@ def checkpoints_inlined() -> Iterator[None]:
         del function.apply
 
 
+@contextlib.contextmanager
+def functions_applied_by(apply: Callable) -> Iterator[None]:
+    """Inside, ``F.apply(...)`` of every custom autograd Function F is ``apply(F, ...)``."""
+    function: Any = torch.autograd.Function
+    original = function.__dict__["apply"]
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = original
+
+
+def has_setup_context(function: Any) -> bool:
+    """Whether a custom autograd Function's forward takes no `ctx`."""
+    return torch.autograd.function._is_setup_context_defined(function.setup_context)
+
+
+def trace(function: Callable, inputs: list[torch.Tensor]) -> fx.GraphModule:
+    """What a function does with fake tensors, autograd included, as a graph of ATen operators with ``meta["val"]``."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with detect_fake_mode(inputs) or contextlib.nullcontext():
+        return make_fx(function)(*inputs)
+
+
 def strided_shard(dim: int, split_factor: int) -> Any:
     """The DTensor placement of a factor that lies inside a dim, behind `split_factor` others.
 

@@ -27,6 +27,7 @@ from fxpar.feed import Feed, Place
 from fxpar.initialize import init_weights
 from fxpar.inspection import Report, report_of
 from fxpar.mesh import BoundMesh
+from fxpar.passes.attributes import put_back
 from fxpar.passes.layout import Tiling
 from fxpar.plan import Plan
 from fxpar.program import Program
@@ -311,14 +312,16 @@ class ParallelModule(nn.Module):
 
     def _outputs(self, program: Program, outs: Any) -> Any:
         flat: list[Any] = []
+        stored: list[Any] = []
         made = iter(zip(outs, program.outputs(), strict=True))
         for sink in program.sinks:
             if sink.kind == "literal":
                 flat.append(sink.constant)
                 continue
             out, node = next(made)
-            if sink.kind == "output":
-                flat.append(self._as_output(out, node))
+            if sink.kind != "buffer":
+                (flat if sink.kind == "output" else stored).append(self._as_output(out, node))
+        put_back(program.writes, stored)
         return pytree.tree_unflatten(flat, program.out_spec)
 
     def _as_output(self, out: Tensor, node: Any) -> Any:

@@ -293,7 +293,7 @@ def _check_replicas(name: str, parts: Iterable[Tensor], total: Tensor, node, pro
 def unflatten(program: Program, tensors: list[Any]) -> Any:
     """The user's output structure from the program's flat outputs (buffers left out)."""
     values = iter([t for t, s in zip(tensors, program.tensor_sinks(), strict=True) if s.kind == "output"])
-    flat = [s.constant if s.kind == "literal" else next(values) for s in program.sinks if s.kind != "buffer"]
+    flat = [s.constant if s.kind == "literal" else next(values) for s in program.sinks if s.kind in ("output", "literal")]
     return pytree.tree_unflatten(flat, program.out_spec)
 
 
