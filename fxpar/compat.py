@@ -161,6 +161,28 @@ def trace(function: Callable, inputs: list[torch.Tensor]) -> fx.GraphModule:
         return make_fx(function)(*inputs)
 
 
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+         "_forward_pre_hooks_with_kwargs")
+"""Where a module keeps the hooks that run around its forward."""
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks that run around every module's forward or backward."""
+    return any(getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in
+               ("forward", "forward_pre", "backward", "backward_pre"))
+
+
+@contextlib.contextmanager
+def without_forward_hooks(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, the hooks around this module's own forward do not run."""
+    kept = {name: module.__dict__[name] for name in HOOKS}
+    module.__dict__.update({name: type(table)() for name, table in kept.items()})
+    try:
+        yield
+    finally:
+        module.__dict__.update(kept)
+
+
 def strided_shard(dim: int, split_factor: int) -> Any:
     """The DTensor placement of a factor that lies inside a dim, behind `split_factor` others.
 

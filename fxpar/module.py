@@ -70,7 +70,8 @@ class ParallelModule(nn.Module):
                  compile_call: Callable[..., Program], lower: Callable[..., Callable]):
         super().__init__()
         self.__dict__.update(_model=model, _modules=model._modules, _parameters=model._parameters,
-                             _buffers=model._buffers, _non_persistent_buffers_set=model._non_persistent_buffers_set)
+                             _buffers=model._buffers, _non_persistent_buffers_set=model._non_persistent_buffers_set,
+                             **{name: getattr(model, name) for name in compat.HOOKS})
         self.training = model.training
         self.plan, self.device = plan, device
         self._bound, self._control = bound, control

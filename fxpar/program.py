@@ -8,6 +8,7 @@ is to the user's model, so that no pass has to parse names.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ _LIBRARY = re.compile(r"[/\\](torch|fxpar|passes|backends)[/\\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
+@functools.cache
 def is_library_file(path: str) -> bool:
     """Whether a line of this file is torch's or fxpar's, and not the user's."""
     return _LIBRARY.search(path) is not None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.errors import CaptureError
@@ -63,7 +64,8 @@ class Recorded:
 
 @contextlib.contextmanager
 def recorded_attributes(model: nn.Module, traced: Traced) -> Iterator[Recorded]:
-    """Inside, the model's forward returns its outputs and a tuple of tensors: those that it stores, then the marks of hooks.
+    """Inside, the model's forward returns its outputs and a tuple of tensors: those that it stores, then the marks of hooks;
+    hooks around it do not run.
 
     Afterwards: attributes are as they were. Raises: `CaptureError` for what cannot be stored again.
     """
@@ -74,6 +76,7 @@ def recorded_attributes(model: nn.Module, traced: Traced) -> Iterator[Recorded]:
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         before = _snapshot(model)
+        traced.given = {id(t) for t in pytree.tree_leaves((args, kwargs))}
         record.places = {id(t): (f"{h.name}.{key}", (h.holder, key)) for h in before for key, t in h.entries() if
                          isinstance(t, Tensor)}
         parts = _parts(model)
@@ -93,7 +96,8 @@ def recorded_attributes(model: nn.Module, traced: Traced) -> Iterator[Recorded]:
 
     model.__dict__["forward"] = forward
     try:
-        yield record
+        with compat.without_forward_hooks(model):
+            yield record
     finally:
         del model.__dict__["forward"]
         if mine is not None:

@@ -143,7 +143,8 @@ def _fake_tensor_of(
 def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple,
             kwargs: dict[str, Any]) -> tuple[torch.export.ExportedProgram, str, Recorded]:
     """The exported program, the prefix its names carry ("model." where autocast had to be moved inside), and what the forward
-    left in attributes."""
+    left in attributes. (Forward hooks of submodules are part of it; the model's own run around the program.)"""
+    _refuse_hooks(model)
     traced = Traced({id(p): _place(model, name) for name, p in originals.items()})
     root, device, prefix = model, next((t.device.type for t in model.parameters()), "cpu"), ""
     if torch.is_autocast_enabled(device):
@@ -157,11 +158,34 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple,
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None
     except Exception as error:
         raise _capture_error(error) from error
+    traced.require_nothing_kept()
     if drawn != host_draws():
         raise CaptureError("random numbers of Python's random or numpy in the forward: every step would use the same", None,
                            "make them outside of the model and pass them in, or switch off what draws them (a Hugging Face "
                            "config's mask_time_prob and mask_feature_prob, layerdrop)")
     return exported, prefix, record
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    """Raises: `CaptureError` for hooks of modules that a trace cannot carry."""
+    for path, module in model.named_modules():
+        hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+        if hooks:
+            raise CaptureError(f"the backward hook {_name(hooks[0])} of {path or 'the model'} ({type(module).__name__})",
+                               _line_of(hooks[0]), "remove it; a forward hook that calls register_hook on the output with a "
+                               "function that is linear in the gradient is captured, and so is a custom autograd Function")
+    if compat.has_global_hooks():
+        raise CaptureError("hooks on all modules (torch.nn.modules.module.register_module_...)", None, "register hooks on the "
+                           "modules that they are for")
+
+
+def _name(hook: Any) -> str:
+    return getattr(hook, "__qualname__", type(hook).__qualname__)
+
+
+def _line_of(hook: Any) -> str | None:
+    code = getattr(hook, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else None
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:

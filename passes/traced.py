@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.errors import CaptureError
 from fxpar.passes.functions import line_here, record_hook
+from fxpar.program import is_library_file
 
 _DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -50,6 +53,8 @@ class Traced(TorchFunctionMode):
         self.places = places
         self.draws: list[torch.Tensor] = []
         self.hooks: list[torch.Tensor] = []
+        self.given: set[int] = set()
+        self._made: list[tuple[Any, Any]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
@@ -66,7 +71,21 @@ class Traced(TorchFunctionMode):
         made = func(*args, **kwargs)
         if func is torch.rand and made.dim() == 0:
             self.draws.append(made)
+        fakes = [t for t in pytree.tree_leaves(made) if isinstance(t, compat.FakeTensor)]
+        if fakes:
+            line = _frame()
+            self._made += [(weakref.ref(t), line) for t in fakes]
         return made
+
+    def require_nothing_kept(self) -> None:
+        """Raises: `CaptureError` if somebody still has a tensor that was made, now that the trace is over: it has no values."""
+        gc.collect()
+        for ref, line in self._made:
+            t = ref()
+            if t is not None and id(t) not in self.given and not isinstance(t, nn.Parameter):
+                raise CaptureError(f"a forward that keeps a tensor of shape {tuple(t.shape)} outside of the model's attributes"
+                                   f"{_held(t)}", line, "keep it in an attribute of a module, or in a list or dict that an "
+                                   "attribute holds, or return it")
 
     def _found(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments, with the module's own parameters for those that come from elsewhere."""
@@ -91,6 +110,24 @@ class _Handle:
 
     def remove(self) -> None:
         raise CaptureError("a tensor hook that is removed inside of the forward", line_here(), "do not register it")
+
+
+def _frame() -> str:
+    """The user's innermost line on the stack, as `line_here` has it, sooner."""
+    frame = sys._getframe(2)
+    while frame is not None and is_library_file(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _held(t: torch.Tensor) -> str:
+    for holder in gc.get_referrers(t):
+        if type(holder) is dict:
+            key = next((k for k, v in holder.items() if v is t), None)
+            return f", in a dict under {key!r}"
+        if type(holder) is list:
+            return ", in a list"
+    return ""
 
 
 def _is_foreign(t: Any) -> bool:
