@@ -11,7 +11,8 @@ from fxpar.backends.runtime import Control
 from fxpar.errors import FxparError, MismatchError
 from fxpar.program import Program
 
-PARTS = ("their inputs", "the mode (training) of submodule {}", "whether parameter {} wants gradients", "autocast", "grad mode")
+PARTS = ("their inputs", "the mode (training) of submodule {}", "whether parameter {} wants gradients", "autocast",
+         "what earlier calls left in attributes", "grad mode")
 """What ranks compare of a call, in order; {} is the name of what differs."""
 
 

@@ -27,7 +27,7 @@ from fxpar.feed import Feed, Place
 from fxpar.initialize import init_weights
 from fxpar.inspection import Report, report_of
 from fxpar.mesh import BoundMesh
-from fxpar.passes.attributes import put_back
+from fxpar.passes.attributes import Left, put_back
 from fxpar.passes.layout import Tiling
 from fxpar.plan import Plan
 from fxpar.program import Program
@@ -82,6 +82,7 @@ class ParallelModule(nn.Module):
         self._tilings: dict[str, Tiling] = {}
         self._slots: dict[str, Place] = {}
         self._accumulator = Accumulator(plan, bound.mesh, self._lower_graph, self._state)
+        self._left = Left()
         self._sync = True
         self._steps = 0
         self.seed = 0
@@ -206,20 +207,23 @@ class ParallelModule(nn.Module):
             if captured not in self._programs:
                 with agree_on_program(self._control) as made:
                     made.append(self._compile_call(call, self._tilings))
+                    self._left.add(made[0], captured[:-1])
+                captured = self._captured(named)
+                key = (*captured, torch.is_grad_enabled())
                 self._programs[captured] = made[0]
             self._compiled[key] = self._compile(self._programs[captured], named)
         return self._compiled[key], settle
 
     def _captured(self, named: dict[str, Any]) -> tuple:
-        """What a captured program depends on: the call's leaves, the mode of every submodule, which parameters are trained, and
-        autocast."""
+        """What a captured program depends on: the call's leaves, the mode of every submodule, which parameters are trained,
+        autocast, and what forwards left in attributes."""
         modules = _parts(self._model)
         modes = tuple([module.training for _, module in modules])
         parameters = [p for _, module in modules for p in module._parameters.values() if p is not None]
         trained = tuple(compat.want_gradients(parameters))
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return calls.signature(named), modes, trained, auto
+        return calls.signature(named), modes, trained, auto, self._left.state()
 
     def _names(self, part: int) -> list[str]:
         """Of the submodules, or the parameters, in the order of `_captured`."""
@@ -230,6 +234,7 @@ class ParallelModule(nn.Module):
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its parameter layouts as the ones the parameters are stored in."""
+        self._left.add(program, self._captured(calls.leaves(call))[:-1])
         self._programs[self._captured(calls.leaves(call))] = program
         self._store(program)
         self._use_copy_engines()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.errors import CaptureError
 from fxpar.passes.traced import Traced
+from fxpar.program import Program
 
 SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 OWN = {"_parameters", "_buffers", "_modules", "forward"}
@@ -42,24 +43,25 @@ class Made:
 class Write:
     """A forward's assignment ``holder[key] = value``, or, where key is None, ``holder.extend(value)``.
 
-    value: lists, tuples and dicts of Python values, of tensors that the model has, and of `Made`. before: what was there.
+    value: lists, tuples and dicts of Python values, of tensors that the model has, and of `Made`. read: whether the forward may
+    have looked at what was there before.
     """
 
     name: str
     holder: Holder
     key: Any
     value: Any
-    before: Any = None
+    read: bool = True
 
 
 @dataclass
 class Recorded:
     """What one forward left behind, as far as it differs from what was there; `names` of the outputs that are beside the model's
-    own (None: a mark). places: where attributes hold tensors, by their ids, and what those places are called."""
+    own (None: a mark). places: where attributes hold tensors, by their ids."""
 
     writes: list[Write] = field(default_factory=list)
     names: list[str | None] = field(default_factory=list)
-    places: dict[int, tuple[str, Place]] = field(default_factory=dict)
+    places: dict[int, Place] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -77,11 +79,11 @@ def recorded_attributes(model: nn.Module, traced: Traced) -> Iterator[Recorded]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         before = _snapshot(model)
         traced.given = {id(t) for t in pytree.tree_leaves((args, kwargs))}
-        record.places = {id(t): (f"{h.name}.{key}", (h.holder, key)) for h in before for key, t in h.entries() if
-                         isinstance(t, Tensor)}
+        record.places = {id(t): (h.holder, key) for h in before for key, t in h.entries() if isinstance(t, Tensor)}
         parts = _parts(model)
         try:
-            out = original(*args, **kwargs)
+            with _watched({id(h.holder): h for h in before}):
+                out = original(*args, **kwargs)
             if parts != _parts(model):
                 raise CaptureError("a forward that adds, replaces or removes parameters or submodules", None,
                                    "do so before, and call fxpar.parallelize afterwards")
@@ -102,6 +104,85 @@ def recorded_attributes(model: nn.Module, traced: Traced) -> Iterator[Recorded]:
         del model.__dict__["forward"]
         if mine is not None:
             model.__dict__["forward"] = mine
+
+
+@contextlib.contextmanager
+def _watched(held: dict[int, _Held]) -> Iterator[None]:
+    """Inside, modules' `_Held` know which of their attributes were read as they had been."""
+
+    def getattribute(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        mine = held.get(id(object.__getattribute__(module, "__dict__")))
+        if mine is not None and name in mine.before and mine.before[name] is value:
+            mine.read.add(name)
+        return value
+
+    def absent(module: nn.Module, name: str) -> Any:
+        mine = held.get(id(module.__dict__))
+        if mine is not None:
+            mine.read.add(name)
+        return original(module, name)
+
+    original = nn.Module.__getattr__
+    nn.Module.__getattribute__, nn.Module.__getattr__ = getattribute, absent  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+
+
+class Left:
+    """The places that the forwards of a model write or read besides parameters and buffers, as far as its programs show."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, Any], Place] = {}
+        self._split: dict[tuple[int, Any], str] = {}
+        self._numbers: dict[tuple, Any] = {}
+
+    def state(self) -> tuple:
+        """What a program depends on, of what is there now: Python values, the shapes of tensors, the lengths of lists."""
+        return tuple([_described(holder, key) for holder, key in self._places.values()])
+
+    def add(self, program: Program, call: tuple) -> None:
+        """Know the places of a program that was captured for `call`.
+
+        Raises: `CaptureError` where the next call would not be as this one (a counter), and where a forward reads a tensor of
+        which ranks hold parts.
+        """
+        parts = {s.name for s, n in zip(program.tensor_sinks(), program.outputs(), strict=True)
+                 if s.kind == "attribute" and any(p.axes for dim in n.meta["tiling"] for p in dim)}
+        for write in program.writes:
+            place = id(write.holder), write.key
+            if write.read:
+                self._places[place] = write.holder, write.key
+            if write.name in parts:
+                self._split[place] = write.name
+            if isinstance(write.value, SIMPLE):
+                if not _same(self._numbers.setdefault((call, *place), write.value), write.value):
+                    raise CaptureError(f"a forward that changes {write.name} at every call (it is {write.value!r} now)", None,
+                                       "keep a tensor in a buffer (register_buffer), or count outside of forward")
+        for source in program.sources:
+            if source.place is not None:
+                holder, key = source.place
+                self._places[id(holder), key] = holder, key
+        wrong = [name for place, name in self._split.items() if any(
+            s.place is not None and (id(s.place[0]), s.place[1]) == place for s in program.sources)]
+        if wrong:
+            raise CaptureError(f"a forward that reads what it stored in {wrong[0]} in an earlier call, of which every rank has a "
+                               "part", None, "return it, and pass it in at the next call")
+
+
+def _described(holder: Holder, key: Any) -> Any:
+    if key is None:
+        return len(holder)
+    try:
+        value = holder[key]
+    except (KeyError, IndexError):
+        return "absent"
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.requires_grad
+    return value if isinstance(value, SIMPLE) else (type(value).__name__, len(value) if isinstance(value, Sized) else None)
 
 
 def put_back(writes: list[Write], tensors: list[Tensor]) -> None:
@@ -140,6 +221,7 @@ class _Held:
     def __init__(self, name: str, holder: Holder, skip: Callable[[Any], bool] = lambda key: False):
         self.name, self.holder, self.skip = name, holder, skip
         self.before: Any = self.now()
+        self.read: set[str] = set()
 
     def now(self) -> Any:
         if isinstance(self.holder, dict):
@@ -175,7 +257,8 @@ class _Held:
 
     def _write(self, key: Any, value: Any, tensors: list[Tensor]) -> Write:
         name = f"{self.name}.{key}"
-        return Write(name, self.holder, key, self._template(name, value, tensors), self.before.get(key))
+        read = self.skip is not _is_own or key in self.read
+        return Write(name, self.holder, key, self._template(name, value, tensors), read)
 
     def _template(self, name: str, value: Any, tensors: list[Tensor]) -> Any:
         if isinstance(value, Tensor) and (isinstance(value, compat.FakeTensor) or value.requires_grad):

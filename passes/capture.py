@@ -298,8 +298,8 @@ def _sources(
         elif spec.kind is InputKind.BUFFER:
             out.append(Source("buffer", tied.get(name, name), state.get(spec.target, val)))
         elif spec.kind is InputKind.CONSTANT_TENSOR:
-            _, place = record.places.get(id(state[spec.target]), ("", None))
-            out.append(Source("constant", spec.target, _checked(state[spec.target], node), place=place))
+            value = state[spec.target]
+            out.append(Source("constant", spec.target, _checked(value, node), place=record.places.get(id(value))))
         elif spec.kind is InputKind.USER_INPUT:
             grad = isinstance(val, torch.Tensor) and val.requires_grad
             out.append(Source("input", next(paths), val, grad))

@@ -79,6 +79,8 @@ class Traced(TorchFunctionMode):
 
     def require_nothing_kept(self) -> None:
         """Raises: `CaptureError` if somebody still has a tensor that was made, now that the trace is over: it has no values."""
+        self.draws.clear()
+        self.hooks.clear()
         gc.collect()
         for ref, line in self._made:
             t = ref()
