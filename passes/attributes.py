@@ -73,26 +73,28 @@ def recorded_attributes(model: nn.Module, traced: Traced) -> Iterator[Recorded]:
     """
     record = Recorded()
     original: Callable = model.forward
-    mine = model.__dict__.get("forward")
+    own = {k: v for k, v in model.__dict__.items() if k == "forward"}
+    before = _snapshot(model)
+    record.places = {id(t): (h.holder, key) for h in before for key, t in h.entries() if isinstance(t, Tensor)}
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        before = _snapshot(model)
         traced.given = {id(t) for t in pytree.tree_leaves((args, kwargs))}
-        record.places = {id(t): (h.holder, key) for h in before for key, t in h.entries() if isinstance(t, Tensor)}
-        parts = _parts(model)
+        parts, buffers = _parts(model), [(m, dict(m._buffers)) for m in model.modules()]
+        tensors: list[Tensor] = []
         try:
             with _watched({id(h.holder): h for h in before}):
                 out = original(*args, **kwargs)
             if parts != _parts(model):
                 raise CaptureError("a forward that adds, replaces or removes parameters or submodules", None,
                                    "do so before, and call fxpar.parallelize afterwards")
-            tensors: list[Tensor] = []
             record.writes = [w for h in before for w in h.written(tensors)]
             record.names = [w.name for w in record.writes for _ in _made(w.value)]
         finally:
             for h in before:
                 h.restore()
+        for module, table in buffers:
+            _write_buffers(module, table)
         record.names += [None] * len(traced.hooks)
         return out, (*tensors, *traced.hooks)
 
@@ -102,8 +104,23 @@ def recorded_attributes(model: nn.Module, traced: Traced) -> Iterator[Recorded]:
             yield record
     finally:
         del model.__dict__["forward"]
-        if mine is not None:
-            model.__dict__["forward"] = mine
+        model.__dict__.update(own)
+        for h in before:
+            h.restore()
+
+
+def _write_buffers(module: nn.Module, before: dict[str, Tensor | None]) -> None:
+    """Write to the buffers that were there what those hold that took their places."""
+    for name, value in list(module._buffers.items()):
+        old = before.get(name)
+        if value is old:
+            continue
+        if value is None or old is None or (value.shape, value.dtype) != (old.shape, old.dtype):
+            raise CaptureError(f"a forward that replaces the buffer {name} of {type(module).__name__} by one of another shape or "
+                               "dtype", None, "register a buffer of the shape that it is to have, and write to that")
+        with torch.no_grad():
+            old.copy_(value)
+        module._buffers[name] = old
 
 
 @contextlib.contextmanager
@@ -218,8 +235,8 @@ def _parts(model: nn.Module) -> list[Any]:
 class _Held:
     """A dict or list that the model holds, and what was in it."""
 
-    def __init__(self, name: str, holder: Holder, skip: Callable[[Any], bool] = lambda key: False):
-        self.name, self.holder, self.skip = name, holder, skip
+    def __init__(self, name: str, holder: Holder, where: str | None, skip: Callable[[Any], bool] = lambda key: False):
+        self.name, self.holder, self.where, self.skip = name, holder, where, skip
         self.before: Any = self.now()
         self.read: set[str] = set()
 
@@ -245,14 +262,14 @@ class _Held:
         if isinstance(self.holder, dict):
             gone = [k for k in self.before if k not in self.holder]
             if gone:
-                raise CaptureError(f"a forward that deletes {self.name}.{gone[0]}", None, WAY_OUT)
+                raise CaptureError(f"a forward that deletes {self.name}.{gone[0]}", self.where, WAY_OUT)
             changed = [(k, v) for k, v in self.now().items() if not _same(self.before.get(k, tensors), v)]
             return [self._write(k, v, tensors) for k, v in changed]
         count = len(self.before)
         if len(self.holder) == count and all(map(_same, self.before, self.holder)):
             return []
         if len(self.holder) < count or not all(map(_same, self.before, self.holder)):
-            raise CaptureError(f"a forward that changes the list {self.name}, other than by appending", None, WAY_OUT)
+            raise CaptureError(f"a forward that changes the list {self.name}, other than by appending", self.where, WAY_OUT)
         return [Write(self.name, self.holder, None, [self._template(self.name, v, tensors) for v in list(self.holder)[count:]])]
 
     def _write(self, key: Any, value: Any, tensors: list[Tensor]) -> Write:
@@ -263,16 +280,16 @@ class _Held:
     def _template(self, name: str, value: Any, tensors: list[Tensor]) -> Any:
         if isinstance(value, Tensor) and (isinstance(value, compat.FakeTensor) or value.requires_grad):
             if isinstance(value, nn.Parameter):
-                raise CaptureError(f"a forward that stores a parameter in {name}", None, "store it before")
+                raise CaptureError(f"a forward that stores a parameter in {name}", self.where, "store it before")
             tensors.append(value)
             return Made(len(tensors) - 1)
-        if isinstance(value, Tensor | SIMPLE):
+        if isinstance(value, (Tensor, *SIMPLE)):
             return value
         if type(value) in (list, tuple):
             return type(value)(self._template(name, v, tensors) for v in value)
         if type(value) is dict:
             return {k: self._template(name, v, tensors) for k, v in value.items()}
-        raise CaptureError(f"a forward that stores an object of type {type(value).__name__} in {name}", None,
+        raise CaptureError(f"a forward that stores an object of type {type(value).__name__} in {name}", self.where,
                            "store tensors, Python numbers and strings, or lists, tuples and dicts of them, or " + WAY_OUT)
 
 
@@ -292,24 +309,26 @@ def _snapshot(model: nn.Module) -> list[_Held]:
     """Every module's attributes, and what they hold: dicts, lists, and the attributes of plain objects."""
     found: dict[int, _Held] = {}
 
-    def hold(name: str, value: Any, depth: int) -> None:
+    def hold(name: str, value: Any, where: str | None, depth: int) -> None:
         if id(value) in found or depth > DEPTH:
             return
         if isinstance(value, dict | list | deque):
-            found[id(value)] = _Held(name, value)  # type: ignore[arg-type]
+            found[id(value)] = _Held(name, value, where)  # type: ignore[arg-type]
             for key, item in found[id(value)].entries():
-                hold(f"{name}.{key}", item, depth + 1)
+                hold(f"{name}.{key}", item, where, depth + 1)
         elif isinstance(value, tuple):
             for i, item in enumerate(value):
-                hold(f"{name}.{i}", item, depth + 1)
+                hold(f"{name}.{i}", item, where, depth + 1)
         elif _is_plain(value):
-            hold(name, vars(value), depth + 1)
+            hold(name, vars(value), where, depth + 1)
 
     for path, module in model.named_modules():
         name = f"{path} ({type(module).__name__})" if path else type(module).__name__
-        found[id(module.__dict__)] = held = _Held(name, module.__dict__, _is_own)
+        code = getattr(type(module).forward, "__code__", None)
+        where = f"{code.co_filename}:{code.co_firstlineno}" if code else None
+        found[id(module.__dict__)] = held = _Held(name, module.__dict__, where, _is_own)
         for key, value in held.entries():
-            hold(f"{name}.{key}", value, 1)
+            hold(f"{name}.{key}", value, where, 1)
     return list(found.values())
 
 

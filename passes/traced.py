@@ -20,6 +20,7 @@ from fxpar.passes.functions import line_here, record_hook
 from fxpar.program import is_library_file
 
 _DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_GRAD_FN = torch.Tensor.grad_fn.__get__  # type: ignore[attr-defined]
 
 _GRADIENT = "leave it to the loss's backward, compute it outside of the model, or write the derivative out"
 _GRAPH = "read gradients outside of the model, after the backward"
@@ -29,7 +30,7 @@ REFUSED: dict[Any, tuple[str, str]] = {
     torch.autograd.grad: ("torch.autograd.grad inside of the forward", _GRADIENT),
     torch.Tensor.backward: ("a backward inside of the forward", _GRADIENT),
     torch.Tensor.retain_grad: ("retain_grad inside of the forward", _GRAPH),
-    torch.Tensor.grad_fn.__get__: ("a forward that reads grad_fn", _GRAPH),  # type: ignore[attr-defined]
+    _GRAD_FN: ("a forward that reads grad_fn", _GRAPH),
     torch.Tensor.register_post_accumulate_grad_hook: ("register_post_accumulate_grad_hook inside of the forward",
                                                       "register it once, outside of forward"),
 }
@@ -60,7 +61,7 @@ class Traced(TorchFunctionMode):
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
             if isinstance(args[1], int | float) and not 0 < args[1] < 1:
                 return args[1] >= 1
-        if func in REFUSED:
+        if func in REFUSED and not (func == _GRAD_FN and is_library_file(sys._getframe(1).f_code.co_filename)):
             raise CaptureError(REFUSED[func][0], line_here(), REFUSED[func][1])
         args, kwargs = self._found(args, kwargs or {})
         if func == _DATA:
