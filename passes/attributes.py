@@ -207,7 +207,7 @@ def put_back(writes: list[Write], tensors: list[Tensor]) -> None:
     for write in writes:
         value = _filled(write.value, tensors)
         if write.key is None:
-            write.holder.extend(value)  # type: ignore[union-attr]
+            write.holder.extend(value)
         else:
             write.holder[write.key] = value
 

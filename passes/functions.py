@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
@@ -44,9 +44,11 @@ BILINEAR = {"mul", "multiply", "mm", "bmm", "matmul", "mv", "dot", "outer", "ein
 SUMS = {"add", "sub", "subtract", "rsub", "cat", "stack", "concat", "where", "index_add", "scatter", "scatter_add", "index_put",
         "masked_fill", "masked_scatter", "constant_pad_nd", "select_scatter", "slice_scatter"}  # fmt: skip
 """Operators that are linear in all of their floating-point operands together, the others being given."""
+ADDED = ("self", "other", "input", "value", "values", "src", "source", "tensors")
+"""What these call the operands that they add."""
 
-WAY_OUT = ("write the backward with products, sums and rearrangements of the gradient that arrives, write the model without it, or "
-           "do this to the gradients of parameters, after the backward")
+WAY_OUT = ("write the backward with products, sums and rearrangements of the gradient that arrives, write the model without it, "
+           "or do this to the gradients of parameters, after the backward")
 
 
 # ---- while tracing ----
@@ -71,7 +73,8 @@ class _Context(SimpleNamespace):
 
     def __init__(self, cls: type, where: str, needs_input_grad: tuple[bool, ...]):
         super().__init__(needs_input_grad=needs_input_grad)
-        self._cls, self._where, self._constant = cls, where, set()
+        self._cls, self._where = cls, where
+        self._constant: set[int] = set()
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -172,26 +175,29 @@ def expand_functions(gm: fx.GraphModule) -> None:
 
 
 def _expand_function(graph: fx.Graph, node: fx.Node) -> None:
-    values, inputs, marks, gradients, name, where = node.args
+    args: Any = node.args
+    values, inputs, marks, gradients, name, where = args
     with graph.inserting_before(node):
         made = _attached(_Spot(graph, node, f"the autograd Function {name}", where), values, inputs, marks, gradients)
     for user in list(node.users):
-        user.replace_all_uses_with(made[user.args[1]])
+        index: Any = user.args[1]
+        user.replace_all_uses_with(made[index])
         graph.erase_node(user)
     graph.erase_node(node)
 
 
 def _expand_hook(graph: fx.Graph, node: fx.Node) -> None:
     """The first hook of a value is nearest to its users, as it is the first to see their gradient."""
-    value, mark, gradient, name, where = node.args
-    users = [u for u in value.users if u.target not in (surrogate.hook, surrogate.cotangent)]
+    args: Any = node.args
+    value, mark, gradient, name, where = args
+    outs = _read_by([n for n in graph.output_node().all_input_nodes if n is not node])
+    skipped = (surrogate.hook, surrogate.cotangent, aten.detach.default)
+    users = [u for u in value.users if (u.target not in skipped and u in outs) or u.op == "output"]
     with graph.inserting_before(node):
         (made,) = _attached(_Spot(graph, node, name, where), [value], [value], [mark], [gradient])
     for user in users:
         user.replace_input_with(value, made)
-    if made is not value:
-        for user in list(node.users):
-            user.replace_input_with(node, made)
+    node.replace_all_uses_with(made)
     graph.erase_node(node)
 
 
@@ -221,7 +227,7 @@ def _attached(spot: _Spot, values: list, inputs: list, marks: list, gradients: l
     inside, steady = _dependent(spot, marks, gradients)
     pairs = list(zip(inputs, gradients, strict=True))
     moving = [(x, g) for x, g in pairs if g in inside]
-    linear = _transposed(spot, inside, marks, moving) if moving else [None] * len(values)
+    linear: list[fx.Node | None] = _transposed(spot, inside, marks, moving) if moving else [None] * len(values)
     always = [(x, g) for x, g in pairs if g in steady or (g not in inside and not _is_zeros(g))]
     if always and len(values) > 1:
         raise spot.refuse("it has several outputs, and its backward sends a gradient that does not depend on those that arrive")
@@ -248,7 +254,8 @@ def _dependent(spot: _Spot, marks: list[fx.Node], gradients: list[fx.Node]) -> t
     inside, steady, needed = set(marks), set(), _read_by(gradients)
     for node in spot.graph.nodes:
         mine = [n for n in node.all_input_nodes if n in inside]
-        if node not in needed or not mine or is_fill(node.target) or node.target in (surrogate.cotangent, surrogate.function, surrogate.hook):
+        mark = node.target in (surrogate.cotangent, surrogate.function, surrogate.hook)
+        if node not in needed or not mine or is_fill(node.target) or mark:
             continue
         if not _is_linear(node, inside):
             raise spot.refuse(f"its backward is not linear in the gradient that arrives ({node.target})")
@@ -283,7 +290,7 @@ def _is_linear(node: fx.Node, inside: set[fx.Node]) -> bool:
         return not any(n in inside for n in rest)
     if name in ("div", "true_divide", "divide"):
         return not any(n in inside for n in rest) and "rounding_mode" not in node.kwargs
-    return len(mine) == 1 if name in BILINEAR else name in SUMS
+    return len(mine) == 1 if name in BILINEAR else name in SUMS and "reduce" not in str(node.target)
 
 
 def _nodes(tree: Any) -> list[fx.Node]:
@@ -297,7 +304,7 @@ def _vanishes(node: fx.Node, inside: set[fx.Node]) -> bool:
         return len(node.args) < 3 or node.args[2] is None
     if name not in SUMS:
         return True
-    added = [a for key, a in bind(node).items() if key in ("self", "other", "input", "value", "values", "src", "source", "tensors")]
+    added = [a for key, a in bind(node).items() if key in ADDED]
     return all(_is_zeros(a) or a in inside for a in pytree.tree_leaves(added))
 
 
@@ -320,7 +327,7 @@ def _transposed(spot: _Spot, inside: set[fx.Node], marks: list[fx.Node],
         if node.target is aten.detach.default:
             copies[node].target = aten.alias.default
     body.output([copies[g] for _, g in moving])
-    backward, count = fx.GraphModule(spot.graph.owning_module, body), len(moving)
+    backward, count = fx.GraphModule(nn.Module(), body), len(moving)
     unknown = [given.index(m) for m in marks]
 
     def transpose(*tensors: Tensor) -> list[Tensor | None]:

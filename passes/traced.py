@@ -20,7 +20,7 @@ from fxpar.passes.functions import line_here, record_hook
 from fxpar.program import is_library_file
 
 _DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_GRAD_FN = torch.Tensor.grad_fn.__get__  # type: ignore[attr-defined]
+_GRAD_FN = torch.Tensor.grad_fn.__get__
 
 _GRADIENT = "leave it to the loss's backward, compute it outside of the model, or write the derivative out"
 _GRAPH = "read gradients outside of the model, after the backward"
@@ -61,7 +61,7 @@ class Traced(TorchFunctionMode):
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
             if isinstance(args[1], int | float) and not 0 < args[1] < 1:
                 return args[1] >= 1
-        if func in REFUSED and not (func == _GRAD_FN and is_library_file(sys._getframe(1).f_code.co_filename)):
+        if func in REFUSED and not (func == _GRAD_FN and _asked_by_torch()):
             raise CaptureError(REFUSED[func][0], line_here(), REFUSED[func][1])
         args, kwargs = self._found(args, kwargs or {})
         if func == _DATA:
@@ -113,6 +113,14 @@ class _Handle:
 
     def remove(self) -> None:
         raise CaptureError("a tensor hook that is removed inside of the forward", line_here(), "do not register it")
+
+
+def _asked_by_torch() -> bool:
+    """Whether it is torch that made the call which a mode is asked about."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back  # type: ignore[assignment]
+    return is_library_file(frame.f_code.co_filename)
 
 
 def _frame() -> str:
