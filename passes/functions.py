@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,10 +59,16 @@ WAY_OUT = ("write the backward with products, sums and rearrangements of the gra
 def recorded_functions() -> Iterator[None]:
     """Inside, `apply` of every custom Function leaves its forward and its backward in the trace.
 
-    Raises: `CaptureError` naming the class and the user's line where a Function does what cannot be traced.
+    Raises: `CaptureError` naming the class and the user's line where a Function does what cannot be traced; the line alone for
+    `torch.autograd.backward`, which the backward of a checkpoint calls.
     """
-    with compat.functions_applied_by(_apply):
+    with compat.functions_applied_by(_apply), mock.patch.object(torch.autograd, "backward", _refuse_backward):
         yield
+
+
+def _refuse_backward(*_: Any, **__: Any) -> None:
+    raise CaptureError("torch.autograd.backward inside of the forward, or of a custom Function's backward", line_here(),
+                       "write the derivative out, or have torch.utils.checkpoint or Plan(recompute=...) save memory")
 
 
 class _Context(SimpleNamespace):

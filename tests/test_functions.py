@@ -184,6 +184,23 @@ class Normalised(Clip):
         return g / g.norm()
 
 
+class Recomputed(torch.autograd.Function):
+    """A checkpoint of its author's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, g):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = x.tanh()
+        torch.autograd.backward(y, g)
+        return x.grad
+
+
 class InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -270,6 +287,9 @@ class Net(nn.Module):
     def normalised(self, x, h):
         return Normalised.apply(h), 0
 
+    def recomputed(self, x, h):
+        return Recomputed.apply(h), 0
+
     def in_place(self, x, h):
         return InPlace.apply(h), 0
 
@@ -297,6 +317,11 @@ def test_the_backward_is_the_authors(kind, plan):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_backward_is_the_authors_in_lowered_graphs(kind):
     assert_equivalent(net(kind), "dp=2,tp=2,zero=3", batch(), lowered=True)
+
+
+def test_a_backward_inside_of_a_backward_is_refused_by_line():
+    with pytest.raises(CaptureError, match=r"torch.autograd.backward inside .* in backward\)"):
+        fxpar.simulate(net("recomputed"), "dp=2", batch())
 
 
 @pytest.mark.parametrize("kind, says", [("clip", "Clip"), ("sign", "SignOf"), ("normalised", "Normalised"),
