@@ -12,7 +12,8 @@ from fxpar.errors import FxparError, MismatchError
 from fxpar.program import Program
 
 PARTS = ("their inputs", "the mode (training) of submodule {}", "whether parameter {} wants gradients",
-         "the parts of the model ({})", "hooks ({})", "attributes that the forward reads ({})", "autocast", "grad mode")
+         "the parts of the model ({})", "hooks ({})", "attributes that the forward reads ({})", "autocast",
+         "what earlier calls left in attributes", "grad mode")
 """What ranks compare of a call, in order; {} is the name of what differs."""
 
 

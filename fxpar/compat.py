@@ -136,6 +136,53 @@ def checkpoints_inlined() -> Iterator[None]:
         del function.apply
 
 
+@contextlib.contextmanager
+def functions_applied_by(apply: Callable) -> Iterator[None]:
+    """Inside, ``F.apply(...)`` of every custom autograd Function F is ``apply(F, ...)``."""
+    function: Any = torch.autograd.Function
+    original = function.__dict__["apply"]
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = original
+
+
+def has_setup_context(function: Any) -> bool:
+    """Whether a custom autograd Function's forward takes no `ctx`."""
+    return torch.autograd.function._is_setup_context_defined(function.setup_context)
+
+
+def trace(function: Callable, inputs: list[torch.Tensor]) -> fx.GraphModule:
+    """What a function does with fake tensors, autograd included, as a graph of ATen operators with ``meta["val"]``."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with detect_fake_mode(inputs) or contextlib.nullcontext():
+        return make_fx(function)(*inputs)
+
+
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+         "_forward_pre_hooks_with_kwargs")
+"""Where a module keeps the hooks that run around its forward."""
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks that run around every module's forward or backward."""
+    return any(getattr(torch.nn.modules.module, f"_global_{kind}_hooks") for kind in
+               ("forward", "forward_pre", "backward", "backward_pre"))
+
+
+@contextlib.contextmanager
+def without_forward_hooks(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, the hooks around this module's own forward do not run."""
+    kept = {name: module.__dict__[name] for name in HOOKS}
+    module.__dict__.update({name: type(table)() for name, table in kept.items()})
+    try:
+        yield
+    finally:
+        module.__dict__.update(kept)
+
+
 def strided_shard(dim: int, split_factor: int) -> Any:
     """The DTensor placement of a factor that lies inside a dim, behind `split_factor` others.
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fxpar import compat
 from fxpar.accumulation import Accumulator, Step
-from fxpar.program import Program
+from fxpar.errors import InputError
+from fxpar.program import Program, Source
 
 Place = tuple[dict[str, Any], str]
 """The table of a module, and the name in it, of a parameter or buffer."""
@@ -85,14 +86,24 @@ class Feed:
                 table, key = self.places[source.name]
                 feed.append(table[key])
             elif source.kind == "constant":
-                source.value = source.value.to(self.device)
-                feed.append(source.value)
+                feed.append(self._constant(source))
             elif source.kind == "seed":
                 feed.append(torch.tensor(seed, dtype=torch.int64, device=self.device))
             else:
                 leaf = named[source.name]
                 feed.append(leaf.to(self.device).contiguous() if isinstance(leaf, Tensor) else leaf)
         return [*feed, *locals_]
+
+    def _constant(self, source: Source) -> Any:
+        if source.place is None:
+            source.value = source.value.to(self.device)
+            return source.value
+        table, key = source.place
+        value = table[key]
+        if not isinstance(value, Tensor) or value.shape != source.value.shape or value.dtype != source.value.dtype:
+            raise InputError(f"the attribute {key!r} that the forward reads is no longer a tensor of shape "
+                             f"{tuple(source.value.shape)} and dtype {source.value.dtype}; register it as a buffer")
+        return value.detach().to(self.device).contiguous()
 
     def _link(self, parameters: list[Tensor]) -> tuple[Tensor, ...]:
         """The parameters' parts on this rank, from which gradients come back to them."""

@@ -31,6 +31,7 @@ from fxpar.initialize import init_weights
 from fxpar.inspection import Report, report_of
 from fxpar.mesh import BoundMesh
 from fxpar.numbers import Numbers
+from fxpar.passes.attributes import Left, put_back
 from fxpar.passes.layout import Tiling
 from fxpar.plan import Plan
 from fxpar.program import Program
@@ -64,7 +65,8 @@ class ParallelModule(nn.Module):
                  compile_call: Callable[..., Program], lower: Callable[..., Callable]):
         super().__init__()
         self.__dict__.update(_model=model, _modules=model._modules, _parameters=model._parameters,
-                             _buffers=model._buffers, _non_persistent_buffers_set=model._non_persistent_buffers_set)
+                             _buffers=model._buffers, _non_persistent_buffers_set=model._non_persistent_buffers_set,
+                             **{name: getattr(model, name) for name in compat.HOOKS})
         self.training = model.training
         self.plan, self.device = plan, device
         self._bound, self._control, self._depends = bound, control, State(model)
@@ -78,6 +80,7 @@ class ParallelModule(nn.Module):
         self._tilings: dict[str, Tiling] = {}
         self._slots: dict[str, Place] = {}
         self._accumulator = Accumulator(plan, bound.mesh, self._lower_graph, self._state)
+        self._left = Left()
         self._sync = True
         self._steps = 0
         self.seed = 0
@@ -235,18 +238,22 @@ class ParallelModule(nn.Module):
                     self._slots = state.places(self._model, self._slots, self._tilings, self._bound.mesh)
                 with agree_on_program(self._control) as made:
                     made.append(self._numbers.checked(self._compile_call(call, self._tilings)))
+                    self._left.add(made[0], captured[:-1])
                 self._make_room(captured)
-                self._programs[captured] = made[0]
                 self._depends.add(made[0].reads)
+                captured = self._captured(named)
+                key = (*captured, torch.is_grad_enabled())
+                self._programs[captured] = made[0]
             self._compiled[key] = self._compile(self._programs[captured], named)
         self._compiled.move_to_end(key)
         return self._compiled[key], settle
 
     def _captured(self, named: dict[str, Any]) -> tuple:
-        """What a captured program depends on: the call's leaves, the state of the model (see `State.key`), and autocast."""
+        """What a captured program depends on: the call's leaves, the state of the model (see `State.key`), autocast, and what
+        earlier calls left in attributes."""
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return calls.signature(named), *self._depends.key(), auto
+        return calls.signature(named), *self._depends.key(), auto, self._left.state()
 
     def _make_room(self, captured: tuple) -> None:
         """For another program: forget those of a model of other parts, or the least recently used one."""
@@ -268,6 +275,7 @@ class ParallelModule(nn.Module):
         self._store(program)
         self._depends = State(self._model)
         self._depends.add(program.reads)
+        self._left.add(program, self._captured(calls.leaves(call))[:-1])
         self._programs[self._captured(calls.leaves(call))] = program
         self._use_copy_engines()
         seeds = self._control.exchange(torch.initial_seed() & 0x7FFFFFFF)
@@ -373,14 +381,16 @@ class ParallelModule(nn.Module):
 
     def _outputs(self, program: Program, outs: Any) -> Any:
         flat: list[Any] = []
+        stored: list[Any] = []
         made = iter(zip(outs, program.outputs(), strict=True))
         for sink in program.sinks:
             if sink.kind == "literal":
                 flat.append(sink.constant)
                 continue
             out, node = next(made)
-            if sink.kind == "output":
-                flat.append(self._as_output(out, node))
+            if sink.kind != "buffer":
+                (flat if sink.kind == "output" else stored).append(self._as_output(out, node))
+        put_back(program.writes, stored)
         return pytree.tree_unflatten(flat, program.out_spec)
 
     def _as_output(self, out: Tensor, node: Any) -> Any:

@@ -8,6 +8,7 @@ is to the user's model, so that no pass has to parse names.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Source:
         `named_parameters` reports it), or the input's path ("input_ids", "0").
     value: the global tensor as captured: real for buffers and constants, fake for the rest.
     storage_dtype: the dtype it is kept in, where that differs from the dtype it is computed in.
+    place: of a constant, the table and key where an attribute of the model holds it, looked up at every call.
     """
 
     kind: SourceKind
@@ -40,17 +42,19 @@ class Source:
     value: torch.Tensor
     requires_grad: bool = False
     storage_dtype: torch.dtype | None = None
+    place: tuple[Any, Any] | None = None
 
 
 @dataclass(slots=True)
 class Sink:
-    """One element of the output tuple: a leaf of the user's output, or a buffer's new value.
+    """One element of the output tuple: a leaf of the user's output, a buffer's new value, or a tensor that the forward stores in
+    an attribute (see `Program.writes`). While capturing, also the mark of a tensor hook.
 
-    name: the buffer's name, or the output's path.
+    name: the buffer's or attribute's name, or the output's path.
     constant: for a leaf that is no tensor (None, a number): the value itself; it has no graph output.
     """
 
-    kind: Literal["output", "buffer", "literal"]
+    kind: Literal["output", "buffer", "literal", "attribute", "mark"]
     name: str
     constant: Any = None
 
@@ -60,6 +64,7 @@ class Program:
     """A model, captured, with everything the passes have found out about it.
 
     reads: what of the model's attributes, and of the values of its buffers, the program was made of.
+    writes: what the forward stores in attributes; they name the sinks of kind "attribute" by their number.
     """
 
     module: fx.GraphModule
@@ -73,6 +78,7 @@ class Program:
     tied: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     reads: Reads = field(default_factory=Reads)
+    writes: list[Any] = field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
@@ -108,7 +114,14 @@ def is_tensor(node: Any) -> bool:
 
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_LIBRARY = re.compile(r"[/\\](torch|fxpar|passes|backends)[/\\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+
+
+@functools.cache
+def is_library_file(path: str) -> bool:
+    """Whether a line of this file is torch's or fxpar's, and not the user's."""
+    return _LIBRARY.search(path) is not None
 
 
 def user_line(node: fx.Node) -> str:

@@ -50,9 +50,23 @@ class Reads:
         self.found: dict[tuple[int, str], tuple[Any, str]] = {}
         self.whole: dict[int, Any] = {}  # objects that cannot be watched: any of their attributes
         self.buffers: set[str] = set()
+        self._left: set[tuple[int, Any]] = set()
+        self._holders: set[int] = set()
+
+    def left_out(self, places: list[tuple[Any, Any]]) -> None:
+        """Do not compare these: (a dict or list, key) where a forward stores something, or reads a tensor at every call."""
+        self._left |= {(id(holder), key) for holder, key in places}
+        self._holders |= {id(holder) for holder, _ in places}
+
+    def leaves_out(self, slot: Slot) -> bool:
+        """Whether a slot is one of those places, or leads to one."""
+        return (id(slot.holder), slot.name) in self._left or _leads_to(slot.get(slot.name, MISSING), self._holders)
 
     def slots(self, model: nn.Module) -> list[Slot]:
         """Where to look again."""
+        return [slot for slot in self._slots(model) if not self.leaves_out(slot)]
+
+    def _slots(self, model: nn.Module) -> list[Slot]:
         paths = {id(vars(module)): path for path, module in model.named_modules()}
         made: dict[tuple[int, str], Slot] = {}
         for path, module in model.named_modules():
@@ -86,6 +100,16 @@ def _slots(owner: Any, name: str, text: str) -> Iterator[Slot]:
     else:
         yield Slot(table, table.get, name, text)
         yield from _of_class(home, name)
+
+
+def _leads_to(value: Any, holders: set[int], depth: int = 0) -> bool:
+    if not holders or depth == DEEPEST:
+        return False
+    if id(value) in holders or (_has_attributes(value) and id(getattr(value, "__dict__", None)) in holders):
+        return True
+    if not isinstance(value, CONTAINERS) or len(value) > LONGEST:
+        return False
+    return any(_leads_to(part, holders, depth + 1) for part in (value.values() if isinstance(value, dict) else value))
 
 
 def _of_torch(kind: type | types.FunctionType) -> bool:

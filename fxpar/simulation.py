@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxpar import compat
 from fxpar.backends import simulate as simulate_backend
 from fxpar.backends.lowered import Lowered
 from fxpar.compiler import Observer, compile_program
@@ -72,6 +73,9 @@ class Simulation:
         for field, value, known in (("backend", backend, BACKENDS), ("transport", transport, TRANSPORTS)):
             if value not in known:
                 raise PlanError(field, value, f"must be one of {', '.join(known)}", known[0])
+        if any(getattr(model, name) for name in compat.HOOKS):
+            raise PlanError("model", type(model).__name__, "has forward hooks of its own, which run around a parallel module's "
+                            "program and not in a simulation", "the model without them")
         self.model, self.observe = model, observe
         self.lowered, self.backend, self.transport, self.passes = lowered or backend == "inductor", backend, transport, passes
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -296,7 +300,7 @@ def _check_replicas(name: str, parts: Iterable[Tensor], total: Tensor, node, pro
 def unflatten(program: Program, tensors: list[Any]) -> Any:
     """The user's output structure from the program's flat outputs (buffers left out)."""
     values = iter([t for t, s in zip(tensors, program.tensor_sinks(), strict=True) if s.kind == "output"])
-    flat = [s.constant if s.kind == "literal" else next(values) for s in program.sinks if s.kind != "buffer"]
+    flat = [s.constant if s.kind == "literal" else next(values) for s in program.sinks if s.kind in ("output", "literal")]
     return pytree.tree_unflatten(flat, program.out_spec)
 
 

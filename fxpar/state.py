@@ -72,6 +72,11 @@ class State:
     def add(self, reads: Reads) -> None:
         """A program was captured that looked at these attributes, as they are now. What was captured before looked at none of
         those that are new: to it, their value of now is as good as any."""
+        kept = [i for i, s in enumerate(self._slots) if not reads.leaves_out(s)]
+        if len(kept) < len(self._slots):
+            self._slots = [self._slots[i] for i in kept]
+            for seen in self._seen:
+                seen.keep(kept)
         known = {(id(s.holder), s.name) for s in self._slots}
         new = [s for s in reads.slots(self.model) if (id(s.holder), s.name) not in known]
         values = [s.get(s.name, MISSING) for s in new]
@@ -190,6 +195,12 @@ class _Values:
         self.values += values
         self.inside += [(start + i, content(v)) for i, v in enumerate(values) if isinstance(v, (Tensor, *CONTAINERS))]
 
+    def keep(self, which: list[int]) -> None:
+        """Forget the values of all other slots."""
+        at = {i: k for k, i in enumerate(which)}
+        self.values = [self.values[i] for i in which]
+        self.inside = [(at[i], was) for i, was in self.inside if i in at]
+
     def match(self, values: list[Any]) -> bool:
         if not all(map(is_, self.values, values)):
             inside = {i for i, _ in self.inside}
@@ -241,7 +252,8 @@ def note(count: int, new: tuple, old: tuple, changed: list[str]) -> str:
     """What to say where `count` programs of one model were captured. new, old: keys of two. changed: `State.changed`."""
     inputs = [f"input {a[0]!r} ({_plain(b)}, then {_plain(a)})" for a, b in zip(new[0], old[0], strict=False) if a != b]
     words = {1: "the mode of submodules", 2: "which parameters are trained", 3: f"the parts of the model ({changed[0]})",
-             4: changed[1], 5: f"an attribute that the forward reads ({changed[2]})", 6: "autocast"}
+             4: changed[1], 5: f"an attribute that the forward reads ({changed[2]})", 6: "autocast",
+             7: "what earlier calls left in attributes"}
     what = inputs[:4] + [text for i, text in words.items() if new[i] != old[i]] or ["which inputs are given"]
     kept = f" The {MOST} used last are kept; others are captured again when they are called." if count == MOST else ""
     return (f"{count} programs of this model were captured, each of which took as long as the first; the newest differs from the "

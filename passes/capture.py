@@ -8,16 +8,13 @@ a 70B model on the meta device is captured as readily as a small one on a CPU.
 from __future__ import annotations
 
 import contextlib
-import random
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
@@ -25,10 +22,13 @@ from fxpar.errors import CaptureError
 from fxpar.hugging_face import as_trained, say
 from fxpar.inputs import leaves
 from fxpar.mesh import Mesh
+from fxpar.passes.attributes import Recorded, recorded_attributes
 from fxpar.passes.batchnorm import expand_batch_norm
 from fxpar.passes.dropout import expand_dropout
+from fxpar.passes.functions import expand_functions, recorded_functions
 from fxpar.passes.grouped import GroupedProducts
 from fxpar.passes.regions import inline_regions
+from fxpar.passes.traced import Traced, host_draws
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source, user_line
 from fxpar.reads import everything, recorded
@@ -58,12 +58,12 @@ def capture(
             model, mode, device, plan.param_dtype) as originals:
         try:
             with recorded() as reads:
-                exported, prefix = _export(model, fake_args, fake_kwargs)
+                exported, prefix, record = _export(model, originals, fake_args, fake_kwargs)
         except CaptureError as error:
             if not type(error.__cause__).__module__.startswith("torch._dynamo."):
                 raise
             reads = everything(model)  # what is traced by Dynamo (torch.cond) cannot be watched
-            exported, prefix = _export(model, fake_args, fake_kwargs)
+            exported, prefix, record = _export(model, originals, fake_args, fake_kwargs)
         inline_regions(exported.graph_module)
         expand_batch_norm(exported.graph)
         expand_dropout(exported.graph)
@@ -74,7 +74,9 @@ def capture(
                 _require_shapes(exported.graph)
                 raise _capture_error(error) from error
             inline_regions(exported.graph_module)
-    program = _program(exported, prefix, model, originals, plan, mesh)
+        expand_functions(exported.graph_module)
+    program = _program(exported, prefix, model, originals, record, plan, mesh)
+    reads.left_out([(w.holder, w.key) for w in program.writes] + [s.place for s in program.sources if s.place is not None])
     program.reads = reads
     _require_shapes(program.graph)
     program.notes += notes
@@ -150,60 +152,57 @@ def _fake_tensor_of(
     return nn.Parameter(compat.fake_like(mode, t, device, cast), requires_grad=t.requires_grad)
 
 
-def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.export.ExportedProgram, str]:
-    """The exported program, and the prefix its names carry ("model." where autocast had to be moved inside)."""
-    device, prefix = next((t.device.type for t in model.parameters()), "cpu"), ""
+def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple,
+            kwargs: dict[str, Any]) -> tuple[torch.export.ExportedProgram, str, Recorded]:
+    """The exported program, the prefix its names carry ("model." where autocast had to be moved inside), and what the forward
+    left in attributes. (Forward hooks of submodules are part of it; the model's own run around the program.)"""
+    _refuse_hooks(model)
+    traced = Traced({id(p): _place(model, name) for name, p in originals.items()})
+    root, device, prefix = model, next((t.device.type for t in model.parameters()), "cpu"), ""
     if torch.is_autocast_enabled(device):
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
-    drawn = _host_draws()
+    drawn = host_draws()
     try:
-        with torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), _Traced(), \
-                GroupedProducts():
+        with recorded_attributes(root, traced) as record, torch.autocast(device, enabled=False), torch.enable_grad(), \
+                compat.checkpoints_inlined(), recorded_functions(), traced, GroupedProducts():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
-        raise CaptureError(error.what, _user_frame(error), error.way_out) from None
+        raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None
     except Exception as error:
         raise _capture_error(error) from error
-    if drawn != _host_draws():
+    traced.require_nothing_kept()
+    if drawn != host_draws():
         raise CaptureError("random numbers of Python's random or numpy in the forward: every step would use the same", None,
                            "make them outside of the model and pass them in, or switch off what draws them (a Hugging Face "
                            "config's mask_time_prob and mask_feature_prob, layerdrop)")
-    return exported, prefix
+    return exported, prefix, record
 
 
-def _host_draws() -> tuple:
-    """Changes when Python's random or numpy's global generator is drawn from."""
-    numpy: Any = sys.modules.get("numpy")
-    return random.getstate(), numpy and [getattr(part, "tolist", lambda p=part: p)() for part in numpy.random.get_state()]
+def _refuse_hooks(model: nn.Module) -> None:
+    """Raises: `CaptureError` for hooks of modules that a trace cannot carry."""
+    for path, module in model.named_modules():
+        hooks = [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+        if hooks:
+            raise CaptureError(f"the backward hook {_name(hooks[0])} of {path or 'the model'} ({type(module).__name__})",
+                               _line_of(hooks[0]), "remove it; a forward hook that calls register_hook on the output with a "
+                               "function that is linear in the gradient is captured, and so is a custom autograd Function")
+    if compat.has_global_hooks():
+        raise CaptureError("hooks on all modules (torch.nn.modules.module.register_module_...)", None, "register hooks on the "
+                           "modules that they are for")
 
 
-_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+def _name(hook: Any) -> str:
+    return getattr(hook, "__qualname__", type(hook).__qualname__)
 
 
-class _Traced(TorchFunctionMode):
-    """What a trace does not see as it is meant.
+def _line_of(hook: Any) -> str | None:
+    code = getattr(hook, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else None
 
-    ``torch.rand([]) < p`` is answered where it does not depend on the draw: p is 0 or 1 (layer dropping is off). ``x.data``,
-    which would be a constant, is `x` detached.
-    """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.draws: list[torch.Tensor] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
-            if isinstance(args[1], int | float) and not 0 < args[1] < 1:
-                return args[1] >= 1
-        if func == _SET_DATA:
-            raise CaptureError("a forward that replaces the .data of a tensor", None, "a forward may write to buffers alone: "
-                               "replace it outside of forward, between steps")
-        if func == _DATA:
-            return args[0].detach()
-        made = func(*args, **(kwargs or {}))
-        if func is torch.rand and made.dim() == 0:
-            self.draws.append(made)
-        return made
+def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path)._parameters, key
 
 
 class _Autocast(nn.Module):
@@ -267,6 +266,7 @@ def _program(
     prefix: str,
     model: nn.Module,
     originals: dict[str, nn.Parameter],
+    record: Recorded,
     plan: Plan,
     mesh: Mesh,
 ) -> Program:
@@ -277,11 +277,11 @@ def _program(
         if first_name.setdefault(id(p), name) != name:
             tied[name] = first_name[id(p)]
     tied.update(_tied_buffers(model))
-    sources = _sources(exported, prefix, originals, tied)
-    _flatten_output(gm)
-    program = Program(
-        gm, sources, _sinks(exported, prefix), exported.call_spec.out_spec, plan, mesh, model.training, tied=tied
-    )
+    sources = _sources(exported, prefix, originals, tied, record)
+    sinks, out_spec = _sinks(exported, prefix, record)
+    _flatten_output(gm, [s.kind == "mark" for s in sinks if s.kind != "literal"])
+    sinks = [s for s in sinks if s.kind != "mark"]
+    program = Program(gm, sources, sinks, out_spec, plan, mesh, model.training, tied=tied, writes=record.writes)
     _merge_tied(program)
     return program
 
@@ -292,7 +292,8 @@ def _tied_buffers(model: nn.Module) -> dict[str, str]:
 
 
 def _sources(
-    exported: torch.export.ExportedProgram, prefix: str, originals: dict[str, nn.Parameter], tied: dict[str, str]
+    exported: torch.export.ExportedProgram, prefix: str, originals: dict[str, nn.Parameter], tied: dict[str, str],
+    record: Recorded,
 ) -> list[Source]:
     out = []
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
@@ -309,7 +310,8 @@ def _sources(
         elif spec.kind is InputKind.BUFFER:
             out.append(Source("buffer", tied.get(name, name), state.get(spec.target, val)))
         elif spec.kind is InputKind.CONSTANT_TENSOR:
-            out.append(Source("constant", spec.target, state[spec.target]))
+            value = state[spec.target]
+            out.append(Source("constant", spec.target, _checked(value, node), place=record.places.get(id(value))))
         elif spec.kind is InputKind.USER_INPUT:
             grad = isinstance(val, torch.Tensor) and val.requires_grad
             out.append(Source("input", next(paths), val, grad))
@@ -330,26 +332,47 @@ def _input_paths(exported: torch.export.ExportedProgram) -> list[str]:
     return [".".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in p) for p in paths]
 
 
-def _sinks(exported: torch.export.ExportedProgram, prefix: str) -> list[Sink]:
+def _checked(value: Any, node: fx.Node) -> Any:
+    """A constant of the trace, which is no value that every call makes anew."""
+    if isinstance(value, torch.Tensor) and (value.requires_grad or isinstance(value, compat.FakeTensor)):
+        made = "has no value" if isinstance(value, compat.FakeTensor) else "requires a gradient"
+        user = next(iter(node.users), node)
+        raise CaptureError(f"a tensor of shape {tuple(value.shape)} from outside of the forward, which {made}",
+                           user_line(user) or None, "pass it as an input, register it as a parameter or buffer, or detach it")
+    return value
+
+
+def _sinks(exported: torch.export.ExportedProgram, prefix: str, record: Recorded) -> tuple[list[Sink], pytree.TreeSpec]:
+    """What the outputs are, and how those of the model's own are arranged; the rest is what attributes hold, and marks."""
+    spec = exported.call_spec.out_spec
+    own = pytree.tree_structure(pytree.tree_unflatten(list(range(spec.num_leaves)), spec)[0])
     sinks, position = [], 0
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind is OutputKind.BUFFER_MUTATION:
-            sinks.append(Sink("buffer", (spec.target or "").removeprefix(prefix)))
-        elif spec.kind is OutputKind.USER_OUTPUT:
-            constant = None if spec.arg.name else getattr(spec.arg, "value", None)
-            sinks.append(Sink("output" if spec.arg.name else "literal", str(position), constant))
+    for out in exported.graph_signature.output_specs:
+        if out.kind is OutputKind.BUFFER_MUTATION:
+            sinks.append(Sink("buffer", (out.target or "").removeprefix(prefix)))
+        elif out.kind is OutputKind.USER_OUTPUT:
+            sinks.append(_sink(out.arg, position, position - own.num_leaves, record))
             position += 1
         else:
-            made = next((n for n in exported.graph.nodes if n.name == spec.arg.name), None)
-            kind = "parameter" if spec.kind is OutputKind.PARAMETER_MUTATION else "input"
-            raise CaptureError(f"a forward that writes to the {kind} {spec.target}", user_line(made) if made else None,
+            made = next((n for n in exported.graph.nodes if n.name == out.arg.name), None)
+            kind = "parameter" if out.kind is OutputKind.PARAMETER_MUTATION else "input"
+            raise CaptureError(f"a forward that writes to the {kind} {out.target}", user_line(made) if made else None,
                                "a forward may write to buffers alone: write to a copy, or outside of forward, between steps")
-    return sinks
+    return sinks, own
 
 
-def _flatten_output(gm: fx.GraphModule) -> None:
+def _sink(arg: Any, position: int, beside: int, record: Recorded) -> Sink:
+    if beside >= 0:
+        name = record.names[beside]
+        return Sink("mark", "") if name is None else Sink("attribute", name)
+    return Sink("output", str(position)) if arg.name else Sink("literal", str(position), getattr(arg, "value", None))
+
+
+def _flatten_output(gm: fx.GraphModule, drop: list[bool]) -> None:
     node = gm.graph.output_node()
-    node.args = (tuple(a for a in node.args[0] if isinstance(a, fx.Node)),)
+    outs = [a for a in node.args[0] if isinstance(a, fx.Node)]
+    node.args = (tuple(a for a, d in zip(outs, drop, strict=True) if not d),)
+    gm.graph.eliminate_dead_code()
 
 
 def _merge_tied(program: Program) -> None:

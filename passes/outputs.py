@@ -10,7 +10,7 @@ def keep_loss(program: Program) -> Program:
     """Drop every output but the loss (the first floating scalar), if the plan asks for that.
 
     Afterwards: the dropped outputs are None in the model's output, and what only they needed (logits kept for the
-    caller) is gone from the program. Buffer updates stay.
+    caller) is gone from the program. What updates buffers and attributes stays.
     Raises: `PlanError` if the model returns no scalar.
     """
     if program.plan.outputs != "loss":
@@ -24,7 +24,7 @@ def keep_loss(program: Program) -> Program:
         node = next(nodes)
         value = node.meta["val"]
         is_loss = sink.kind == "output" and not found and value.dim() == 0 and value.is_floating_point()
-        if is_loss or sink.kind == "buffer":
+        if is_loss or sink.kind in ("buffer", "attribute"):
             found = found or is_loss
             sinks.append(sink)
             kept.append(node)

@@ -22,6 +22,7 @@ def inline_regions(gm: fx.GraphModule) -> None:
     Afterwards: it holds none; what a no-grad region returns is detached; inside an autocast region the
     casts that the dispatcher would have made are written out.
     """
+    _mend_users(gm)
     regions = [n for n in gm.graph.nodes if compat.no_grad_region(n) or compat.autocast_region(n)]
     for node in regions:
         if compat.no_grad_region(node):
@@ -38,6 +39,15 @@ def inline_regions(gm: fx.GraphModule) -> None:
             _splice(gm, sub, node, args, finish)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _mend_users(gm: fx.GraphModule) -> None:
+    """Have every node known to what it reads: export cuts graphs at regions, and forgets that of what nobody reads."""
+    if all(n in read.users for n in gm.graph.nodes for read in n.all_input_nodes):
+        return
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    gm.graph = graph
 
 
 def _as_it_is(value: fx.Node) -> fx.Node:

@@ -398,3 +398,65 @@ def test_hooks_move_with_their_handles_and_are_attached_again():
         handle.remove()
     new.sum().backward()
     assert new.grad.tolist() == [5, 5] and len(seen) == 2 and not compat.are_hooked([new])
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g: torch.Tensor) -> torch.Tensor:
+        return g * 3
+
+
+class WithSetup(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x * 1
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None: ...
+
+
+def test_functions_applied_by():
+    x = torch.ones(2, requires_grad=True)
+    with compat.functions_applied_by(lambda cls, *args: (cls, args)):
+        assert Tripled.apply(x) == (Tripled, (x,))
+    Tripled.apply(x).sum().backward()
+    assert x.grad.tolist() == [3, 3]
+
+
+def test_has_setup_context():
+    assert compat.has_setup_context(WithSetup) and not compat.has_setup_context(Tripled)
+
+
+def test_trace():
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((x * x).sum(), x)[0]
+
+    with compat.FakeTensorMode() as mode:
+        x = torch.ones(3)
+    made = compat.trace(gradient, [x])
+    assert any(n.target is aten.mul.Tensor for n in made.graph.nodes)
+    assert all(n.meta["val"].fake_mode is mode for n in made.graph.nodes if n.op == "call_function")
+    assert made(torch.tensor([1.0, 2, 3])).tolist() == [2, 4, 6]
+
+
+def test_forward_hooks_of_one_module_and_of_all():
+    linear = nn.Linear(2, 2)
+    linear.register_forward_hook(lambda module, args, out: out * 0)
+    linear.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs), with_kwargs=True)
+    assert sum(len(getattr(linear, name)) for name in compat.HOOKS) == 3
+    x = torch.ones(1, 2)
+    with compat.without_forward_hooks(linear):
+        assert linear(x).abs().sum() > 0
+    assert linear(x).abs().sum() == 0
+    assert not compat.has_global_hooks()
+    for register in (nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook,
+                     nn.modules.module.register_module_full_backward_hook,
+                     nn.modules.module.register_module_full_backward_pre_hook):
+        handle = register(lambda *_: None)
+        assert compat.has_global_hooks()
+        handle.remove()

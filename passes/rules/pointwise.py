@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxpar.ops.rng import dropout_mask
+from fxpar.ops.surrogate import attach, fixed
 from fxpar.passes.rules.registry import rule
 from fxpar.passes.rules.spec import Op, Operand, Spec, elementwise
 
@@ -89,3 +90,9 @@ def _emit_dropout(local) -> fx.Node:
     """The same mask, told where in the global tensor the local elements lie."""
     x, seed = local.args[:2]
     return local.call(dropout_mask, x, seed, **local.kwargs, grid=local.grid(local.spec.outs[0]))
+
+
+@rule(attach, fixed)
+def surrogate(op: Op) -> Spec:
+    """A gradient that does not follow from the value: it belongs to the same elements."""
+    return elementwise(op)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fxpar.ops.rng import dropout_mask
+from fxpar.ops.surrogate import attach, fixed
 from tests.harness import Gen
 from tests.passes.cases.registry import case
 
@@ -214,3 +215,12 @@ def dropout(g: Gen):
     if len(shape) > 2 and g.maybe(0.4):
         kwargs["shape"] = [*shape[:2], *[1] * (len(shape) - 2)]
     return (g.f(*shape), torch.tensor(g.r.randint(0, 2**40))), kwargs
+
+
+@case(attach)
+def attached(g: Gen):
+    shape = g.shape()
+    return g.f(*shape), g.f(*shape)
+
+
+case(fixed)(lambda g: (g.f(*g.shape()),))
