@@ -181,7 +181,7 @@ class Edges:
         if len(self.parts) == 1 or not torch.is_grad_enabled():
             return list(outs)
         sinks, kinds = program.tensor_sinks(), self._of(program)[1]
-        return [_Leave.apply(out, crossing, kind) if sink.kind == "output" and out.requires_grad else out
+        return [_Leave.apply(out, crossing, kind) if sink.kind in ("output", "attribute") and out.requires_grad else out
                 for out, sink, kind in zip(outs, sinks, kinds, strict=True)]
 
     def drop(self, program: Program) -> None:

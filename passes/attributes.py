@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,9 +65,9 @@ class Recorded:
 
 
 @contextlib.contextmanager
-def recorded_attributes(model: nn.Module, traced: Traced) -> Iterator[Recorded]:
+def recorded_attributes(model: nn.Module, traced: Traced, watch: bool = True) -> Iterator[Recorded]:
     """Inside, the model's forward returns its outputs and a tuple of tensors: those that it stores, then the marks of hooks;
-    hooks around it do not run.
+    hooks around it do not run. watch: see what it reads; otherwise (Dynamo traces no watched module) it may have read everything.
 
     Afterwards: attributes are as they were. Raises: `CaptureError` for what cannot be stored again.
     """
@@ -83,12 +83,12 @@ def recorded_attributes(model: nn.Module, traced: Traced) -> Iterator[Recorded]:
         parts, buffers = _parts(model), [(m, dict(m._buffers)) for m in model.modules()]
         tensors: list[Tensor] = []
         try:
-            with _watched({id(h.holder): h for h in before}):
+            with _watched({id(h.holder): h for h in before}) if watch else contextlib.nullcontext():
                 out = original(*args, **kwargs)
             if parts != _parts(model):
                 raise CaptureError("a forward that adds, replaces or removes parameters or submodules", None,
                                    "do so before, and call fxpar.parallelize afterwards")
-            record.writes = [w for h in before for w in h.written(tensors)]
+            record.writes = [w if watch else replace(w, read=True) for h in before for w in h.written(tensors)]
             record.names = [w.name for w in record.writes for _ in _made(w.value)]
         finally:
             for h in before:

@@ -63,7 +63,7 @@ def capture(
             if not type(error.__cause__).__module__.startswith("torch._dynamo."):
                 raise
             reads = everything(model)  # what is traced by Dynamo (torch.cond) cannot be watched
-            exported, prefix, record = _export(model, originals, fake_args, fake_kwargs)
+            exported, prefix, record = _export(model, originals, fake_args, fake_kwargs, watch=False)
         inline_regions(exported.graph_module)
         expand_batch_norm(exported.graph)
         expand_dropout(exported.graph)
@@ -152,8 +152,8 @@ def _fake_tensor_of(
     return nn.Parameter(compat.fake_like(mode, t, device, cast), requires_grad=t.requires_grad)
 
 
-def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple,
-            kwargs: dict[str, Any]) -> tuple[torch.export.ExportedProgram, str, Recorded]:
+def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, kwargs: dict[str, Any],
+            watch: bool = True) -> tuple[torch.export.ExportedProgram, str, Recorded]:
     """The exported program, the prefix its names carry ("model." where autocast had to be moved inside), and what the forward
     left in attributes. (Forward hooks of submodules are part of it; the model's own run around the program.)"""
     _refuse_hooks(model)
@@ -163,7 +163,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple,
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
     drawn = host_draws()
     try:
-        with recorded_attributes(root, traced) as record, torch.autocast(device, enabled=False), torch.enable_grad(), \
+        with recorded_attributes(root, traced, watch) as record, torch.autocast(device, enabled=False), torch.enable_grad(), \
                 compat.checkpoints_inlined(), recorded_functions(), traced, GroupedProducts():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:

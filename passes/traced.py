@@ -61,7 +61,9 @@ class Traced(TorchFunctionMode):
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
             if isinstance(args[1], int | float) and not 0 < args[1] < 1:
                 return args[1] >= 1
-        if func in REFUSED and not (func == _GRAD_FN and _asked_by_torch()):
+        if func == _GRAD_FN and _asked_by_torch():
+            return func(*args)
+        if func in REFUSED:
             raise CaptureError(REFUSED[func][0], line_here(), REFUSED[func][1])
         args, kwargs = self._found(args, kwargs or {})
         if func == _DATA:
