@@ -138,10 +138,15 @@ def checkpoints_inlined() -> Iterator[None]:
 
 @contextlib.contextmanager
 def functions_applied_by(apply: Callable) -> Iterator[None]:
-    """Inside, ``F.apply(...)`` of every custom autograd Function F is ``apply(F, ...)``."""
+    """Inside, ``F.apply(...)`` of every custom autograd Function F but PyTorch's own is ``apply(F, ...)``."""
     function: Any = torch.autograd.Function
     original = function.__dict__["apply"]
-    function.apply = classmethod(apply)
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        own = cls.__module__.partition(".")[0] == "torch"
+        return (original.__get__(None, cls) if own else functools.partial(apply, cls))(*args, **kwargs)
+
+    function.apply = classmethod(applied)
     try:
         yield
     finally:

@@ -56,6 +56,7 @@ class Traced(TorchFunctionMode):
         self.hooks: list[torch.Tensor] = []
         self.given: set[int] = set()
         self._made: list[tuple[Any, Any]] = []
+        self._imports = _imports()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
@@ -104,6 +105,8 @@ class Traced(TorchFunctionMode):
         if id(t) in self.places:
             table, key = self.places[id(t)]
             return table[key]
+        if _imports() > self._imports:  # modules that make models for themselves, as those do that explain an error of export
+            return t
         what = "a parameter" if isinstance(t, nn.Parameter) else "a tensor with requires_grad"
         raise CaptureError(f"{what} of shape {tuple(t.shape)} that the model does not have among its parameters: it would be a "
                            "constant", line_here(), "register it: assign it to an attribute of a module (modules in an "
@@ -145,6 +148,16 @@ def _held(t: torch.Tensor) -> str:
 
 def _is_foreign(t: Any) -> bool:
     return isinstance(t, torch.Tensor) and t.requires_grad and t.is_leaf and not isinstance(t, compat.FakeTensor)
+
+
+def _imports() -> int:
+    """How many modules are being imported."""
+    frame: Any = sys._getframe()
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    return count
 
 
 def host_draws() -> tuple:
