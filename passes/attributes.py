@@ -238,14 +238,14 @@ def _parts(model: nn.Module) -> list[Any]:
 class _Held:
     """A dict or list that the model holds, and what was in it."""
 
-    def __init__(self, name: str, holder: Holder, where: str | None, skip: Callable[[Any], bool] = lambda key: False):
-        self.name, self.holder, self.where, self.skip = name, holder, where, skip
+    def __init__(self, name: str, holder: Holder, where: str | None, module: nn.Module | None = None):
+        self.name, self.holder, self.where, self.module = name, holder, where, module
         self.before: Any = self.now()
         self.read: set[str] = set()
 
     def now(self) -> Any:
         if isinstance(self.holder, dict):
-            return {k: v for k, v in self.holder.items() if not self.skip(k)}
+            return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(self.module, k)}
         return list(self.holder)
 
     def entries(self) -> list[tuple[Any, Any]]:
@@ -277,7 +277,7 @@ class _Held:
 
     def _write(self, key: Any, value: Any, tensors: list[Tensor]) -> Write:
         name = f"{self.name}.{key}"
-        read = self.skip is not _is_own or key in self.read
+        read = self.module is None or key in self.read
         return Write(name, self.holder, key, self._template(name, value, tensors), read)
 
     def _template(self, name: str, value: Any, tensors: list[Tensor]) -> Any:
@@ -329,14 +329,15 @@ def _snapshot(model: nn.Module) -> list[_Held]:
         name = f"{path} ({type(module).__name__})" if path else type(module).__name__
         code = getattr(type(module).forward, "__code__", None)
         where = f"{code.co_filename}:{code.co_firstlineno}" if code else None
-        found[id(module.__dict__)] = held = _Held(name, module.__dict__, where, _is_own)
+        found[id(module.__dict__)] = held = _Held(name, module.__dict__, where, module)
         for key, value in held.entries():
             hold(f"{name}.{key}", value, where, 1)
     return list(found.values())
 
 
-def _is_own(key: str) -> bool:
-    return key in OWN or "_hooks" in key
+def _is_own(module: nn.Module, key: str) -> bool:
+    """Whether it is no attribute of the module's author: PyTorch's modules keep lists of their weights (``_flat_weights``)."""
+    return key in OWN or "_hooks" in key or (key.startswith("_") and type(module).__module__.startswith("torch."))
 
 
 def _is_plain(value: Any) -> bool:
