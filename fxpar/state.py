@@ -222,7 +222,8 @@ def places(model: nn.Module, before: Mapping[str, Place], tilings: dict[str, Til
 
     before: where they were. Raises: `InputError` for a parameter that was put in and has no layout.
     """
-    names = {id(table[key]): name for name, (table, key) in before.items() if isinstance(table.get(key), DTensor)}
+    names = {id(table[key]): name for name, (table, key) in before.items()
+             if name in tilings and isinstance(table.get(key), DTensor)}
     found: dict[str, Place] = {}
     for path, module in model.named_modules():
         for key, p in module._parameters.items():

@@ -279,3 +279,25 @@ def test_attributes_that_dynamo_reads_are_compared():
         plain.factor = module.factor = factor
         plain.config.temperature = module.config.temperature = temperature
         torch.testing.assert_close(module(x), plain(x))
+
+
+class Tied(nn.Module):
+    """A table that is also the head, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.table.weight
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x) * self.scale).square().mean()
+
+
+def test_a_buffer_of_another_dtype_in_a_model_with_tied_weights():
+    torch.manual_seed(0)
+    plain, x = Tied(), torch.arange(4).view(2, 2)
+    module = fxpar.parallelize(copy.deepcopy(plain), "dp=1", (x,))
+    for model in (plain, module.get_submodule("")):
+        model.scale = torch.full((1,), 3.0, dtype=torch.bfloat16)
+    torch.testing.assert_close(module(x), plain(x))
