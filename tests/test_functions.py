@@ -314,7 +314,10 @@ def test_the_backward_is_the_authors(kind, plan):
     assert_equivalent(net(kind), plan, batch())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = ("reverse", "rounded", "auxiliary", "weights")
+
+
+@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_the_backward_is_the_authors_in_lowered_graphs(kind):
     assert_equivalent(net(kind), "dp=2,tp=2,zero=3", batch(), lowered=True)
 

@@ -187,7 +187,7 @@ def several(rank: int, programs: list[Program], plan: str) -> list[dict[str, Any
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", [*PLANS[3:], *(pytest.param(p, marks=pytest.mark.slow) for p in PLANS[:3])])
 def test_programs_go_on_on_two_ranks(plan):
     r = Random(plan)
     programs = [Program(r) for _ in range(4)]
