@@ -1,4 +1,4 @@
-"""Every private torch API that fxpar touches, in one place, so that a torch release breaks one file.
+"""Every private torch API that fxpar touches, in one place, so that a torch release breaks one folder.
 
 Supported: torch 2.11 to 2.15. tests/test_compat.py has a test per entry.
 """
@@ -6,9 +6,7 @@ Supported: torch 2.11 to 2.15. tests/test_compat.py has a test per entry.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -22,9 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from fxpar.compat.symmetric import SymmetricSlots
+
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "SymmetricSlots",
     "autocast_region",
     "compile_graph",
     "detect_fake_mode",
@@ -398,50 +399,6 @@ def memory_budget(fraction: float | None) -> Iterator[None]:
 
     with config.patch(activation_memory_budget=fraction), mock.patch.object(flop_counter, "sdpa_flop_count", grouped_too):
         yield
-
-
-class SymmetricSlots:
-    """`fxpar.backends.copies.Slots` in PyTorch's symmetric memory: GPUs of one host, which can access each other's memory.
-
-    Its barrier takes no multiprocessors either: each rank copies a counter to all others, and the stream waits (in the
-    hardware's front end) until theirs have arrived. Making it is collective over the group. Raises: RuntimeError, OSError
-    where the GPUs cannot.
-    """
-
-    def __init__(self, group: Any, sizes: Sequence[int], device: torch.device):
-        from torch.distributed import _symmetric_memory as symmetric
-
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed, and not to be had on every host
-        nbytes = sum(sizes)
-        memory = symmetric.empty(nbytes + 4 * group.size(), dtype=torch.uint8, device=device).zero_()
-        torch.cuda.synchronize(device)
-        handle = symmetric.rendezvous(memory, group.group_name)
-        self.rank, self.size = handle.rank, handle.world_size
-        self._slots = [handle.get_buffer(r, (nbytes,), torch.uint8).split(list(sizes)) for r in range(self.size)]
-        flags = [handle.get_buffer(r, (self.size,), torch.int32, nbytes // 4) for r in range(self.size)]
-        peers = [r for r in range(self.size) if r != self.rank]
-        self._to = [flags[r][self.rank : self.rank + 1] for r in peers]
-        self._from = [flags[self.rank].data_ptr() + 4 * r for r in peers]
-        self._count, self._counter = 0, torch.zeros(1, dtype=torch.int32, device=device)
-        driver = ctypes.CDLL("libcuda.so.1")
-        self._keep, self._write, self._wait = (memory, handle), driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
-        for operation in (self._write, self._wait):
-            operation.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
-        handle.barrier()
-        torch.cuda.synchronize(device)
-
-    def of(self, rank: int, which: int) -> torch.Tensor:
-        return self._slots[rank][which]
-
-    def barrier(self) -> None:
-        self._count += 1
-        stream = torch.cuda.current_stream().cuda_stream
-        codes = [self._write(stream, self._counter.data_ptr(), self._count, 0)]
-        for flag in self._to:
-            flag.copy_(self._counter)
-        codes += [self._wait(stream, flag, self._count, 0) for flag in self._from]  # 0: until it is at least the count
-        if any(codes):
-            raise RuntimeError(f"memory operations of a stream failed with CUDA error {max(codes)}")
 
 
 def collective_group(name: str) -> Any:
