@@ -85,13 +85,17 @@ class Traced(TorchFunctionMode):
         """Raises: `CaptureError` if somebody still has a tensor that was made, now that the trace is over: it has no values."""
         self.draws.clear()
         self.hooks.clear()
-        gc.collect()
-        for ref, line in self._made:
-            t = ref()
-            if t is not None and id(t) not in self.given and not isinstance(t, nn.Parameter):
-                raise CaptureError(f"a forward that keeps a tensor of shape {tuple(t.shape)} outside of the model's attributes"
-                                   f"{_held(t)}", line, "keep it in an attribute of a module, or in a list or dict that an "
-                                   "attribute holds, or return it")
+        for generation in (None, 0, 1, 2):  # a full collection takes as long as many captures
+            if generation is not None:
+                gc.collect(generation)
+            kept = next(((t, line) for ref, line in self._made if (t := ref()) is not None and id(t) not in self.given
+                         and not isinstance(t, nn.Parameter)), None)
+            if kept is None:
+                return
+        t, line = kept
+        raise CaptureError(f"a forward that keeps a tensor of shape {tuple(t.shape)} outside of the model's attributes"
+                           f"{_held(t)}", line, "keep it in an attribute of a module, or in a list or dict that an "
+                           "attribute holds, or return it")
 
     def _found(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments, with the module's own parameters for those that come from elsewhere."""
