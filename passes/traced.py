@@ -92,6 +92,7 @@ class Traced(TorchFunctionMode):
                          and not isinstance(t, nn.Parameter)), None)
             if kept is None:
                 return
+        assert kept is not None
         t, line = kept
         raise CaptureError(f"a forward that keeps a tensor of shape {tuple(t.shape)} outside of the model's attributes"
                            f"{_held(t)}", line, "keep it in an attribute of a module, or in a list or dict that an "
