@@ -88,15 +88,17 @@ class Traced(TorchFunctionMode):
         for generation in (None, 0, 1, 2):  # a full collection takes as long as many captures
             if generation is not None:
                 gc.collect(generation)
-            kept = next(((t, line) for ref, line in self._made if (t := ref()) is not None and id(t) not in self.given
-                         and not isinstance(t, nn.Parameter)), None)
+            kept = next((i for i, (ref, _) in enumerate(self._made) if self._is_kept(ref())), None)
             if kept is None:
                 return
         assert kept is not None
-        t, line = kept
+        t, line = self._made[kept][0](), self._made[kept][1]
         raise CaptureError(f"a forward that keeps a tensor of shape {tuple(t.shape)} outside of the model's attributes"
                            f"{_held(t)}", line, "keep it in an attribute of a module, or in a list or dict that an "
                            "attribute holds, or return it")
+
+    def _is_kept(self, t: Any) -> bool:
+        return t is not None and id(t) not in self.given and not isinstance(t, nn.Parameter)
 
     def _found(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments, with the module's own parameters for those that come from elsewhere."""
