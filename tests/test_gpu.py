@@ -1,8 +1,8 @@
-"""Many architectures on 2 and on 4 GPUs, over NCCL, compiled by Inductor, against one GPU: ``pytest -m gpu -n 4``.
+"""Many architectures on 2 and on 4 GPUs, over NCCL, compiled by Inductor, against one GPU: ``pytest -m gpu -n 16``.
 
 ``-k smoke`` runs each architecture once. FXPAR_TABLE=FILE collects a line per case, of which ``python -m tests.gpu_table FILE``
-makes the table of benchmarks/RESULTS.md. Every plan is a process group of its own; those of two GPUs run side by side on
-different GPUs, where there are four. The plans of four GPUs are also run by one, in simulation (``-k simulated -n 6``): the
+makes the table of benchmarks/RESULTS.md. Six architectures under a plan share a process group, one after the other; groups run
+side by side (compiling takes most of the time), those of two GPUs on different ones, where there are four. The plans of four GPUs are also run by one, in simulation (``-k simulated -n 6``): the
 same graphs, compiled for it, with the ranks as threads.
 """
 
@@ -34,6 +34,8 @@ PLANS = {2: ("dp=2", "tp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3"),
          4: ("dp=2,tp=2", "dp=2,tp=2,zero=3", "dp=4,dp_replicate=2,zero=3", "tp=4,sequence_parallel=false")}  # fmt: skip
 RECOMPUTE = ("none", "selective", "full", "0.5")
 DTYPES = ("", "param_dtype=bf16")
+GROUP = 6
+"""How many cases share a process group."""
 CASES = {gpus: pairwise(FAMILIES, plans, RECOMPUTE, DTYPES, (1, 2)) for gpus, plans in PLANS.items()}
 
 
@@ -57,11 +59,19 @@ def runs(gpus: int, plan: str, cases: list[tuple]) -> None:
     assert done.returncode == 0 and len(lines) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
 
 
+def groups() -> list[tuple[int, str, list[tuple]]]:
+    found = []
+    for gpus, plan in ((gpus, plan) for gpus, plans in PLANS.items() for plan in plans):
+        cases = [(name, *rest) for name, mine, *rest in CASES[gpus] if mine == plan]
+        found += [(gpus, plan, cases[i:i + GROUP]) for i in range(0, len(cases), GROUP)]
+    return found
+
+
 @pytest.mark.gpu
 @pytest.mark.multiproc
-@pytest.mark.parametrize("gpus, plan", [(gpus, plan) for gpus, plans in PLANS.items() for plan in plans])
-def test_architectures(gpus, plan):
-    runs(gpus, plan, [(name, *rest) for name, mine, *rest in CASES[gpus] if mine == plan])
+@pytest.mark.parametrize("gpus, plan, cases", [pytest.param(*g, id=f"{g[0]} GPUs-{g[1]}-{g[2][0][0]}") for g in groups()])
+def test_architectures(gpus, plan, cases):
+    runs(gpus, plan, cases)
 
 
 @pytest.mark.gpu

@@ -67,3 +67,25 @@ def test_a_loss_that_is_no_number_is_not_right():
 
     with pytest.raises(EquivalenceError, match="the loss is nan"):
         assert_equivalent(NotANumber(), "dp=2", (X,))
+
+
+def test_a_distance_in_few_bits_is_taken_over_several_draws_of_roundings():
+    assert not testing.too_far([(2.0, 1.0), (0.5, 1.0), (0.5, 1.0)])  # one draw alone would be too far
+    assert testing.too_far([(2.0, 1.0), (1.6, 1.0), (1.4, 1.0)])
+
+
+def test_what_is_farther_in_every_draw_is_wrong(monkeypatch):
+    monkeypatch.setattr(testing, "_apart", lambda exact, one, result: (0.2, 0.1))
+    with pytest.raises(EquivalenceError, match="off by 0.2 of their norm.*5 draws"):
+        assert_equivalent(Net(), "dp=2,param_dtype=bf16", (X,))
+
+
+def test_a_draw_moves_parameters_and_puts_them_back():
+    model, moved = Net(), []
+    before = [p.detach().clone() for p in model.parameters()]
+    for draw in (0, 1, 2):
+        with testing.moved(model, draw):
+            moved.append(model.first.weight.detach().clone())
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert torch.equal(moved[0], before[0]) and not torch.equal(moved[1], moved[2])
+    assert ((moved[1] - before[0]).abs() <= before[0].abs() * 0.05).all() and not torch.equal(moved[1], before[0])
