@@ -45,32 +45,44 @@ def main(plan: str, cases: list[list]) -> None:
     for name, recompute, more, microbatches in cases:
         start = time.perf_counter()
         text = ",".join(filter(None, [plan, more, f"recompute={recompute}", f"microbatches={microbatches}"]))
-        try:
-            error = run(name, fxpar.Plan.parse(text))
-        except Exception as raised:
-            error = f"{type(raised).__name__}: {raised}\n{traceback.format_exc()[-2000:]}"
-        errors: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error, group=side)
+        worst = run(name, fxpar.Plan.parse(text), functools.partial(of_all_ranks, side))
         if dist.get_rank() == 0:
-            worst = next((f"rank {r}: {e}" for r, e in enumerate(errors) if e), "")
             print(json.dumps({"model": name, "plan": text, "error": worst, "seconds": round(time.perf_counter() - start, 1)}),
                   flush=True)
         torch._dynamo.reset()
     dist.destroy_process_group()
 
 
-def run(name: str, plan: fxpar.Plan) -> str:
-    """What is wrong with a model under a plan; an empty text if nothing is."""
-    want, have, narrow, after_it = steps(name, plan)
-    if plan.param_dtype is None:
-        wrong = difference(want, have)
-    else:
-        wrong = missing(want, have)
-        apart = [distances(want[1], have[1], narrow[1])]
-        if not wrong and too_far(apart):
-            apart += [distances(*(grads for _, grads in steps(name, plan, draw)[:3])) for draw in range(1, DRAWS)]
-        wrong = wrong or too_far(apart)
-    return wrong or after_it()
+def of_all_ranks(group: dist.ProcessGroup, check: Callable[[], str | None]) -> str:
+    """The first rank's error, with its number, where `check` returns or raises one; an empty text where no rank has one."""
+    try:
+        error = check() or ""
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}\n{traceback.format_exc()[-2000:]}"
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error, group=group)
+    return next((f"rank {r}: {e}" for r, e in enumerate(errors) if e), "")
+
+
+def run(name: str, plan: fxpar.Plan, everywhere: Callable[[Callable[[], str | None]], str]) -> str:
+    """What is wrong with a model under a plan; an empty text if nothing is. everywhere: see `of_all_ranks`."""
+    apart: list[tuple[float, float]] = []
+    rest: list[Callable[[], str]] = []
+
+    def first() -> str:
+        want, have, narrow, after_it = steps(name, plan)
+        rest.append(after_it)
+        apart.append(distances(want[1], have[1], narrow[1]))
+        return difference(want, have) if plan.param_dtype is None else missing(want, have)
+
+    def more() -> str | None:
+        apart.extend(distances(*(grads for _, grads in steps(name, plan, draw)[:3])) for draw in range(1, DRAWS))
+        return too_far(apart)
+
+    wrong = everywhere(first)
+    if not wrong and plan.param_dtype is not None and everywhere(lambda: too_far(apart)):
+        wrong = everywhere(more)
+    return wrong or everywhere(rest[0])
 
 
 def steps(name: str, plan: fxpar.Plan, draw: int = 0) -> tuple[Step, Step, Step, Callable[[], str]]:
@@ -81,7 +93,7 @@ def steps(name: str, plan: fxpar.Plan, draw: int = 0) -> tuple[Step, Step, Step,
     model, inputs = zoo.build(name)
     with moved(model, draw):
         model = copy.deepcopy(model)
-    model, inputs = without_dropout(model).cuda(), on_gpu(inputs)
+    model, inputs = without_dropout(model).cuda(), on_gpu(enough(inputs, plan))
     if plan.microbatches > 1 and "labels" in inputs and inputs["labels"].dim() > 1:
         inputs["labels"].clamp_(min=1)  # as many labels in each
     exact = copy.deepcopy(model)
@@ -112,7 +124,22 @@ def after(exact: nn.Module, module: Any, optimizers: list[torch.optim.Optimizer]
     far = [n for n, p in module.named_parameters() if not (p.full_tensor() - plain[n]).abs().amax() <= 2.01 * LEARNING_RATE]
     if far:
         return f"after a step {far[0]} is farther from one GPU's than two steps can be"
-    return saves(module, optimizers[1])
+    return replicas(module) or saves(module, optimizers[1])
+
+
+def replicas(module: Any) -> str:
+    """What ranks that hold the same part hold in other bits."""
+    for what, tensors in (("gradient", [p.grad for p in module.parameters()]), ("value", list(module.parameters()))):
+        for (name, _), t in zip(module.named_parameters(), tensors, strict=True):
+            if t is None:
+                continue
+            full = t.detach().full_tensor()
+            largest, least = full.clone(), full.clone()
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            if not torch.equal(largest, least):
+                return f"ranks hold another {what} of {name}, by {(largest - least).abs().amax() / full.abs().amax():.2g} of it"
+    return ""
 
 
 def saves(module: Any, optimizer: torch.optim.Optimizer) -> str:
@@ -194,6 +221,14 @@ def without_dropout(model: nn.Module) -> nn.Module:
             if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
                 setattr(module, name, 0.0)
     return model
+
+
+def enough(inputs: Any, plan: fxpar.Plan) -> Any:
+    """As many rows as the plan has microbatches on all replicas: those that follow are the first ones in another order."""
+    def more(t: Tensor) -> Tensor:
+        return torch.cat([t.roll(i, 0) for i in range(-(-plan.dp * plan.microbatches // len(t)))])
+
+    return pytree.tree_map_only(Tensor, more, inputs)
 
 
 def on_gpu(inputs: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 import fxpar
 from fxpar.testing import assert_equivalent
 from tests import zoo
-from tests.gpu_program import on_gpu, without_dropout
+from tests.gpu_program import enough, on_gpu, without_dropout
 from tests.matrix import pairwise
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def groups() -> list[tuple[int, str, list[tuple]]]:
 
 @pytest.mark.gpu
 @pytest.mark.multiproc
-@pytest.mark.parametrize("gpus, plan, cases", [pytest.param(*g, id=f"{g[0]} GPUs-{g[1]}-{g[2][0][0]}") for g in groups()])
+@pytest.mark.parametrize("gpus, plan, cases", [pytest.param(*g, id=f"{g[0]}gpus-{g[1]}-{g[2][0][0]}") for g in groups()])
 def test_architectures(gpus, plan, cases):
     runs(gpus, plan, cases)
 
@@ -94,7 +94,8 @@ def test_simulated(name, plan, recompute, more, microbatches):
     if microbatches > 1 and "labels" in inputs and inputs["labels"].dim() > 1:
         inputs["labels"].clamp_(min=1)  # as many labels in each
     whole = ",".join(filter(None, [plan, more, f"recompute={recompute}", f"microbatches={microbatches}"]))
-    assert_equivalent(without_dropout(model).cuda(), fxpar.Plan.parse(whole), on_gpu(inputs), backend="inductor")
+    plan = fxpar.Plan.parse(whole)
+    assert_equivalent(without_dropout(model).cuda(), plan, on_gpu(enough(inputs, plan)), backend="inductor")
 
 
 def test_the_cover_of_gpus_has_every_family_under_every_plan():

@@ -1,5 +1,8 @@
 """Losses across split classes and split tokens, as users spell them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -143,6 +146,28 @@ def test_compiled_programs_check_labels_and_ids(grad):
         for which, value in OUT_OF_RANGE:
             with pytest.raises(RuntimeError, match="out of bounds"):
                 model(**out_of_range(which, value))
+
+
+ON_A_GPU = """
+import fxpar, torch
+from tests.test_losses import LOSSES, Head, batch, out_of_range
+cuda = lambda inputs: {name: t.cuda() for name, t in inputs.items()}
+model = fxpar.parallelize(Head(LOSSES["shifted"]).cuda(), "dp=1", cuda(batch()), backend="%s")
+model(**cuda(batch())).backward()
+torch.cuda.synchronize()
+print("right so far")
+model(**cuda(out_of_range("%s", %d))).backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("which, value", OUT_OF_RANGE)
+def test_labels_and_ids_out_of_range_end_a_process_with_a_gpu(which, value, backend):
+    """As in PyTorch, by an assertion of the kernel: the process cannot go on."""
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU % (backend, which, value)], capture_output=True, text=True, timeout=300)
+    assert done.returncode and "right so far" in done.stdout and "device-side assert" in done.stderr, done.stdout + done.stderr
 
 
 def test_the_only_label_that_is_ignored_is_the_one_asked_for():

@@ -256,21 +256,50 @@ def test_what_is_written_while_it_is_communicated_is_told(issue):
         threads.run(body)
 
 
-def test_compiled_sums_of_transposed_gradients_are_not_read_early():
-    """As Inductor lowers them, the copy of one that lies transposed was copied once more while it was being summed."""
+LAID_OUT = [
+    lambda p: p, lambda p: p.mT, lambda p: p[:, :6], lambda p: p[:6], lambda p: p[:6, :6].mT, lambda p: p / 2, lambda p: p[:, :6] / 2,
+    lambda p: p[:6] / 2, lambda p: p.mT.contiguous(), lambda p: (p.mT / 2).contiguous(), lambda p: p[:, :6].contiguous(),
+    lambda p: p[:6].clone(memory_format=torch.contiguous_format), lambda p: p[:6].reshape(-1), lambda p: (p[:4, :6] + 1).mT,
+]  # fmt: skip
+"""What may become of a matrix product before it is communicated; a compiler lays it out as it likes."""
+
+
+def both(name: str, kind: str, *tensors: Tensor) -> list[Tensor]:
+    """Tensors communicated over a group of two and waited for; one by one, unless `kind` is coalesced."""
+    operator, arguments = getattr(c10d, kind), {"reduce": ("sum", 2, name), "gather": (2, name), "sum": ("sum", name)}
+    mine = arguments["sum" if kind.startswith("all_reduce") else "reduce" if kind.startswith("reduce") else "gather"]
+    if kind.endswith("coalesced"):
+        made = operator(list(tensors), *mine)
+        return [c10d.wait_tensor(made[i]) for i in range(len(tensors))]
+    if kind == "all_to_all_single":
+        return [c10d.wait_tensor(operator(t, [t.shape[0] // 2] * 2, [t.shape[0] // 2] * 2, name)) for t in tensors]
+    return [c10d.wait_tensor(operator(t, *mine)) for t in tensors]
+
+
+def by_hand(kind: str, parts: list[Tensor], rank: int) -> Tensor:
+    if kind.startswith("all_gather"):
+        return torch.cat(parts)
+    if kind.startswith("all_to_all"):
+        return torch.cat([p.chunk(2)[rank] for p in parts])
+    return sum(parts) if kind.startswith("all_reduce") else sum(parts).chunk(2)[rank]
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "all_reduce_coalesced", "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced",
+                                  "all_gather_into_tensor", "all_gather_into_tensor_coalesced", "all_to_all_single"])  # fmt: skip
+@pytest.mark.parametrize("makes", [*([m] for m in LAID_OUT), LAID_OUT], ids=[*map(str, range(len(LAID_OUT))), "all"])
+def test_compiled_collectives_take_any_layout(kind, makes):
+    """As Inductor lowers reductions of several, copies that lie otherwise were copied once more while they were being summed."""
     threads, name = group_of(2)
 
-    class Sums(nn.Module):
-        def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-            gradients = [(x.mT @ y).mT.clone(memory_format=torch.contiguous_format), ((x.mT @ z).mT + 1).contiguous()]
-            summed = c10d.all_reduce_coalesced(gradients, "sum", name)
-            return c10d.wait_tensor(summed[0]).mT + 1, c10d.wait_tensor(summed[1]).mT * 2
+    class Products(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+            return tuple(both(name, kind, *(make(x.mT @ w) for make in makes for w in (y, z))))
 
-    inputs = [[torch.randn(8, n) for n in (4, 6, 10)] for _ in range(2)]
-    run = compat.compile_graph(fx.symbolic_trace(Sums()), inputs[0], {})
-    first, second = (sum(x.mT @ given[i] for x, *given in inputs) for i in (0, 1))
-    for made in threads.run(lambda rank: run(*inputs[rank])):
-        torch.testing.assert_close(made, (first + 1, (second + 2) * 2))
+    inputs = [[torch.randn(8, n) for n in (8, 8, 10)] for _ in range(2)]
+    run = compat.compile_graph(fx.symbolic_trace(Products()), inputs[0], {})
+    parts = [[make(x.mT @ w) for make in makes for w in (y, z)] for x, y, z in inputs]
+    for rank, made in enumerate(threads.run(lambda rank: run(*inputs[rank]))):
+        torch.testing.assert_close(list(made), [by_hand(kind, list(each), rank) for each in zip(*parts, strict=True)])
 
 
 @pytest.mark.parametrize("last, message", [

@@ -96,21 +96,28 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
 
 @functools.cache
 def _mend_reductions() -> None:
-    """Have Inductor give `all_reduce_coalesced` contiguous operands, as it does `all_reduce`.
+    """Have Inductor lay out the operands of `all_reduce_coalesced`, in place or not, as the graph has them, and densely.
 
-    It reduces copies in place, and may lay the copy of a transposed gradient out transposed. What waits for it wants it
-    contiguous, so it is copied once more: before the wait, while it is being summed (torch 2.11 to 2.15).
+    Inductor reduces in place, and lays out what it reduces as it likes: transposed, or as a part of a wider product. What waits
+    for it wants the graph's strides, so it is copied once more: before the wait, while it is being summed (torch 2.11 to 2.15).
     """
     from torch._inductor import ir
     from torch._inductor.lowering import clone, lowerings
+    from torch._inductor.virtualized import V
 
     c10d = torch.ops._c10d_functional
     in_place = lowerings[c10d.all_reduce_coalesced_.default]
 
-    def reduce(inputs: list[Any], *args: Any) -> Any:
-        return in_place([ir.ExternKernel.require_contiguous(clone(x)) for x in inputs], *args)
+    def dense(x: Any, strides: Sequence[int]) -> Any:
+        order = ir.get_stride_order(strides)
+        return ir.ExternKernel.require_exact_strides(x, ir.FlexibleLayout.stride_ordered(x.get_size(), order))
 
-    lowerings[c10d.all_reduce_coalesced.default] = reduce
+    def reduce_(inputs: list[Any], *args: Any) -> Any:
+        nodes = V.graph.current_node.args[0]
+        return in_place([dense(x, node.meta["val"].stride()) for x, node in zip(inputs, nodes, strict=True)], *args)
+
+    lowerings[c10d.all_reduce_coalesced.default] = lambda inputs, *args: reduce_([clone(x) for x in inputs], *args)
+    lowerings[c10d.all_reduce_coalesced_.default] = reduce_
 
 
 @contextlib.contextmanager
