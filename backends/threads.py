@@ -138,6 +138,16 @@ class _Started(dist.Work):
         return True
 
 
+def _is_dense(t: Tensor) -> bool:
+    """Whether its elements lie side by side, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1 and t.numel() and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _spoil(t: Tensor) -> None:
     """Values that nothing should depend on."""
     t.fill_(float("nan") if t.is_floating_point() or t.is_complex() else 85)
@@ -175,6 +185,9 @@ class ThreadGroup(dist.ProcessGroup):
         """to[i] becomes ``combine(i, everyone's mine[i], my index)``."""
         meeting = self._meetings[_current.rank]
         index = meeting.ranks.index(_current.rank)
+        if not all(_is_dense(x) for x in (*mine, *to)):
+            raise EquivalenceError(f"{what} of tensors with gaps, or whose elements overlap, which NCCL refuses: "
+                                   f"{[(list(x.shape), x.stride()) for x in (*mine, *to)]}")
         text = f"{what} of {[(str(x.dtype)[6:], list(x.shape)) for x in mine]} over {self.registered}"
         meeting.entries[index] = text, list(mine)
         _wait(meeting.barrier, text)

@@ -99,7 +99,7 @@ def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any = 
 
 @contextlib.contextmanager
 def moved(model: nn.Module, draw: int) -> Iterator[None]:
-    """Inside, the model's parameters are moved by about one rounding of bfloat16 (unless `draw` is 0), other ones by each number."""
+    """Inside, the model's parameters are moved by about a rounding of bfloat16; draw 0 does not move them."""
     if not draw:
         yield
         return

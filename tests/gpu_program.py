@@ -102,7 +102,8 @@ def steps(name: str, plan: fxpar.Plan, draw: int = 0) -> tuple[Step, Step, Step,
     optimizers = [torch.optim.AdamW(m.parameters(), lr=LEARNING_RATE, fused=True) for m in (exact, module)]
     whole = microbatches(inputs, plan)
     want, have = step(exact, whole), parallel_step(module, mine)
-    narrow = want if plan.param_dtype is None else step(copy.deepcopy(model).to(plan.param_dtype), floats(whole, plan.param_dtype))
+    dtype = plan.param_dtype
+    narrow = want if dtype is None else step(copy.deepcopy(model).to(dtype), floats(whole, dtype))
     return want, have, narrow, functools.partial(after, exact, module, optimizers, plan)
 
 

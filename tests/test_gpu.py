@@ -2,8 +2,8 @@
 
 ``-k smoke`` runs each architecture once. FXPAR_TABLE=FILE collects a line per case, of which ``python -m tests.gpu_table FILE``
 makes the table of benchmarks/RESULTS.md. Six architectures under a plan share a process group, one after the other; groups run
-side by side (compiling takes most of the time), those of two GPUs on different ones, where there are four. The plans of four GPUs are also run by one, in simulation (``-k simulated -n 6``): the
-same graphs, compiled for it, with the ranks as threads.
+side by side (compiling takes most of the time), those of two GPUs on different ones, where there are four. The plans of four
+GPUs are also run by one, in simulation (``-k simulated -n 6``): the same graphs, compiled for it, with the ranks as threads.
 """
 
 from __future__ import annotations

@@ -257,9 +257,10 @@ def test_what_is_written_while_it_is_communicated_is_told(issue):
 
 
 LAID_OUT = [
-    lambda p: p, lambda p: p.mT, lambda p: p[:, :6], lambda p: p[:6], lambda p: p[:6, :6].mT, lambda p: p / 2, lambda p: p[:, :6] / 2,
-    lambda p: p[:6] / 2, lambda p: p.mT.contiguous(), lambda p: (p.mT / 2).contiguous(), lambda p: p[:, :6].contiguous(),
-    lambda p: p[:6].clone(memory_format=torch.contiguous_format), lambda p: p[:6].reshape(-1), lambda p: (p[:4, :6] + 1).mT,
+    lambda p: p, lambda p: p.mT, lambda p: p[:, :6], lambda p: p[:6], lambda p: p[:6, :6].mT, lambda p: p / 2,
+    lambda p: p[:, :6] / 2, lambda p: p[:6] / 2, lambda p: p.mT.contiguous(), lambda p: (p.mT / 2).contiguous(),
+    lambda p: p[:, :6].contiguous(), lambda p: p[:6].clone(memory_format=torch.contiguous_format), lambda p: p[:6].reshape(-1),
+    lambda p: (p[:4, :6] + 1).mT,
 ]  # fmt: skip
 """What may become of a matrix product before it is communicated; a compiler lays it out as it likes."""
 
@@ -284,8 +285,10 @@ def by_hand(kind: str, parts: list[Tensor], rank: int) -> Tensor:
     return sum(parts) if kind.startswith("all_reduce") else sum(parts).chunk(2)[rank]
 
 
-@pytest.mark.parametrize("kind", ["all_reduce", "all_reduce_coalesced", "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced",
-                                  "all_gather_into_tensor", "all_gather_into_tensor_coalesced", "all_to_all_single"])  # fmt: skip
+@pytest.mark.parametrize("kind", [
+    "all_reduce", "all_reduce_coalesced", "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced", "all_gather_into_tensor",
+    "all_gather_into_tensor_coalesced", "all_to_all_single",
+])  # fmt: skip
 @pytest.mark.parametrize("makes", [*([m] for m in LAID_OUT), LAID_OUT], ids=[*map(str, range(len(LAID_OUT))), "all"])
 def test_compiled_collectives_take_any_layout(kind, makes):
     """As Inductor lowers reductions of several, copies that lie otherwise were copied once more while they were being summed."""

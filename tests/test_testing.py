@@ -76,7 +76,7 @@ def test_a_distance_in_few_bits_is_taken_over_several_draws_of_roundings():
 
 def test_what_is_farther_in_every_draw_is_wrong(monkeypatch):
     monkeypatch.setattr(testing, "_apart", lambda exact, one, result: (0.2, 0.1))
-    with pytest.raises(EquivalenceError, match="off by 0.2 of their norm.*5 draws"):
+    with pytest.raises(EquivalenceError, match=r"off by 0\.2 of their norm.*5 draws"):
         assert_equivalent(Net(), "dp=2,param_dtype=bf16", (X,))
 
 

@@ -10,12 +10,13 @@ def within(index: Tensor, rows: int) -> Tensor:
 
     The check is a lookup, which every backend checks as PyTorch does: on a GPU by an assertion of the kernel, in compiled
     programs (where an error on the CPU is a RuntimeError) inside of the kernel that uses the result. Its result depends on the
-    check, so no compiler drops it.
+    check, so no compiler drops it. What is below 0 is looked up behind the last row: compiled lookups count it from the end.
     """
     index = index.long()
     zeros = index.new_zeros(()).expand(*index.shape, rows)
+    looked_up = index.where(index >= 0, rows)
     try:
-        return index + zeros.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        return index + zeros.gather(-1, looked_up.unsqueeze(-1)).squeeze(-1)
     except RuntimeError as error:
         if "out of bounds" not in str(error):
             raise
