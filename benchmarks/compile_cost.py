@@ -2,6 +2,7 @@
 
     python benchmarks/compile_cost.py
     python benchmarks/compile_cost.py --layers 2 4 --plan tp=4 --json cost.json
+    python benchmarks/compile_cost.py --several --layers 80                                  twenty plans after one capture
     python benchmarks/compile_cost.py --graphs --layers 16 32 64 --plan dp=2,zero=3      and what Inductor does before code
 
 The model is on the meta device and there are no other processes: any machine will do.
@@ -30,6 +31,7 @@ def parse_args():
     for name, default in SHAPE.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--graphs", action="store_true", help="also trace forward and backward and run all graph passes")
+    parser.add_argument("--several", action="store_true", help="capture once, and partition under each of PLANS")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     return parser.parse_args()
 
@@ -60,6 +62,24 @@ def cost(args, layers):
     return dict(layers=layers, stages=stages, total_s=total, s_per_layer=total / layers)
 
 
+PLANS = (
+    "dp=2", "tp=2", "tp=4", "tp=8", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3", "dp=2,tp=2", "dp=2,tp=4", "dp=2,tp=8",
+    "dp=2,tp=2,zero=1", "dp=2,tp=4,zero=1", "dp=2,tp=8,zero=1", "dp=2,tp=2,zero=3", "dp=2,tp=4,zero=3", "dp=2,tp=8,zero=3",
+    "tp=4,sequence_parallel=false", "tp=8,sequence_parallel=false", "dp=2,tp=8,recompute=full", "dp=2,dp_replicate=2,zero=3",
+)  # fmt: skip
+
+
+def several(args, layers):
+    """Seconds of the first plan of PLANS, which captures, of each other one, and of all."""
+    model, example = build_meta(args, layers)
+    captured, seconds = fxpar.capture(model, example), []
+    for plan in PLANS:
+        start = time.perf_counter()
+        captured.partition(plan)
+        seconds.append(time.perf_counter() - start)
+    return dict(layers=layers, first_s=seconds[0], others_s=seconds[1:], total_s=sum(seconds))
+
+
 SHOWN = ("capture", "infer", "place", "partition", "graphs")
 
 
@@ -79,10 +99,17 @@ def main():
     args = parse_args()
     cost(args, 1)  # not counted: the first compilation in a process also pays for imports
     rows = []
-    for layers in args.layers:
+    if args.several:
+        for layers in args.layers:
+            row = several(args, layers)
+            rows.append(row)
+            print(f"{layers} layers: the first plan {row['first_s']:.1f} s, each other one {min(row['others_s']):.1f} to "
+                  f"{max(row['others_s']):.1f} s, {len(PLANS)} plans {row['total_s']:.1f} s", flush=True)
+    for layers in () if args.several else args.layers:
         rows.append(cost(args, layers))
         print(f"{layers} layers: {rows[-1]['total_s']:.2f} s", flush=True)
-    Console().print(table_of(rows, args.plan))
+    if not args.several:
+        Console().print(table_of(rows, args.plan))
     if args.json:
         path = pathlib.Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)

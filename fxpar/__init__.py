@@ -2,6 +2,7 @@
 
 parallelize     the one line: a model and a `Plan` -> a `ParallelModule`
 Plan            how a model is split over ranks
+capture         a model traced once, for many plans
 simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
 testing         `assert_equivalent`: a plan against the plain model
@@ -12,7 +13,7 @@ export_safetensors, load_safetensors    Hugging Face's files
 from fxpar import testing
 from fxpar.api import parallelize
 from fxpar.checkpoint import SaveHandle, export_safetensors, load_checkpoint, load_safetensors, save_checkpoint
-from fxpar.compiler import compile_program
+from fxpar.compiler import Captured, capture, compile_program
 from fxpar.errors import (
     CaptureError,
     CheckpointError,
@@ -29,7 +30,7 @@ from fxpar.plan import Plan
 from fxpar.simulation import Simulation, simulate
 
 __version__ = "0.1.0"
-__all__ = ["CaptureError", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "MismatchError",
+__all__ = ["CaptureError", "Captured", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "MismatchError",
            "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
-           "UnsupportedOperator", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
+           "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
            "load_safetensors", "parallelize", "save_checkpoint", "simulate", "testing"]

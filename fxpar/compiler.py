@@ -13,7 +13,7 @@ from fxpar import mesh as meshes
 from fxpar.errors import PlanError
 from fxpar.inputs import Call, example_call, globalize, leaves
 from fxpar.passes.axes import refine_axes
-from fxpar.passes.capture import capture
+from fxpar.passes.capture import capture as trace
 from fxpar.passes.dropout import counter_dropout
 from fxpar.passes.gqa import fold_repeat_kv
 from fxpar.passes.infer import infer
@@ -29,7 +29,10 @@ from fxpar.passes.simplify import simplify
 from fxpar.passes.zero import shard_storage
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.state import State
 
+TRACED_FIELDS = ("outputs", "param_dtype", "reduce_dtype", "roles", "batch_dims")
+"""The fields of a plan that the passes up to `infer` read: plans that agree in them share an inferred program."""
 Pass = Callable[[Program], Program]
 Observer = Callable[[str, Program], None]
 
@@ -64,13 +67,64 @@ def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = No
     every pass. pinned: how parameters are stored already, by name: for a model that is called in another way.
     ``program.timings`` has the seconds of each pass.
     """
-    plan = Plan.of(plan)
-    plan.require_supported()
-    call = example_call(model, example_inputs)
+    if pinned:
+        plan = Plan.of(plan)
+        plan.require_supported()
+        call = example_call(model, example_inputs)
+        return _run(_start(model, plan, call, _device(model, device), observe), passes(pinned), observe)
+    return Captured(model, example_inputs, device=device).partition(plan, observe=observe)
+
+
+class Captured:
+    """A model on a global batch, of which `partition` makes the program of one rank under any plan. Made by `fxpar.capture`.
+
+    It is traced when the first plan asks for it, and again only for a plan that has it traced otherwise (`TRACED_FIELDS`), or
+    after the model changed.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any = None, *, device: torch.device | str | None = None):
+        self.model, self.call, self.device = model, example_call(model, example_inputs), _device(model, device)
+        self._depends = State(model)
+        self._inferred: dict[tuple, Program] = {}
+
+    def partition(self, plan: Plan | str, *, observe: Observer | None = None) -> Program:
+        """The program of one rank under `plan`. `observe` as in `compile_program`, of the passes that run.
+
+        Raises: `PlanError`, `CaptureError`, `UnsupportedOperator`.
+        """
+        plan = Plan.of(plan)
+        plan.require_supported()
+        front, back = _split(passes())
+        program = self._inferred.get(self._key(plan))
+        if program is None:
+            program = _run(_start(self.model, plan, self.call, self.device, observe), front, observe)
+            self._depends.add(program.reads)
+            self._inferred[self._key(plan)] = program
+        elif observe is not None:
+            observe(front[-1][0], program)
+        return _run(program.under(plan), back, observe)
+
+    def _key(self, plan: Plan) -> tuple:
+        kind = self.device.type
+        auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return (*(getattr(plan, name) for name in TRACED_FIELDS), auto, *self._depends.key())
+
+
+def capture(model: nn.Module, example_inputs: Any = None, *, device: torch.device | str | None = None) -> Captured:
+    """`model` on a *global* batch, captured once for many plans: ``captured.partition(plan)``, and the first argument of
+    `fxpar.inspect`, `fxpar.simulate` and `fxpar.testing.assert_equivalent`.
+
+    Arguments as in `compile_program`. The trace is made when the first plan asks for it. Raises: `InputError`.
+    """
+    return Captured(model, example_inputs, device=device)
+
+
+def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """device, or where the parameters are; the CPU for a meta model."""
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         device = torch.device("cpu") if device.type == "meta" else device
-    return _run(_start(model, plan, call, torch.device(device), observe), passes(pinned), observe)
+    return torch.device(device)
 
 
 def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe: Observer | None, call: Call,
@@ -104,7 +158,7 @@ def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
 
 def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, observe: Observer | None) -> Program:
     start = time.perf_counter()
-    program = capture(model, plan, meshes.from_plan(plan), *call, device)
+    program = trace(model, plan, meshes.from_plan(plan), *call, device)
     program.timings["capture"] = time.perf_counter() - start
     if observe is not None:
         observe("capture", program)

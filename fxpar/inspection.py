@@ -7,16 +7,16 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 from torch import fx, nn
 
-from fxpar.compiler import compile_program
-from fxpar.inputs import example_call, microbatch
+from fxpar.compiler import Captured, capture, compile_program
+from fxpar.inputs import microbatch
 from fxpar.memory import Peak, predict
 from fxpar.mesh import Mesh
 from fxpar.passes.layout import held_shape
-from fxpar.plan import Plan
+from fxpar.plan import Plan, Plans
 from fxpar.program import Program, module_path
 
 GIB = 2**30
@@ -102,20 +102,37 @@ class Report:
             return f"not predicted ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
 
 
-def inspect(model: nn.Module, plan: Plan | str, example_inputs: Any = None) -> Report:
+@overload
+def inspect(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any = None) -> Report: ...
+
+
+@overload
+def inspect(model: nn.Module | Captured, plan: Plans, example_inputs: Any = None) -> list[Report]: ...
+
+
+def inspect(model: nn.Module | Captured, plan: Plan | str | Plans, example_inputs: Any = None) -> Report | list[Report]:
     """What `plan` does to `model`: layouts, collectives, memory, FLOPs; for any world size, without processes.
 
-    model: may be on the meta device. example_inputs: the *global* batch (a dict of keyword arguments or a tuple), of which
-    only shapes and dtypes matter; may be left out for Hugging Face models.
+    model: may be on the meta device; or what `fxpar.capture` made of one. plan: one, or several, of which each has a report; the
+    model is captured once for all of them. example_inputs: the *global* batch (a dict of keyword arguments or a tuple), of which
+    only shapes and dtypes matter; may be left out for Hugging Face models, and is of no use with what is captured.
+    Raises: as `fxpar.parallelize`.
     """
-    program = compile_program(model, plan, example_inputs)
+    captured = model if isinstance(model, Captured) else capture(model, example_inputs)
+    if isinstance(plan, Plan | str):
+        return _inspect(captured, plan)
+    return [_inspect(captured, each) for each in plan]
+
+
+def _inspect(captured: Captured, plan: Plan | str) -> Report:
+    program = captured.partition(plan)
 
     def predicted() -> Peak:
         if program.plan.microbatches == 1:
             return predict(program)
         dims = {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
-        part = microbatch(example_call(model, example_inputs), program.plan.microbatches, dims)
-        return predict(compile_program(model, program.plan, part[1] or part[0]))
+        part = microbatch(captured.call, program.plan.microbatches, dims)
+        return predict(compile_program(captured.model, program.plan, part[1] or part[0]))
 
     return report_of(program, predicted)
 

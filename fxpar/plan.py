@@ -388,3 +388,7 @@ def _check_divides(name: str, value: int, of_what: str, whole: int) -> None:
         largest = min(value, whole, 2**16)  # bounds the search; 1 always divides
         near = next(divisor for divisor in range(largest, 0, -1) if whole % divisor == 0)
         raise PlanError(name, value, f"must divide {of_what} = {whole}", f"{name}={near}")
+
+
+Plans = list[Plan | str] | list[Plan] | list[str] | tuple[Plan | str, ...]
+"""Several plans, or their texts."""

@@ -8,19 +8,23 @@ is to the user's model, so that no pass has to parse names.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
 from torch.utils._pytree import TreeSpec
 
-from fxpar.mesh import Mesh
+from fxpar.mesh import Mesh, from_plan
 from fxpar.plan import Plan
 from fxpar.reads import Reads
+
+if TYPE_CHECKING:
+    from fxpar.passes.placement import Placements
 
 SourceKind = Literal["param", "buffer", "constant", "input", "seed"]
 
@@ -65,6 +69,7 @@ class Program:
 
     reads: what of the model's attributes, and of the values of its buffers, the program was made of.
     writes: what the forward stores in attributes; they name the sinks of kind "attribute" by their number.
+    placements: what the plan makes of the graph, by its nodes; made by `place`, and read where the local program is built.
     """
 
     module: fx.GraphModule
@@ -79,6 +84,13 @@ class Program:
     timings: dict[str, float] = field(default_factory=dict)
     reads: Reads = field(default_factory=Reads)
     writes: list[Any] = field(default_factory=list)
+    placements: Placements | None = None
+
+    def under(self, plan: Plan) -> Program:
+        """The same inferred program under another plan. Both share the graph, which no pass behind `infer` changes."""
+        return replace(self, plan=plan, mesh=from_plan(plan), sources=[copy.copy(s) for s in self.sources],
+                       sinks=list(self.sinks), notes=list(self.notes), tied=dict(self.tied),
+                       timings=dict(self.timings), placements=None)
 
     @property
     def graph(self) -> fx.Graph:

@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.backends import simulate as simulate_backend
 from fxpar.backends.lowered import Lowered
-from fxpar.compiler import Observer, compile_program
+from fxpar.compiler import Captured, Observer, capture, compile_program
 from fxpar.errors import EquivalenceError, FxparError, PlanError
-from fxpar.inputs import Call, canonical, example_call, leaves, signature
+from fxpar.inputs import Call, canonical, leaves, signature
 from fxpar.passes.accumulate import Boundary, Variant, accumulation
 from fxpar.passes.layout import Tiling, put, take
 from fxpar.plan import Plan
@@ -66,13 +66,15 @@ Ranks = Lowered | simulate_backend.Lockstep
 class Simulation:
     """A model under a plan, all ranks in this process. Made by `fxpar.simulate`."""
 
-    def __init__(self, model: nn.Module, plan: Plan | str, example: Any, observe: Observer | None = None, *,
+    def __init__(self, model: nn.Module | Captured, plan: Plan | str, example: Any = None, observe: Observer | None = None, *,
                  lowered: bool = False, backend: str = "eager", transport: str = "auto", passes: int | None = None):
         self.plan = Plan.of(plan)
         self.plan.require_supported()
         for field, value, known in (("backend", backend, BACKENDS), ("transport", transport, TRANSPORTS)):
             if value not in known:
                 raise PlanError(field, value, f"must be one of {', '.join(known)}", known[0])
+        self.captured = model if isinstance(model, Captured) else capture(model, example)
+        model = self.captured.model
         if any(getattr(model, name) for name in compat.HOOKS):
             raise PlanError("model", type(model).__name__, "has forward hooks of its own, which run around a parallel module's "
                             "program and not in a simulation", "the model without them")
@@ -84,18 +86,22 @@ class Simulation:
         self._programs: dict[tuple, Program] = {}
         self._stored: dict[str, Tiling] = {}  # the parameters' storage, which the first program decides
         self._ranks: dict[int, Ranks] = {}
-        self.program = self._compile(example_call(model, example))
+        self.program = self._compile(self.captured.call)
         if self.plan.microbatches > 1:
-            self.program = self._compile(self.microbatches(example_call(model, example))[0])
+            self.program = self._compile(self.microbatches(self.captured.call)[0])
 
     def _compile(self, call: Call) -> Program:
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (signature(leaves(call)), *self._depends.key(), auto)
         if key not in self._programs:
-            args, kwargs = call
-            self._programs[key] = compile_program(self.model, self.plan, kwargs or args, device=self.device,
-                                                  observe=self.observe, pinned=self._stored)
+            if call is self.captured.call and not self._stored:
+                program = self.captured.partition(self.plan, observe=self.observe)
+            else:
+                args, kwargs = call
+                program = compile_program(self.model, self.plan, kwargs or args, device=self.device, observe=self.observe,
+                                          pinned=self._stored)
+            self._programs[key] = program
             self._depends.add(self._programs[key].reads)
             for node, source in self._programs[key].source_of().items():
                 if source.kind == "param":
@@ -304,9 +310,10 @@ def unflatten(program: Program, tensors: list[Any]) -> Any:
     return pytree.tree_unflatten(flat, program.out_spec)
 
 
-def simulate(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, lowered: bool = False,
+def simulate(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any = None, *, lowered: bool = False,
              backend: str = "eager", transport: str = "auto") -> Simulation:
     """Every rank of `plan` in this process. `example_inputs`: the global batch, a dict of keyword arguments or a tuple.
+    model: may be what `fxpar.capture` made of one and of its inputs.
 
     The simulation's ``step(**global_batch)`` gives the loss, the outputs and the full gradients, by the same local
     programs and collectives that real ranks would run. lowered: through the forward and backward graphs as the inductor

@@ -15,12 +15,13 @@ from torch import Tensor, fx, nn
 
 from fxpar.backends.eager import run_flat
 from fxpar.backends.inductor import graph_passes
+from fxpar.compiler import Captured, capture
 from fxpar.errors import EquivalenceError
 from fxpar.hugging_face import as_trained
-from fxpar.inputs import Call, example_call
+from fxpar.inputs import Call
 from fxpar.inputs import leaves as input_leaves
 from fxpar.passes.layout import put
-from fxpar.plan import Plan
+from fxpar.plan import Plan, Plans
 from fxpar.program import Program, user_line
 from fxpar.simulation import Simulation, StepResult, scalar_of, unflatten
 
@@ -44,10 +45,14 @@ class Reference:
     buffers: dict[str, Tensor]
 
 
-def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, lowered: bool = False,
-                      backend: str = "eager", transport: str = "auto", loss_tolerance: float = LOSS_TOLERANCE,
-                      gradient_tolerance: float = GRADIENT_TOLERANCE, seed: int = 0) -> None:
+def assert_equivalent(model: nn.Module | Captured, plan: Plan | str | Plans, example_inputs: Any = None, *,
+                      lowered: bool = False, backend: str = "eager", transport: str = "auto",
+                      loss_tolerance: float = LOSS_TOLERANCE, gradient_tolerance: float = GRADIENT_TOLERANCE,
+                      seed: int = 0) -> None:
     """Check that `model` under `plan` computes what `model` computes.
+
+    model: may be what `fxpar.capture` made of one and of its inputs. plan: one, or several, each of which is checked; the model
+    is captured once for all of them.
 
     Runs every rank in this process on the *global* batch `example_inputs` (a dict of keyword arguments, or a tuple),
     in the mode the model is in. Compares the loss (relative to it), every gradient (relative, in norm), and the
@@ -64,24 +69,30 @@ def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any = 
     Raises: `EquivalenceError` that names the gradient or loss, the first value of the program that differs, its
     layout, the line of the model that made it, and the pass after which it differs.
     """
-    plan = Plan.of(plan)
+    captured = model if isinstance(model, Captured) else capture(model, example_inputs)
+    for each in [plan] if isinstance(plan, Plan | str) else plan:
+        _assert_equivalent(captured, Plan.of(each), lowered, backend, transport, loss_tolerance, gradient_tolerance, seed)
+
+
+def _assert_equivalent(captured: Captured, plan: Plan, lowered: bool, backend: str, transport: str, loss_tolerance: float,
+                       gradient_tolerance: float, seed: int) -> None:
     stages: list[tuple[str, Program]] = []
-    simulation = Simulation(model, plan, example_inputs, observe=lambda name, p: stages.append((name, _frozen(p))),
-                            lowered=lowered, backend=backend, transport=transport)
-    call = example_call(model, example_inputs)
+    simulation = Simulation(captured, plan, observe=lambda name, p: stages.append((name, _frozen(p))), lowered=lowered,
+                            backend=backend, transport=transport)
+    model, call = captured.model, captured.call
     with torch.random.fork_rng(devices=[]):
         parts = simulation.microbatches(call)
 
-        def draw(number: int) -> tuple[Reference, Reference | None, StepResult]:
+        def draw(number: int) -> tuple[Reference, Reference, StepResult]:
             with moved(model, number), _buffers_put_back(model):
                 exact = _mean([_exact(model, plan, part, stages, seed + i) for i, part in enumerate(parts)])
                 one = _mean([_run_program(_before_partition(stages), model, input_leaves(part), seed + i)
-                             for i, part in enumerate(parts)]) if _is_narrow(plan) else None
+                             for i, part in enumerate(parts)]) if _is_narrow(plan) else exact
             with moved(model, number):
-                return exact, one and _rounded(one, plan), simulation.step(*call[0], **call[1], seed=seed)
+                return exact, _rounded(one, plan), simulation.step(*call[0], **call[1], seed=seed)
 
         exact, one, result = draw(0)
-        if one is None:
+        if not _is_narrow(plan):
             compare = functools.partial(_first_difference, exact, loss_tolerance=loss_tolerance,
                                         gradient_tolerance=gradient_tolerance)
             problem = compare(result)
@@ -92,7 +103,7 @@ def assert_equivalent(model: nn.Module, plan: Plan | str, example_inputs: Any = 
                 apart += [_apart(*draw(number)) for number in range(1, DRAWS)]
                 problem = too_far(apart)
         if problem is not None and simulation.lowered:
-            raise EquivalenceError(_explain_lowered(problem, model, simulation, call, seed, compare))
+            raise EquivalenceError(_explain_lowered(problem, simulation, seed, compare))
         if problem is not None:
             raise EquivalenceError(_explain(problem, model, simulation, stages, parts[0], seed, compare))
 
@@ -343,13 +354,12 @@ def _explain(problem: str, model: nn.Module, simulation: Simulation, stages: lis
     return f"{problem}; after pass 'partition'; {where}; plan {simulation.plan}"
 
 
-def _explain_lowered(problem: str, model: nn.Module, simulation: Simulation, call: Call, seed: int,
-                     compare: Callable[[Any], str | None]) -> str:
+def _explain_lowered(problem: str, simulation: Simulation, seed: int, compare: Callable[[Any], str | None]) -> str:
     """Add to `problem` what made the difference: the program, one of the inductor backend's graph passes, or the compiler."""
-    plan, example = simulation.plan, call[1] or call[0]
+    plan, (args, kwargs) = simulation.plan, simulation.captured.call
 
     def differs(**options: Any) -> bool:
-        return compare(Simulation(model, plan, example, **options).step(*call[0], **call[1], seed=seed)) is not None
+        return compare(Simulation(simulation.captured, plan, **options).step(*args, **kwargs, seed=seed)) is not None
 
     if differs():
         return f"{problem}; the partitioned program differs already: try lowered=False; plan {plan}"

@@ -17,7 +17,7 @@ from fxpar.ops import collectives
 from fxpar.passes.cost import forward_flops
 from fxpar.passes.factors import Dim, Dims, Factor, leaves
 from fxpar.passes.layout import Layout, local_extent, local_shape, place_of, show, tiling
-from fxpar.passes.place import Placement, fits
+from fxpar.passes.place import fits
 from fxpar.passes.reshard import Resharder
 from fxpar.passes.rules.spec import Op, Operand, Spec
 from fxpar.program import Program, copy_provenance
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 def partition(program: Program) -> Program:
     """Build the local program.
 
-    Takes: a placed program.
+    Takes: a placed program, whose graph it leaves as it is.
     Afterwards: `program.module` computes on local tensors; ``meta["tiling"]`` of every placeholder and output says which
     part of the global tensor it is, ``meta["global"]`` its global shape and dtype; every inserted node carries
     ``meta["fxpar"]`` (what it is and why). Outputs that hold a batch are this replica's part.
@@ -38,7 +38,8 @@ def partition(program: Program) -> Program:
 
 class _Partitioner:
     def __init__(self, program: Program):
-        self.program, self.mesh = program, program.mesh
+        assert program.placements is not None
+        self.program, self.mesh, self.placed = program, program.mesh, program.placements
         self.graph = fx.Graph()
         self.sources = program.source_of()
         self.local: dict[fx.Node, Any] = {}
@@ -68,7 +69,7 @@ class _Partitioner:
         value = old.meta.get("val")
         if isinstance(value, torch.Tensor) and "dims" in old.meta:
             dims = old.meta["dims"] if dims is None else dims
-            layout = old.meta.get("stored", old.meta["layout"]) if layout is None else layout
+            layout = self.placed.storage(old) if layout is None else layout
             new.meta.update(
                 tiling=tiling(dims, layout, self.mesh),
                 shows=show(dims, layout, self.mesh),
@@ -76,7 +77,9 @@ class _Partitioner:
                 dtype=value.dtype,
             )
             new.meta["global"], new.meta["of"] = value, old.name
-            new.meta.update({k: old.meta[k] for k in ("reduce_dtype", "batch_dim", "stored") if k in old.meta})
+            new.meta.update({k: old.meta[k] for k in ("reduce_dtype", "batch_dim") if k in old.meta})
+            if old in self.placed.stored:
+                new.meta["stored"] = self.placed.stored[old]
         return new
 
     def _call_function(self, node: fx.Node) -> Any:
@@ -90,7 +93,7 @@ class _Partitioner:
 
     def _output(self, node: fx.Node) -> fx.Node:
         """An output's batch goes to dp, as its inputs' did; elsewhere it stays as it is."""
-        layout, dims = dict(node.meta.get("layout") or {}), node.meta.get("dims", ())
+        layout, dims = dict(self.placed.layouts.get(node) or {}), node.meta.get("dims", ())
         want: Layout = {}
         for axis in self.mesh.axes("dp"):
             batch = next(
@@ -115,7 +118,7 @@ class Local:
         self.owner, self.node = owner, node
         self.mesh, self.graph = owner.mesh, owner.graph
         self.spec: Spec = node.meta["spec"]
-        self.placement: Placement = node.meta["placement"]
+        self.placement = owner.placed.operators[node]
         self.at = self.placement.at
         self.op = Op(node, None)  # type: ignore[arg-type]
         self.skip_deferred = bool(self.placement.pending) and any(o.deferred for o in self.spec.operands)
@@ -134,13 +137,13 @@ class Local:
         """The operand in the layout the operator runs in: split like it, or whole; varying where the op is split.
 
         What is made from a parameter as it is stored takes it as it is stored."""
-        if "stored" in self.node.meta:
+        if self.node in self.owner.placed.stored:
             return self.owner.local[operand.node]
         own = {f for d in operand.dims for f in leaves(d)} - {g for f in operand.gathered for g in f.leaves()}
         want: dict[str, Factor | bool] = {a: (f if f in own else True) for a, f in at.items()}
         want.update(dict.fromkeys(self.placement.varies, True))
         old = operand.node
-        return self.owner.reshard.to(self.owner.local[old], old.meta["dims"], old.meta["layout"], want, self.node)
+        return self.owner.reshard.to(self.owner.local[old], old.meta["dims"], self.owner.placed.layouts[old], want, self.node)
 
     def build(self) -> Any:
         made = self.spec.emit(self) if self.spec.emit is not None else self.default()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fxpar.errors import PlanError
 from fxpar.mesh import Mesh
 from fxpar.passes.factors import Dims, Factor, leaves
 from fxpar.passes.layout import Layout, Tiling, restrict
+from fxpar.passes.placement import Placement, Placements
 from fxpar.passes.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Source
@@ -47,59 +48,43 @@ def preferences(plan: Plan) -> list[Preference]:
     return [*out, Preference("batch", "dp")]
 
 
-@dataclass
-class Placement:
-    """How one operator runs.
-
-    at: the factor each mesh axis splits while it runs. layout: what its (first) output keeps.
-    pending: axis -> "sum" | "max", still to be resolved after it. scatter: of those, the axes resolved onto a factor.
-    varies: axes that the operator does not split, but along which all that use its output differ: what rearranges a
-    parameter takes it in as they would, so that its gradient is summed where it is stored.
-    """
-
-    at: Layout
-    layouts: list[Layout]
-    pending: dict[str, str] = field(default_factory=dict)
-    scatter: Layout = field(default_factory=dict)
-    varies: tuple[str, ...] = ()
-
-
 def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
     """Give every operator its `Placement` and every value its layout.
 
-    Takes: an inferred program. pinned: parameters whose storage is given.
-    Afterwards: ``node.meta["placement"]`` on every operator, ``node.meta["layout"]`` on every value (a list for several
-    outputs): `Layout`, mesh axis -> factor. A parameter is kept in the layout its first use wants; what could
-    not be split although the plan asked for it is noted.
+    Takes: an inferred program, whose graph it leaves as it is. pinned: parameters whose storage is given.
+    Afterwards: ``program.placements`` has how every operator runs and what layout every value is kept in. A parameter is kept
+    in the layout its first use wants; what could not be split although the plan asked for it is noted.
     Raises: `PlanError` if a batch does not divide by dp.
     """
-    walk = _Walk(program, pinned or {})
+    placed = program.placements = Placements()
+    walk = _Walk(program, placed, pinned or {})
     for node in program.graph.nodes:
         if node.op == "placeholder":
             walk.source(node, walk.sources[node])
         elif node.op == "call_function":
             walk.call(node)
     for node in program.graph.nodes:
-        if node.meta.get("layout") is None and "dims" in node.meta:
-            node.meta["layout"] = {}
+        if placed.layouts.get(node) is None and "dims" in node.meta:
+            placed.layouts[node] = {}
             if "spec" in node.meta:
-                node.meta["placement"] = Placement({}, [{} for _ in node.meta["spec"].outs])
+                placed.operators[node] = Placement({}, [{} for _ in node.meta["spec"].outs])
     for chain in {id(c): c for c in walk.chains.values()}.values():
-        _settle_differences(chain[1:])
-    _note_unsplit(program, walk.prefs)
+        _settle_differences(chain[1:], placed)
+    _note_unsplit(program, placed, walk.prefs)
     return program
 
 
 class _Walk:
-    def __init__(self, program: Program, pinned: dict[str, Tiling]):
+    def __init__(self, program: Program, placed: Placements, pinned: dict[str, Tiling]):
         self.program, self.mesh, self.pinned = program, program.mesh, pinned
+        self.layouts, self.operators, self.preferred = placed.layouts, placed.operators, placed.preferred
         self.prefs = preferences(program.plan)
         self.sources = program.source_of()
         self.chains: dict[fx.Node, list[fx.Node]] = {}
 
     def source(self, node: fx.Node, source: Source) -> None:
         if source.kind == "param" and source.name not in self.pinned:
-            node.meta["layout"] = None
+            self.layouts[node] = None
             self.chains[node] = [node]
             return
         dims: Dims = node.meta.get("dims", ())
@@ -110,7 +95,7 @@ class _Walk:
             self.chains[node] = [node]
         elif source.kind == "input":
             layout = self._input(source, dims)
-        node.meta["layout"] = layout
+        self.layouts[node] = layout
 
     def _input(self, source: Source, dims: Dims) -> Layout:
         axes = tuple(a for a in self.mesh.axes("dp") if self.mesh.size(a) > 1)
@@ -130,8 +115,8 @@ class _Walk:
 
     def call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
-            made = node.args[0].meta.get("placement")
-            node.meta["layout"] = dict(made.layouts[node.meta["position"]]) if made else {}
+            made = self.operators.get(node.all_input_nodes[0])
+            self.layouts[node] = dict(made.layouts[node.meta["position"]]) if made else {}
             return
         spec: Spec | None = node.meta.get("spec")
         if spec is None:
@@ -140,18 +125,18 @@ class _Walk:
         if root is not None:
             self.chains[root].append(node)
             self.chains[node] = self.chains[root]
-            given: Layout | None = root.meta["layout"]
-            node.meta["layout"] = None if given is None else restrict(given, node.meta["dims"], ())
+            given: Layout | None = self.layouts[root]
+            self.layouts[node] = None if given is None else restrict(given, node.meta["dims"], ())
             if given is not None:
-                node.meta["placement"] = Placement(dict(node.meta["layout"]), [node.meta["layout"]])
+                self.operators[node] = Placement(dict(self.layouts[node]), [self.layouts[node]])
             return
         at = self._assign(node, spec)
         for operand in spec.operands:
-            if operand.node.meta["layout"] is None:
+            if self.layouts[operand.node] is None:
                 self._settle(operand.node, at, operand.gathered)
         placement = self._outcome(spec, at)
-        node.meta["placement"] = placement
-        node.meta["layout"] = placement.layouts[0] if isinstance(node.meta["val"], torch.Tensor) else placement.layouts
+        self.operators[node] = placement
+        self.layouts[node] = placement.layouts[0] if isinstance(node.meta["val"], torch.Tensor) else placement.layouts
 
     def _flexible_root(self, node: fx.Node, spec: Spec) -> fx.Node | None:
         """The parameter that an operator only casts or rearranges, which stays undecided until something uses it, unless its
@@ -159,28 +144,28 @@ class _Walk:
         if len(spec.operands) != 1 or spec.sums or spec.maxes or spec.inner or spec.whole or len(spec.outs) != 1:
             return None
         source = spec.operands[0].node
-        return source if source in self.chains and (source.meta["layout"] is None or self._is_given(source)) else None
+        return source if source in self.chains and (self.layouts[source] is None or self._is_given(source)) else None
 
     def _is_given(self, node: fx.Node) -> bool:
         return self.sources[self.chains[node][0]].name in self.pinned
 
     def _settle(self, node: fx.Node, at: Layout, gathered: Iterable[Factor]) -> None:
         """The first use decides how a parameter (and what was made from it alone) is used, and what it would have it stored
-        like (``meta["suits"]``)."""
+        like (`Placements.preferred`)."""
         zero = self.mesh.axes("zero")
         param = self.chains[node][0]
-        param.meta["suits"] = {a: f for a, f in restrict(at, param.meta["dims"], gathered).items() if a in zero}
+        self.preferred[param] = {a: f for a, f in restrict(at, param.meta["dims"], gathered).items() if a in zero}
         at = _used(at, zero)
         for link in self.chains[node]:
             layout = restrict(at, link.meta["dims"], gathered)
-            link.meta["layout"] = layout
+            self.layouts[link] = layout
             if "spec" in link.meta:
-                link.meta["placement"] = Placement(dict(layout), [layout])
+                self.operators[link] = Placement(dict(layout), [layout])
 
     def _assign(self, node: fx.Node, spec: Spec) -> Layout:
         """The rule of this module, for one operator. The axes of one strategy go to factors of one role."""
         order = _candidates(spec)
-        held = {(a, f) for o in spec.operands for a, f in (o.node.meta["layout"] or {}).items()}
+        held = {(a, f) for o in spec.operands for a, f in (self.layouts[o.node] or {}).items()}
         roles = {f.role for o in spec.operands for d in o.dims for f in leaves(d)}
         roles |= {f.role for d in spec.outs[0] for f in leaves(d)} if spec.outs else set()
         at: Layout = {}
@@ -251,20 +236,20 @@ def _looks_up_few(node: fx.Node) -> bool:
     return args[1].meta["val"].numel() <= args[0].meta["val"].shape[0]
 
 
-def _settle_differences(chain: list[fx.Node]) -> None:
+def _settle_differences(chain: list[fx.Node], placed: Placements) -> None:
     """Fill in `Placement.varies` of the operators that rearrange one parameter, in their order.
 
     Not of its cast: its gradient is summed in a dtype of its own, and where it is used.
     """
     for node in reversed([n for n in chain if "reduce_dtype" not in n.meta]):
-        different = [_different_for(user, node) for user in node.users]
-        placement: Placement = node.meta["placement"]
+        different = [_different_for(user, node, placed) for user in node.users]
+        placement = placed.operators[node]
         placement.varies = tuple(a for a in different[0] if all(a in d for d in different)) if different else ()
 
 
-def _different_for(user: fx.Node, node: fx.Node) -> tuple[str, ...]:
+def _different_for(user: fx.Node, node: fx.Node, placed: Placements) -> tuple[str, ...]:
     """The axes along which `user` runs differently on every rank, although `node` is not split there."""
-    placement: Placement | None = user.meta.get("placement")
+    placement = placed.operators.get(user)
     if placement is None or "spec" not in user.meta:
         return ()
     operand = next(o for o in user.meta["spec"].operands if o.node is node)
@@ -335,7 +320,7 @@ def _candidates(spec: Spec) -> list[Factor]:
     return [f for f in dict.fromkeys(order) if f not in barred and (f in reduced or f in everywhere)]
 
 
-def _note_unsplit(program: Program, prefs: list[Preference]) -> None:
+def _note_unsplit(program: Program, placed: Placements, prefs: list[Preference]) -> None:
     """Say which parameters' factors the plan wanted to split and could not, and why."""
     for node, source in program.source_of().items():
         if source.kind != "param":
@@ -345,7 +330,7 @@ def _note_unsplit(program: Program, prefs: list[Preference]) -> None:
                 pref = next((p for p in prefs if p.role == leaf.role and not p.beside), None)
                 axes = program.mesh.axes(pref.strategy) if pref else ()
                 n = program.mesh.size(*axes)
-                if n > 1 and leaf.size % n and leaf not in node.meta["layout"].values() and leaf.size > 1:
+                if n > 1 and leaf.size % n and leaf not in placed.layouts[node].values() and leaf.size > 1:
                     program.note(
                         f"{pref.role} {leaf.size} (dim {i} of {source.name}) does not divide by "
                         f"{pref.strategy}={n}: left whole"

@@ -21,28 +21,30 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
     """Give every parameter the layout that it is stored in.
 
     Takes: a placed program. pinned: parameters whose storage is given. Afterwards: where a parameter is stored in more parts
-    than it is used in, ``node.meta["stored"]`` of its placeholder, and of the cast that follows it, is that layout: the one of
-    its use with each axis of the mesh's "zero" strategy on one more factor: the one that suits its first use; else, one that
+    than it is used in, ``program.placements.stored`` has that layout, for its placeholder and for the cast that follows it: the
+    one of its use with each axis of the mesh's "zero" strategy on one more factor: the one its first use prefers; else, one that
     divides in a dim that is not split yet, if there is one; of those, the one whose parts are contiguous, else the
     largest. A parameter without one stays as it is, and the report says so.
     """
     axes = program.mesh.axes("zero")
     whole: list[str] = []
+    placed = program.placements
+    assert placed is not None
     for node, source in program.source_of().items():
         if source.kind != "param" or not axes:
             continue
-        used: Layout = node.meta["layout"]
+        used: Layout = placed.layouts[node]
         if pinned and source.name in pinned:
             stored = pinned_layout(node.meta["dims"], pinned[source.name], program.mesh)
         else:
-            stored = _with_axes(node.meta["dims"], {**used, **node.meta.get("suits", {})}, axes, program.mesh)
+            stored = _with_axes(node.meta["dims"], {**used, **placed.preferred.get(node, {})}, axes, program.mesh)
         if not set(axes) & stored.keys():
             whole.append(source.name)
             continue
-        node.meta["stored"] = stored
+        placed.stored[node] = stored
         for cast in node.users:
             if "reduce_dtype" in cast.meta:
-                cast.meta["stored"] = stored
+                placed.stored[cast] = stored
     _note_whole(program, whole)
     return program
 

@@ -22,7 +22,8 @@ from fxpar.passes.factors import Dims, Factor, Factors, leaves
 from fxpar.passes.infer import infer
 from fxpar.passes.layout import Layout, restrict, take
 from fxpar.passes.partition import partition
-from fxpar.passes.place import Placement, _candidates, appends, fits, scatterable
+from fxpar.passes.place import _candidates, appends, fits, scatterable
+from fxpar.passes.placement import Placement, Placements
 from fxpar.passes.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
@@ -206,16 +207,16 @@ def _cut(r: Random, shape: list[int]) -> list[int] | None:
 def lay_out(program: Program, r: Random) -> Program:
     """What `place` does, at random: any layout that the rules allow."""
     mesh = program.mesh
+    placed = program.placements = Placements()
     for node in program.graph.nodes:
         if node.op == "placeholder" and "dims" in node.meta:
-            node.meta["layout"] = random_layout(r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6)
+            placed.layouts[node] = random_layout(r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6)
         elif node.target is operator.getitem:
-            node.meta["layout"] = dict(node.args[0].meta["placement"].layouts[node.meta["position"]])
+            placed.layouts[node] = dict(placed.operators[node.args[0]].layouts[node.meta["position"]])
         elif "spec" in node.meta:
-            placement = _placement(node.meta["spec"], r, mesh)
-            node.meta["placement"] = placement
+            placement = placed.operators[node] = _placement(node.meta["spec"], r, mesh)
             single = isinstance(node.meta["val"], Tensor)
-            node.meta["layout"] = placement.layouts[0] if single else placement.layouts
+            placed.layouts[node] = placement.layouts[0] if single else placement.layouts
     return program
 
 

@@ -113,7 +113,7 @@ def _mend_reductions() -> None:
         return ir.ExternKernel.require_exact_strides(x, ir.FlexibleLayout.stride_ordered(x.get_size(), order))
 
     def reduce_(inputs: list[Any], *args: Any) -> Any:
-        nodes = V.graph.current_node.args[0]
+        nodes: Any = V.graph.current_node.args[0]
         return in_place([dense(x, node.meta["val"].stride()) for x, node in zip(inputs, nodes, strict=True)], *args)
 
     lowerings[c10d.all_reduce_coalesced.default] = lambda inputs, *args: reduce_([clone(x) for x in inputs], *args)

@@ -18,6 +18,7 @@ from fxpar.inputs import example_call
 from fxpar.mesh import Mesh
 from fxpar.passes.factors import Factors, leaves
 from fxpar.passes.layout import local_shape, put, take, tiling
+from fxpar.passes.placement import Placements
 from fxpar.passes.zero import shard_storage
 from fxpar.plan import Plan
 from fxpar.program import Program, Source
@@ -35,15 +36,17 @@ MESHES = [
 
 def program_of(on: Mesh, parameters: list) -> Program:
     """A placed program of parameters alone: pairs (dims, layout of the use)."""
-    graph, sources = fx.Graph(), []
+    graph, sources, placed = fx.Graph(), [], Placements()
     for i, (dims, layout) in enumerate(parameters):
         node = graph.placeholder(f"p{i}")
         shape = [math.prod(f.size for f in d) for d in dims]
         value = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
-        node.meta.update(dims=dims, layout=layout, val=value)
+        node.meta.update(dims=dims, val=value)
+        placed.layouts[node] = layout
         sources.append(Source("param", node.name, value, requires_grad=True))
     graph.output(())
-    return Program(fx.GraphModule(nn.Module(), graph), sources, [], pytree.tree_structure(()), Plan(), on, training=True)
+    return Program(fx.GraphModule(nn.Module(), graph), sources, [], pytree.tree_structure(()), Plan(), on, training=True,
+                   placements=placed)
 
 
 def example(r: Random) -> Program:
@@ -54,8 +57,8 @@ def example(r: Random) -> Program:
     return program_of(on, [(d, random_layout(r, [f for dim in d for f in leaves(dim)], rest, 0.5)) for d in many])
 
 
-def stored_of(node: fx.Node) -> dict:
-    return node.meta.get("stored", node.meta["layout"])
+def stored_of(program: Program, node: fx.Node) -> dict:
+    return program.placements.storage(node)
 
 
 @settings(max_examples=300)
@@ -65,14 +68,14 @@ def test_what_can_be_is_stored_in_parts_and_the_rest_is_noted(r):
     (axis,), on = program.mesh.strategies["zero"], program.mesh
     whole = []
     for node, source in program.source_of().items():
-        dims, used, stored = node.meta["dims"], node.meta["layout"], stored_of(node)
+        dims, used, stored = node.meta["dims"], program.placements.layouts[node], stored_of(program, node)
         assert {a: f for a, f in stored.items() if a != axis} == used
         free = {f for d in dims if not set(leaves(d)) & set(used.values()) for f in leaves(d)}
         if any(f.size % on.size(axis) == 0 for f in free):
             part = math.prod(local_shape(dims, stored, on))
             assert part * on.size(axis) == math.prod(local_shape(dims, used, on)) and stored[axis] in free
         else:
-            assert "stored" not in node.meta
+            assert node not in program.placements.stored
             whole.append(source)
     notes = [n for n in program.notes if "ZeRO" in n]
     assert len(notes) == bool(whole)
@@ -86,28 +89,29 @@ def test_parts_make_up_the_whole(r):
     program = shard_storage(example(r))
     on = program.mesh
     for node, source in program.source_of().items():
-        tiles = tiling(node.meta["dims"], stored_of(node), on)
+        tiles = tiling(node.meta["dims"], stored_of(program, node), on)
         parts = [take(source.value, tiles, on, rank) for rank in range(on.world_size)]
-        assert all(list(p.shape) == local_shape(node.meta["dims"], stored_of(node), on) for p in parts)
+        assert all(list(p.shape) == local_shape(node.meta["dims"], stored_of(program, node), on) for p in parts)
         assert torch.equal(put(parts, tiles, source.value.shape, on), source.value)
         copies = torch.cat([p.reshape(-1) for p in parts]).long().bincount(minlength=source.value.numel())
-        assert (copies == on.world_size // on.size(*stored_of(node))).all()
+        assert (copies == on.world_size // on.size(*stored_of(program, node))).all()
 
 
 @given(RANDOM)
 def test_storage_that_is_given_is_kept(r):
     seed = r.getrandbits(32)
     first, second = (example(Random(seed)) for _ in range(2))
-    tiles = {s.name: tiling(n.meta["dims"], stored_of(n), first.mesh) for n, s in shard_storage(first).source_of().items()}
+    tiles = {s.name: tiling(n.meta["dims"], stored_of(first, n), first.mesh)
+             for n, s in shard_storage(first).source_of().items()}
     shard_storage(second, tiles)
     for node, source in second.source_of().items():
-        assert tiling(node.meta["dims"], stored_of(node), second.mesh) == tiles[source.name]
+        assert tiling(node.meta["dims"], stored_of(second, node), second.mesh) == tiles[source.name]
 
 
 def test_without_zero_nothing_is_stored_apart():
     on = Mesh(("dp",), (2,), {"dp": ("dp",)})
-    (node,) = shard_storage(program_of(on, [(Factors().fresh([4]), {})])).placeholders()
-    assert "stored" not in node.meta
+    program = shard_storage(program_of(on, [(Factors().fresh([4]), {})]))
+    assert not program.placements.stored
 
 
 @pytest.mark.parametrize("sizes, used, at", [
@@ -126,8 +130,9 @@ def test_the_factor_that_is_chosen(sizes, used, at):
     factors = Factors()
     dims = factors.beside(tuple(tuple(f for n in dim for f in factors.new(n)) for dim in sizes))
     layout = {axis: dims[i][k] for axis, (i, k) in used.items()}
-    (node,) = shard_storage(program_of(Mesh(("dp", "tp"), (2, 2), {"zero": ("dp",)}), [(dims, layout)])).placeholders()
-    assert stored_of(node).get("dp") is (None if at is None else dims[at[0]][at[1]])
+    program = shard_storage(program_of(Mesh(("dp", "tp"), (2, 2), {"zero": ("dp",)}), [(dims, layout)]))
+    (node,) = program.placeholders()
+    assert stored_of(program, node).get("dp") is (None if at is None else dims[at[0]][at[1]])
 
 
 # ---- of models ----
