@@ -17,17 +17,6 @@ from fxpar.passes.accumulate import Boundary, Variant, Variants, accumulation
 from fxpar.plan import Plan
 from fxpar.program import Program
 
-_living: weakref.WeakSet[Accumulator] = weakref.WeakSet()
-
-
-def _forget(*_: Any) -> None:
-    """After any optimizer's step: what was gathered is out of date."""
-    for accumulator in _living:
-        accumulator.forget()
-
-
-register_optimizer_step_post_hook(_forget)
-
 Lower = Callable[[Any, list[Any]], Callable[..., Any]]
 """(graph, example inputs) -> what runs it."""
 
@@ -60,7 +49,8 @@ class Accumulator:
         self._kept: tuple[Any, list[Tensor]] | None = None
         self._synced = False
         self._queued = False
-        _living.add(self)
+        if self.spread and plan.zero < 3:
+            self._forget_after_steps()
 
     def step(self, program: Program, sync: bool, example: Callable[[], list[Any]]) -> Step | None:
         """How the next microbatch runs; None: as the program stands. sync: it is the last one of its step."""
@@ -88,6 +78,17 @@ class Accumulator:
     def forget(self) -> None:
         """Parameters have changed."""
         self._kept = None
+
+    def _forget_after_steps(self) -> None:
+        """As long as this lives, any optimizer's step has it forget: some write where no version of a tensor tells."""
+        mine = weakref.ref(self)
+
+        def forget(*_: Any) -> None:
+            accumulator = mine()
+            if accumulator is not None:
+                accumulator.forget()
+
+        weakref.finalize(self, register_optimizer_step_post_hook(forget).remove)
 
     def drop(self, program: Program) -> None:
         """`program` is not run any more: keep nothing that was made of it, but what gradients that are kept still need."""

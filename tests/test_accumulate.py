@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import fxpar
 from fxpar.backends.runtime import GroupRuntime
@@ -196,3 +198,43 @@ def narrow(rank: int, plan: str) -> dict[str, Tensor]:
             module(**part).backward()
     module(**last).backward()
     return gradients(module)
+
+
+class Unversioned(torch.optim.Optimizer):
+    """Writes where no version of a tensor tells."""
+
+    def __init__(self, parameters: Any):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.to_local().data.mul_(0.5)
+
+
+def hooks() -> int:
+    return len(_global_optimizer_post_hooks)
+
+
+def unversioned(rank: int, plan: str) -> tuple[list[float], list[int]]:
+    before = hooks()
+    model, batch = net()
+    part = {k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()}
+    module = fxpar.parallelize(model, plan, part)
+    losses, counts = [], [before, hooks()]
+    module(**part).backward()
+    with module.no_sync():
+        losses.append(module(**part).item())
+        Unversioned(module.parameters()).step()
+        losses.append(module(**part).item())
+    del module
+    gc.collect()
+    return losses, [*counts, hooks()]
+
+
+def test_any_optimizers_step_makes_kept_values_invalid_and_nothing_is_installed_for_longer_than_a_module_lives():
+    (want, none), _ = launch(2, unversioned, "dp=2,zero=3")
+    (have, counts), _ = launch(2, unversioned, "dp=2,zero=1")
+    assert have == pytest.approx(want, rel=1e-6) and abs(have[0] - have[1]) > 1e-4
+    assert none == [0, 0, 0] and counts[0] == counts[2] == 0 < counts[1]
