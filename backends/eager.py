@@ -47,7 +47,7 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Pl
     Where the plan has the backward pass make values again, forward and backward are traced once, split, and run as they
     stand; `example` has local inputs, one per placeholder, whose ``requires_grad`` matters.
     """
-    if torch.is_grad_enabled() and (plan.recompute != "none" or plan.zero == 3):
+    if torch.is_grad_enabled() and (plan.recompute != "none" or plan.gathers_each_use):
         graph, keep = tensor_inputs_only(module, example)
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
             split = compat.partition_eagerly(graph, [example[i] for i in keep], lambda g: choose_recomputation(g, plan))

@@ -59,7 +59,7 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
         if policy is not None and _packet(node) in CHOICES:
             policy = SAVE
         if _is_unsharded(node):
-            keep = plan.zero < 3 or node in tail
+            keep = not plan.gathers_each_use or node in tail
             policy = AGAIN if not keep else SAVE if _is_wait(node) else None
         if policy is not None:
             node.meta["recompute"] = policy

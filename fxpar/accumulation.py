@@ -49,13 +49,13 @@ class Accumulator:
         self._kept: tuple[Any, list[Tensor]] | None = None
         self._synced = False
         self._queued = False
-        if self.spread and plan.zero < 3:
+        if self.spread and not plan.gathers_each_use:
             self._forget_after_steps()
 
     def step(self, program: Program, sync: bool, example: Callable[[], list[Any]]) -> Step | None:
         """How the next microbatch runs; None: as the program stands. sync: it is the last one of its step."""
-        whole = self.plan.zero < 2
-        if not self.spread or self.plan.zero == 3 or (sync and not (self.pending if whole else self._kept)):
+        unreduced = not self.plan.reduces_each_backward
+        if not self.spread or self.plan.gathers_each_use or (sync and not (self.pending if unreduced else self._kept)):
             return None
         variants = self._of(program)
         if not variants.boundaries:
@@ -66,7 +66,7 @@ class Accumulator:
         values = dict(zip(variants.boundaries, self._values(program, variants), strict=True))
         if sync:
             self._kept = None
-        variant = variants.hold if whole and not sync else variants.release
+        variant = variants.hold if unreduced and not sync else variants.release
         inputs = [self._carried(b, values[b]) if kind == "carried" else values[b] for kind, b in variant.extra]
         held = [t.detach().requires_grad_() for (kind, _), t in zip(variant.extra, inputs, strict=True) if kind == "instead"]
         inputs = inputs[len(held) :]

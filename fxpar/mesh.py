@@ -94,7 +94,7 @@ def from_plan(plan: Plan) -> Mesh:
     Hybrid sharding has dp as the axes ``dp_replicate x dp_shard``. Axes of degree 1 are left out, except that a plan of one
     rank keeps ``dp=1`` so that there is a mesh.
     """
-    replicas = plan.dp_replicate if plan.zero else 1
+    replicas = plan.dp_replicate if plan.stores_parts else 1
     sharded = plan.dp // replicas
     if replicas > 1 and sharded > 1:
         dp = [("dp_replicate", replicas), ("dp_shard", sharded)]
@@ -104,7 +104,7 @@ def from_plan(plan: Plan) -> Mesh:
     axes = dp + tp or [("dp", 1)]
     names, sizes = zip(*axes, strict=True)
     strategies = {"dp": tuple(n for n, _ in dp), "tp": tuple(n for n, _ in tp)}
-    if plan.zero and sharded > 1:
+    if plan.stores_parts and sharded > 1:
         strategies["zero"] = (dp[-1][0],)
     return Mesh(names, sizes, {k: v for k, v in strategies.items() if v} or {"dp": ("dp",)})
 

@@ -107,6 +107,21 @@ class Plan:
         return self.tp > 1 and self.sequence_parallel is not False
 
     @property
+    def stores_parts(self) -> bool:
+        """Whether parameters, gradients and optimizer state are stored in parts: ZeRO of any level."""
+        return self.zero > 0
+
+    @property
+    def reduces_each_backward(self) -> bool:
+        """Whether every backward of an accumulated step reduces its gradients to parts, so that they are never kept unreduced."""
+        return self.zero >= 2
+
+    @property
+    def gathers_each_use(self) -> bool:
+        """Whether a gathered parameter is dropped after its use and gathered again in the backward, not kept until a step ends."""
+        return self.zero == 3
+
+    @property
     def memory_budget(self) -> float | None:
         """The fraction of activations that may be kept, where `recompute` says one."""
         return self.recompute if isinstance(self.recompute, float) else None

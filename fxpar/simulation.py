@@ -234,7 +234,7 @@ class Simulation:
 
 def training_over_replicas(program: Program) -> bool:
     """Whether something is kept between microbatches (see `fxpar.passes.accumulate`)."""
-    return program.plan.zero < 3 and program.mesh.size(*program.mesh.axes("dp")) > 1
+    return not program.plan.gathers_each_use and program.mesh.size(*program.mesh.axes("dp")) > 1
 
 
 class Kept:
@@ -252,7 +252,7 @@ class Kept:
         self.held: list[list[Tensor]] = [[] for _ in feeds]
 
     def variant(self, last: bool) -> Variant:
-        return self.variants.release if last or self.plan.zero >= 2 else self.variants.hold
+        return self.variants.release if last or self.plan.reduces_each_backward else self.variants.hold
 
     def inputs(self, variant: Variant) -> list[list[Tensor]]:
         """Rank by rank, what the variant takes besides the program's inputs."""

@@ -76,8 +76,7 @@ def accumulation(program: Program) -> Variants:
     found = _boundaries(program)
     kept = {b: {"kept"} if b.gathers else set() for b in found}
     hold = {b: {"instead"} if b.sums else kept[b] for b in found}
-    whole = program.plan.zero < 2
-    release = {b: kept[b] | ({"carried"} if b.sums and whole else set()) for b in found}
+    release = {b: kept[b] | ({"carried"} if b.sums and not program.plan.reduces_each_backward else set()) for b in found}
     return Variants(found, _values(program, found), _values(program, found, wide=True), _variant(program, hold),
                     _variant(program, release))
 

@@ -43,7 +43,7 @@ def preferences(plan: Plan) -> list[Preference]:
     out = [Preference("heads", "tp"), Preference("ffn", "tp"), Preference("vocab", "tp")]
     if plan.shards_sequence:
         out.append(Preference("seq", "tp", beside="hidden"))
-    if plan.zero == 3:  # else the table is gathered once a step, however many microbatches look it up
+    if plan.gathers_each_use:  # else the table is gathered once a step, however many microbatches look it up
         out.append(Preference("vocab", "zero", lookup=True))
     return [*out, Preference("batch", "dp")]
 

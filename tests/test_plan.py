@@ -464,3 +464,10 @@ def test_an_unknown_strategy_or_axis_is_an_error():
 def test_an_axis_that_is_split_is_split_in_every_strategy():
     mesh = meshes.from_plan(Plan(dp=4, tp=2, zero=3)).split("dp", (2, 2))
     assert mesh.axes("dp") == mesh.axes("zero") == ("dp0", "dp1") and mesh.names == ("dp0", "dp1", "tp")
+
+
+@pytest.mark.parametrize("zero, says", [(0, (False, False, False)), (1, (True, False, False)), (2, (True, True, False)),
+                                        (3, (True, True, True))])  # fmt: skip
+def test_what_a_level_of_zero_means(zero, says):
+    plan = Plan(dp=2, zero=zero)
+    assert (plan.stores_parts, plan.reduces_each_backward, plan.gathers_each_use) == says
