@@ -118,7 +118,7 @@ class Plan:
 
     @property
     def gathers_each_use(self) -> bool:
-        """Whether a gathered parameter is dropped after its use and gathered again in the backward, not kept until a step ends."""
+        """Whether a gathered parameter is dropped after its use and gathered again in the backward, not kept for a step."""
         return self.zero == 3
 
     @property
