@@ -33,7 +33,7 @@ from where it is stored."""
 def mark(node: fx.Node) -> dict[str, Any]:
     """What this module has to know about a node of a partitioned program, as ``meta["custom"]`` of its copy."""
     custom: dict[str, Any] = {BLOCK: block_path(node)}
-    if node.meta.get("fxpar", {}).get("unshard"):
+    if node.meta.get("unshard"):
         custom[UNSHARD] = True
     return custom
 
