@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpar.ops.vocabulary import ALL_REDUCE, GATHER, SCATTER, WAIT, bytes_of
+
 c10d = torch.ops._c10d_functional
 BUCKET_BYTES, REDUCTION_BYTES = 128 * 2**20, 160 * 2**20
 """The most that parameters gathered, and gradients reduced, in one bucket have."""
 NOTHING: Mapping[str, str] = MappingProxyType({})
 COALESCED: dict[Any, Any] = {
-    c10d.all_reduce.default: c10d.all_reduce_coalesced.default,
-    c10d.reduce_scatter_tensor.default: c10d.reduce_scatter_tensor_coalesced.default,
-    c10d.all_gather_into_tensor.default: c10d.all_gather_into_tensor_coalesced.default,
+    ALL_REDUCE: c10d.all_reduce_coalesced.default,
+    SCATTER: c10d.reduce_scatter_tensor_coalesced.default,
+    GATHER: c10d.all_gather_into_tensor_coalesced.default,
 }
-REDUCTIONS = (c10d.reduce_scatter_tensor.default, c10d.all_reduce.default)
+REDUCTIONS = (SCATTER, ALL_REDUCE)
 
 
 def bucket_reductions(graph: fx.Graph, limit: int = REDUCTION_BYTES, bulk: Mapping[str, str] = NOTHING) -> None:
@@ -42,13 +44,13 @@ def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, bulk: Mapping[str, str]
     for node in [n for n in graph.nodes if n.target is kind and leaves_graph(n) and not _is_reduced_again(n, kind)]:
         key = (*node.args[1:], node.meta["val"].dtype)
         bucket = open_buckets.setdefault(key, [])
-        if bucket and sum(_bytes(n.args[0]) for n in [*bucket, node]) > limit:
+        if bucket and sum(bytes_of(n.args[0]) for n in [*bucket, node]) > limit:
             full.append(bucket)
             bucket = open_buckets[key] = []
         bucket.append(node)
     order = {n: i for i, n in enumerate(graph.nodes)}
     full = sorted([*full, *open_buckets.values()], key=lambda b: order[b[-1]])
-    scatter = kind is c10d.reduce_scatter_tensor.default
+    scatter = kind is SCATTER
     starts = [join(graph, bucket, bucket[-1], bulk if scatter else NOTHING) for bucket in full]
     output = graph.output_node()
     for k, start in enumerate(starts):
@@ -60,7 +62,7 @@ def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, bulk: Mapping[str, str]
 def leaves_graph(node: fx.Node) -> bool:
     """Whether the result is waited for and returned, and at most reduced once more before."""
     waits = list(node.users)
-    return len(waits) == 1 and waits[0].target is c10d.wait_tensor.default and all(map(_only_output, waits[0].users))
+    return len(waits) == 1 and waits[0].target is WAIT and all(map(_only_output, waits[0].users))
 
 
 def _only_output(node: fx.Node) -> bool:
@@ -72,11 +74,6 @@ def _only_output(node: fx.Node) -> bool:
 def _is_reduced_again(node: fx.Node, kind: Any) -> bool:
     """Whether the result goes into another reduction of this kind, which cannot start together with it."""
     return any(u.target is kind or (u.op != "output" and _is_reduced_again(u, kind)) for u in node.users)
-
-
-def _bytes(node: Any) -> int:
-    value = node.meta["val"]
-    return value.numel() * value.element_size()
 
 
 def join(graph: fx.Graph, bucket: list[fx.Node], at: fx.Node, bulk: Mapping[str, str]) -> fx.Node:

@@ -20,7 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
-from fxpar.backends.overlap import WAIT
+from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
 
 MANY_READS, TOO_MANY_READS, MANY_OPERATORS, TOO_MANY_OPERATORS = 4, 8, 30, 100
 """Inductor's thresholds. A value is stored that reads more buffers, or is made by more operators; "many" for one with several
@@ -98,7 +98,7 @@ class _Value:
 
 def size_of(value: torch.Tensor) -> int:
     """Bytes that the CUDA caching allocator hands out for a tensor's elements."""
-    return -(-value.numel() * value.element_size() // 512) * 512
+    return -(-value.nbytes // 512) * 512
 
 
 class Lowering:
@@ -265,7 +265,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_view(node: fx.Node, name: str) -> bool:
-    return name in VIEWS or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
+    return name in VIEWS or is_view(node)
 
 
 def _is_generated(node: fx.Node, name: str) -> bool:
@@ -284,7 +284,7 @@ def _is_collective(node: fx.Node) -> bool:
 
 def _workspace(node: fx.Node) -> int:
     """The backward of attention sums the queries' gradient in fp32."""
-    if not _name(node).startswith("_scaled_dot_product") or "backward" not in _name(node):
+    if not _name(node).startswith(ATTENTION_KERNEL) or "backward" not in _name(node):
         return 0
     return node.meta["val"][0].numel() * 4
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-WAIT = torch.ops._c10d_functional.wait_tensor.default
+from fxpar.ops.vocabulary import WAIT
 
 
 def overlap_communication(graph: fx.Graph) -> None:

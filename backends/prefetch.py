@@ -5,19 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-import torch
 from torch import fx
 
 from fxpar.backends.buckets import BUCKET_BYTES, NOTHING, REDUCTIONS, join, leaves_graph
 from fxpar.backends.casts import cast_together, concatenation, gather_casts
 from fxpar.backends.remat import UNSHARD
+from fxpar.ops.vocabulary import GATHER, WAIT, bytes_of
 
 FIRST_BYTES, SMALL_BYTES = 16 * 2**20, 2**20
 LEAD = 2
 """How many buckets are under way while one is in use."""
-
-c10d = torch.ops._c10d_functional
-GATHER, WAIT = c10d.all_gather_into_tensor.default, c10d.wait_tensor.default
 
 
 def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mapping[str, str] = NOTHING) -> None:
@@ -109,7 +106,7 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _bytes(bucket: list[fx.Node]) -> int:
-    return sum(n.meta["val"].numel() * n.meta["val"].element_size() for n in bucket)
+    return sum(map(bytes_of, bucket))
 
 
 def _wait(gather: fx.Node) -> fx.Node:

@@ -11,13 +11,10 @@ from torch import Tensor, fx
 from fxpar import compat
 from fxpar.backends.buckets import BUCKET_BYTES, NOTHING
 from fxpar.backends.casts import CAST, CAT, PERMUTE, erase_unused
-from fxpar.backends.overlap import WAIT
+from fxpar.ops.vocabulary import ALL_REDUCE, GATHER, RESHAPES, WAIT, bytes_of, is_view
 
 aten = torch.ops.aten
 MM, ADD, SLICE = aten.mm.default, aten.add.Tensor, aten.slice.Tensor
-RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-ALL_REDUCE = torch.ops._c10d_functional.all_reduce.default
-GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
 
 
 def _cat(tensors: Sequence[Tensor], dim: int) -> Tensor:
@@ -157,9 +154,9 @@ def _moves_no_more(products: list[fx.Node], in_place: bool, bulk: Mapping[str, s
     """in_place: whether a left operand that is computed is written straight into the concatenation."""
     lefts, rights = zip(*(p.args for p in products), strict=True)
     copied = [n for n in lefts if not (in_place and _is_computed(n))]
-    if not all(_is_gathered(n, bulk) for n in rights) or sum(map(_bytes, rights)) > BUCKET_BYTES:
+    if not all(_is_gathered(n, bulk) for n in rights) or sum(map(bytes_of, rights)) > BUCKET_BYTES:
         copied += rights
-    return (len(products) - 1) * _bytes(products[0]) >= sum(map(_bytes, copied))
+    return (len(products) - 1) * bytes_of(products[0]) >= sum(map(bytes_of, copied))
 
 
 def _is_gathered(right: fx.Node, bulk: Mapping[str, str]) -> bool:
@@ -179,16 +176,11 @@ def _is_computed(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.target in RESHAPES or getattr(node.target, "is_view", False)
+    return node.target in RESHAPES or is_view(node)
 
 
 def _is_elementwise(node: fx.Node) -> bool:
     return compat.is_pointwise(node.target) or node.target in (CAST, aten.clone.default)
-
-
-def _bytes(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return value.numel() * value.element_size()
 
 
 # ---- the joined operators ----

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
 from fxpar.plan import Plan
 from fxpar.program import block_path
 
@@ -33,7 +34,7 @@ from where it is stored."""
 def mark(node: fx.Node) -> dict[str, Any]:
     """What this module has to know about a node of a partitioned program, as ``meta["custom"]`` of its copy."""
     custom: dict[str, Any] = {BLOCK: block_path(node)}
-    if node.meta.get("fxpar", {}).get("unshard"):
+    if node.meta.get("unshard"):
         custom[UNSHARD] = True
     return custom
 
@@ -60,7 +61,7 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
             policy = SAVE
         if _is_unsharded(node):
             keep = not plan.gathers_each_use or node in tail
-            policy = AGAIN if not keep else SAVE if _is_wait(node) else None
+            policy = AGAIN if not keep else SAVE if node.target is WAIT else None
         if policy is not None:
             node.meta["recompute"] = policy
             node.meta["ac_graph_id"] = 0
@@ -86,16 +87,8 @@ def _is_unsharded(node: fx.Node) -> bool:
     if node.meta.get("custom", {}).get(UNSHARD):
         return True
     inputs = node.all_input_nodes
-    return len(inputs) == 1 and _is_view(node) and inputs[0].op == "call_function" and _is_unsharded(inputs[0])
-
-
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    return target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and target.is_view)
-
-
-def _is_wait(node: fx.Node) -> bool:
-    return node.target is torch.ops._c10d_functional.wait_tensor.default
+    takes_one = len(inputs) == 1 and (node.target is operator.getitem or is_view(node))
+    return takes_one and inputs[0].op == "call_function" and _is_unsharded(inputs[0])
 
 
 def _block(node: fx.Node) -> str:
@@ -117,8 +110,8 @@ def _packet(node: fx.Node) -> Any:
 
 def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
     packet = _packet(node)
-    attention = packet is not None and packet.__name__.startswith("_scaled_dot_product")
-    if packet in PRODUCTS or attention or _is_wait(node):
+    attention = packet is not None and packet.__name__.startswith(ATTENTION_KERNEL)
+    if packet in PRODUCTS or attention or node.target is WAIT:
         return SAVE
     return AGAIN if _block(_made_by(node)) else None
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxpar.backends import copies
 from fxpar.mesh import Axes, BoundMesh
-from fxpar.ops import collectives
+from fxpar.ops.collectives import typed
 
 c10d = torch.ops._c10d_functional
 
@@ -59,8 +59,8 @@ class GroupRuntime(FunctionalRuntime):
     def prepare(self, module: fx.GraphModule) -> None:
         """Make every process group that `module` uses, in program order (the same on every rank)."""
         for node in module.graph.nodes:
-            if node.target in collectives.COLLECTIVES:
-                self.mesh.group(node.args[1])
+            if (made := typed(node)) is not None:
+                self.mesh.group(made.axes)
 
     def copy_engines(self, axes: Axes, control: Control,
                      make: Callable[[dist.ProcessGroup], copies.CopyGroup]) -> bool:

@@ -15,23 +15,23 @@ from torch import Tensor, fx
 
 from fxpar.mesh import Axes, Mesh
 from fxpar.ops import collectives
-from fxpar.ops.collectives import COLLECTIVES, CONJUGATE, Place, Step, Typed
+from fxpar.ops.collectives import Collective, Place, Step, typed
 
 
 class _Lockstep(torch.autograd.Function):
     """A typed collective on the tensors of all ranks."""
 
     @staticmethod
-    def forward(ctx, typed: Typed, mesh: Mesh, *xs: Tensor):
-        ctx.typed, ctx.mesh, ctx.dtype = typed, mesh, xs[0].dtype
-        xs = tuple(x.to(typed.dtype or x.dtype) for x in xs)
-        return tuple(run_all(CONJUGATE[typed.kind][0], mesh, typed.axes, typed.place, typed.to, list(xs)))
+    def forward(ctx, made: Collective, mesh: Mesh, *xs: Tensor):
+        ctx.made, ctx.mesh, ctx.dtype = made, mesh, xs[0].dtype
+        xs = tuple(x.to(made.dtype or x.dtype) for x in xs)
+        return tuple(run_all(made.forward, mesh, made.axes, made.place, made.to, list(xs)))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        typed = ctx.typed
-        ys = [g.to(ctx.dtype).to(typed.reduce or ctx.dtype) for g in grads]
-        ys = run_all(CONJUGATE[typed.kind][1], ctx.mesh, typed.axes, typed.place, typed.to, ys)
+        made = ctx.made
+        ys = [g.to(ctx.dtype).to(made.reduce or ctx.dtype) for g in grads]
+        ys = run_all(made.backward, ctx.mesh, made.axes, made.place, made.to, ys)
         return (None, None, *(y.to(ctx.dtype) for y in ys))
 
 
@@ -41,13 +41,14 @@ def run_all(step: Step, mesh: Mesh, axes: Axes, place: Place, to: Place, xs: lis
     ys = [step.before(x, place, to, n, mesh.index(r, axes)) for r, x in enumerate(xs)]
     if step.comm is not None:
         for group in mesh.groups(axes):
-            for rank, y in zip(group, _COMM[step.comm]([ys[r] for r in group]), strict=True):
+            for rank, y in zip(group, _COMM[step.op or step.comm]([ys[r] for r in group]), strict=True):
                 ys[rank] = y
     return [step.after(y, place, to, n).clone() for y in ys]
 
 
 _COMM = {
     "all_reduce": lambda ys: [sum(ys[1:], ys[0])] * len(ys),
+    "max": lambda ys: [torch.stack(ys).amax(0)] * len(ys),
     "all_gather": lambda ys: [torch.cat(ys)] * len(ys),
     "reduce_scatter": lambda ys: list(sum(ys[1:], ys[0]).split(ys[0].shape[0] // len(ys))),
     "all_to_all": lambda ys: [torch.cat([y.chunk(len(ys))[r] for y in ys]) for r in range(len(ys))],
@@ -74,8 +75,8 @@ def run(module: fx.GraphModule, mesh: Mesh, inputs: list[list[Any]], watch: Watc
             env[node] = [getattr(module, node.target)] * mesh.world_size
         elif node.op == "output":
             return [[env[n][r] for n in node.args[0]] for r in ranks]
-        elif node.target in COLLECTIVES:
-            env[node] = _collective(node, mesh, env[node.args[0]])
+        elif (made := typed(node)) is not None:
+            env[node] = _collective(made, mesh, env[made.value])
         elif node.target is collectives.axis_index:
             env[node] = [mesh.index(r, node.args[0]) for r in ranks]
         else:
@@ -114,23 +115,7 @@ def _call(node: fx.Node, env: dict[fx.Node, list[Any]], rank: int) -> Any:
     return target(*args, **kwargs)
 
 
-def _collective(node: fx.Node, mesh: Mesh, xs: list[Tensor]) -> list[Tensor]:
-    args: Any = node.args
-    _, axes, *rest = args
-    if node.target is collectives.pmax:
-        ys = [x.detach() for x in xs]
-        for group in mesh.groups(axes):
-            top = torch.stack([ys[r] for r in group]).amax(0)
-            for r in group:
-                ys[r] = top
-        return ys
-    kind = node.target.__name__
-    if kind == "all_gather":
-        dim, outer, varying, *dtypes = rest
-        typed = Typed("all_gather_varying" if varying else kind, axes, (dim, outer), (0, 1), *dtypes)
-    elif kind in ("vary", "average"):
-        typed = Typed(kind, axes, reduce=(*rest, None)[0])
-    else:
-        place, to = (rest[0], rest[1]) if rest else (0, 1), (rest[2], rest[3]) if len(rest) > 2 else (0, 1)
-        typed = Typed(kind, axes, place, to)
-    return list(_Lockstep.apply(typed, mesh, *xs))
+def _collective(made: Collective, mesh: Mesh, xs: list[Tensor]) -> list[Tensor]:
+    if made.backward is None:
+        return run_all(made.forward, mesh, made.axes, made.place, made.to, [x.detach() for x in xs])
+    return list(_Lockstep.apply(made, mesh, *xs))

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-aten, c10d = torch.ops.aten, torch.ops._c10d_functional
-GATHER, SCATTER = c10d.all_gather_into_tensor.default, c10d.reduce_scatter_tensor.default
+from fxpar.ops.vocabulary import GATHER, SCATTER, bytes_of
+
+aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.mm.dtype, aten.addmm.default, aten.bmm.default)
 LEAST_BYTES = 2**20
 """Of the larger side of a collective."""
@@ -78,5 +79,4 @@ def _needed(node: fx.Node) -> set[fx.Node]:
 
 
 def _bytes(node: fx.Node) -> int:
-    sides = [node.meta["val"], node.all_input_nodes[0].meta["val"]]
-    return max(value.numel() * value.element_size() for value in sides)
+    return max(bytes_of(node), bytes_of(node.all_input_nodes[0]))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpar.ops.collectives import typed
 from fxpar.passes.factors import Factor, leaves
 from fxpar.program import Program, user_line
 
@@ -100,9 +101,9 @@ def _comment(node: fx.Node, extra: str = "") -> str:
     elif isinstance(node.meta.get("val"), torch.Tensor):
         value = node.meta["val"]
         parts.append(f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
-    facts = node.meta.get("fxpar")
-    if facts:
-        parts.append(f"{facts['kind']} over {', '.join(facts['axes'])} for {facts['for']}")
+    made = typed(node)
+    if made is not None:
+        parts.append(f"{made.label} over {', '.join(made.axes)} for {node.meta['for']}")
     return f"  # {'; '.join(parts)}" if parts else ""
 
 

@@ -15,14 +15,12 @@ from fxpar.compiler import Captured, capture, compile_program
 from fxpar.inputs import microbatch
 from fxpar.memory import Peak, predict
 from fxpar.mesh import Mesh
+from fxpar.ops.collectives import typed
 from fxpar.passes.layout import held_shape
 from fxpar.plan import Plan, Plans
 from fxpar.program import Program, module_path
 
 GIB = 2**30
-BACKWARD = {"vary": "all_reduce", "average": "all_reduce", "all_gather_varying": "reduce_scatter", "reduce_scatter": "all_gather",
-            "shard": "all_gather", "all_to_all": "all_to_all"}  # fmt: skip
-"""What the backward of each typed collective communicates, if anything."""
 
 
 @dataclass(frozen=True)
@@ -173,20 +171,14 @@ def _collectives(program: Program) -> list[CollectiveRow]:
         entry[1] += size
 
     for node in program.graph.nodes:
-        facts = node.meta.get("fxpar")
-        if not facts or node.op != "call_function":
+        made = typed(node)
+        if made is None:
             continue
-        kind, axes, size = facts["kind"], tuple(facts["axes"]), facts.get("bytes", 0)
-        ranks = program.mesh.size(*axes)
-        if kind not in ("vary", "average", "shard"):
-            add(kind, axes, "forward", node, size)
-        if not node.meta.get("needs_grad"):
-            continue
-        if kind == "all_gather" and node.args[4]:
-            kind = "all_gather_varying"
-        if kind in BACKWARD:
-            scale = {"all_gather_varying": 1 / ranks, "reduce_scatter": ranks, "shard": ranks}.get(kind, 1)
-            add(BACKWARD[kind], axes, "backward", node, int(size * scale))
+        size = node.meta.get("bytes", 0)
+        if made.forward.comm is not None:
+            add(made.forward.comm, made.axes, "forward", node, size)
+        if node.meta.get("needs_grad") and made.backward is not None and made.backward.comm is not None:
+            add(made.backward.comm, made.axes, "backward", node, made.operand_bytes(size, program.mesh))
     ordered = sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))
     return [CollectiveRow(kind, axes, phase, where, count, size)
             for (kind, axes, phase, where), (count, size) in ordered]

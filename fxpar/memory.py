@@ -25,12 +25,12 @@ from fxpar.backends.runtime import FunctionalRuntime
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.mesh import Axes, Mesh
 from fxpar.ops.collectives import use_runtime
+from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.accumulate import accumulation
 from fxpar.passes.layout import held_shape
 from fxpar.program import Program, module_path
 
 aten = torch.ops.aten
-ATTENTION = aten.scaled_dot_product_attention.default
 PARTS = ("parameters", "gradients", "optimizer", "inputs", "activations", "parameter copies", "temporaries")
 
 
@@ -142,7 +142,7 @@ def _as_on_gpu(module: fx.GraphModule) -> None:
             continue
         node.args, node.kwargs = fx.node.map_aggregate(
             (node.args, node.kwargs), lambda a: torch.device("cpu") if isinstance(a, torch.device) else a)
-        if node.target is ATTENTION and node.kwargs.get("enable_gqa"):
+        if node.target is SDPA and node.kwargs.get("enable_gqa"):
             node.target = _grouped_attention
     module.recompile()
 
@@ -150,7 +150,7 @@ def _as_on_gpu(module: fx.GraphModule) -> None:
 def _grouped_attention(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """GPUs have no fused kernel for heads that share keys in fp32."""
     if q.dtype in (torch.float16, torch.bfloat16):
-        return ATTENTION(q, *args, **kwargs)
+        return SDPA(q, *args, **kwargs)
     return aten._scaled_dot_product_attention_math.default(q, *args, **kwargs)[0]
 
 

@@ -6,14 +6,14 @@ may be kept whole (zero=0 and 1) they are summed over ranks once, by the last mi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxpar.mesh import Axes
-from fxpar.ops import collectives
+from fxpar.ops.collectives import Collective, typed
 from fxpar.program import Program, Source
 
 
@@ -40,8 +40,9 @@ class Boundary:
     @property
     def dtype(self) -> torch.dtype:
         """In which its gradients are summed."""
-        operand: Any = self.node.args[0]
-        return operand.meta["dtype"]
+        made = typed(self.node)
+        assert made is not None
+        return made.value.meta["dtype"]
 
 
 @dataclass
@@ -91,22 +92,20 @@ def _boundaries(program: Program) -> list[Boundary]:
     for node, chain in chains.items():
         if all(u in inner for u in node.users):
             continue
-        gathers = node.target is collectives.all_gather
-        sums = any(n.target in (collectives.vary, collectives.average) or (n.target is collectives.all_gather and n.args[4])
-                   for n in chain if n.op == "call_function" and _over(n, dp))
-        out.append(Boundary(node, chain, params[chain[0]], gathers, sums))
+        steps = [made for n in chain if (made := _over(n, dp)) is not None]
+        out.append(Boundary(node, chain, params[chain[0]], steps[-1].gathers, any(s.sums for s in steps)))
     return out
 
 
-def _over(node: fx.Node, axes: Axes) -> bool:
-    args: Any = node.args
-    communicates = node.target in (collectives.vary, collectives.average, collectives.all_gather)
-    return communicates and bool(set(axes) & set(args[1]))
+def _over(node: fx.Node, axes: Axes) -> Collective | None:
+    """A collective over some of `axes` that brings a parameter to its use."""
+    made = typed(node)
+    return made if made is not None and (made.gathers or made.sums) and set(axes) & set(made.axes) else None
 
 
 def _from_parameter(node: fx.Node, params: dict[fx.Node, Source], axes: Axes) -> tuple[fx.Node, ...]:
     """For a collective over some of `axes` of a parameter (through casts and views): the chain from the parameter to it."""
-    if not _over(node, axes):
+    if _over(node, axes) is None:
         return ()
     chain = [node]
     while chain[0] not in params:
@@ -126,8 +125,9 @@ def _values(program: Program, boundaries: list[Boundary], wide: bool = False) ->
         for node in boundary.chain[1:]:
             if node not in copies:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
-                if wide and node.target is collectives.all_gather:
-                    copies[node].args = copies[node].args[:5]
+                made = typed(copies[node])
+                if wide and made is not None and made.gathers:
+                    copies[node].args = replace(made, dtype=None, reduce=None).args
     graph.output(tuple(copies[b.node] for b in boundaries))
     return fx.GraphModule(program.module, graph)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.factors import leaves
-from fxpar.passes.roles import ATTENTION
 from fxpar.program import Program
 
 

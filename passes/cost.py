@@ -11,11 +11,11 @@ from torch import fx
 from fxpar.mesh import Mesh
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.factors import Factor, leaves
 from fxpar.passes.layout import Layout, local_shape
 from fxpar.passes.rules.spec import Spec
 
-ATTENTION = (torch.ops.aten.scaled_dot_product_attention.default, windowed_attention)
 LOOKUPS = (torch.ops.aten.embedding.default,)
 GROUPED = (torch.ops.aten._grouped_mm.default, grouped_mm)
 

@@ -11,13 +11,13 @@ import torch
 from torch import fx
 
 from fxpar.ops.rng import dropout_mask
+from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.rewrite import Rewriter, device_of
 from fxpar.passes.rules.spec import bind
 from fxpar.program import Program, Source
 
 aten = torch.ops.aten
 PLAIN = (aten.dropout.default, aten.native_dropout.default)
-ATTENTION = aten.scaled_dot_product_attention.default
 
 
 def expand_dropout(graph: fx.Graph) -> None:
@@ -89,7 +89,7 @@ def counter_dropout(program: Program) -> Program:
     seed = _seed(program, device_of(sites[0].args[0]))
     for site, node in enumerate(sites):
         r = Rewriter(program.graph, node)
-        if node.target is ATTENTION:
+        if node.target is SDPA:
             _attention(r, node, seed, site)
         else:
             _plain(r, node, seed, site)
@@ -98,10 +98,10 @@ def counter_dropout(program: Program) -> Program:
 
 
 def _rate(node: fx.Node) -> float:
-    if node.op != "call_function" or node.target not in (*PLAIN, ATTENTION):
+    if node.op != "call_function" or node.target not in (*PLAIN, SDPA):
         return 0.0
     a = bind(node)
-    return a["dropout_p"] if node.target is ATTENTION else a["p"] if a["train"] in (True, None) else 0.0
+    return a["dropout_p"] if node.target is SDPA else a["p"] if a["train"] in (True, None) else 0.0
 
 
 def _seed(program: Program, device: torch.device) -> fx.Node:

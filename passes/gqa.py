@@ -7,13 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpar.ops.attention import windowed_attention
+from fxpar.ops.vocabulary import ATTENTION, RESHAPES
 from fxpar.program import Program, value_of
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
-
-_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
 
 
@@ -27,7 +24,7 @@ def fold_repeat_kv(program: Program) -> Program:
     ``enable_gqa=True``, which means the same repetition.
     """
     for node in program.graph.nodes:
-        if node.target not in (SDPA, windowed_attention) or node.kwargs.get("enable_gqa"):
+        if node.target not in ATTENTION or node.kwargs.get("enable_gqa"):
             continue
         if (len(node.args) > 3 and node.args[3] is not None) or node.kwargs.get("attn_mask") is not None:
             continue
@@ -55,7 +52,7 @@ def _unrepeated(node: fx.Node) -> fx.Node | None:
         dim = args[2] if len(args) > 2 else node.kwargs.get("dim")
         repeats = isinstance(times, int) and value_of(node).dim() == 4 and dim in (1, -3)
         return source if repeats else None
-    expand = _operand(node, *_RESHAPES)
+    expand = _operand(node, *RESHAPES)
     unsqueeze = _operand(expand, aten.expand.default)
     source = _operand(unsqueeze, aten.unsqueeze.default)
     if expand is None or unsqueeze is None or source is None or value_of(source).dim() != 4:

@@ -14,12 +14,12 @@ from torch import Tensor, fx
 
 from fxpar import compat
 from fxpar.ops.attention import takes, windowed_attention
+from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.bands import Value, diagonals
 from fxpar.passes.constants import evaluate, given, is_fill, is_function
 from fxpar.program import Program, value_of
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 
 # Every key, the keys up to the query's own position, or only so many of them (the size of the window).
 Verdict = Literal["all", "causal"] | int

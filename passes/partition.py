@@ -13,12 +13,12 @@ import torch
 from torch import fx
 
 from fxpar.mesh import Axes
-from fxpar.ops import collectives
+from fxpar.ops.collectives import Collective, axis_index, make, typed
 from fxpar.passes.cost import forward_flops
 from fxpar.passes.factors import Dim, Dims, Factor, leaves
 from fxpar.passes.layout import Layout, local_extent, local_shape, place_of, show, tiling
 from fxpar.passes.place import fits
-from fxpar.passes.reshard import Resharder
+from fxpar.passes.reshard import Resharder, measure
 from fxpar.passes.rules.spec import Op, Operand, Spec
 from fxpar.program import Program, copy_provenance
 
@@ -30,8 +30,9 @@ def partition(program: Program) -> Program:
 
     Takes: a placed program, whose graph it leaves as it is.
     Afterwards: `program.module` computes on local tensors; ``meta["tiling"]`` of every placeholder and output says which
-    part of the global tensor it is, ``meta["global"]`` its global shape and dtype; every inserted node carries
-    ``meta["fxpar"]`` (what it is and why). Outputs that hold a batch are this replica's part.
+    part of the global tensor it is, ``meta["global"]`` its global shape and dtype; ``meta["for"]`` of every collective names
+    the operator that it was inserted for, ``meta["bytes"]`` the size of its result on one rank. Outputs that hold a batch are
+    this replica's part.
     """
     return _Partitioner(program).run()
 
@@ -172,10 +173,9 @@ class Local:
         for axis in self.mesh.names:
             leaf = self.placement.scatter.get(axis)
             if leaf is not None:
-                dim, outer = place_of(dims, done, self.mesh, leaf)
-                value = self.call(collectives.reduce_scatter, value, (axis,), dim, outer)
+                made = Collective("reduce_scatter", value, (axis,), place_of(dims, done, self.mesh, leaf))
                 done[axis] = leaf
-                self._tag(value, "reduce_scatter", (axis,), done)
+                value = self._measured(made, done)
         if self.skip_deferred:
             value = self._add_deferred(value, dims, layout)
         return value
@@ -194,9 +194,16 @@ class Local:
         copy_provenance(new, self.node)
         return new
 
-    def _tag(self, node: fx.Node, kind: str, axes: Axes, layout: Layout) -> None:
-        node.meta["fxpar"] = {"kind": kind, "axes": axes, "for": self.node.name, "phase": "forward"}
-        self.owner.reshard.measure(node, self.node, self.spec.outs[0], layout)
+    def _communicate(self, made: Collective) -> fx.Node:
+        new = make(self.graph, made)
+        copy_provenance(new, self.node)
+        new.meta["for"] = self.node.name
+        return new
+
+    def _measured(self, made: Collective, layout: Layout) -> fx.Node:
+        new = self._communicate(made)
+        measure(new, self.node, self.spec.outs[0], layout, self.mesh)
+        return new
 
     def default(self, **override: Any) -> fx.Node:
         """The same operator on the local operands, with sizes and `override`n arguments localised."""
@@ -233,7 +240,7 @@ class Local:
         axes = self.axes(dim)
         if not axes:
             return None
-        return self.call(operator.mul, self.call(collectives.axis_index, axes), self.extent(dim))
+        return self.call(operator.mul, self.call(axis_index, axes), self.extent(dim))
 
     def grid(self, dims: Dims) -> tuple:
         """Per dim, runs of (local size, global offset, global size): see `fxpar.ops.rng`."""
@@ -243,16 +250,16 @@ class Local:
             for leaf in leaves(dim):
                 axes = self.axes((leaf,))
                 local = leaf.size // self.mesh.size(*axes)
-                offset = self.call(operator.mul, self.call(collectives.axis_index, axes), local) if axes else 0
+                offset = self.call(operator.mul, self.call(axis_index, axes), local) if axes else 0
                 runs.append((local, offset, leaf.size))
             out.append(tuple(runs))
         return tuple(out)
 
     def exchanged_dim(self) -> int | None:
         """The dim along which the first operand was just gathered, or else the output will be scattered, if it is whole."""
-        first: Any = self.operand(0)
-        if first.target is collectives.all_gather:
-            dim, outer = first.args[2:4]
+        first = typed(self.operand(0))
+        if first is not None and first.gathers:
+            dim, outer = first.place
             return dim if outer == 1 else None
         for leaf in self.placement.scatter.values():
             dim, outer = place_of(self.spec.outs[0], self.at, self.mesh, leaf)
@@ -261,14 +268,10 @@ class Local:
 
     def reduce(self, value: fx.Node, axes: Axes, kind: str) -> fx.Node:
         """The sum or maximum of every rank's value, on every rank."""
-        new = self.call(collectives.psum if kind == "sum" else collectives.pmax, value, axes)
-        self._tag(new, "all_reduce", axes, self.at)
-        return new
+        return self._measured(Collective("psum" if kind == "sum" else "pmax", value, axes), self.at)
 
     def vary(self, value: fx.Node, axes: Axes) -> fx.Node:
         """`value` is used differently on the ranks of `axes` from here on."""
         if not self.node.meta.get("needs_grad"):
             return value
-        new = self.call(collectives.vary, value, axes)
-        new.meta["fxpar"] = {"kind": "vary", "axes": axes, "for": self.node.name, "phase": "backward"}
-        return new
+        return self._communicate(Collective("vary", value, axes))

@@ -13,7 +13,7 @@ import math
 from torch import fx
 
 from fxpar.mesh import Axes
-from fxpar.ops import collectives
+from fxpar.ops.collectives import Collective, make, typed
 from fxpar.passes.layout import held_shape
 from fxpar.program import Program, copy_provenance
 
@@ -44,9 +44,9 @@ def average_replicas(program: Program) -> Program:
 
 def _communicated(user: fx.Node, axis: str) -> bool:
     """Whether what comes back through a use of a parameter was communicated over an axis."""
-    if user.target in (collectives.vary, collectives.all_gather, collectives.shard):
-        axes = user.args[1]
-        if axis in axes:  # type: ignore[operator]
+    made = typed(user)
+    if made is not None and made.returns_alike:
+        if axis in made.axes:
             return True
     elif user.op != "call_function" or len(user.all_input_nodes) != 1 or not user.meta.get("resharded"):
         return False
@@ -55,9 +55,9 @@ def _communicated(user: fx.Node, axis: str) -> bool:
 
 def _average(graph: fx.Graph, node: fx.Node, axes: Axes, users: list[fx.Node], size: int) -> None:
     with graph.inserting_before(min(users)):
-        new = graph.call_function(collectives.average, (node, axes))
+        new = make(graph, Collective("average", node, axes))
     copy_provenance(new, users[0])
     new.meta.update({k: node.meta[k] for k in ("tiling", "shows", "needs_grad", "dtype", "global") if k in node.meta})
-    new.meta["fxpar"] = {"kind": "average", "axes": axes, "for": users[0].name, "phase": "backward", "bytes": size}
+    new.meta.update({"for": users[0].name, "bytes": size})
     for user in users:
         user.replace_input_with(node, new)

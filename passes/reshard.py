@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fxpar.mesh import Axes, Mesh
-from fxpar.ops import collectives
+from fxpar.ops.collectives import Collective, make, typed
 from fxpar.passes.factors import Dims, Factor
 from fxpar.passes.layout import Layout, local_shape, place_of
 from fxpar.program import copy_provenance
@@ -27,7 +27,7 @@ Want = Mapping[str, "Factor | bool"]
 class Resharder:
     def __init__(self, graph: fx.Graph, mesh: Mesh):
         self.graph, self.mesh = graph, mesh
-        self._made: dict[tuple, fx.Node] = {}
+        self._made: dict[Collective | tuple, fx.Node] = {}
 
     def to(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, user: fx.Node) -> fx.Node:
         """`value`, kept in `layout` (or, with ``meta["stored"]``, in that one, to be used in `layout`), as `want` asks for it.
@@ -61,7 +61,7 @@ class Resharder:
             return value
         if "reduce_dtype" in value.meta:
             return self._vary_as(value, dims, layout, vary, user)
-        return self._emit(value, user, dims, layout, "vary", vary)
+        return self._emit(Collective("vary", value, vary), user, dims, layout)
 
     def _unshard(
         self, value: fx.Node, dims: Dims, used: Layout, want: Want, user: fx.Node
@@ -82,18 +82,18 @@ class Resharder:
             value, reduce = self._wide(value)
         vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in layout)
         if grad and vary:
-            value = self._emit(value, user, dims, layout, "vary", vary, *([reduce] if reduce else []))
+            value = self._emit(Collective("vary", value, vary, reduce=reduce), user, dims, layout)
         for axis in sorted(over, key=self.mesh.names.index, reverse=True):
             varying = grad and want.get(axis) is True
             value = self._gather(value, dims, layout, axis, varying, user, dtype, reduce)
-            value.meta["fxpar"]["unshard"] = True
+            value.meta["unshard"] = True
         return value, layout
 
     def _vary_as(self, cast: fx.Node, dims: Dims, layout: Layout, axes: Axes, user: fx.Node) -> fx.Node:
         """A parameter's cast, with its gradient summed over `axes` in the reduction dtype."""
         args: Any = cast.args
         wide, reduce = self._wide(cast)
-        return self._cast(self._emit(wide, user, dims, layout, "vary", axes, *([reduce] if reduce else [])), args[1], cast)
+        return self._cast(self._emit(Collective("vary", wide, axes, reduce=reduce), user, dims, layout), args[1], cast)
 
     def _wide(self, cast: fx.Node) -> tuple[fx.Node, torch.dtype | None]:
         """What a parameter's cast is made from, in a dtype that loses nothing of it and of its gradient's sum; and the dtype
@@ -132,10 +132,11 @@ class Resharder:
         what the value was made from is varying along."""
         done: list[str] = []
         while isinstance(value, fx.Node) and value.meta.get("resharded"):
-            args: Any = value.args
-            if value.target is collectives.vary or (value.target is collectives.all_gather and args[4]):
-                done += args[1]
-            value = args[0]
+            made = typed(value)
+            assert made is not None
+            if made.varies:
+                done += made.axes
+            value = made.value
         if isinstance(value, fx.Node):
             done += value.meta.get("varied", ())
         return tuple(done)
@@ -143,16 +144,13 @@ class Resharder:
     def _gather(self, value, dims, layout, axis, varying, user, dtype=None, reduce=None) -> fx.Node:
         place = place_of(dims, layout, self.mesh, layout[axis])
         del layout[axis]
-        options = (varying, dtype, reduce) if reduce is not None else (varying, dtype) if dtype is not None else (varying,)
-        gathered = self._emit(value, user, dims, layout, "all_gather", (axis,), *place, *options)
-        gathered.meta["dtype"] = dtype or value.meta.get("dtype")
-        self.measure(gathered, value, dims, layout)
-        return gathered
+        kind = "all_gather_varying" if varying else "all_gather"
+        return self._emit(Collective(kind, value, (axis,), place, dtype=dtype, reduce=reduce), user, dims, layout)
 
     def _shard(self, value, dims, layout, axis, leaf, user) -> fx.Node:
         place = place_of(dims, layout, self.mesh, leaf)
         layout[axis] = leaf
-        return self._emit(value, user, dims, layout, "shard", (axis,), *place)
+        return self._emit(Collective("shard", value, (axis,), place), user, dims, layout)
 
     def _exchange(self, value, dims, layout, axis, leaf, user) -> fx.Node:
         old = place_of(dims, layout, self.mesh, layout[axis])
@@ -161,32 +159,23 @@ class Resharder:
         if old[0] == new[0]:
             return value
         layout[axis] = leaf
-        return self._emit(value, user, dims, layout, "all_to_all", (axis,), *old, *new)
+        return self._emit(Collective("all_to_all", value, (axis,), old, new), user, dims, layout)
 
-    def _emit(
-        self, value: fx.Node, user: fx.Node, dims: Dims, layout: Layout, kind: str, axes: Axes, *args: Any
-    ) -> fx.Node:
-        key = (value, kind, axes, *args)
-        if key not in self._made:
-            new = self.graph.call_function(getattr(collectives, kind), (value, axes, *args))
+    def _emit(self, made: Collective, user: fx.Node, dims: Dims, layout: Layout) -> fx.Node:
+        if made not in self._made:
+            value, new = made.value, make(self.graph, made)
             copy_provenance(new, user)
-            new.meta.update(
-                needs_grad=value.meta.get("needs_grad", False), resharded=True, dtype=value.meta.get("dtype")
-            )
-            new.meta["global"] = value.meta.get("global")
-            new.meta["fxpar"] = {
-                "kind": kind,
-                "axes": axes,
-                "for": user.name,
-                "phase": "backward" if kind == "vary" else "forward",
-            }
-            self.measure(new, value, dims, layout)
-            self._made[key] = new
-        return self._made[key]
+            new.meta.update(needs_grad=value.meta.get("needs_grad", False), resharded=True,
+                            dtype=made.dtype or value.meta.get("dtype"))
+            new.meta["global"], new.meta["for"] = value.meta.get("global"), user.name
+            measure(new, value, dims, layout, self.mesh)
+            self._made[made] = new
+        return self._made[made]
 
-    def measure(self, node: fx.Node, value: fx.Node, dims: Dims, layout: Layout) -> None:
-        """Record how many bytes of result one rank holds (what the report counts)."""
-        held = value.meta.get("val", value.meta.get("global"))
-        if isinstance(held, torch.Tensor) and "fxpar" in node.meta:
-            width = (node.meta.get("dtype") or value.meta.get("dtype") or held.dtype).itemsize
-            node.meta["fxpar"]["bytes"] = math.prod(local_shape(dims, layout, self.mesh)) * width
+
+def measure(node: fx.Node, value: fx.Node, dims: Dims, layout: Layout, mesh: Mesh) -> None:
+    """Record how many bytes of result one rank holds (what the report counts). value: the global value, or what it is made of."""
+    held = value.meta.get("val", value.meta.get("global"))
+    if isinstance(held, torch.Tensor):
+        width = (node.meta.get("dtype") or value.meta.get("dtype") or held.dtype).itemsize
+        node.meta["bytes"] = math.prod(local_shape(dims, layout, mesh)) * width

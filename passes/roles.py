@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from fxpar.errors import PlanError
-from fxpar.ops.attention import windowed_attention
 from fxpar.ops.pick import pick
+from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.factors import Factor, leaves
 from fxpar.passes.rules.matmul import grouped_product
 from fxpar.passes.rules.registry import find
@@ -22,7 +22,6 @@ aten = torch.ops.aten
 ROLES = ("batch", "seq", "heads", "head_dim", "ffn", "vocab", "experts", "hidden")
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
-ATTENTION = (aten.scaled_dot_product_attention.default, windowed_attention)
 
 
 def assign_roles(program: Program) -> None:

@@ -108,7 +108,7 @@ def test_what_ranks_send_of_parameters_and_their_gradients(monkeypatch, plan, ga
         monkeypatch.setitem(simulate._COMM, kind, watched)
     simulation, received = fxpar.simulate(model, plan, batch), set()
     stored = [n for n in simulation.program.placeholders() if "stored" in n.meta]
-    gathers = [n for n in simulation.program.graph.nodes if n.meta.get("fxpar", {}).get("unshard")]
+    gathers = [n for n in simulation.program.graph.nodes if n.meta.get("unshard")]
     simulation.watch = lambda node, values: received.add(values[0].dtype) if node in gathers else None
     simulation.step(**batch)
     assert len(gathers) == len(stored) > 3 and received == {gathered}

@@ -50,5 +50,5 @@ class Shares:
         axes = chunks.replicas(part.tiles, part.mesh)
         loads = self._loads.setdefault(axes, [0] * part.mesh.size(*axes))
         writer = loads.index(min(loads))
-        loads[writer] += part.local.numel() * part.local.element_size()
+        loads[writer] += part.local.nbytes
         return part.mesh.index(part.rank, axes) == writer

@@ -17,25 +17,28 @@ replicated value is used differently on every rank, so its cotangents have to be
     all_to_all     S(a) -> S(b)    all-to-all                   all-to-all back
     =============================  ===========================  ====================
 
-These are plain functions on local tensors. Which ranks they speak to is decided by the `Runtime` that is active
-(`use_runtime`): process groups in a real run, all ranks in one process in a simulated one. A *place* is
-``(dim, outer)``: the dim seen as ``[outer, n, inner]``, of which the middle is what ranks split.
+These are plain functions on local tensors, and `typed` reads a node of a program that calls one. Which ranks they speak to
+is decided by the `Runtime` that is active (`use_runtime`): process groups in a real run, all ranks in one process in a
+simulated one. A *place* is ``(dim, outer)``: the dim seen as ``[outer, n, inner]``, of which the middle is what ranks split.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from fxpar.mesh import Axes
+from fxpar.mesh import Axes, Mesh
 
 Place = tuple[int, int]
+P = ParamSpec("P")
 
 
 class Runtime(Protocol):
@@ -93,12 +96,15 @@ class Step:
 
     Kept apart so that a simulation can prepare all ranks, exchange, and then arrange all ranks.
     before(x, place, to, ranks, index), after(y, place, to, ranks); comm names a method of `Runtime`, None for no
-    communication.
+    communication. op: of an all-reduce that is not a sum. grows: 1 where the result is `ranks` times as large as the operand,
+    -1 where it is one of so many parts of it.
     """
 
     before: Callable[[Tensor, Place, Place, int, int], Tensor]
     comm: str | None
     after: Callable[[Tensor, Place, Place, int], Tensor]
+    op: str | None = None
+    grows: int = 0
 
     def flipped(self) -> Step:
         """The same with `place` and `to` exchanged."""
@@ -114,10 +120,12 @@ def _slice(x: Tensor, place: Place, to: Place, ranks: int, index: int) -> Tensor
 
 SAME = Step(lambda x, *_: x.view_as(x), None, lambda y, *_: y)
 SUM = Step(lambda x, *_: x.contiguous(), "all_reduce", lambda y, *_: y)
+MAX = Step(lambda x, *_: x.contiguous(), "all_reduce", lambda y, *_: y, op="max")
 MEAN = Step(lambda x, place, to, n, _: (x / n).contiguous(), "all_reduce", lambda y, *_: y)
-GATHER = Step(lambda x, place, *_: _front(x, place, 1), "all_gather", lambda y, place, _, n: _back(y, place, n))
-SLICE = Step(_slice, None, lambda y, *_: y)
-SCATTER = Step(lambda x, place, to, n, _: _front(x, place, n), "reduce_scatter", lambda y, place, *_: _back(y, place, 1))
+GATHER = Step(lambda x, place, *_: _front(x, place, 1), "all_gather", lambda y, place, _, n: _back(y, place, n), grows=1)
+SLICE = Step(_slice, None, lambda y, *_: y, grows=-1)
+SCATTER = Step(lambda x, place, to, n, _: _front(x, place, n), "reduce_scatter", lambda y, place, *_: _back(y, place, 1),
+               grows=-1)
 EXCHANGE = Step(lambda x, place, to, n, _: _parts(x, to, n), "all_to_all", lambda y, place, to, n: _joined(y, place))
 
 
@@ -138,8 +146,9 @@ def _joined(y: Tensor, place: Place) -> Tensor:
     return x.reshape(*shape[:dim], ranks * shape[dim], *shape[dim + 1 :])
 
 
-CONJUGATE = {
+CONJUGATE: dict[str, tuple[Step, Step | None]] = {
     "psum": (SUM, SAME),
+    "pmax": (MAX, None),
     "vary": (SAME, SUM),
     "average": (SAME, MEAN),
     "all_gather": (GATHER, SLICE),
@@ -148,25 +157,15 @@ CONJUGATE = {
     "shard": (SLICE, GATHER),
     "all_to_all": (EXCHANGE, EXCHANGE.flipped()),
 }
-"""name -> (forward, backward). The table of the module's docstring, and the only place that pairs them."""
-
-
-def differs_along(node: fx.Node) -> Axes | None:
-    """The axes along which a node of a program does something else on each rank, forward or backward, than communicate."""
-    args: Any = node.args
-    if node.target is axis_index:
-        return args[0]
-    kind = getattr(node.target, "__name__", "") if node.target in COLLECTIVES else ""
-    if kind == "all_gather" and args[4:5] and args[4]:
-        kind = "all_gather_varying"
-    return args[1] if SLICE in CONJUGATE.get(kind, ()) else None
+"""kind -> (forward, backward), None where no gradient flows. The table of the module's docstring, and the only place that pairs
+them."""
 
 
 def run_step(step: Step, run: Runtime, x: Tensor, axes: Axes, place: Place, to: Place) -> Tensor:
     """One direction on this rank."""
     x = step.before(x, place, to, run.size(axes), run.index(axes))
     if step.comm is not None:
-        x = _communicate(getattr(run, step.comm), x, axes)
+        x = _communicate(getattr(run, step.comm), x, axes, *([] if step.op is None else [step.op]))
     return step.after(x, place, to, run.size(axes))
 
 
@@ -180,115 +179,239 @@ def _communicate(method: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor
 
 
 @dataclass(frozen=True)
-class Typed:
-    """One collective as it stands in a program: what it does in both directions.
+class Collective:
+    """One collective as it stands in a program: what it does in both directions, and to what.
 
-    dtype: what the forward communicates and returns, else that of the operand. reduce: what the backward communicates, else
-    that of the operand, too; it always returns the operand's.
+    kind: a key of `CONJUGATE`. value: its operand; of one that `typed` reads, the node. place: where the ranks' parts lie; to:
+    where else, after an exchange. dtype, reduce, kept, carried: see `all_gather`.
     """
 
     kind: str
+    value: Any
     axes: Axes
     place: Place = (0, 1)
     to: Place = (0, 1)
     dtype: torch.dtype | None = None
     reduce: torch.dtype | None = None
+    kept: Any = None
+    carried: Any = None
+
+    @property
+    def forward(self) -> Step:
+        return CONJUGATE[self.kind][0]
+
+    @property
+    def backward(self) -> Step | None:
+        """None where no gradient flows."""
+        return CONJUGATE[self.kind][1]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether its result is the whole of what ranks hold parts of."""
+        return self.forward is GATHER
+
+    @property
+    def sums(self) -> bool:
+        """Whether its backward adds up (or averages) cotangents over ranks."""
+        return self.backward in (SUM, MEAN, SCATTER)
+
+    @property
+    def varies(self) -> bool:
+        """Whether each rank may use the result, which is the same on all of them, in its own way."""
+        return self.backward in (SUM, SCATTER)
+
+    @property
+    def returns_alike(self) -> bool:
+        """Whether what its backward returns to a value that ranks hold alike has been communicated, or was cut from what was."""
+        return self.backward is not None and self.backward is not SAME
+
+    @property
+    def differs(self) -> bool:
+        """Whether ranks do more than communicate, each something else: take its own slice, forward or backward."""
+        return SLICE in (self.forward, self.backward)
+
+    @property
+    def label(self) -> str:
+        """What a reader calls it: what its forward communicates, or else the operator's name."""
+        return self.forward.comm or self.kind
+
+    def ranks(self, mesh: Mesh) -> int:
+        """How many it speaks to."""
+        return mesh.size(*self.axes)
+
+    def operand_bytes(self, result: int, mesh: Mesh) -> int:
+        """Bytes of its operand, and so of what its backward returns, from those of its result."""
+        ranks = self.ranks(mesh)
+        return {1: result // ranks, 0: result, -1: result * ranks}[self.forward.grows]
+
+    @property
+    def target(self) -> Callable[..., Tensor]:
+        """The operator."""
+        return _OPERATORS[self.kind.removesuffix(VARYING)]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The operator's arguments, by position; None is left out at the end."""
+        named = [_ARGUMENTS[name](self) for name in inspect.signature(self.target).parameters]
+        while named[-1] is None:
+            named.pop()
+        return tuple(named)
+
+
+VARYING = "_varying"
+"""How the kind of a gather ends whose result each rank uses in its own way."""
+
+_ARGUMENTS: dict[str, Callable[[Collective], Any]] = {
+    "x": lambda c: c.value, "axes": lambda c: c.axes, "dim": lambda c: c.place[0], "outer": lambda c: c.place[1],
+    "to_dim": lambda c: c.to[0], "to_outer": lambda c: c.to[1], "varying": lambda c: c.kind.endswith(VARYING),
+    "dtype": lambda c: c.dtype, "reduce": lambda c: c.reduce, "kept": lambda c: c.kept, "carried": lambda c: c.carried,
+}  # fmt: skip
+"""Name of an operator's argument -> what it is of a collective."""
+_OPERATORS: dict[str, Callable[..., Tensor]] = {}
+_DESCRIBED: dict[Any, Callable[..., Collective]] = {}
+"""Operator -> the function of the same arguments that says what it does."""
+
+
+def typed(node: fx.Node) -> Collective | None:
+    """What a node of a program communicates; None for a node that is no collective."""
+    describe = _DESCRIBED.get(node.target)
+    return None if describe is None else describe(*node.args, **node.kwargs)
+
+
+def make(graph: fx.Graph, collective: Collective) -> fx.Node:
+    """A node that `typed` reads as this."""
+    return graph.call_function(collective.target, collective.args)
+
+
+def differs_along(node: fx.Node) -> Axes | None:
+    """The axes along which a node of a program does something else on each rank, forward or backward, than communicate."""
+    if node.target is axis_index:
+        axes: Any = node.args[0]
+        return axes
+    made = typed(node)
+    return made.axes if made is not None and made.differs else None
+
+
+def _perform(step: Step | None, made: Collective, run: Runtime, x: Tensor) -> Tensor:
+    """One direction of a collective on this rank."""
+    assert step is not None, f"no gradient flows through {made.kind}"
+    return run_step(step, run, x, made.axes, made.place, made.to)
 
 
 class _Transposed(torch.autograd.Function):
     """The backward of a collective, of which gradients are asked for in turn: they take its forward."""
 
     @staticmethod
-    def forward(ctx, grad: Tensor, typed: Typed, run: Runtime) -> Tensor:
-        ctx.typed, ctx.run = typed, run
-        return run_step(CONJUGATE[typed.kind][1], run, grad, typed.axes, typed.place, typed.to)
+    def forward(ctx, grad: Tensor, made: Collective, run: Runtime) -> Tensor:
+        ctx.made, ctx.run = made, run
+        return _perform(made.backward, made, run, grad)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        typed = ctx.typed
-        return run_step(CONJUGATE[typed.kind][0], ctx.run, grad, typed.axes, typed.place, typed.to), None, None
+        return _perform(ctx.made.forward, ctx.made, ctx.run, grad), None, None
 
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, kept: Tensor | None, carried: Tensor | None, typed: Typed, run: Runtime) -> Tensor:
-        ctx.typed, ctx.run, ctx.dtype = typed, run, x.dtype
+    def forward(ctx, x: Tensor, kept: Tensor | None, carried: Tensor | None, made: Collective, run: Runtime) -> Tensor:
+        ctx.made, ctx.run, ctx.dtype = made, run, x.dtype
         ctx.save_for_backward(carried)
         if kept is not None:
             return kept.view_as(kept)
-        return run_step(CONJUGATE[typed.kind][0], run, x.to(typed.dtype or x.dtype), typed.axes, typed.place, typed.to)
+        return _perform(made.forward, made, run, x.to(made.dtype or x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        typed, (carried,) = ctx.typed, ctx.saved_tensors
+        made, (carried,) = ctx.made, ctx.saved_tensors
         grad = grad.to(ctx.dtype)
         if carried is not None:
             grad = grad + carried
-        grad = grad.to(typed.reduce or ctx.dtype)
+        grad = grad.to(made.reduce or ctx.dtype)
         if torch.is_grad_enabled():
-            grad = _Transposed.apply(grad, typed, ctx.run)
+            grad = _Transposed.apply(grad, made, ctx.run)
         else:
-            grad = run_step(CONJUGATE[typed.kind][1], ctx.run, grad, typed.axes, typed.place, typed.to)
+            grad = _perform(made.backward, made, ctx.run, grad)
         return grad.to(ctx.dtype), None, None, None, None
 
 
-def _apply(x: Tensor, typed: Typed, kept: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
-    return _Apply.apply(x, kept, carried, typed, _active.get())
+def _run(made: Collective) -> Tensor:
+    """Do it on this rank."""
+    x, run = made.value, _active.get()
+    if made.backward is None:
+        return _perform(made.forward, made, run, x.detach())
+    return _Apply.apply(x, made.kept, made.carried, replace(made, value=None, kept=None, carried=None), run)
 
 
-def psum(x: Tensor, axes: Axes) -> Tensor:
+def _operator(describe: Callable[P, Collective]) -> Callable[P, Tensor]:
+    """The operator that does what `describe` says of its arguments."""
+
+    @functools.wraps(describe)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return _run(describe(*args, **kwargs))
+
+    run.__annotations__ = {**describe.__annotations__, "return": "Tensor"}
+    _OPERATORS[describe.__name__], _DESCRIBED[run] = run, describe
+    return run
+
+
+@_operator
+def psum(x: Tensor, axes: Axes) -> Collective:
     """Partial -> replicated: the sum over the ranks of `axes`."""
-    return _apply(x, Typed("psum", axes))
+    return Collective("psum", x, axes)
 
 
-def pmax(x: Tensor, axes: Axes) -> Tensor:
+@_operator
+def pmax(x: Tensor, axes: Axes) -> Collective:
     """The maximum over the ranks of `axes`; for values no gradient flows through."""
-    return _communicate(_active.get().all_reduce, x.detach().contiguous(), axes, "max")
+    return Collective("pmax", x, axes)
 
 
-def vary(x: Tensor, axes: Axes, reduce: torch.dtype | None = None, carried: Tensor | None = None) -> Tensor:
+@_operator
+def vary(x: Tensor, axes: Axes, reduce: torch.dtype | None = None, carried: Tensor | None = None) -> Collective:
     """Replicated -> used differently on each rank of `axes`: the value itself; its cotangents are summed (in the dtype
     `reduce`), and those `carried` along with them."""
-    return _apply(x, Typed("vary", axes, reduce=reduce), carried=carried)
+    return Collective("vary", x, axes, reduce=reduce, carried=carried)
 
 
-def average(x: Tensor, axes: Axes, carried: Tensor | None = None) -> Tensor:
+@_operator
+def average(x: Tensor, axes: Axes, carried: Tensor | None = None) -> Collective:
     """Replicated -> used alike on all ranks of `axes`: the value itself; its cotangents (and those `carried`), equal but for
     rounding, become the same."""
-    return _apply(x, Typed("average", axes), carried=carried)
+    return Collective("average", x, axes, carried=carried)
 
 
+@_operator
 def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = False, dtype: torch.dtype | None = None,
-               reduce: torch.dtype | None = None, kept: Tensor | None = None, carried: Tensor | None = None) -> Tensor:
+               reduce: torch.dtype | None = None, kept: Tensor | None = None, carried: Tensor | None = None) -> Collective:
     """Sharded -> replicated along `dim`; `varying`: what follows differs from rank to rank.
 
     dtype: of the result, and of what is communicated. reduce: in which cotangents are summed; without it, that of `x`.
     kept: the result, where it is there already. carried: cotangents of the result, in the dtype of `x`, that are reduced with
     those that come.
     """
-    kind = "all_gather_varying" if varying else "all_gather"
-    return _apply(x, Typed(kind, axes, (dim, outer), dtype=dtype, reduce=reduce), kept, carried)
+    kind = f"all_gather{VARYING}" if varying else "all_gather"
+    return Collective(kind, x, axes, (dim, outer), dtype=dtype, reduce=reduce, kept=kept, carried=carried)
 
 
-def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
+@_operator
+def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Collective:
     """Partial -> sharded along `dim`."""
-    return _apply(x, Typed("reduce_scatter", axes, (dim, outer)))
+    return Collective("reduce_scatter", x, axes, (dim, outer))
 
 
-def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Tensor:
+@_operator
+def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Collective:
     """Replicated -> sharded along `dim`: this rank's slice."""
-    return _apply(x, Typed("shard", axes, (dim, outer)))
+    return Collective("shard", x, axes, (dim, outer))
 
 
-def all_to_all(x: Tensor, axes: Axes, dim: int, outer: int, to_dim: int, to_outer: int) -> Tensor:
+@_operator
+def all_to_all(x: Tensor, axes: Axes, dim: int, outer: int, to_dim: int, to_outer: int) -> Collective:
     """Sharded along one place -> sharded along another."""
-    return _apply(x, Typed("all_to_all", axes, (dim, outer), (to_dim, to_outer)))
+    return Collective("all_to_all", x, axes, (dim, outer), (to_dim, to_outer))
 
 
 def axis_index(axes: Axes) -> int:
     """This rank's index along `axes`."""
     return _active.get().index(axes)
-
-
-COLLECTIVES = (psum, pmax, vary, average, all_gather, reduce_scatter, shard, all_to_all)

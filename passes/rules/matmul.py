@@ -11,6 +11,7 @@ from fxpar.errors import UnsupportedOperator
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.pick import pick
+from fxpar.ops.vocabulary import ATTENTION
 from fxpar.ops.within import within
 from fxpar.passes.factors import Dim, Factor, extent
 from fxpar.passes.rules.registry import notation, rule
@@ -218,7 +219,7 @@ def _emit_pick(local):
     return local.call(pick, x, index if offset is None else local.call(aten.sub.Tensor, index, offset))
 
 
-@rule(aten.scaled_dot_product_attention.default, windowed_attention)
+@rule(*ATTENTION)
 def attention(op: Op) -> Spec:
     """Batch and heads are parallel; so is the query length where no implicit (causal) mask ties it to the keys."""
     args: Any = op.node.args
