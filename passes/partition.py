@@ -202,6 +202,7 @@ class Local:
 
     def _measured(self, made: Collective, layout: Layout) -> fx.Node:
         new = self._communicate(made)
+        new.meta["needs_grad"] = bool(self.node.meta.get("needs_grad"))
         measure(new, self.node, self.spec.outs[0], layout, self.mesh)
         return new
 

@@ -186,7 +186,7 @@ def test_a_backward_keeps_no_operand():
     assert (made.value, made.kept, made.carried) == (None, None, None) and y.grad_fn.saved_tensors == (None,)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("plan", ["dp=2", "tp=2", "dp=2,zero=3", "dp=2,tp=2,zero=3"])
 def test_a_report_counts_what_a_simulated_step_communicates(name, plan, sent):
     model, batch = zoo.build(name)
