@@ -3,7 +3,8 @@
 NCCL's kernels run on the multiprocessors. A matrix product that fills the GPU loses about as much time to the collective
 beside it as is hidden by running them together, and a kernel beside it waits until multiprocessors are free: once for every
 matrix product, if it takes many kernels. Copies between the GPUs of one host take no multiprocessors (see "Low-contention
-collectives" in PyTorch's symmetric memory). Copies within a GPU do: there are none, but for operations larger than a slot.
+collectives" in PyTorch's symmetric memory), but for the barriers beside them, kernels of one block. Copies within a GPU do:
+there are none, but for operations larger than a slot.
 
 The bytes go through *slots*: buffers of a fixed size that all ranks of a group can read and write.
 
@@ -67,7 +68,7 @@ def available(device: torch.device) -> bool:
 def on_gpu(group: dist.ProcessGroup, parameter: int = 0, gradient: int = 0) -> CopyGroup:
     """A `CopyGroup` of the current GPU. parameter, gradient: bytes of the largest ones.
 
-    Raises: RuntimeError, OSError where the GPUs cannot see each other's memory.
+    Raises: RuntimeError where the GPUs cannot see each other's memory.
     """
     sizes = slot_sizes(group.size(), parameter, gradient)
     slots = compat.SymmetricSlots(group, sizes, torch.device("cuda", torch.cuda.current_device()))

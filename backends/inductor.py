@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from fxpar import compat
-from fxpar.backends import buckets, casts, overlap, prefetch, products, remat, transfers, widen
+from fxpar.backends import buckets, casts, overlap, prefetch, products, remat, widen
 from fxpar.backends.buckets import NOTHING
 from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.runtime import GroupRuntime
@@ -38,7 +38,6 @@ def graph_passes(plan: Plan, bulk: Mapping[str, str] = NOTHING, as_on_gpu: bool 
         (overlap, overlap.overlap_communication),
         *([(prefetch, lambda graph: prefetch.prefetch_parameters(graph, bulk=bulk))] if plan.overlap_param_gather else []),
         *([(buckets, lambda graph: buckets.bucket_reductions(graph, bulk=bulk))] if plan.overlap_grad_reduce else []),
-        (transfers, lambda graph: transfers.copy_activations(graph, bulk)),
     ]
 
 

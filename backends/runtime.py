@@ -78,7 +78,7 @@ class GroupRuntime(FunctionalRuntime):
         if name is None:
             try:
                 made = make(group)
-            except (RuntimeError, OSError):
+            except RuntimeError:
                 made = None
             if not all(control.exchange(made is not None)) or made is None:
                 return False

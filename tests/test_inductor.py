@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxpar
 from fxpar import compat
-from fxpar.backends import buckets, inductor, overlap, transfers
+from fxpar.backends import buckets, inductor, overlap
 from tests.graphs import Made, local_feed, runtime_of, schedule
 from tests.processes import launch
 
@@ -99,14 +99,14 @@ def test_two_processes_equal_eager(plan):
 ])  # fmt: skip
 def test_compiled_graphs_communicate(two_ranks, monkeypatch, plan, forward, backward):
     graphs: list[Counter[str]] = []
-    last = transfers.copy_activations
+    last = buckets.bucket_reductions
 
-    def seen(graph: fx.Graph, *options: Any) -> None:
-        last(graph, *options)
+    def seen(graph: fx.Graph, **options: Any) -> None:
+        last(graph, **options)
         graphs.append(Counter(n.target.overloadpacket.__name__ for n in graph.nodes
                               if getattr(n.target, "namespace", "") == "_c10d_functional"))
 
-    monkeypatch.setattr(transfers, "copy_activations", seen)
+    monkeypatch.setattr(buckets, "bucket_reductions", seen)
     model, batch = net()
     program = fxpar.compile_program(model, plan, batch)
     runtime, feed = runtime_of(program), local_feed(program, model, batch)

@@ -354,7 +354,7 @@ def test_graphs_have_all_passes(plan, monkeypatch):
     monkeypatch.setattr(inductor, "graph_passes", noted)
     model, batch = mlp()
     fxpar.simulate(model, plan, batch, lowered=True).step(**batch)
-    names = ["widen", "products", "overlap", "prefetch", "buckets", "transfers"]
+    names = ["widen", "products", "overlap", "prefetch", "buckets"]
     assert seen == names * 2
 
 
