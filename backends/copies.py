@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -33,6 +34,9 @@ from torch import Tensor
 
 from fxpar import compat
 from fxpar.backends.buckets import BUCKET_BYTES, REDUCTION_BYTES
+from fxpar.backends.runtime import Control
+from fxpar.backends.transport import NCCL, Transport
+from fxpar.mesh import Axes, BoundMesh
 from fxpar.ops.elementwise import add, spread
 
 GATHERS, SCATTERS = range(3), range(3, 6)
@@ -63,6 +67,28 @@ def register(group: dist.ProcessGroup, copies: CopyGroup) -> str:
 def available(device: torch.device) -> bool:
     """Whether it is worth trying to make a `CopyGroup`."""
     return device.type == "cuda"
+
+
+def transport_over(mesh: BoundMesh, axes: Axes, control: Control, make: Callable[[dist.ProcessGroup], CopyGroup]) -> Transport:
+    """Copies over `axes`, if every group over them is on one host that allows it; otherwise NCCL, on all ranks.
+
+    make: what copies for a group; called where no earlier module has. Raises: RuntimeError where that cannot be. To be called on
+    all ranks; costs the slots' memory on each.
+    """
+    hosts = control.exchange(socket.gethostname())
+    if any(len({hosts[r] for r in ranks}) > 1 for ranks in mesh.mesh.groups(axes)):
+        return NCCL
+    group = mesh.group(axes)
+    name = known(group)
+    if name is None:
+        try:
+            made = make(group)
+        except RuntimeError:
+            made = None
+        if not all(control.exchange(made is not None)) or made is None:
+            return NCCL
+        name = register(group, made)
+    return Transport({group.group_name: name})
 
 
 def on_gpu(group: dist.ProcessGroup, parameter: int = 0, gradient: int = 0) -> CopyGroup:

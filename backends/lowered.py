@@ -35,7 +35,7 @@ class Lowered:
                  passes: int | None = None):
         self.plan, self.compiled, self.passes = plan, compiled, passes
         self.threads = Threads(mesh)
-        self._copied = copied_axes(transport, plan, mesh)
+        self._transport = self.threads.transport(copied_axes(transport, plan, mesh))
         self._made: dict[int, tuple[fx.GraphModule, list[Callable[..., Any]]]] = {}
 
     def forward(self, module: fx.GraphModule, feeds: list[list[Any]]) -> list[list[Any]]:
@@ -45,7 +45,7 @@ class Lowered:
             kinds = self._kinds(module)
             for rank, kind in enumerate(kinds):
                 if kind not in alike:
-                    alike[kind] = self._lower(module, feeds[rank], self._runtime(rank))
+                    alike[kind] = self._lower(module, feeds[rank], self.threads.runtime(rank))
             self._made[id(module)] = module, [alike[kind] for kind in kinds]
         _, made = self._made[id(module)]
         return self.threads.run(lambda rank: list(made[rank](*feeds[rank])))
@@ -62,15 +62,9 @@ class Lowered:
         mesh = self.threads.mesh
         return [tuple(mesh.index(rank, a) for a in axes) for rank in range(mesh.world_size)]
 
-    def _runtime(self, rank: int) -> ThreadRuntime:
-        runtime = self.threads.runtime(rank)
-        if self._copied:
-            runtime.copy_engines(self._copied)
-        return runtime
-
     def _lower(self, module: fx.GraphModule, example: list[Any], runtime: ThreadRuntime) -> Callable[..., Any]:
         plain, keep = tensor_inputs_only(module, example, fused=True)
-        settings = inductor.settings(self.plan, runtime.bulk, as_on_gpu=not self.compiled, passes=self.passes)
+        settings = inductor.settings(self.plan, self._transport, as_on_gpu=not self.compiled, passes=self.passes)
         given = [example[i] for i in keep]
         with use_runtime(runtime), compat.memory_budget(self.plan.memory_budget):
             if self.compiled:

@@ -57,8 +57,8 @@ def agree_on_options(control: Control, **options: str) -> None:
         given = [options[name] for options in everyone]
         other = next((r for r, value in enumerate(given) if value != given[0]), None)
         if other is not None:
-            raise MismatchError(f"rank 0 was given {name}={given[0]!r} and rank {other} {name}={given[other]!r}: every rank must be "
-                                "given the same")
+            raise MismatchError(f"rank 0 was given {name}={given[0]!r} and rank {other} {name}={given[other]!r}: every rank must "
+                                "be given the same")
 
 
 @contextlib.contextmanager

@@ -347,7 +347,8 @@ class ParallelModule(nn.Module):
         sizes = [(count * (plan.param_dtype or p.dtype).itemsize, count * (plan.reduce_dtype or p.dtype).itemsize)
                  for p in self.parameters() for count in [mesh.size(*stored) * compat.local_part(p).numel()]]
         parameter, gradient = max((s for s in sizes if s[1] <= copies.LARGEST), key=lambda s: s[1], default=(0, 0))
-        self._runtime.copy_engines(stored, self._control, lambda group: copies.on_gpu(group, parameter, gradient))
+        self._runtime.transport = copies.transport_over(
+            self._bound, stored, self._control, lambda group: copies.on_gpu(group, parameter, gradient))
 
     def _of_rank_0(self, t: Tensor) -> Tensor:
         """The same initial value on every rank, as DDP has it: ranks may have built the model from different seeds."""

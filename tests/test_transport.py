@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx
 
 import fxpar
-from fxpar.backends import buckets
-from fxpar.backends.transport import TRANSPORTS, copied_axes
+from fxpar.backends import buckets, transport
+from fxpar.backends.transport import NCCL, TRANSPORTS, Transport, copied_axes
 from fxpar.mesh import from_plan
 from tests.processes import launch
 from tests.test_copies import Net, use_files
@@ -19,6 +20,18 @@ from tests.test_copies import Net, use_files
 def net() -> tuple[Net, dict[str, Tensor]]:
     torch.manual_seed(0)
     return Net(), {"x": torch.randn(4, 8), "target": torch.randint(9, (4,))}
+
+
+def test_a_transport_names_the_group_that_moves_parameters():
+    copying = Transport({"dp": "copies of dp"})
+    assert copying.copies("dp") and copying.group("dp") == "copies of dp"
+    assert not copying.copies("tp") and copying.group("tp") == "tp"
+    assert not NCCL.copies("dp") and NCCL.group("dp") == "dp"
+
+
+def test_backends_hand_no_mapping_of_bulk_transfers_around():
+    files = list(Path(transport.__file__).parent.glob("*.py"))
+    assert len(files) > 10 and not [f.name for f in files if "bulk" in f.read_text().lower()]
 
 
 @pytest.mark.parametrize("plan, axes", [
@@ -36,10 +49,10 @@ def steps(rank: int, folder: str) -> list[tuple[int, float]]:
     model, batch = net()
     model(**batch).backward()
     want = [p.grad.clone() for p in model.parameters()]
-    for transport in reversed(TRANSPORTS):
+    for chosen in reversed(TRANSPORTS):
         model, _ = net()
         mine = {k: v.chunk(2)[rank] for k, v in batch.items()}
-        module = fxpar.parallelize(model, "dp=2,zero=3", mine, backend="inductor", transport=transport)
+        module = fxpar.parallelize(model, "dp=2,zero=3", mine, backend="inductor", transport=chosen)
         module(**mine).backward()
         far = max((p.grad.full_tensor() - grad).norm().item() for p, grad in zip(module.parameters(), want, strict=True))
         found.append((len(asked), far))
@@ -54,9 +67,9 @@ def test_with_nccl_nothing_is_made_that_copies():
             assert far < 1e-6 and as_far < 1e-6
 
 
-@pytest.mark.parametrize("transport, copied", [("auto", {"all_gather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced"}),
+@pytest.mark.parametrize("chosen, copied", [("auto", {"all_gather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced"}),
                                                ("nccl", set())])
-def test_a_simulation_has_the_graphs_of_its_transport(transport, copied, monkeypatch):
+def test_a_simulation_has_the_graphs_of_its_transport(chosen, copied, monkeypatch):
     seen, last = set(), buckets.bucket_reductions
 
     def noted(graph: fx.Graph, **options: object) -> None:
@@ -65,5 +78,5 @@ def test_a_simulation_has_the_graphs_of_its_transport(transport, copied, monkeyp
 
     monkeypatch.setattr(buckets, "bucket_reductions", noted)
     model, batch = net()
-    fxpar.simulate(model, "dp=2,zero=3", batch, lowered=True, transport=transport).step(**batch)
+    fxpar.simulate(model, "dp=2,zero=3", batch, lowered=True, transport=chosen).step(**batch)
     assert seen >= copied and bool(seen) == bool(copied)
