@@ -72,8 +72,8 @@ def available(device: torch.device) -> bool:
 def transport_over(mesh: BoundMesh, axes: Axes, control: Control, make: Callable[[dist.ProcessGroup], CopyGroup]) -> Transport:
     """Copies over `axes`, if every group over them is on one host that allows it; otherwise NCCL, on all ranks.
 
-    make: what copies for a group; called where no earlier module has. Raises: RuntimeError where that cannot be. To be called on
-    all ranks; costs the slots' memory on each.
+    make: makes what copies for a group, or raises RuntimeError where that cannot be; not called where an earlier module has made
+    it. To be called on all ranks; costs the slots' memory on each.
     """
     hosts = control.exchange(socket.gethostname())
     if any(len({hosts[r] for r in ranks}) > 1 for ranks in mesh.mesh.groups(axes)):

@@ -31,8 +31,7 @@ class Lowered:
     applied (None: all).
     """
 
-    def __init__(self, mesh: Mesh, plan: Plan, compiled: bool = False, transport: str = "auto",
-                 passes: int | None = None):
+    def __init__(self, mesh: Mesh, plan: Plan, compiled: bool = False, transport: str = "auto", passes: int | None = None):
         self.plan, self.compiled, self.passes = plan, compiled, passes
         self.threads = Threads(mesh)
         self._transport = self.threads.transport(copied_axes(transport, plan, mesh))

@@ -54,7 +54,7 @@ def agree_on_options(control: Control, **options: str) -> None:
     """Raises `MismatchError` on every rank unless all were given the same."""
     everyone = control.exchange(options)
     for name in options:
-        given = [options[name] for options in everyone]
+        given = [of_rank[name] for of_rank in everyone]
         other = next((r for r, value in enumerate(given) if value != given[0]), None)
         if other is not None:
             raise MismatchError(f"rank 0 was given {name}={given[0]!r} and rank {other} {name}={given[other]!r}: every rank must "
