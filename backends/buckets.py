@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
+from fxpar.backends.transport import NCCL, Transport
 from fxpar.ops.vocabulary import ALL_REDUCE, GATHER, SCATTER, WAIT, bytes_of
 
 c10d = torch.ops._c10d_functional
 BUCKET_BYTES, REDUCTION_BYTES = 128 * 2**20, 160 * 2**20
 """The most that parameters gathered, and gradients reduced, in one bucket have."""
-NOTHING: Mapping[str, str] = MappingProxyType({})
 COALESCED: dict[Any, Any] = {
     ALL_REDUCE: c10d.all_reduce_coalesced.default,
     SCATTER: c10d.reduce_scatter_tensor_coalesced.default,
@@ -24,21 +22,21 @@ COALESCED: dict[Any, Any] = {
 REDUCTIONS = (SCATTER, ALL_REDUCE)
 
 
-def bucket_reductions(graph: fx.Graph, limit: int = REDUCTION_BYTES, bulk: Mapping[str, str] = NOTHING) -> None:
+def bucket_reductions(graph: fx.Graph, limit: int = REDUCTION_BYTES, transport: Transport = NCCL) -> None:
     """Join reductions whose results only leave the graph, in place.
 
     Takes: a functional graph in its final order. Afterwards: runs of such reductions of one kind over one group, of at most
     `limit` bytes of operands (a larger one is a bucket by itself), are one coalesced operator (one launch, no copies), started
     where the last of them was.
     A bucket of reduce-scatters is waited for when the second after it starts, because its operands are kept until then; what
-    is reduced in place is waited for at the end. bulk: name of a group -> that which scatters over it instead.
+    is reduced in place is waited for at the end. Reduce-scatters go by the `transport`.
     """
     for kind in REDUCTIONS:
-        _bucket_kind(graph, kind, limit, bulk)
+        _bucket_kind(graph, kind, limit, transport)
     graph.lint()
 
 
-def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, bulk: Mapping[str, str]) -> None:
+def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, transport: Transport) -> None:
     open_buckets: dict[tuple, list[fx.Node]] = {}
     full: list[list[fx.Node]] = []
     for node in [n for n in graph.nodes if n.target is kind and leaves_graph(n) and not _is_reduced_again(n, kind)]:
@@ -51,7 +49,7 @@ def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, bulk: Mapping[str, str]
     order = {n: i for i, n in enumerate(graph.nodes)}
     full = sorted([*full, *open_buckets.values()], key=lambda b: order[b[-1]])
     scatter = kind is SCATTER
-    starts = [join(graph, bucket, bucket[-1], bulk if scatter else NOTHING) for bucket in full]
+    starts = [join(graph, bucket, bucket[-1], transport if scatter else NCCL) for bucket in full]
     output = graph.output_node()
     for k, start in enumerate(starts):
         until = starts[k + 2] if scatter and k + 2 < len(starts) else output
@@ -76,14 +74,11 @@ def _is_reduced_again(node: fx.Node, kind: Any) -> bool:
     return any(u.target is kind or (u.op != "output" and _is_reduced_again(u, kind)) for u in node.users)
 
 
-def join(graph: fx.Graph, bucket: list[fx.Node], at: fx.Node, bulk: Mapping[str, str]) -> fx.Node:
-    """One coalesced operator after `at` in place of the bucket's; their waits are left where they are.
-
-    bulk: name of a group -> that which communicates it instead.
-    """
+def join(graph: fx.Graph, bucket: list[fx.Node], at: fx.Node, transport: Transport) -> fx.Node:
+    """One coalesced operator after `at` in place of the bucket's, by the `transport`; their waits are left where they are."""
     first = bucket[0]
     args: Any = first.args
-    group = bulk.get(args[-1], args[-1])
+    group = transport.group(args[-1])
     if len(bucket) == 1:
         first.args = (*args[:-1], group)
         return first

@@ -6,13 +6,13 @@ What copies them can also write those that are only used concatenated one after 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpar import compat
+from fxpar.backends.transport import Transport
 
 CAST = torch.ops.prims.convert_element_type.default
 PERMUTE, CAT = torch.ops.aten.permute.default, torch.ops.aten.cat.default
@@ -67,23 +67,24 @@ def _fake_gather(tensors: list[Tensor], dtype: torch.dtype, size: int, group: st
     return _gathered(tensors, dtype, size, counts)
 
 
-def gather_casts(graph: fx.Graph, bucket: list[fx.Node], bulk: Mapping[str, str]) -> bool:
+def gather_casts(graph: fx.Graph, bucket: list[fx.Node], transport: Transport) -> bool:
     """Join, in place, gathers of inputs of the graph that are cast before, if all are: says whether it did.
 
     Takes: gathers over one group, in the order in which they are waited for, after whose last one nothing that they need
-    stands. bulk: name of a group -> the name of the `CopyGroup` that gathers over it instead; of others nothing is joined.
+    stands. Nothing is joined of a group for which the transport does not copy.
     Afterwards: one operator, where the last of them stood, gathers and casts; and concatenates those that are only used so.
     """
     args: Any = bucket[0].args
     casts = {n: cast for n in bucket if (cast := _cast_of(n.all_input_nodes[0])) is not None}
     kinds = {(c.all_input_nodes[0].meta["val"].dtype, c.args[1]) for c in casts.values()}
-    if args[-1] not in bulk or len(casts) < len(bucket) or len(kinds) > 1:
+    if not transport.copies(args[-1]) or len(casts) < len(bucket) or len(kinds) > 1:
         return False
     groups = _concatenated(bucket)
     ((_, dtype),) = kinds
     with graph.inserting_after(bucket[-1]):
         shards = [casts[n].args[0] for group, _ in groups for n in group]
-        joined = graph.call_function(GATHER_CASTS, (shards, dtype, args[1], bulk[args[-1]], [len(g) for g, _ in groups]))
+        counts = [len(group) for group, _ in groups]
+        joined = graph.call_function(GATHER_CASTS, (shards, dtype, args[1], transport.group(args[-1]), counts))
     values = [(cat or group[0]).meta["val"] for group, cat in groups]
     joined.meta = {**bucket[0].meta, "val": values}
     operands, unused, after = [n.all_input_nodes[0] for n in bucket], [], joined

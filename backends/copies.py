@@ -3,7 +3,8 @@
 NCCL's kernels run on the multiprocessors. A matrix product that fills the GPU loses about as much time to the collective
 beside it as is hidden by running them together, and a kernel beside it waits until multiprocessors are free: once for every
 matrix product, if it takes many kernels. Copies between the GPUs of one host take no multiprocessors (see "Low-contention
-collectives" in PyTorch's symmetric memory). Copies within a GPU do: there are none, but for operations larger than a slot.
+collectives" in PyTorch's symmetric memory), but for the barriers beside them, kernels of one block. Copies within a GPU do:
+there are none, but for operations larger than a slot.
 
 The bytes go through *slots*: buffers of a fixed size that all ranks of a group can read and write.
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -32,6 +34,9 @@ from torch import Tensor
 
 from fxpar import compat
 from fxpar.backends.buckets import BUCKET_BYTES, REDUCTION_BYTES
+from fxpar.backends.runtime import Control
+from fxpar.backends.transport import NCCL, Transport
+from fxpar.mesh import Axes, BoundMesh
 from fxpar.ops.elementwise import add, spread
 
 GATHERS, SCATTERS = range(3), range(3, 6)
@@ -64,10 +69,32 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def transport_over(mesh: BoundMesh, axes: Axes, control: Control, make: Callable[[dist.ProcessGroup], CopyGroup]) -> Transport:
+    """Copies over `axes`, if every group over them is on one host that allows it; otherwise NCCL, on all ranks.
+
+    make: makes what copies for a group, or raises RuntimeError where that cannot be; not called where an earlier module has made
+    it. To be called on all ranks; costs the slots' memory on each.
+    """
+    hosts = control.exchange(socket.gethostname())
+    if any(len({hosts[r] for r in ranks}) > 1 for ranks in mesh.mesh.groups(axes)):
+        return NCCL
+    group = mesh.group(axes)
+    name = known(group)
+    if name is None:
+        try:
+            made = make(group)
+        except RuntimeError:
+            made = None
+        if not all(control.exchange(made is not None)) or made is None:
+            return NCCL
+        name = register(group, made)
+    return Transport({group.group_name: name})
+
+
 def on_gpu(group: dist.ProcessGroup, parameter: int = 0, gradient: int = 0) -> CopyGroup:
     """A `CopyGroup` of the current GPU. parameter, gradient: bytes of the largest ones.
 
-    Raises: RuntimeError, OSError where the GPUs cannot see each other's memory.
+    Raises: RuntimeError where the GPUs cannot see each other's memory.
     """
     sizes = slot_sizes(group.size(), parameter, gradient)
     slots = compat.SymmetricSlots(group, sizes, torch.device("cuda", torch.cuda.current_device()))

@@ -17,6 +17,7 @@ from fxpar import compat
 from fxpar.backends import inductor
 from fxpar.backends.threads import ThreadRuntime, Threads
 from fxpar.backends.trace import tensor_inputs_only
+from fxpar.backends.transport import copied_axes
 from fxpar.mesh import Mesh
 from fxpar.ops.collectives import differs_along, use_runtime
 from fxpar.plan import Plan
@@ -25,16 +26,15 @@ from fxpar.plan import Plan
 class Lowered:
     """All ranks of one mesh under a plan.
 
-    compiled: Inductor compiles the graphs; otherwise their operators are run one after the other. copies: parameters and
-    gradients go by copy engines where the plan stores them in parts, as between the GPUs of one host. passes: how many of the
-    inductor backend's graph passes are applied (None: all).
+    compiled: Inductor compiles the graphs; otherwise their operators are run one after the other. transport: as on a host whose
+    GPUs see each other's memory (see `fxpar.backends.transport`). passes: how many of the inductor backend's graph passes are
+    applied (None: all).
     """
 
-    def __init__(self, mesh: Mesh, plan: Plan, compiled: bool = False, copies: bool = True, passes: int | None = None):
+    def __init__(self, mesh: Mesh, plan: Plan, compiled: bool = False, transport: str = "auto", passes: int | None = None):
         self.plan, self.compiled, self.passes = plan, compiled, passes
         self.threads = Threads(mesh)
-        copies = copies and plan.overlap_param_gather and plan.overlap_grad_reduce
-        self._copied = mesh.axes("zero") if copies else ()
+        self._transport = self.threads.transport(copied_axes(transport, plan, mesh))
         self._made: dict[int, tuple[fx.GraphModule, list[Callable[..., Any]]]] = {}
 
     def forward(self, module: fx.GraphModule, feeds: list[list[Any]]) -> list[list[Any]]:
@@ -44,7 +44,7 @@ class Lowered:
             kinds = self._kinds(module)
             for rank, kind in enumerate(kinds):
                 if kind not in alike:
-                    alike[kind] = self._lower(module, feeds[rank], self._runtime(rank))
+                    alike[kind] = self._lower(module, feeds[rank], self.threads.runtime(rank))
             self._made[id(module)] = module, [alike[kind] for kind in kinds]
         _, made = self._made[id(module)]
         return self.threads.run(lambda rank: list(made[rank](*feeds[rank])))
@@ -61,15 +61,9 @@ class Lowered:
         mesh = self.threads.mesh
         return [tuple(mesh.index(rank, a) for a in axes) for rank in range(mesh.world_size)]
 
-    def _runtime(self, rank: int) -> ThreadRuntime:
-        runtime = self.threads.runtime(rank)
-        if self._copied:
-            runtime.copy_engines(self._copied)
-        return runtime
-
     def _lower(self, module: fx.GraphModule, example: list[Any], runtime: ThreadRuntime) -> Callable[..., Any]:
         plain, keep = tensor_inputs_only(module, example, fused=True)
-        settings = inductor.settings(self.plan, runtime.bulk, as_on_gpu=not self.compiled, passes=self.passes)
+        settings = inductor.settings(self.plan, self._transport, as_on_gpu=not self.compiled, passes=self.passes)
         given = [example[i] for i in keep]
         with use_runtime(runtime), compat.memory_budget(self.plan.memory_budget):
             if self.compiled:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 
 from torch import fx
 
-from fxpar.backends.buckets import BUCKET_BYTES, NOTHING, REDUCTIONS, join, leaves_graph
+from fxpar.backends.buckets import BUCKET_BYTES, REDUCTIONS, join, leaves_graph
 from fxpar.backends.casts import cast_together, concatenation, gather_casts
 from fxpar.backends.remat import UNSHARD
+from fxpar.backends.transport import NCCL, Transport
 from fxpar.ops.vocabulary import GATHER, WAIT, bytes_of
 
 FIRST_BYTES, SMALL_BYTES = 16 * 2**20, 2**20
@@ -17,7 +17,7 @@ LEAD = 2
 """How many buckets are under way while one is in use."""
 
 
-def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mapping[str, str] = NOTHING) -> None:
+def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, transport: Transport = NCCL) -> None:
     """Reorder the gathers of parameters in a forward or backward graph, in place.
 
     Takes: a functional graph in its final order, in which every wait stands before its first use. Afterwards: gathers over one
@@ -27,8 +27,7 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mappin
     computation starts soon, and comes at the start; or, where little is gathered that was passed in (token ids), after what
     follows from that, up to the next wait. The second starts once all of the first has been waited for, the third where the
     second is waited for; both no later than the first gradients are reduced, which would keep them waiting. Casts in a bucket
-    are one operator, or part of the gather.
-    bulk: name of a group -> that which gathers over it instead.
+    are one operator, or part of the gather. Gathers go by the `transport`.
     """
     for gather in graph.find_nodes(op="call_function", target=GATHER):
         if _from_input(gather):
@@ -49,9 +48,9 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, bulk: Mappin
         for node in chain:
             anchor.prepend(node)
     for bucket in buckets:
-        if not gather_casts(graph, bucket, bulk):
+        if not gather_casts(graph, bucket, transport):
             cast_together(graph, [n.all_input_nodes[0] for n in bucket])
-            join(graph, bucket, bucket[-1], bulk)
+            join(graph, bucket, bucket[-1], transport)
     graph.lint()
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpar import compat
-from fxpar.backends.buckets import BUCKET_BYTES, NOTHING
+from fxpar.backends.buckets import BUCKET_BYTES
 from fxpar.backends.casts import CAST, CAT, PERMUTE, erase_unused
+from fxpar.backends.transport import NCCL, Transport
 from fxpar.ops.vocabulary import ALL_REDUCE, GATHER, RESHAPES, WAIT, bytes_of, is_view
 
 aten = torch.ops.aten
@@ -34,7 +35,7 @@ def _fake(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return _cat(tensors, dim)
 
 
-def join_products(graph: fx.Graph, bulk: Mapping[str, str] = NOTHING) -> None:
+def join_products(graph: fx.Graph, transport: Transport = NCCL) -> None:
     """Join products of matrices that are added, and the products that take the same left operands transposed, in place.
 
     Takes: a functional graph with its values in ``meta["val"]``. Afterwards: products [M, K_i] @ [K_i, N] in one sum, rearranged
@@ -44,18 +45,18 @@ def join_products(graph: fx.Graph, bulk: Mapping[str, str] = NOTHING) -> None:
     product too: then only the concatenation uses the left operands, and what is computed is written straight into it. Casts
     and all-reduces of these gradients are joined with them: Inductor copies slices of one tensor before it reduces them.
     Done where it moves no more bytes: each further summand is no longer written and read; left operands that are not written
-    in place are copied, and so are right operands, but for parameters that are gathered over a group that has a name in
-    `bulk` and fit in a bucket. What uses a weight's gradient may be moved, to after the last of the left operands.
+    in place are copied, and so are right operands, but for parameters that are gathered over a group for which the `transport`
+    copies and fit in a bucket. What uses a weight's gradient may be moved, to after the last of the left operands.
     """
     for root in [n for n in graph.nodes if _is_sum(n) and not _is_inner(n)]:
-        _join_sum(graph, root, bulk)
+        _join_sum(graph, root, transport)
     graph.lint()
 
 
 # ---- what is joined ----
 
 
-def _join_sum(graph: fx.Graph, root: fx.Node, bulk: Mapping[str, str]) -> None:
+def _join_sum(graph: fx.Graph, root: fx.Node, transport: Transport) -> None:
     terms = _terms(root)
     alike: dict[Any, list[fx.Node]] = {}
     for term in terms:
@@ -67,7 +68,7 @@ def _join_sum(graph: fx.Graph, root: fx.Node, bulk: Mapping[str, str]) -> None:
     for group in alike.values():
         products = [_behind_views(term)[0] for term in group]
         gradients = _weight_gradients(products)
-        if len(group) > 1 and _moves_no_more(products, bool(gradients), bulk):
+        if len(group) > 1 and _moves_no_more(products, bool(gradients), transport):
             part = _join_products(graph, products, gradients)
             with graph.inserting_before(root):
                 for view in _behind_views(group[0])[1]:
@@ -150,20 +151,20 @@ def _users_until(nodes: Iterable[fx.Node], last: fx.Node) -> list[fx.Node]:
 # ---- whether it gains ----
 
 
-def _moves_no_more(products: list[fx.Node], in_place: bool, bulk: Mapping[str, str]) -> bool:
+def _moves_no_more(products: list[fx.Node], in_place: bool, transport: Transport) -> bool:
     """in_place: whether a left operand that is computed is written straight into the concatenation."""
     lefts, rights = zip(*(p.args for p in products), strict=True)
     copied = [n for n in lefts if not (in_place and _is_computed(n))]
-    if not all(_is_gathered(n, bulk) for n in rights) or sum(map(bytes_of, rights)) > BUCKET_BYTES:
+    if not all(_is_gathered(n, transport) for n in rights) or sum(map(bytes_of, rights)) > BUCKET_BYTES:
         copied += rights
     return (len(products) - 1) * bytes_of(products[0]) >= sum(map(bytes_of, copied))
 
 
-def _is_gathered(right: fx.Node, bulk: Mapping[str, str]) -> bool:
+def _is_gathered(right: fx.Node, transport: Transport) -> bool:
     """Whether it is gathered for this use alone by what can gather several into one."""
     while len(right.users) == 1 and right.target in (PERMUTE, WAIT):
         right = right.all_input_nodes[0]
-    return len(right.users) == 1 and right.target is GATHER and right.args[-1] in bulk
+    return len(right.users) == 1 and right.target is GATHER and transport.copies(str(right.args[-1]))
 
 
 def _is_computed(node: fx.Node) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from fxpar.backends import copies
+from fxpar.backends.transport import NCCL, Transport
 from fxpar.mesh import Axes, BoundMesh
 from fxpar.ops.collectives import typed
 
@@ -52,39 +51,14 @@ class GroupRuntime(FunctionalRuntime):
 
     def __init__(self, mesh: BoundMesh):
         self.mesh = mesh
-        self.bulk: dict[str, str] = {}
-        """Name of a group -> the name of that which gathers parameters and scatters gradients over it instead, in compiled
-        programs."""
+        self.transport: Transport = NCCL
+        """By which parameters and gradients go, in compiled programs."""
 
     def prepare(self, module: fx.GraphModule) -> None:
         """Make every process group that `module` uses, in program order (the same on every rank)."""
         for node in module.graph.nodes:
             if (made := typed(node)) is not None:
                 self.mesh.group(made.axes)
-
-    def copy_engines(self, axes: Axes, control: Control,
-                     make: Callable[[dist.ProcessGroup], copies.CopyGroup]) -> bool:
-        """Have parameters gathered and gradients scattered over `axes` by copies between GPUs, in compiled programs, if every
-        group over them is on one host that allows it.
-
-        To be called on all ranks; says whether it is so. Costs the slots' memory on each rank.
-        """
-        groups = self.mesh.mesh.groups(axes)
-        hosts = control.exchange(socket.gethostname())
-        if any(len({hosts[r] for r in group}) > 1 for group in groups):
-            return False
-        group = self.mesh.group(axes)
-        name = copies.known(group)
-        if name is None:
-            try:
-                made = make(group)
-            except (RuntimeError, OSError):
-                made = None
-            if not all(control.exchange(made is not None)) or made is None:
-                return False
-            name = copies.register(group, made)
-        self.bulk[group.group_name] = name
-        return True
 
     def size(self, axes: Axes) -> int:
         return self.mesh.mesh.size(*axes)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxpar import compat
 from fxpar.backends.runtime import FunctionalRuntime
+from fxpar.backends.transport import NCCL, Transport
 from fxpar.errors import EquivalenceError
 from fxpar.mesh import Axes, Mesh
 
@@ -47,10 +48,14 @@ class Threads:
         """The name of the groups over `axes`: the same for all ranks, so that they can share a graph."""
         if axes not in self._groups:
             group = self._groups[axes] = ThreadGroup(self.mesh.groups(axes), axes)
-            for name in (group.registered, copying(group.registered)):
+            for name in (group.registered, _copying(group.registered)):
                 compat.register_group(group, name)
                 self._names.append(name)
         return self._groups[axes].registered
+
+    def transport(self, axes: Axes) -> Transport:
+        """Copies over `axes`, with what copy engines do done at once; NCCL if there are none."""
+        return Transport({self.name(axes): _copying(self.name(axes))}) if axes else NCCL
 
     def run(self, body: Callable[[int], T]) -> list[T]:
         """What ``body(rank)`` returns on every rank, all at once.
@@ -82,8 +87,8 @@ class Threads:
         return results
 
 
-def copying(name: str) -> str:
-    """The name of the group that moves parameters and gradients for the group of this name."""
+def _copying(name: str) -> str:
+    """The name under which a group is also known, as that which copies for it."""
     return f"{name}-copies"
 
 
@@ -93,11 +98,10 @@ def _forget(names: list[str]) -> None:
 
 
 class ThreadRuntime(FunctionalRuntime):
-    """One rank's `Runtime`. bulk: as in `GroupRuntime`, for every group."""
+    """One rank's `Runtime`."""
 
     def __init__(self, threads: Threads, rank: int):
         self.threads, self.rank = threads, rank
-        self.bulk: dict[str, str] = {}
 
     def size(self, axes: Axes) -> int:
         return self.threads.mesh.size(*axes)
@@ -107,11 +111,6 @@ class ThreadRuntime(FunctionalRuntime):
 
     def name(self, axes: Axes) -> str:
         return self.threads.name(axes)
-
-    def copy_engines(self, axes: Axes) -> None:
-        """Have parameters gathered and gradients scattered over `axes` as copy engines do it."""
-        name = self.name(axes)
-        self.bulk[name] = copying(name)
 
 
 class _Started(dist.Work):

@@ -50,6 +50,17 @@ def agree_on_call(control: Control, key: tuple, names: Callable[[int], list[str]
     return settle
 
 
+def agree_on_options(control: Control, **options: str) -> None:
+    """Raises `MismatchError` on every rank unless all were given the same."""
+    everyone = control.exchange(options)
+    for name in options:
+        given = [of_rank[name] for of_rank in everyone]
+        other = next((r for r, value in enumerate(given) if value != given[0]), None)
+        if other is not None:
+            raise MismatchError(f"rank 0 was given {name}={given[0]!r} and rank {other} {name}={given[other]!r}: every rank must "
+                                "be given the same")
+
+
 @contextlib.contextmanager
 def agree_on_program(control: Control) -> Iterator[list[Program]]:
     """Around a compilation, whose program the body appends: if it failed or differs anywhere, all ranks raise."""

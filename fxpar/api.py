@@ -14,36 +14,40 @@ from torch.distributed.tensor import DTensor
 
 from fxpar import identity
 from fxpar import inputs as calls
-from fxpar.agreement import agree_on_program
+from fxpar.agreement import agree_on_options, agree_on_program
 from fxpar.backends import eager, inductor
 from fxpar.backends.runtime import Control
+from fxpar.backends.transport import TRANSPORTS
 from fxpar.compiler import compile_replica
 from fxpar.dump import Dumper
 from fxpar.errors import PlanError
 from fxpar.mesh import BoundMesh
 from fxpar.module import ParallelModule
-from fxpar.plan import Plan
+from fxpar.plan import Plan, require_one_of
 
 BACKENDS = ("auto", "inductor", "eager")
 
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
-                dump_dir: str | Path | None = None) -> ParallelModule:
+                transport: str = "auto", dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
 
     model: real or on the meta device; DTensors take the place of its parameters, wherever those are held (in an optimizer that
     was made before, too), with their hooks, attributes and gradients. plan: a `Plan` or its text
     ("dp=2,tp=2"). example_inputs: what one rank will pass to forward (a dict of keyword arguments or a tuple), for its
     shapes; may be left out for Hugging Face models. backend: "inductor", "eager", or "auto" (inductor on CUDA, eager on
-    CPU). dump_dir: where the program after every pass is written, numbered, as readable Python (rank 0 only).
+    CPU). transport: what moves parameters and gradients in compiled programs; "auto" (the copy engines of GPUs of one host that
+    see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or "nccl" (never copy engines, whose
+    buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
+    dump_dir: where the program after every pass is written, numbered, as readable Python (rank 0 only).
     Several modules may be parallelized and fed into each other, if their plans have the same replicas (see `ParallelModule`).
     Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
-    Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`; on all ranks alike.
+    Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`, `MismatchError`; on all ranks alike.
     """
     plan = Plan.of(plan)
     _check_model(model)
-    if backend not in BACKENDS:
-        raise PlanError("backend", backend, f"must be one of {', '.join(BACKENDS)}", "auto")
+    require_one_of("backend", backend, BACKENDS)
+    require_one_of("transport", transport, TRANSPORTS)
     plan.require_supported()
     device = _join()
     plan.check_world(dist.get_world_size())
@@ -53,10 +57,12 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     dumper = Dumper(dump_dir) if dump_dir is not None and dist.get_rank() == 0 else None
     compile_call = functools.partial(compile_replica, model, plan, device, dumper)
     control = Control()
+    agree_on_options(control, backend=chosen, transport=transport)
     with agree_on_program(control) as made:
         identity.check(model)
         made.append(compile_call(example, None))
-    module = ParallelModule(model, plan, BoundMesh(made[0].mesh, device.type), control, device, compile_call, lower)
+    bound = BoundMesh(made[0].mesh, device.type)
+    module = ParallelModule(model, plan, bound, control, device, compile_call, lower, transport)
     module.adopt(made[0], example)
     return module
 

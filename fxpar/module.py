@@ -21,6 +21,7 @@ from fxpar.accumulation import Accumulator
 from fxpar.agreement import agree_on_call, agree_on_program
 from fxpar.backends import copies
 from fxpar.backends.runtime import Control, GroupRuntime
+from fxpar.backends.transport import copied_axes
 from fxpar.clip import clip_grad_norm
 from fxpar.dump import readable
 from fxpar.edges import Edges, whole
@@ -62,7 +63,7 @@ class ParallelModule(nn.Module):
     """
 
     def __init__(self, model: nn.Module, plan: Plan, bound: BoundMesh, control: Control, device: torch.device,
-                 compile_call: Callable[..., Program], lower: Callable[..., Callable]):
+                 compile_call: Callable[..., Program], lower: Callable[..., Callable], transport: str):
         super().__init__()
         self.__dict__.update(_model=model, _modules=model._modules, _parameters=model._parameters,
                              _buffers=model._buffers, _non_persistent_buffers_set=model._non_persistent_buffers_set,
@@ -70,7 +71,7 @@ class ParallelModule(nn.Module):
         self.training = model.training
         self.plan, self.device = plan, device
         self._bound, self._control, self._depends = bound, control, State(model)
-        self._compile_call, self._lower = compile_call, lower
+        self._compile_call, self._lower, self._transport = compile_call, lower, transport
         self._runtime = GroupRuntime(bound)
         self._numbers = Numbers(device)
         self._edges = Edges(type(model).__name__, plan, bound, self._runtime)
@@ -338,15 +339,16 @@ class ParallelModule(nn.Module):
                                 "before `parallelize`")
 
     def _use_copy_engines(self) -> None:
-        """Have parameters gathered and gradients scattered by copies between GPUs, where that can be."""
+        """Have parameters gathered and gradients scattered by copies between GPUs, where that can and may be."""
         plan, mesh = self.plan, self._bound.mesh
-        stored = mesh.axes("zero")
-        if not stored or not copies.available(self.device) or not plan.overlap_param_gather or not plan.overlap_grad_reduce:
+        stored = copied_axes(self._transport, plan, mesh)
+        if not stored or not copies.available(self.device):
             return
         sizes = [(count * (plan.param_dtype or p.dtype).itemsize, count * (plan.reduce_dtype or p.dtype).itemsize)
                  for p in self.parameters() for count in [mesh.size(*stored) * compat.local_part(p).numel()]]
         parameter, gradient = max((s for s in sizes if s[1] <= copies.LARGEST), key=lambda s: s[1], default=(0, 0))
-        self._runtime.copy_engines(stored, self._control, lambda group: copies.on_gpu(group, parameter, gradient))
+        self._runtime.transport = copies.transport_over(
+            self._bound, stored, self._control, lambda group: copies.on_gpu(group, parameter, gradient))
 
     def _of_rank_0(self, t: Tensor) -> Tensor:
         """The same initial value on every rank, as DDP has it: ranks may have built the model from different seeds."""

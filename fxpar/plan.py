@@ -266,6 +266,12 @@ def _one_of(*choices: str) -> Callable[[str, object], str]:
     return check
 
 
+def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises PlanError for an argument beside a plan that is none of `choices`, whose first is the default."""
+    if value not in choices:
+        raise PlanError(name, value, f"must be one of {', '.join(choices)}", choices[0])
+
+
 def _refuse_choice(name: str, value: object, choices: Sequence[str], nearest: str | None = None) -> NoReturn:
     match = [nearest] if nearest is not None else difflib.get_close_matches(str(value).lower(), choices, n=1) or choices
     raise PlanError(name, value, f"must be one of {', '.join(choices)}", f"{name}={match[0]}")

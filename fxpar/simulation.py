@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.backends import simulate as simulate_backend
 from fxpar.backends.lowered import Lowered
+from fxpar.backends.transport import TRANSPORTS
 from fxpar.compiler import Captured, Observer, capture, compile_program
 from fxpar.errors import EquivalenceError, FxparError, PlanError
 from fxpar.inputs import Call, canonical, leaves, signature
 from fxpar.passes.accumulate import Boundary, Variant, accumulation
 from fxpar.passes.layout import Tiling, put, take
-from fxpar.plan import Plan
+from fxpar.plan import Plan, require_one_of
 from fxpar.program import Program
 from fxpar.state import State
 
@@ -59,7 +60,7 @@ def scalar_of(outputs: Any) -> Tensor:
     return sum(distances[1:], distances[0])
 
 
-BACKENDS, TRANSPORTS = ("eager", "inductor"), ("auto", "nccl")
+BACKENDS = ("eager", "inductor")
 Ranks = Lowered | simulate_backend.Lockstep
 
 
@@ -70,9 +71,8 @@ class Simulation:
                  lowered: bool = False, backend: str = "eager", transport: str = "auto", passes: int | None = None):
         self.plan = Plan.of(plan)
         self.plan.require_supported()
-        for field, value, known in (("backend", backend, BACKENDS), ("transport", transport, TRANSPORTS)):
-            if value not in known:
-                raise PlanError(field, value, f"must be one of {', '.join(known)}", known[0])
+        require_one_of("backend", backend, BACKENDS)
+        require_one_of("transport", transport, TRANSPORTS)
         self.captured = model if isinstance(model, Captured) else capture(model, example)
         model = self.captured.model
         if any(getattr(model, name) for name in compat.HOOKS):
@@ -111,7 +111,7 @@ class Simulation:
     def _ranks_of(self, program: Program) -> Ranks:
         if id(program) not in self._ranks:
             self._ranks[id(program)] = Lowered(
-                program.mesh, self.plan, self.backend == "inductor", self.transport == "auto", self.passes
+                program.mesh, self.plan, self.backend == "inductor", self.transport, self.passes
             ) if self.lowered else simulate_backend.Lockstep(program.mesh)
         return self._ranks[id(program)]
 
@@ -319,7 +319,7 @@ def simulate(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any 
     programs and collectives that real ranks would run. lowered: through the forward and backward graphs as the inductor
     backend hands them over (see `fxpar.backends.lowered`). backend: "eager", or "inductor", which compiles those graphs.
     transport, of lowered graphs: "auto" has parameters and gradients go by copy engines, as on GPUs of one host, where the
-    plan stores them in parts; "nccl" as between hosts.
+    plan stores parameters in parts; "nccl" as between hosts.
     Raises: as `fxpar.parallelize`; `EquivalenceError` where ranks would hang.
     """
     return Simulation(model, plan, example_inputs, lowered=lowered, backend=backend, transport=transport)

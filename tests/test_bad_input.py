@@ -133,6 +133,12 @@ def test_unknown_backend():
         fxpar.parallelize(Net(), "dp=1", (X,), backend="xla")
 
 
+@pytest.mark.parametrize("transport", ["gloo", "NCCL", None])
+def test_unknown_transport(transport):
+    with pytest.raises(PlanError, match=f"`transport`={transport!r}: must be one of auto, nccl; try auto"):
+        fxpar.parallelize(Net(), "dp=1", (X,), transport=transport)
+
+
 @pytest.mark.parametrize("run", [fxpar.inspect, fxpar.simulate, fxpar.testing.assert_equivalent])
 def test_a_global_batch_that_dp_does_not_divide(run):
     with pytest.raises(PlanError, match=r"`dp`=3: must divide the global batch of 4 \(input 'x'\)"):
@@ -242,13 +248,17 @@ def test_a_training_step_without_a_loss():
 # ---- ranks that disagree: an error on all of them ----
 
 
+OPTIONS = ("backend", "transport")
+
+
 def error_of(rank: int, what: str) -> tuple[str, str]:
     """The error that this rank gets where ranks differ in `what`."""
     torch.manual_seed(0)
     try:
         model = Branch() if what == "failure" and rank else Net(5 + rank if what == "model" else 6)
         plan = ["dp=2", "tp=2"][rank] if what == "plan" else "dp=2"
-        module = fxpar.parallelize(model, plan, (X[: 1 + rank] if what == "example" else X,))
+        options = {what: (["eager", "inductor"] if what == "backend" else ["auto", "nccl"])[rank]} if what in OPTIONS else {}
+        module = fxpar.parallelize(model, plan, (X[: 1 + rank] if what == "example" else X,), **options)
         module.train(what != "mode" or rank == 0)
         module(X[: 1 + rank] if what == "shape" else X)
     except FxparError as error:
@@ -263,6 +273,8 @@ def error_of(rank: int, what: str) -> tuple[str, str]:
     ("model", "the model's code, configuration, plan"),
     ("plan", "the model's code, configuration, plan"),
     ("example", "ranks captured different programs"),
+    ("backend", "rank 0 was given backend='eager' and rank 1 backend='inductor': every rank must be given the same"),
+    ("transport", "rank 0 was given transport='auto' and rank 1 transport='nccl'"),
 ])  # fmt: skip
 def test_ranks_that_differ_all_raise(what, named):
     for kind, text in launch(2, error_of, what, timeout=40):

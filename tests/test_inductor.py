@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor, fx, nn
 
 import fxpar
 from fxpar import compat
-from fxpar.backends import buckets, inductor, overlap, transfers
+from fxpar.backends import buckets, casts, inductor, overlap
+from fxpar.backends.transport import Transport
+from fxpar.ops import collectives
 from tests.graphs import Made, local_feed, runtime_of, schedule
 from tests.processes import launch
 
@@ -99,14 +102,14 @@ def test_two_processes_equal_eager(plan):
 ])  # fmt: skip
 def test_compiled_graphs_communicate(two_ranks, monkeypatch, plan, forward, backward):
     graphs: list[Counter[str]] = []
-    last = transfers.copy_activations
+    last = buckets.bucket_reductions
 
-    def seen(graph: fx.Graph, *options: Any) -> None:
-        last(graph, *options)
+    def seen(graph: fx.Graph, **options: Any) -> None:
+        last(graph, **options)
         graphs.append(Counter(n.target.overloadpacket.__name__ for n in graph.nodes
                               if getattr(n.target, "namespace", "") == "_c10d_functional"))
 
-    monkeypatch.setattr(transfers, "copy_activations", seen)
+    monkeypatch.setattr(buckets, "bucket_reductions", seen)
     model, batch = net()
     program = fxpar.compile_program(model, plan, batch)
     runtime, feed = runtime_of(program), local_feed(program, model, batch)
@@ -114,6 +117,31 @@ def test_compiled_graphs_communicate(two_ranks, monkeypatch, plan, forward, back
         (loss,) = inductor.lower(program.module, feed, runtime, program.plan)(*feed)
         loss.backward()
     assert graphs == [forward, backward]
+
+
+def key(plan: str = "dp=2,zero=3", *args: Any, **options: Any) -> tuple[bytes, bytes]:
+    """By what Inductor finds what it compiled before, as far as it follows from our graph passes: joint, and halves."""
+    settings = inductor.settings(fxpar.Plan.parse(plan), *args, **options)
+    return settings["joint_custom_pre_pass"].uuid(), settings["post_grad_custom_post_pass"].uuid()
+
+
+def test_what_was_compiled_is_found_by_its_passes_and_their_options():
+    copies, others = Transport({"dp": "copies"}), Transport({"dp": "others"})
+    assert key() == key("zero=3,dp=2") and key("dp=2,zero=3", copies) == key("dp=2,zero=3", Transport({"dp": "copies"}))
+    halves = [key()[1], key("dp=2,zero=3", copies)[1], key("dp=2,zero=3", others)[1], key(as_on_gpu=True)[1], key(passes=3)[1],
+              key("dp=2,zero=3,overlap_grad_reduce=false")[1], key("dp=2,zero=3,overlap_param_gather=false")[1]]
+    assert len(set(halves)) == len(halves)
+    assert key()[0] == key("dp=2,zero=3", copies)[0] != key("dp=2,zero=3,recompute=full")[0]
+
+
+@pytest.mark.parametrize("module", [compat, casts, overlap, collectives])
+def test_what_was_compiled_is_not_found_once_a_source_has_changed(module, tmp_path, monkeypatch):
+    files, before = inductor._sources(), key()
+    assert module.__file__ in files
+    changed = tmp_path / "changed.py"
+    changed.write_text(Path(module.__file__).read_text() + "# changed")
+    monkeypatch.setattr(inductor, "_sources", lambda: [str(changed) if f == module.__file__ else f for f in files])
+    assert not set(key()) & set(before)
 
 
 # ---- the passes over compiled graphs, on one made by hand ----

@@ -15,6 +15,7 @@ from fxpar import compat
 from fxpar.backends import buckets, casts, overlap, prefetch
 from fxpar.backends.copies import CopyGroup
 from fxpar.backends.remat import UNSHARD
+from fxpar.backends.transport import Transport
 from tests.graphs import WAIT, Made, schedule
 from tests.harness import RANDOM
 from tests.slots import Alone
@@ -169,8 +170,8 @@ def test_casts_of_a_bucket_are_one_operator(one_rank, kinds, together):
 def test_what_copies_casts_too_if_all_of_a_bucket_is_cast(one_rank, kinds, gathers, together):
     group = CopyGroup(Alone())
     compat.register_group(group, "casts too")
-    bulk = {one_rank: "casts too"}
-    made = keeps_values(narrowed(one_rank, kinds), lambda g: prefetch.prefetch_parameters(g, bulk=bulk))
+    by_copies = Transport({one_rank: "casts too"})
+    made = keeps_values(narrowed(one_rank, kinds), lambda g: prefetch.prefetch_parameters(g, transport=by_copies))
     assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.GATHER_CASTS] == gathers
     assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.CAST_TOGETHER] == together
     if gathers:
@@ -212,7 +213,7 @@ def test_what_is_only_concatenated_is_gathered_so(one_rank, uses, limit, counts)
     made = concatenated(one_rank, uses)
     cats = sum(n.target is casts.CAT for n in made.graph.nodes)
     overlap.overlap_communication(made.graph)
-    keeps_values(made, lambda g: prefetch.prefetch_parameters(g, limit, bulk={one_rank: "into one"}))
+    keeps_values(made, lambda g: prefetch.prefetch_parameters(g, limit, Transport({one_rank: "into one"})))
     gathers = [n for n in made.graph.nodes if n.target is casts.GATHER_CASTS]
     assert [n.args[-1] for n in gathers] == counts
     assert sum(n.target is casts.CAT for n in made.graph.nodes) == cats - sum(c > 1 for each in counts for c in each)

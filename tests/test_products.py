@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from random import Random
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import fxpar
 from fxpar.backends import inductor, products
-from fxpar.backends.buckets import NOTHING
+from fxpar.backends.transport import NCCL, Transport
 from tests.graphs import WAIT, Made
 from tests.harness import RANDOM
 from tests.processes import launch
@@ -56,10 +56,10 @@ class Doubles(Made):
         return sum(n.target is target for n in self.graph.nodes)
 
 
-def keeps_values(made: Doubles, bulk: Mapping[str, str] = NOTHING) -> None:
+def keeps_values(made: Doubles, transport: Transport = NCCL) -> None:
     before = made.run()
     shapes = [(n.meta["val"].shape, n.meta["val"].dtype) for n in made.graph.output_node().all_input_nodes]
-    products.join_products(made.graph, bulk)
+    products.join_products(made.graph, transport)
     for have, want in zip(made.run(), before, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-11, atol=1e-11)
     assert [(n.meta["val"].shape, n.meta["val"].dtype) for n in made.graph.output_node().all_input_nodes] == shapes
@@ -253,7 +253,7 @@ def test_parameters_that_are_gathered_into_one_are_not_copied(one_rank, known, l
         turned = made.do(aten.permute.default, made.do(aten.permute.default, gathered, [1, 0]), [1, 0])
         terms.append(made.do(MM, made.tensor(60, 6), turned))
     made.graph.output((plus(made, *terms),))
-    keeps_values(made, {one_rank: "copies"} if known else {})
+    keeps_values(made, Transport({one_rank: "copies"}) if known else NCCL)
     assert made.count(MM) == left
 
 
@@ -308,8 +308,8 @@ def step(rank: int, plan: str, backend: str) -> tuple[float, dict[str, Tensor], 
     """A step's loss and gradients, and in how many operators left operands of several products were joined."""
     joined, join = [], products.join_products
 
-    def seen(graph: fx.Graph, *bulk: Any) -> None:
-        join(graph, *bulk)
+    def seen(graph: fx.Graph, **options: Any) -> None:
+        join(graph, **options)
         joined.extend(n for n in graph.nodes if n.target is WRITTEN)
 
     torch.manual_seed(0)
