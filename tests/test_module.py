@@ -251,8 +251,8 @@ def test_buffers_inputs_and_frozen_parameters(plan):
 def captures(rank: int) -> list[int]:
     """How often a model has been captured, after each of some calls."""
     model, batch = classifier()
-    real, count, seen = compiler.capture, [], []
-    compiler.capture = lambda *args: count.append(1) or real(*args)
+    real, count, seen = compiler.trace, [], []
+    compiler.trace = lambda *args: count.append(1) or real(*args)
     module = parallel(model, "dp=2", batch)
     half = {k: v[:2] for k, v in batch.items()}
     calls = [lambda: module(**replica_of(module, batch)), lambda: module(**half), module.eval,
