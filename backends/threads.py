@@ -7,11 +7,12 @@ a cluster, because they issue different collectives or not equally many, are an 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,16 @@ TIMEOUT = 120.0
 
 _current = threading.local()  # .rank: that of the thread
 _count = itertools.count()
+
+
+@contextlib.contextmanager
+def as_rank(rank: int) -> Iterator[None]:
+    """Collectives that this thread issues are those of `rank`."""
+    _current.rank = rank
+    try:
+        yield
+    finally:
+        del _current.rank
 
 
 class Threads:
@@ -66,9 +77,9 @@ class Threads:
         errors: dict[int, BaseException] = {}
 
         def run(rank: int) -> None:
-            _current.rank = rank
             try:
-                with torch.autograd.set_multithreading_enabled(False):  # a GPU's backward stays in its rank's thread
+                # A GPU's backward stays in its rank's thread.
+                with as_rank(rank), torch.autograd.set_multithreading_enabled(False):
                     results[rank] = body(rank)
             except BaseException as error:
                 errors[rank] = error
@@ -194,6 +205,8 @@ class ThreadGroup(dist.ProcessGroup):
         different = next((i for i, (other, _) in enumerate(entries) if other != text), None)
         made = [] if different is not None else [
             combine(i, [tensors[i] for _, tensors in entries], index) for i in range(len(mine))]
+        if len(entries) == 1:
+            made = [x.clone() for x in made]  # what combines one tensor may return it
         _wait(meeting.barrier, text)
         if different is not None:
             raise EquivalenceError(f"ranks issue different collectives: rank {_current.rank} {text}; rank "

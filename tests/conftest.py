@@ -1,10 +1,15 @@
 """Test runs are reproducible: hypothesis derives its examples from the test alone."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, settings
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fxpar.backends.threads import Threads, as_rank
+from fxpar.mesh import Mesh
 
 settings.register_profile(
     "fxpar",
@@ -37,6 +42,14 @@ def one_rank() -> str:
     """A process group of one, in which collectives are real and change nothing; its name."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return dist.group.WORLD.group_name
+
+
+@pytest.fixture
+def one_thread() -> Iterator[str]:
+    """A group of one whose collectives are simulated: done when they are waited for, in this thread; its name."""
+    threads = Threads(Mesh(("only",), (1,)))
+    with as_rank(0):
+        yield threads.name(("only",))
 
 
 def pretend(ranks: int) -> str:

@@ -161,8 +161,8 @@ def waiting(group: str) -> Made:
     return made
 
 
-def test_waits_come_right_before_what_computes_with_them(one_rank):
-    made = waiting(one_rank)
+def test_waits_come_right_before_what_computes_with_them(one_thread):
+    made = waiting(one_thread)
     before = made.run()
     overlap.overlap_communication(made.graph)
     names = made.names()
@@ -170,7 +170,7 @@ def test_waits_come_right_before_what_computes_with_them(one_rank):
     assert names.index("wait_first") < names.index("seen") < names.index("uses")
     assert names.index("wait_first") > names.index("again")
     assert names[-1] == "wait_second"  # only returned
-    assert sorted(names) == sorted(waiting(one_rank).names())
+    assert sorted(names) == sorted(waiting(one_thread).names())
     assert all(map(torch.equal, made.run(), before))
 
 
@@ -189,8 +189,8 @@ def joined(made: Made) -> list[list[str]]:
     return [[a.name for a in n.args[0]] for n in made.graph.nodes if n.target is c10d.all_reduce_coalesced.default]
 
 
-def test_reductions_that_leave_the_graph_start_together(one_rank):
-    made = gradients(one_rank, [torch.float32] * 3)
+def test_reductions_that_leave_the_graph_start_together(one_thread):
+    made = gradients(one_thread, [torch.float32] * 3)
     before = made.run()
     buckets.bucket_reductions(made.graph)
     assert joined(made) == [["x0", "x1", "x2"]]
@@ -198,19 +198,19 @@ def test_reductions_that_leave_the_graph_start_together(one_rank):
     assert all(map(torch.equal, made.run(), before))
 
 
-def test_buckets_are_of_bounded_size_and_one_dtype(one_rank):
-    made = gradients(one_rank, [torch.float32] * 5)
+def test_buckets_are_of_bounded_size_and_one_dtype(one_thread):
+    made = gradients(one_thread, [torch.float32] * 5)
     buckets.bucket_reductions(made.graph, limit=2 * 64)
     assert joined(made) == [["x0", "x1"], ["x2", "x3"]]  # one alone is left as it is
-    mixed = gradients(one_rank, [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16])
+    mixed = gradients(one_thread, [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16])
     before = mixed.run()
     buckets.bucket_reductions(mixed.graph)
     assert sorted(joined(mixed)) == [["x0", "x2"], ["x1", "x3"]]
     assert all(map(torch.equal, mixed.run(), before))
 
 
-def test_both_passes_together_keep_values(one_rank):
-    made = gradients(one_rank, [torch.float32] * 3)
+def test_both_passes_together_keep_values(one_thread):
+    made = gradients(one_thread, [torch.float32] * 3)
     before = made.run()
     schedule(made.graph, fxpar.Plan())
     assert len(joined(made)) == 1 and all(map(torch.equal, made.run(), before))

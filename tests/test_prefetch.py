@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
@@ -27,6 +27,15 @@ SUMS = (c10d.all_reduce.default, c10d.all_reduce_coalesced.default)
 BYTES = 64
 """Of one of the tensors that are communicated."""
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def by_copies(one_thread: str) -> Iterator[Transport]:
+    """What moves the bytes of `one_thread` by copies."""
+    group = CopyGroup(Alone())
+    compat.register_group(group, "copies")
+    yield Transport({one_thread: "copies"})
+    compat.unregister_group("copies")
 
 
 def unshard(made: Made, name: str, value: fx.Node, group: str, narrow: bool = False) -> fx.Node:
@@ -90,43 +99,43 @@ def keeps_values(made: Made, apply: Callable[[fx.Graph], None]) -> Made:
 # ---- parameters ----
 
 
-def test_two_buckets_are_under_way_while_one_is_in_use(one_rank):
-    made = keeps_values(forward(one_rank), lambda g: prefetch.prefetch_parameters(g, BYTES))
+def test_two_buckets_are_under_way_while_one_is_in_use(one_thread):
+    made = keeps_values(forward(one_thread), lambda g: prefetch.prefetch_parameters(g, BYTES))
     assert made.names() == ["start_p0", "wait_p0", "start_p1", "use_0", "start_p2", "start_p3", "wait_p1", "use_1", "start_p4",
                             "wait_p2", "use_2", "wait_p3", "use_3", "wait_p4", "use_4"]  # fmt: skip
 
 
 @pytest.mark.parametrize("limit, sizes", [
     (1, [1] * 5), (2 * BYTES - 1, [1] * 5), (2 * BYTES, [2, 2, 1]), (4 * BYTES, [4, 1]), (5 * BYTES, [5])])
-def test_buckets_are_of_at_most_the_limit_in_the_order_of_use(one_rank, limit, sizes):
-    made = keeps_values(forward(one_rank), lambda g: prefetch.prefetch_parameters(g, limit))
+def test_buckets_are_of_at_most_the_limit_in_the_order_of_use(one_thread, limit, sizes):
+    made = keeps_values(forward(one_thread), lambda g: prefetch.prefetch_parameters(g, limit))
     assert joined(made, GATHERS) == sizes and in_flight(made, GATHERS) <= prefetch.LEAD + 1
     starts = [n for n in made.graph.nodes if n.target in GATHERS]
     operands = [p for n in starts for p in (n.args[0] if isinstance(n.args[0], list) else [n.args[0]])]
     assert [p.name for p in operands] == ["p0", "p1", "p2", "p3", "p4"]
 
 
-def test_the_first_bucket_is_small(one_rank, monkeypatch):
+def test_the_first_bucket_is_small(one_thread, monkeypatch):
     monkeypatch.setattr(prefetch, "FIRST_BYTES", BYTES)
-    made = keeps_values(forward(one_rank), lambda g: prefetch.prefetch_parameters(g, 2 * BYTES))
+    made = keeps_values(forward(one_thread), lambda g: prefetch.prefetch_parameters(g, 2 * BYTES))
     assert joined(made, GATHERS) == [1, 2, 2]
 
 
-def test_parameters_of_another_dtype_are_in_other_buckets_and_cast_before(one_rank):
-    made = keeps_values(forward(one_rank, narrow=(1, 2)), prefetch.prefetch_parameters)
+def test_parameters_of_another_dtype_are_in_other_buckets_and_cast_before(one_thread):
+    made = keeps_values(forward(one_thread, narrow=(1, 2)), prefetch.prefetch_parameters)
     assert joined(made, GATHERS) == [1, 2, 2]
     names = made.names()
     assert names.index("wait_p0") < min(names.index("narrow_p1"), names.index("narrow_p2"))
     assert max(names.index("narrow_p1"), names.index("narrow_p2")) < names.index("use_0") < names.index("wide_p1")
 
 
-def test_buckets_start_before_gradients_that_would_keep_them_waiting(one_rank):
+def test_buckets_start_before_gradients_that_would_keep_them_waiting(one_thread):
     """As in a backward pass: a large gradient is there before any parameter is used."""
     made = Made()
     x, *parameters = (made.input(name) for name in ("x", "p0", "p1", "p2", "p3"))
-    grad = made.scattered("grad", made.call("grad", aten.mm.default, x, x), one_rank)
+    grad = made.scattered("grad", made.call("grad", aten.mm.default, x, x), one_thread)
     for i, p in enumerate(parameters):
-        x = made.call(f"use_{i}", aten.mm.default, x, unshard(made, f"p{i}", p, one_rank))
+        x = made.call(f"use_{i}", aten.mm.default, x, unshard(made, f"p{i}", p, one_thread))
     made.graph.output((x, grad))
     keeps_values(made, lambda g: (overlap.overlap_communication(g), prefetch.prefetch_parameters(g, BYTES)))
     assert made.names() == ["start_p0", "grad", "start_p1", "start_p2", "start_grad", "wait_p0", "use_0", "start_p3", "wait_p1",
@@ -158,8 +167,8 @@ def narrowed(group: str, kinds: str) -> Made:
 
 @pytest.mark.parametrize("kinds, together", [
     ("nn", [2]), ("nin", [3]), ("ntn", [2]), ("ndnd", [2, 2]), ("nsn", [3]), ("n", []), ("ts", []), ("wwnw", []), ("nwn", [])])
-def test_casts_of_a_bucket_are_one_operator(one_rank, kinds, together):
-    made = keeps_values(narrowed(one_rank, kinds), prefetch.prefetch_parameters)
+def test_casts_of_a_bucket_are_one_operator(one_thread, kinds, together):
+    made = keeps_values(narrowed(one_thread, kinds), prefetch.prefetch_parameters)
     assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.CAST_TOGETHER] == together
     left = sum(n.target is casts.CAST for n in made.graph.nodes)
     assert left + sum(together) == len(kinds) - kinds.count("w") + kinds.count("s")
@@ -167,11 +176,8 @@ def test_casts_of_a_bucket_are_one_operator(one_rank, kinds, together):
 
 @pytest.mark.parametrize("kinds, gathers, together", [
     ("nin", [3], []), ("n", [1], []), ("ndnd", [], [2, 2]), ("ntn", [], [2]), ("nsn", [3], []), ("ww", [], [])])
-def test_what_copies_casts_too_if_all_of_a_bucket_is_cast(one_rank, kinds, gathers, together):
-    group = CopyGroup(Alone())
-    compat.register_group(group, "casts too")
-    by_copies = Transport({one_rank: "casts too"})
-    made = keeps_values(narrowed(one_rank, kinds), lambda g: prefetch.prefetch_parameters(g, transport=by_copies))
+def test_what_copies_casts_too_if_all_of_a_bucket_is_cast(one_thread, by_copies, kinds, gathers, together):
+    made = keeps_values(narrowed(one_thread, kinds), lambda g: prefetch.prefetch_parameters(g, transport=by_copies))
     assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.GATHER_CASTS] == gathers
     assert [len(n.args[0]) for n in made.graph.nodes if n.target is casts.CAST_TOGETHER] == together
     if gathers:
@@ -207,13 +213,11 @@ def concatenated(group: str, uses: str) -> Made:
     ("201t 345", 512, [[3, 1, 1, 1]]), ("201c 345", 512, [[3, 1, 1, 1]]), ("201+ 345", 512, [[3, 1, 1, 1]]),
     ("01 23 45", 64, [[2], [2], [2]]), ("0 12 345", 64, [[1], [2], [3]]),
     ("0 12 345", 96, [[2, 1], [3]])])
-def test_what_is_only_concatenated_is_gathered_so(one_rank, uses, limit, counts):
-    group = CopyGroup(Alone())
-    compat.register_group(group, "into one")
-    made = concatenated(one_rank, uses)
+def test_what_is_only_concatenated_is_gathered_so(one_thread, by_copies, uses, limit, counts):
+    made = concatenated(one_thread, uses)
     cats = sum(n.target is casts.CAT for n in made.graph.nodes)
     overlap.overlap_communication(made.graph)
-    keeps_values(made, lambda g: prefetch.prefetch_parameters(g, limit, Transport({one_rank: "into one"})))
+    keeps_values(made, lambda g: prefetch.prefetch_parameters(g, limit, by_copies))
     gathers = [n for n in made.graph.nodes if n.target is casts.GATHER_CASTS]
     assert [n.args[-1] for n in gathers] == counts
     assert sum(n.target is casts.CAT for n in made.graph.nodes) == cats - sum(c > 1 for each in counts for c in each)
@@ -233,15 +237,15 @@ def looked_up(group: str, lookup: bool) -> Made:
     return made
 
 
-def test_what_is_computed_before_it_is_gathered_stays(one_rank):
-    made = keeps_values(looked_up(one_rank, lookup=False), prefetch.prefetch_parameters)
+def test_what_is_computed_before_it_is_gathered_stays(one_thread):
+    made = keeps_values(looked_up(one_thread, lookup=False), prefetch.prefetch_parameters)
     assert made.names() == ["start_p", "y", "start_y", "wait_y", "wait_p", "out"]
 
 
 @pytest.mark.parametrize("late", [0, 4])
-def test_a_cast_that_something_else_uses_first_is_made_once_more_for_the_gather(one_rank, late):
+def test_a_cast_that_something_else_uses_first_is_made_once_more_for_the_gather(one_thread, late):
     """A tied table: the lookup goes to the cast part, the head to the gathered table."""
-    made = forward(one_rank, narrow=(late,))
+    made = forward(one_thread, narrow=(late,))
     cast = next(n for n in made.graph.nodes if n.name == f"narrow_p{late}")
     first = next(n for n in made.graph.nodes if n.op != "placeholder")
     with made.graph.inserting_before(first):
@@ -254,22 +258,22 @@ def test_a_cast_that_something_else_uses_first_is_made_once_more_for_the_gather(
     assert len(early.users) == 1 and len([n for n in made.graph.nodes if n.target is aten.to.dtype]) == 3
 
 
-def test_small_inputs_are_gathered_before_parameters(one_rank):
-    made = keeps_values(looked_up(one_rank, lookup=True), prefetch.prefetch_parameters)
+def test_small_inputs_are_gathered_before_parameters(one_thread):
+    made = keeps_values(looked_up(one_thread, lookup=True), prefetch.prefetch_parameters)
     assert made.names() == ["start_x", "y", "start_y", "start_p", "wait_y", "wait_x", "both", "wait_p", "out"]
 
 
-def test_small_inputs_alone_are_gathered_at_the_start(one_rank):
+def test_small_inputs_alone_are_gathered_at_the_start(one_thread):
     made = Made()
     x = made.input("x")
     y = made.call("y", aten.mm.default, x, x)
-    made.graph.output((made.call("total", aten.add.Tensor, y, made.gathered("x", x, one_rank)),))
+    made.graph.output((made.call("total", aten.add.Tensor, y, made.gathered("x", x, one_thread)),))
     keeps_values(made, prefetch.prefetch_parameters)
     assert made.names() == ["start_x", "y", "wait_x", "total"]
 
 
-def test_a_graph_without_parameters_is_left_alone(one_rank):
-    made = backward(one_rank)
+def test_a_graph_without_parameters_is_left_alone(one_thread):
+    made = backward(one_thread)
     names = made.names()
     assert keeps_values(made, prefetch.prefetch_parameters).names() == names
 
@@ -277,45 +281,45 @@ def test_a_graph_without_parameters_is_left_alone(one_rank):
 # ---- gradients ----
 
 
-def test_a_bucket_of_scatters_is_waited_for_when_the_second_after_it_starts(one_rank):
-    made = keeps_values(backward(one_rank), lambda g: buckets.bucket_reductions(g, BYTES))
+def test_a_bucket_of_scatters_is_waited_for_when_the_second_after_it_starts(one_thread):
+    made = keeps_values(backward(one_thread), lambda g: buckets.bucket_reductions(g, BYTES))
     names = made.names()
     for i in range(3):
         assert names.index(f"wait_g{i}") == names.index(f"start_g{i + 2}") - 1
     assert names[-2:] == ["wait_g3", "wait_g4"] and in_flight(made, SCATTERS) == 2
-    made = keeps_values(backward(one_rank), lambda g: buckets.bucket_reductions(g, 2 * BYTES))
+    made = keeps_values(backward(one_thread), lambda g: buckets.bucket_reductions(g, 2 * BYTES))
     assert joined(made, SCATTERS) == [2, 2, 1] and in_flight(made, SCATTERS) == 2
 
 
-def test_a_bucket_starts_where_its_last_gradient_is_made(one_rank):
-    made = keeps_values(backward(one_rank), lambda g: buckets.bucket_reductions(g, 2 * BYTES))
+def test_a_bucket_starts_where_its_last_gradient_is_made(one_thread):
+    made = keeps_values(backward(one_thread), lambda g: buckets.bucket_reductions(g, 2 * BYTES))
     names = made.names()
     starts = [n.name for n in made.graph.nodes if n.target in SCATTERS]
     assert names.index("grad_1") < names.index(starts[0]) < names.index("grad_2")
     assert names.index("grad_3") < names.index(starts[1]) < names.index("grad_4")
 
 
-def test_scattered_gradients_are_summed_over_replicas_in_buckets_too(one_rank):
-    made = keeps_values(backward(one_rank, hybrid=True), lambda g: buckets.bucket_reductions(g, 2 * BYTES))
+def test_scattered_gradients_are_summed_over_replicas_in_buckets_too(one_thread):
+    made = keeps_values(backward(one_thread, hybrid=True), lambda g: buckets.bucket_reductions(g, 2 * BYTES))
     assert joined(made, SCATTERS) == joined(made, SUMS) == [2, 2, 1]
     assert in_flight(made, SCATTERS) == 2
     assert all(name.startswith("wait_r") for name in made.names()[-5:])  # what is summed in place
 
 
-def test_scatters_that_are_computed_with_are_left_alone(one_rank):
+def test_scatters_that_are_computed_with_are_left_alone(one_thread):
     made = Made()
     x = made.input("x")
-    a, b = made.scattered("a", x, one_rank), made.scattered("b", x, one_rank)
+    a, b = made.scattered("a", x, one_thread), made.scattered("b", x, one_thread)
     made.graph.output((a, b, made.call("use", aten.mm.default, a, x)))
     assert joined(keeps_values(made, buckets.bucket_reductions), SCATTERS) == [1, 1]
 
 
-def test_a_sum_of_a_sum_starts_after_it(one_rank):
+def test_a_sum_of_a_sum_starts_after_it(one_thread):
     made = Made()
     x = made.input("x")
-    inner = [made.reduced(n, x, one_rank) for n in ("a", "b")]
-    made.graph.output((*(made.reduced(f"{n}2", made.call(f"half_{n}", aten.div.Tensor, t, 2), one_rank) for n, t in zip(
-        "ab", inner, strict=True)), made.reduced("c", x, one_rank)))
+    inner = [made.reduced(n, x, one_thread) for n in ("a", "b")]
+    made.graph.output((*(made.reduced(f"{n}2", made.call(f"half_{n}", aten.div.Tensor, t, 2), one_thread) for n, t in zip(
+        "ab", inner, strict=True)), made.reduced("c", x, one_thread)))
     assert sorted(joined(keeps_values(made, buckets.bucket_reductions), SUMS)) == [1, 1, 3]
 
 
@@ -364,20 +368,20 @@ def any_step(r: Random, group: str) -> None:
 
 @settings(FIXTURE, max_examples=60)
 @given(RANDOM)
-def test_any_step_keeps_its_values_and_holds_few_buckets(one_rank, r):
-    any_step(r, one_rank)
+def test_any_step_keeps_its_values_and_holds_few_buckets(one_thread, r):
+    any_step(r, one_thread)
 
 
 @pytest.mark.slow
 @settings(FIXTURE, max_examples=500)
 @given(RANDOM)
-def test_any_step_keeps_its_values_and_holds_few_buckets_slow(one_rank, r):
-    any_step(r, one_rank)
+def test_any_step_keeps_its_values_and_holds_few_buckets_slow(one_thread, r):
+    any_step(r, one_thread)
 
 
-def test_the_schedule_follows_the_plan(one_rank):
+def test_the_schedule_follows_the_plan(one_thread):
     def scheduled(plan: fxpar.Plan) -> list[list[int]]:
-        made = forward(one_rank), backward(one_rank)
+        made = forward(one_thread), backward(one_thread)
         for part in made:
             keeps_values(part, lambda g: schedule(g, plan))
         return [joined(made[0], GATHERS), joined(made[1], SCATTERS)]

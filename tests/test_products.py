@@ -246,14 +246,14 @@ def test_the_joined_product_says_where_it_comes_from():
 
 
 @pytest.mark.parametrize("known, left", [(False, 2), (True, 1)])
-def test_parameters_that_are_gathered_into_one_are_not_copied(one_rank, known, left):
+def test_parameters_that_are_gathered_into_one_are_not_copied(one_thread, known, left):
     made, terms = Doubles(), []
     for _ in range(2):
-        gathered = made.do(WAIT, made.do(GATHER, made.tensor(6, 12), 1, one_rank))
+        gathered = made.do(WAIT, made.do(GATHER, made.tensor(6, 12), 1, one_thread))
         turned = made.do(aten.permute.default, made.do(aten.permute.default, gathered, [1, 0]), [1, 0])
         terms.append(made.do(MM, made.tensor(60, 6), turned))
     made.graph.output((plus(made, *terms),))
-    keeps_values(made, Transport({one_rank: "copies"}) if known else NCCL)
+    keeps_values(made, Transport({one_thread: "copies"}) if known else NCCL)
     assert made.count(MM) == left
 
 
@@ -270,17 +270,17 @@ def projections(communicate: Any) -> Doubles:
     return made
 
 
-def test_gradients_are_reduced_in_place_as_one(one_rank):
+def test_gradients_are_reduced_in_place_as_one(one_thread):
     """Slices of one tensor in one coalesced operator would all be copied by Inductor."""
-    made = projections(lambda made, g: made.do(WAIT, made.do(ALL_REDUCE, g, "sum", one_rank)))
+    made = projections(lambda made, g: made.do(WAIT, made.do(ALL_REDUCE, g, "sum", one_thread)))
     keeps_values(made)
     assert [made.count(t) for t in (MM, ALL_REDUCE, WAIT)] == [2, 1, 1]
     (reduction,) = (n for n in made.graph.nodes if n.target is ALL_REDUCE)
     assert reduction.args[0].target is MM
 
 
-def test_gradients_are_scattered_each_for_itself(one_rank):
-    made = projections(lambda made, g: made.do(WAIT, made.do(SCATTER, g, "sum", 1, one_rank)))
+def test_gradients_are_scattered_each_for_itself(one_thread):
+    made = projections(lambda made, g: made.do(WAIT, made.do(SCATTER, g, "sum", 1, one_thread)))
     keeps_values(made)
     scatters = [n for n in made.graph.nodes if n.target is SCATTER]
     assert made.count(MM) == 2 and len(scatters) == made.count(WAIT) == 3
