@@ -1,8 +1,9 @@
 """What runs a program.
 
 eager      node by node, as it stands; the reference, and for debugging
-inductor   AOTAutograd and Inductor, with communication ordered beside computation (overlap) and bucketed (buckets)
-simulate   every rank of a plan in one process, with gradients
-runtime    process groups for the collectives, and the side channel on which ranks agree
-transport  who moves parameters and gradients: NCCL, or copy engines (copies)
+inductor/  AOTAutograd and Inductor, with communication ordered beside computation and in buckets
+simulate   every rank of a plan in lock step, with gradients
+transport/ who moves parameters and gradients: process groups, or copy engines
+trace      a program with tensor inputs alone, for AOTAutograd (with tables: embedding gradients)
+remat      what the backward recomputes
 """

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpar.mesh import Axes, Mesh
 from fxpar.ops import collectives
 from fxpar.ops.collectives import Collective, Place, Step, typed
+from fxpar.sharding.mesh import Axes, Mesh
 
 
 class _Lockstep(torch.autograd.Function):

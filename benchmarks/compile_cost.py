@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpar
-from fxpar.memory import trace
+from fxpar.report.memory import trace
 
 SHAPE = dict(hidden=8192, heads=64, kv_heads=8, ffn=28672, vocab=128256, seq=8192, batch=2)
 

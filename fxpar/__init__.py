@@ -10,7 +10,6 @@ save_checkpoint, load_checkpoint        model and optimizer, under any plan or n
 export_safetensors, load_safetensors    Hugging Face's files
 """
 
-from fxpar import testing
 from fxpar.api import parallelize
 from fxpar.checkpoint import SaveHandle, export_safetensors, load_checkpoint, load_safetensors, save_checkpoint
 from fxpar.compiler import Captured, capture, compile_program
@@ -24,10 +23,11 @@ from fxpar.errors import (
     PlanError,
     UnsupportedOperator,
 )
-from fxpar.inspection import Report, inspect
-from fxpar.module import ParallelModule
 from fxpar.plan import Plan
-from fxpar.simulation import Simulation, simulate
+from fxpar.report.report import Report, inspect
+from fxpar.run.module import ParallelModule
+from fxpar.verify import equivalence as testing
+from fxpar.verify.simulation import Simulation, simulate
 
 __version__ = "0.1.0"
 __all__ = ["CaptureError", "Captured", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "MismatchError",

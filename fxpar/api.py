@@ -12,18 +12,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fxpar import identity
-from fxpar import inputs as calls
-from fxpar.agreement import agree_on_options, agree_on_program
-from fxpar.backends import eager, inductor
-from fxpar.backends.runtime import Control
-from fxpar.backends.transport import TRANSPORTS
+from fxpar.backends import eager
+from fxpar.backends.inductor import lower as inductor
+from fxpar.backends.transport.base import TRANSPORTS
+from fxpar.backends.transport.runtime import Control
 from fxpar.compiler import compile_replica
-from fxpar.dump import Dumper
 from fxpar.errors import PlanError
-from fxpar.mesh import BoundMesh
-from fxpar.module import ParallelModule
+from fxpar.model import identity
+from fxpar.model import inputs as calls
 from fxpar.plan import Plan, require_one_of
+from fxpar.report.dump import Dumper
+from fxpar.run.agreement import agree_on_options, agree_on_program
+from fxpar.run.module import ParallelModule
+from fxpar.sharding.mesh import BoundMesh
 
 BACKENDS = ("auto", "inductor", "eager")
 

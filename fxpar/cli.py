@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from fxpar.errors import FxparError
-from fxpar.inspection import inspect
 from fxpar.plan import Plan
-from fxpar.simulation import BACKENDS
-from fxpar.testing import assert_equivalent
+from fxpar.report.report import inspect
+from fxpar.verify.equivalence import assert_equivalent
+from fxpar.verify.simulation import BACKENDS
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,59 +1,22 @@
-"""The list of passes: what happens between a user's model and a program that a backend can run."""
+"""compiler: from a user's model and a plan to the program of one rank, by the passes of `fxpar.passes.pipeline`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxpar import mesh as meshes
 from fxpar.errors import PlanError
-from fxpar.inputs import Call, example_call, globalize, leaves
-from fxpar.passes.axes import refine_axes
-from fxpar.passes.capture import capture as trace
-from fxpar.passes.dropout import counter_dropout
-from fxpar.passes.gqa import fold_repeat_kv
-from fxpar.passes.infer import infer
-from fxpar.passes.layout import Tiling
-from fxpar.passes.losses import expand_losses
-from fxpar.passes.masks import fold_masks
-from fxpar.passes.outputs import keep_loss
-from fxpar.passes.partition import partition
-from fxpar.passes.place import place
-from fxpar.passes.precision import cast_parameters
-from fxpar.passes.replicas import average_replicas
-from fxpar.passes.simplify import simplify
-from fxpar.passes.zero import shard_storage
+from fxpar.model.inputs import Call, example_call, globalize, leaves
+from fxpar.model.state import State
+from fxpar.passes.capture.capture import capture as trace
+from fxpar.passes.pipeline import TRACED_FIELDS, Observer, back, front, passes, run
 from fxpar.plan import Plan
 from fxpar.program import Program
-from fxpar.state import State
-
-TRACED_FIELDS = ("outputs", "param_dtype", "reduce_dtype", "roles", "batch_dims")
-"""The fields of a plan that the passes up to `infer` read: plans that agree in them share an inferred program."""
-Pass = Callable[[Program], Program]
-Observer = Callable[[str, Program], None]
-
-
-def passes(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
-    """The passes after capture, in order."""
-    return [
-        ("simplify", simplify),
-        ("outputs", keep_loss),
-        ("precision", cast_parameters),
-        ("masks", fold_masks),
-        ("gqa", fold_repeat_kv),
-        ("losses", expand_losses),
-        ("dropout", counter_dropout),
-        ("infer", lambda p: infer(p, pinned)),
-        ("axes", refine_axes),
-        ("place", lambda p: place(p, pinned)),
-        ("zero", lambda p: shard_storage(p, pinned)),
-        ("partition", partition),
-        ("replicas", average_replicas),
-    ]
+from fxpar.sharding import mesh as meshes
+from fxpar.sharding.layout import Tiling
 
 
 def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *,
@@ -71,7 +34,7 @@ def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = No
         plan = Plan.of(plan)
         plan.require_supported()
         call = example_call(model, example_inputs)
-        return _run(_start(model, plan, call, _device(model, device), observe), passes(pinned), observe)
+        return run(_start(model, plan, call, _device(model, device), observe), passes(pinned), observe)
     return Captured(model, example_inputs, device=device).partition(plan, observe=observe)
 
 
@@ -94,15 +57,14 @@ class Captured:
         """
         plan = Plan.of(plan)
         plan.require_supported()
-        front, back = _split(passes())
         program = self._inferred.get(self._key(plan))
         if program is None:
-            program = _run(_start(self.model, plan, self.call, self.device, observe), front, observe)
+            program = run(_start(self.model, plan, self.call, self.device, observe), front(), observe)
             self._depends.add(program.reads)
             self._inferred[self._key(plan)] = program
         elif observe is not None:
-            observe(front[-1][0], program)
-        return _run(program.under(plan), back, observe)
+            observe(front()[-1][0], program)
+        return run(program.under(plan), back(), observe)
 
     def _key(self, plan: Plan) -> tuple:
         kind = self.device.type
@@ -135,14 +97,13 @@ def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe:
     rare case that it is not.
     """
     mesh = meshes.from_plan(plan)
-    front, back = _split(passes(pinned))
     batch = _assumed(plan, call)
     for _ in range(3):
         program = _start(model, plan, globalize(call, plan, mesh, batch), device, observe)
-        program = _run(program, front, observe)
+        program = run(program, front(pinned), observe)
         found = {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
         if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):
-            return _run(program, back, observe)
+            return run(program, back(pinned), observe)
         batch = found
     raise PlanError("batch_dims", dict(plan.batch_dims or ()), "must name the batch dim of each input, which could not be "
                     "inferred", 'batch_dims={"input": 0}')
@@ -163,19 +124,3 @@ def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, obser
     if observe is not None:
         observe("capture", program)
     return program
-
-
-def _run(program: Program, steps: list[tuple[str, Pass]], observe: Observer | None) -> Program:
-    for name, apply in steps:
-        start = time.perf_counter()
-        program = apply(program)
-        program.timings[name] = time.perf_counter() - start
-        if observe is not None:
-            observe(name, program)
-    return program
-
-
-def _split(steps: list[tuple[str, Pass]]) -> tuple[list[tuple[str, Pass]], list[tuple[str, Pass]]]:
-    """Before and after roles are known."""
-    at = [name for name, _ in steps].index("infer") + 1
-    return steps[:at], steps[at:]

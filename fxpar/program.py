@@ -19,12 +19,12 @@ import torch
 from torch import fx
 from torch.utils._pytree import TreeSpec
 
-from fxpar.mesh import Mesh, from_plan
+from fxpar.model.reads import Reads
 from fxpar.plan import Plan
-from fxpar.reads import Reads
+from fxpar.sharding.mesh import Mesh, from_plan
 
 if TYPE_CHECKING:
-    from fxpar.passes.placement import Placements
+    from fxpar.sharding.placement import Placements
 
 SourceKind = Literal["param", "buffer", "constant", "input", "seed"]
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, settings
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fxpar.backends.threads import Threads, as_rank
-from fxpar.mesh import Mesh
+from fxpar.backends.transport.threads import Threads, as_rank
+from fxpar.sharding.mesh import Mesh
 
 settings.register_profile(
     "fxpar",

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxpar
-from fxpar.simulation import scalar_of
-from fxpar.testing import DRAWS, GRADIENT_TOLERANCE, LOSS_TOLERANCE, NOISE, distances, moved, too_far
+from fxpar.verify.equivalence import DRAWS, GRADIENT_TOLERANCE, LOSS_TOLERANCE, NOISE, distances, moved, too_far
+from fxpar.verify.simulation import scalar_of
 from tests import zoo
 
 Step = tuple[Tensor, dict[str, Tensor]]
@@ -88,7 +88,7 @@ def run(name: str, plan: fxpar.Plan, everywhere: Callable[[Callable[[], str | No
 def steps(name: str, plan: fxpar.Plan, draw: int = 0) -> tuple[Step, Step, Step, Callable[[], str]]:
     """One GPU's step, the plan's, one GPU's in the plan's dtypes; and a function that checks the rest of the step.
 
-    draw: see `fxpar.testing.moved`.
+    draw: see `fxpar.verify.equivalence.moved`.
     """
     model, inputs = zoo.build(name)
     with moved(model, draw):

@@ -10,14 +10,14 @@ from torch._functorch import partitioners
 
 import fxpar
 from fxpar import compat
-from fxpar.backends import inductor
+from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.remat import choose_recomputation
-from fxpar.backends.runtime import GroupRuntime
 from fxpar.backends.trace import tensor_inputs_only
-from fxpar.mesh import BoundMesh
+from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.ops.collectives import use_runtime
-from fxpar.passes.layout import take
 from fxpar.program import Program
+from fxpar.sharding.layout import take
+from fxpar.sharding.mesh import BoundMesh
 
 c10d = torch.ops._c10d_functional
 WAIT = c10d.wait_tensor.default

@@ -1,7 +1,7 @@
 """Small programs in random layouts, run on every rank in this process and compared with one device.
 
 The partitioner must be right for *every* layout, not only for those that a plan arrives at. So `lay_out`
-replaces `fxpar.passes.place`: each value and each operator gets any layout that its rule allows.
+replaces `fxpar.passes.place.place`: each value and each operator gets any layout that its rule allows.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxpar.backends import simulate
-from fxpar.mesh import Mesh
-from fxpar.passes.factors import Dims, Factor, Factors, leaves
-from fxpar.passes.infer import infer
-from fxpar.passes.layout import Layout, restrict, take
-from fxpar.passes.partition import partition
-from fxpar.passes.place import _candidates, appends, fits, scatterable
-from fxpar.passes.placement import Placement, Placements
-from fxpar.passes.rules import Spec
+from fxpar.passes.infer.infer import infer
+from fxpar.passes.infer.rules import Spec
+from fxpar.passes.partition.partition import partition
+from fxpar.passes.place.place import _candidates, appends, fits, scatterable
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
+from fxpar.sharding.factors import Dims, Factor, Factors, leaves
+from fxpar.sharding.layout import Layout, restrict, take
+from fxpar.sharding.mesh import Mesh
+from fxpar.sharding.placement import Placement, Placements
 
 MESHES = [
     Mesh(("a",), (2,)),

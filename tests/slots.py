@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxpar.backends.copies import GATHERS, SCATTERS
+from fxpar.backends.transport.copies import GATHERS, SCATTERS
 
 
 class SharedSlots:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fxpar import compat
-from fxpar.backends.copies import GATHERS, SCATTERS, CopyGroup
+from fxpar.backends.transport.copies import GATHERS, SCATTERS, CopyGroup
 
 c10d = torch.ops._c10d_functional
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
 
 from fxpar import compat
-from fxpar.backends.copies import CopyGroup
+from fxpar.backends.transport.copies import CopyGroup
 from tests.slots import Alone
 
 aten = torch.ops.aten
@@ -292,7 +292,7 @@ def test_interpreted_graphs_compute_what_compiled_ones_do():
 
 def test_operands_are_computed_where_they_are_concatenated():
     """`compat.lower_as_concatenation`."""
-    from fxpar.backends.products import WRITTEN
+    from fxpar.backends.inductor.products import WRITTEN
 
     compat.lower_as_concatenation(WRITTEN)
     x = torch.randn(4, 3)

@@ -4,7 +4,7 @@ save          `save_checkpoint`: every rank writes its share of the rectangles, 
 load          `load_checkpoint`
 huggingface   `export_safetensors`, `load_safetensors`
 folder        how a folder is replaced as a whole, and checked before it is read
-part          one tensor, what this rank holds of it, and who writes it (rectangles: fxpar/chunks.py)
+part          one tensor, what this rank holds of it, and who writes it (rectangles: fxpar/sharding/chunks.py)
 planners      rectangles as `torch.distributed.checkpoint` writes and reads them
 ranks         a model as one process holds it; one verdict on all ranks
 target        which saved tensor fits which, and what a meta model lacks

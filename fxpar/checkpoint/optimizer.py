@@ -18,12 +18,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from fxpar import chunks, compat, storage
+from fxpar import compat
 from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.planners import Key, joined
 from fxpar.checkpoint.ranks import LocalModel, listed, to_cpu
 from fxpar.errors import CheckpointError
-from fxpar.module import ParallelModule
+from fxpar.run import storage
+from fxpar.run.module import ParallelModule
+from fxpar.sharding import chunks
 
 NOT_SAVED = ("params", "param_names")
 OF_THE_RUN = ("foreach", "fused", "capturable", "differentiable")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fxpar import chunks
-from fxpar.chunks import Chunk, Held
-from fxpar.mesh import Mesh
-from fxpar.passes.layout import Tiling
+from fxpar.sharding import chunks
+from fxpar.sharding.chunks import Chunk, Held
+from fxpar.sharding.layout import Tiling
+from fxpar.sharding.mesh import Mesh
 
 
 @dataclass

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from fxpar import chunks
 from fxpar.checkpoint.part import Part, Shares
 from fxpar.checkpoint.ranks import to_cpu
-from fxpar.chunks import Chunk
+from fxpar.sharding import chunks
+from fxpar.sharding.chunks import Chunk
 
 Key = tuple[str, ...]
 """Where an entry stands: ("model", "head.weight"), ("optimizer", "head.weight", "exp_avg"). Joined by dots it is the name in

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fxpar import compat, storage
-from fxpar.agreement import digest
-from fxpar.backends.runtime import Control
+from fxpar import compat
+from fxpar.backends.transport.runtime import Control
 from fxpar.checkpoint.part import Part
 from fxpar.errors import CheckpointError
-from fxpar.mesh import Mesh
-from fxpar.module import ParallelModule
-from fxpar.passes.layout import Tiling
+from fxpar.run import storage
+from fxpar.run.agreement import digest
+from fxpar.run.module import ParallelModule
+from fxpar.sharding.layout import Tiling
+from fxpar.sharding.mesh import Mesh
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.optim import Optimizer
 
-from fxpar.backends.runtime import Control
+from fxpar.backends.transport.runtime import Control
 from fxpar.checkpoint import folder
 from fxpar.checkpoint.optimizer import saved_state
 from fxpar.checkpoint.part import Part

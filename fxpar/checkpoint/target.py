@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fxpar import initialize
 from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.ranks import LocalModel, listed
 from fxpar.errors import CheckpointError
+from fxpar.run import initialize
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 
 
 class SymmetricSlots:
-    """`fxpar.backends.copies.Slots` in PyTorch's symmetric memory: GPUs of one host, which can access each other's memory.
+    """The `Slots` of `fxpar.backends.transport.copies` in PyTorch's symmetric memory: GPUs of one host, which can access each
+    other's memory.
 
     Its barrier is a kernel of one block. Making it is collective over the group. Raises: RuntimeError where the GPUs cannot.
     """

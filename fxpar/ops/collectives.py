@@ -35,7 +35,7 @@ from typing import Any, ParamSpec, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxpar.mesh import Axes, Mesh
+from fxpar.sharding.mesh import Axes, Mesh
 
 Place = tuple[int, int]
 P = ParamSpec("P")

@@ -1,7 +1,7 @@
 """Gradients that a program takes from elsewhere than from its values: those of custom autograd Functions and of tensor hooks.
 
 `attach` and `fixed` run. `cotangent`, `function` and `hook` are marks that a trace leaves, which hold the operators of a
-backward between them; `fxpar.passes.functions` replaces them.
+backward between them; `fxpar.passes.capture.functions` replaces them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,82 @@
+"""lowered: every rank runs the forward and backward graphs that the inductor backend hands over, in threads of one process.
+
+`backends.simulate` proves the partitioned program. What runs on a cluster is more: AOTAutograd's joint graph, what is made
+again in the backward and the partitioner's cut, and the passes over both halves (`backends.inductor.graph_passes`), each of
+which can go wrong. Here these graphs are run, operator by operator, or compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpar import compat
+from fxpar.backends.inductor import lower as inductor
+from fxpar.backends.trace import tensor_inputs_only
+from fxpar.backends.transport.base import copied_axes
+from fxpar.backends.transport.threads import ThreadRuntime, Threads
+from fxpar.ops.collectives import differs_along, use_runtime
+from fxpar.plan import Plan
+from fxpar.sharding.mesh import Mesh
+
+
+class Lowered:
+    """All ranks of one mesh under a plan.
+
+    compiled: Inductor compiles the graphs; otherwise their operators are run one after the other. transport: as on a host whose
+    GPUs see each other's memory (see `fxpar.backends.transport`). passes: how many of the inductor backend's graph passes are
+    applied (None: all).
+    """
+
+    def __init__(self, mesh: Mesh, plan: Plan, compiled: bool = False, transport: str = "auto", passes: int | None = None):
+        self.plan, self.compiled, self.passes = plan, compiled, passes
+        self.threads = Threads(mesh)
+        self._transport = self.threads.transport(copied_axes(transport, plan, mesh))
+        self._made: dict[int, tuple[fx.GraphModule, list[Callable[..., Any]]]] = {}
+
+    def forward(self, module: fx.GraphModule, feeds: list[list[Any]]) -> list[list[Any]]:
+        """feeds[r]: rank r's local inputs, one per placeholder. Returns rank r's flat outputs at [r]."""
+        if id(module) not in self._made:
+            alike: dict[tuple[int, ...], Callable[..., Any]] = {}
+            kinds = self._kinds(module)
+            for rank, kind in enumerate(kinds):
+                if kind not in alike:
+                    alike[kind] = self._lower(module, feeds[rank], self.threads.runtime(rank))
+            self._made[id(module)] = module, [alike[kind] for kind in kinds]
+        _, made = self._made[id(module)]
+        return self.threads.run(lambda rank: list(made[rank](*feeds[rank])))
+
+    def backward(self, roots: list[list[Tensor]], seeds: list[list[Tensor]],
+                 inputs: list[list[Tensor]]) -> list[list[Tensor | None]]:
+        """The gradients of rank r's `inputs` from its outputs `roots` and their cotangents `seeds`."""
+        return self.threads.run(lambda rank: list(torch.autograd.grad(
+            roots[rank], inputs[rank], seeds[rank], allow_unused=True)) if roots[rank] else [None] * len(inputs[rank]))
+
+    def _kinds(self, module: fx.GraphModule) -> list[tuple[int, ...]]:
+        """Equal for ranks whose graphs are the same: for all along whose axes nothing in the program differs."""
+        axes = {a: None for n in module.graph.nodes if (a := differs_along(n)) is not None}
+        mesh = self.threads.mesh
+        return [tuple(mesh.index(rank, a) for a in axes) for rank in range(mesh.world_size)]
+
+    def _lower(self, module: fx.GraphModule, example: list[Any], runtime: ThreadRuntime) -> Callable[..., Any]:
+        plain, keep = tensor_inputs_only(module, example, fused=True)
+        settings = inductor.settings(self.plan, self._transport, as_on_gpu=not self.compiled, passes=self.passes)
+        given = [example[i] for i in keep]
+        with use_runtime(runtime), compat.memory_budget(self.plan.memory_budget):
+            if self.compiled:
+                run = compat.compile_graph(plain, given, settings, backward_at_once=True)
+            else:
+                run = compat.interpret_graph(plain, given, settings, _OnCPU)
+        return lambda *inputs: run(*[inputs[i] for i in keep])
+
+
+class _OnCPU(fx.Interpreter):
+    """Runs graphs as they are on a GPU, where the CPU lacks an operator."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.mm.dtype and args[0].device.type == "cpu":
+            return args[0].to(args[2]) @ args[1].to(args[2])
+        return super().call_function(target, args, kwargs)

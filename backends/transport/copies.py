@@ -1,0 +1,338 @@
+"""copies: parameters gathered and gradients scattered by copy engines, between GPUs that see each other's memory.
+
+NCCL's kernels run on the multiprocessors. A matrix product that fills the GPU loses about as much time to the collective
+beside it as is hidden by running them together, and a kernel beside it waits until multiprocessors are free: once for every
+matrix product, if it takes many kernels. Copies between the GPUs of one host take no multiprocessors (see "Low-contention
+collectives" in PyTorch's symmetric memory), but for the barriers beside them, kernels of one block. Copies within a GPU do:
+there are none, but for operations larger than a slot.
+
+The bytes go through *slots*: buffers of a fixed size that all ranks of a group can read and write.
+
+- Gather: the shards are cast and written, by one kernel of the caller's stream, to this rank's slot and to its part of the
+  results. A barrier; then everyone copies the others' shards out of their slots.
+- Scatter: everyone copies to the others' slots what they are to sum up. A barrier. Where the sum is waited for, one kernel reads
+  this rank's own part and its slot.
+
+A slot is free again once a barrier has been passed after its last reader was done. Slots are taken in turn, as many of a kind
+as operations are under way, so that this barrier is one that another operation needed; where it is not, there is one more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fxpar import compat
+from fxpar.backends.transport.base import BUCKET_BYTES, NCCL, REDUCTION_BYTES, Transport
+from fxpar.backends.transport.runtime import Control
+from fxpar.ops.elementwise import add, spread
+from fxpar.sharding.mesh import Axes, BoundMesh
+
+GATHERS, SCATTERS = range(3), range(3, 6)
+"""The slots of each kind, as many as operations are under way (see `prefetch.LEAD`, and `buckets`)."""
+ALIGNED, SLACK = 256, 2**16
+LARGEST = 512 * 2**20
+"""Bytes of a gradient for which slots are made large enough; a larger one goes through them in several rounds."""
+
+_made: dict[str, tuple[dist.ProcessGroup, CopyGroup, str]] = {}
+"""Name of a group -> that group, what copies for it, and the name of that. Modules on one group share it, one after another."""
+_count = itertools.count()
+
+
+def known(group: dist.ProcessGroup) -> str | None:
+    """The name of the `CopyGroup` of this group, if one was made."""
+    found = _made.get(group.group_name)
+    return found[2] if found is not None and found[0] is group else None
+
+
+def register(group: dist.ProcessGroup, copies: CopyGroup) -> str:
+    """Have functional collectives find what copies for `group`, by the name that is returned."""
+    name = f"{group.group_name}-copies{next(_count)}"
+    compat.register_group(copies, name)
+    _made[group.group_name] = group, copies, name
+    return name
+
+
+def available(device: torch.device) -> bool:
+    """Whether it is worth trying to make a `CopyGroup`."""
+    return device.type == "cuda"
+
+
+def transport_over(mesh: BoundMesh, axes: Axes, control: Control, make: Callable[[dist.ProcessGroup], CopyGroup]) -> Transport:
+    """Copies over `axes`, if every group over them is on one host that allows it; otherwise NCCL, on all ranks.
+
+    make: makes what copies for a group, or raises RuntimeError where that cannot be; not called where an earlier module has made
+    it. To be called on all ranks; costs the slots' memory on each.
+    """
+    hosts = control.exchange(socket.gethostname())
+    if any(len({hosts[r] for r in ranks}) > 1 for ranks in mesh.mesh.groups(axes)):
+        return NCCL
+    group = mesh.group(axes)
+    name = known(group)
+    if name is None:
+        try:
+            made = make(group)
+        except RuntimeError:
+            made = None
+        if not all(control.exchange(made is not None)) or made is None:
+            return NCCL
+        name = register(group, made)
+    return Transport({group.group_name: name})
+
+
+def on_gpu(group: dist.ProcessGroup, parameter: int = 0, gradient: int = 0) -> CopyGroup:
+    """A `CopyGroup` of the current GPU. parameter, gradient: bytes of the largest ones.
+
+    Raises: RuntimeError where the GPUs cannot see each other's memory.
+    """
+    sizes = slot_sizes(group.size(), parameter, gradient)
+    slots = compat.SymmetricSlots(group, sizes, torch.device("cuda", torch.cuda.current_device()))
+    return CopyGroup(slots, torch.cuda.Stream(priority=-1))
+
+
+def slot_sizes(ranks: int, parameter: int = 0, gradient: int = 0) -> list[int]:
+    """Bytes of every slot: a bucket goes through one."""
+    gather = max(BUCKET_BYTES, parameter) // ranks
+    scatter = max(REDUCTION_BYTES, gradient) * (ranks - 1) // ranks
+    return [-(-size // ALIGNED) * ALIGNED + SLACK for size in [gather] * len(GATHERS) + [scatter] * len(SCATTERS)]
+
+
+class Part(NamedTuple):
+    """Elements of one tensor, and where they lie in the slot, in bytes."""
+
+    tensor: int
+    begin: int
+    stop: int
+    at: int
+    dtype: torch.dtype
+
+
+class Slots(Protocol):
+    """Buffers on every one of `size` ranks, those of `GATHERS` and `SCATTERS`, each visible to all."""
+
+    rank: int
+    size: int
+
+    def of(self, rank: int, which: int) -> Tensor:
+        """That slot of that rank, as bytes."""
+
+    def barrier(self) -> None:
+        """What was written before it, on any rank, is seen after it; in the order of the current stream."""
+
+
+class CopyGroup(dist.ProcessGroup):
+    """A process group that gathers tensors and scatters sums, and does nothing else.
+
+    stream: on which it copies between ranks; None: at once (on CPUs). Results are there once the `Work` is waited for; until
+    then it holds the operands.
+    """
+
+    def __init__(self, slots: Slots, stream: torch.cuda.Stream | None = None):
+        super().__init__(slots.rank, slots.size)  # type: ignore[call-arg]
+        self.slots, self.stream = slots, stream
+        self._turn = {GATHERS: 0, SCATTERS: 0}
+        self._users: dict[int, _Done] = {}
+        self._barriers = 0
+        self._passed: deque[tuple[int, torch.cuda.Event]] = deque(maxlen=8)
+        self._seen: dict[tuple, list[Tensor]] = {}
+
+    def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
+        """outputs[i], contiguous, becomes every rank's inputs[i], one after the other, in the dtype of outputs[i]."""
+        me, n = self.slots.rank, self.slots.size
+        whole = [y.view(n, -1).unbind() for y in outputs]
+        mine = [y[me] for y in whole]
+        turns = _layout(mine, self.slots.of(me, GATHERS[0]).numel())
+        done = _Done(self)
+        if len(turns) > 1:
+            torch._foreach_copy_(mine, [x.reshape(-1) for x in inputs])
+        for parts in turns:
+            which, free = self._take(GATHERS, done)
+            slot = self._windows(me, which, 0, parts)
+            if len(turns) == 1:
+                self._wait_for_barrier(free)
+                spread(inputs, slot, mine)
+            with self._running():
+                if len(turns) > 1:
+                    _copy(slot, _cut(mine, parts))
+                self._barrier()
+                for peer in self._others():
+                    _copy(_cut([y[peer] for y in whole], parts), self._windows(peer, which, 0, parts))
+        return done.started()
+
+    def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
+        """outputs[i], contiguous, becomes this rank's part of the sum of every rank's inputs[i]."""
+        me, n = self.slots.rank, self.slots.size
+        inputs = [x.contiguous() for x in inputs]
+        flat, whole = [y.view(-1) for y in outputs], [x.view(n, -1).unbind() for x in inputs]
+        region = self.slots.of(me, SCATTERS[0]).numel() // max(n - 1, 1) // ALIGNED * ALIGNED
+        turns = _layout(outputs, region)
+        done = _Done(self, inputs)
+        arrived: list[list[Tensor]] = []
+        for first in range(0, len(turns), len(SCATTERS)):
+            now = [(self._take(SCATTERS, done)[0], parts) for parts in turns[first : first + len(SCATTERS)]]
+            with self._running():
+                if first:
+                    self._barrier()
+                for which, parts in now:
+                    for peer in self._others():
+                        there = self._windows(peer, which, self._place(peer, me) * region, parts)
+                        _copy(there, _cut([x[peer] for x in whole], parts))
+                self._barrier()
+                for which, parts in now:
+                    arrived = [self._windows(me, which, self._place(me, peer) * region, parts) for peer in self._others()]
+                    if len(turns) > 1:
+                        into = _cut(flat, parts)
+                        for k, more in enumerate(arrived):
+                            add(into, into, more) if k else _copy(into, more)
+        own = [x[me] for x in whole]
+        done.in_slots = len(turns) == 1
+        done.sum = functools.partial(_sum, flat, own, arrived if done.in_slots else [flat])
+        return done.started()
+
+    def _take(self, kind: range, user: _Done) -> tuple[int, int]:
+        """The next slot of a kind, and the number of the barrier after which it is free."""
+        which = kind[self._turn[kind] % len(kind)]
+        self._turn[kind] += 1
+        before = self._users.get(which)
+        self._users[which] = user
+        if before is None or before is user:
+            return which, 0
+        if before.in_slots:
+            before.finish()
+        if before.used == self._barriers:
+            with self._running():
+                self._barrier()
+        return which, before.used + 1
+
+    def _barrier(self) -> None:
+        self.slots.barrier()
+        self._barriers += 1
+        if self.stream is not None:
+            self._passed.append((self._barriers, self.stream.record_event()))
+
+    def _wait_for_barrier(self, number: int) -> None:
+        """Have the current stream wait until a barrier, or one after it, is passed."""
+        event = next((event for count, event in self._passed if count >= number), None)
+        if number and event is not None:
+            event.wait()
+
+    def _windows(self, rank: int, which: int, start: int, parts: tuple[Part, ...]) -> list[Tensor]:
+        """Where the parts of a round lie in a rank's slot, from byte `start`."""
+        key = (rank, which, start, parts)
+        if key not in self._seen:
+            memory = self.slots.of(rank, which)
+            self._seen[key] = [memory[start + p.at : start + p.at + (p.stop - p.begin) * p.dtype.itemsize].view(p.dtype)
+                               for p in parts]
+        return self._seen[key]
+
+    def getBackendName(self) -> str:
+        return "fxpar-copies"
+
+    def _others(self) -> Iterator[int]:
+        """Every other rank, each rank starting with another."""
+        return ((self.slots.rank + k) % self.slots.size for k in range(1, self.slots.size))
+
+    def _place(self, rank: int, sender: int) -> int:
+        """Which region of a slot of `rank` is that of `sender`."""
+        return (sender - rank) % self.slots.size - 1
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+
+class _Done(dist.Work):
+    """Waiting makes the current stream wait, not the host.
+
+    sum: what is left to do then; in_slots: whether it reads them. operands: are kept until then. used: how many barriers there
+    had been when the last reader of its slots was started.
+    """
+
+    def __init__(self, group: CopyGroup, operands: Sequence[Tensor] = ()):
+        super().__init__()
+        self.group, self.operands = group, operands
+        self.sum: Callable[[], None] | None = None
+        self.in_slots = False
+        self.event: torch.cuda.Event | None = None
+        self.used = 0
+
+    def started(self) -> _Done:
+        self.used = self.group._barriers
+        self.event = self.group.stream.record_event() if self.group.stream is not None else None
+        return self
+
+    def finish(self) -> None:
+        """Sum up, if that is still to be done; no later barrier is passed before it is."""
+        if self.sum is not None:
+            self._wait()
+            self.sum()
+            self.sum, self.operands, self.used = None, (), self.group._barriers
+            if self.group.stream is not None:
+                self.group.stream.wait_stream(torch.cuda.current_stream())
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        if self.sum is not None:
+            self.finish()
+        else:
+            self._wait()
+        return True
+
+    def _wait(self) -> None:
+        if self.event is not None:
+            self.event.wait()
+
+
+def _layout(tensors: Sequence[Tensor], nbytes: int) -> tuple[tuple[Part, ...], ...]:
+    return rounds(tuple((x.numel(), x.dtype) for x in tensors), nbytes)
+
+
+@functools.cache
+def rounds(tensors: tuple[tuple[int, torch.dtype], ...], nbytes: int) -> tuple[tuple[Part, ...], ...]:
+    """The elements of tensors of these sizes, cut into rounds of at most `nbytes`."""
+    out: list[list[Part]] = [[]]
+    at = 0
+    for i, (size, dtype) in enumerate(tensors):
+        begin = 0
+        while begin < size:
+            room = (nbytes - at) // dtype.itemsize
+            if room <= 0:
+                out.append([])
+                at = 0
+                continue
+            stop = min(size, begin + room)
+            out[-1].append(Part(i, begin, stop, at, dtype))
+            at = -(-(at + (stop - begin) * dtype.itemsize) // ALIGNED) * ALIGNED
+            begin = stop
+    return tuple(tuple(r) for r in out if r)
+
+
+def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """One copy each: a kernel that copies several would take multiprocessors."""
+    for y, x in zip(to, source, strict=True):
+        y.copy_(x)
+
+
+def _sum(to: Sequence[Tensor], own: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) -> None:
+    """to[i] = own[i] + others[0][i] + ..."""
+    for more in others or [[torch.zeros_like(x) for x in own]]:
+        add(to, own, more)
+        own = to
+
+
+def _cut(flat: Sequence[Tensor], parts: tuple[Part, ...]) -> list[Tensor]:
+    return [flat[p.tensor] if p.stop - p.begin == flat[p.tensor].numel() else flat[p.tensor][p.begin : p.stop] for p in parts]

@@ -1,0 +1,101 @@
+"""What collectives run on in a real run: process groups over sets of mesh axes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from fxpar.backends.transport.base import NCCL, Transport
+from fxpar.ops.collectives import typed
+from fxpar.sharding.mesh import Axes, BoundMesh
+
+c10d = torch.ops._c10d_functional
+
+
+class FunctionalRuntime(ABC):
+    """A `Runtime` that speaks through functional collectives, which Inductor sees, buckets and overlaps.
+
+    Who makes one says which ranks there are: `size` and `index` along axes, and the `name` of the group over them.
+    """
+
+    @abstractmethod
+    def size(self, axes: Axes) -> int: ...
+
+    @abstractmethod
+    def index(self, axes: Axes) -> int: ...
+
+    @abstractmethod
+    def name(self, axes: Axes) -> str: ...
+
+    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
+        return c10d.wait_tensor(c10d.all_reduce(x, op, self.name(axes)))
+
+    def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, self.size(axes), self.name(axes)))
+
+    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
+        return c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", self.size(axes), self.name(axes)))
+
+    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
+        ones = [1] * self.size(axes)
+        return c10d.wait_tensor(c10d.all_to_all_single(x, ones, ones, self.name(axes)))
+
+
+class GroupRuntime(FunctionalRuntime):
+    """The `Runtime` of one rank of a real run: its process groups."""
+
+    def __init__(self, mesh: BoundMesh):
+        self.mesh = mesh
+        self.transport: Transport = NCCL
+        """By which parameters and gradients go, in compiled programs."""
+
+    def prepare(self, module: fx.GraphModule) -> None:
+        """Make every process group that `module` uses, in program order (the same on every rank)."""
+        for node in module.graph.nodes:
+            if (made := typed(node)) is not None:
+                self.mesh.group(made.axes)
+
+    def size(self, axes: Axes) -> int:
+        return self.mesh.mesh.size(*axes)
+
+    def index(self, axes: Axes) -> int:
+        return self.mesh.index(axes)
+
+    def name(self, axes: Axes) -> str:
+        return self.mesh.group(axes).group_name
+
+
+class Control:
+    """A gloo side channel on which ranks agree before they communicate, so that a mistake is an error and no hang."""
+
+    def __init__(self) -> None:
+        self.world = dist.get_world_size()
+        self.group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._largest = dist.AllreduceOptions()
+        self._largest.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+
+    def compare(self, number: int) -> Callable[[], bool]:
+        """Start one small CPU all-reduce. What is returned waits for it: whether every rank has the same number (63 bits)."""
+        if self.group is None:
+            return lambda: True
+        pair = torch.frombuffer(array("q", (number, -number)), dtype=torch.int64)
+        work = self.group.allreduce([pair], self._largest)  # as dist.all_reduce, without half of the time it takes to start
+
+        def equal() -> bool:
+            work.wait()
+            return pair[0].item() == -pair[1].item()
+
+        return equal
+
+    def exchange(self, thing: object) -> list:
+        """Every rank's `thing`, by rank."""
+        if self.group is None:
+            return [thing]
+        out: list = [None] * self.world
+        dist.all_gather_object(out, thing, group=self.group)
+        return out

@@ -1,0 +1,5 @@
+"""What a user asks for: the `Plan`, and the flags of Megatron Core that it can be made of."""
+
+from fxpar.plan.plan import Plan, Plans, require_one_of
+
+__all__ = ["Plan", "Plans", "require_one_of"]

@@ -1,0 +1,161 @@
+"""Programs as annotated, runnable Python: one line a value, with its layout and the user's line that made it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpar.ops.collectives import typed
+from fxpar.program import Program, user_line
+from fxpar.sharding.factors import Factor, leaves
+
+_BINARY = {operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//"}
+
+
+class Dumper:
+    """An observer of the compiler that writes ``00_capture.py``, ``01_simplify.py``, ... into a directory."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.count = 0
+
+    def __call__(self, name: str, program: Program) -> None:
+        self.count = 0 if name == "capture" else self.count + 1
+        text = readable(program, name)
+        (self.directory / f"{self.count:02d}_{name}.py").write_text(text)
+
+
+def readable(program: Program, stage: str = "replicas") -> str:
+    """The program as a Python module: `forward` on flat inputs, and a main that runs it on made-up ones."""
+    local = any("tiling" in n.meta for n in program.placeholders())
+    modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})
+    lines = [f'"""After pass {stage!r}. Plan {program.plan}; mesh {program.mesh}; '
+             f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch",
+             *(f"import {m}" for m in modules), "from torch import device", "", "inf, nan = float('inf'), float('nan')"]
+    lines += ["", "", "def forward("]
+    for node, source in zip(program.placeholders(), program.sources, strict=True):
+        lines.append(f"    {node.name},{_comment(node, f'{source.kind} {source.name}')}")
+    lines.append("):")
+    path = None
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        line = user_line(node)
+        if line != path and line:
+            lines.append(f"    # {_short(line)}")
+            path = line
+        lines.append(f"    {node.name} = {_expression(node)}{_comment(node)}")
+    outs = ", ".join(n.name for n in program.outputs())
+    lines += [f"    return ({outs}{',' if outs else ''})", "", "", *_main(program, local), ""]
+    return "\n".join(lines)
+
+
+def _short(line: str) -> str:
+    file, _, rest = line.partition(":")
+    return f"{'/'.join(Path(file).parts[-3:])}:{rest}"
+
+
+def _expression(node: fx.Node) -> str:
+    if node.op == "get_attr":
+        return f"ATTRIBUTES[{node.target!r}]"
+    args = [_text(a) for a in node.args]
+    if node.target is operator.getitem:
+        return f"{args[0]}[{args[1]}]"
+    if node.target in _BINARY:
+        return f"{args[0]} {_BINARY[node.target]} {args[1]}"
+    return f"{_callee(node.target)}({', '.join([*args, *(f'{k}={_text(v)}' for k, v in node.kwargs.items())])})"
+
+
+def _ours(target: Any) -> bool:
+    return getattr(target, "__module__", "").startswith("fxpar")
+
+
+def _callee(target: Any) -> str:
+    """Written in full, because values are named after the functions that made them."""
+    if isinstance(target, torch._ops.OpOverload):
+        return f"torch.ops.{target}"
+    return f"{target.__module__}.{target.__name__}" if _ours(target) else target.__name__
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, list | tuple):
+        inner = ", ".join(_text(v) for v in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+def _comment(node: fx.Node, extra: str = "") -> str:
+    parts = [extra] if extra else []
+    if "shows" in node.meta:
+        parts.append(node.meta["shows"])
+    elif "dims" in node.meta and isinstance(node.meta["dims"], tuple):
+        parts.append(f"[{', '.join(' '.join(_factor(f) for f in leaves(d)) or '1' for d in node.meta['dims'])}]")
+    elif isinstance(node.meta.get("val"), torch.Tensor):
+        value = node.meta["val"]
+        parts.append(f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
+    made = typed(node)
+    if made is not None:
+        parts.append(f"{made.label} over {', '.join(made.axes)} for {node.meta['for']}")
+    return f"  # {'; '.join(parts)}" if parts else ""
+
+
+def _factor(factor: Factor) -> str:
+    return f"{factor.role}{factor.size}" if factor.role else repr(factor)
+
+
+def _main(program: Program, local: bool) -> list[str]:
+    """Runs the program on made-up inputs; a local one as a rank whose partners all hold the same."""
+    lines = ["def made_up_inputs():", "    return ["]
+    for node, source in zip(program.placeholders(), program.sources, strict=True):
+        value = node.meta.get("global", node.meta.get("val"))
+        if not isinstance(value, torch.Tensor):
+            lines.append("        None,")
+            continue
+        shape = list(value.shape)
+        if local and "tiling" in node.meta:
+            size = program.mesh.size
+            shape = [math.prod(p.size // size(*p.axes) for p in dim) for dim in node.meta["tiling"]]
+        make = "torch.rand" if value.is_floating_point() else "torch.zeros"
+        lines.append(f"        {make}({shape}, dtype={value.dtype}),  # {source.name}")
+    lines += ["    ]", "", "", 'if __name__ == "__main__":']
+    call = "print([tuple(t.shape) for t in forward(*made_up_inputs())])"
+    if local:
+        sizes = dict(zip(program.mesh.names, program.mesh.sizes, strict=True))
+        lines += ["    from fxpar.report.dump import Alone", "    from fxpar.ops.collectives import use_runtime", "",
+                  f"    with use_runtime(Alone({sizes})):", f"        {call}"]
+    else:
+        lines.append(f"    {call}")
+    return lines
+
+
+class Alone:
+    """A runtime of one rank whose partners hold what it holds: lets a dumped local program run by itself."""
+
+    def __init__(self, sizes: dict[str, int]):
+        self.sizes = sizes
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.sizes[a] for a in axes)
+
+    def index(self, axes: tuple[str, ...]) -> int:
+        return 0
+
+    def all_reduce(self, x: torch.Tensor, axes: tuple[str, ...], op: str = "sum") -> torch.Tensor:
+        return x * self.size(axes) if op == "sum" else x.clone()
+
+    def all_gather(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
+        return torch.cat([x] * self.size(axes))
+
+    def reduce_scatter(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
+        return x[: x.shape[0] // self.size(axes)] * self.size(axes)
+
+    def all_to_all(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
+        return x[:1].repeat(self.size(axes), *[1] * (x.dim() - 1))

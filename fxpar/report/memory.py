@@ -1,0 +1,230 @@
+"""memory: the peak memory of one rank in a training step, predicted from a partitioned program.
+
+The program's forward and backward are traced on fake tensors of local shapes and taken through the same passes as in
+`backends.inductor`: nothing is allocated, compiled or communicated, and neither a GPU nor a process group is needed.
+`backends.liveness` then says what is held while each kernel runs. The result is what ``torch.cuda.max_memory_allocated``
+shows after a few steps: parameters and AdamW's state are there all the time, gradients from the kernel that makes them
+to the optimizer step, which (fused, like gradient clipping) takes nothing of its own.
+
+Not counted: what libraries hold outside of a step (some tens of MiB for cuBLAS), and padding of matrices whose sizes are odd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpar import compat
+from fxpar.backends.inductor import lower as inductor
+from fxpar.backends.inductor.liveness import Buffer, Kernel, Lowering, size_of, timeline
+from fxpar.backends.trace import tensor_inputs_only
+from fxpar.backends.transport.runtime import FunctionalRuntime
+from fxpar.ops.collectives import use_runtime
+from fxpar.ops.vocabulary import SDPA
+from fxpar.passes.partition.accumulate import accumulation
+from fxpar.program import Program, module_path
+from fxpar.sharding.layout import held_shape
+from fxpar.sharding.mesh import Axes, Mesh
+
+aten = torch.ops.aten
+PARTS = ("parameters", "gradients", "optimizer", "inputs", "activations", "parameter copies", "temporaries")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of a training step at which one rank holds most.
+
+    bytes: all together. phase: "forward" or "backward". where: the operator that runs, and its module. parts: bytes by what
+    they are for: "parameters", "gradients" (as far as they are made), "optimizer", "inputs" (the batch, buffers, constants),
+    "activations" (kept for the backward pass), "parameter copies" (cast or gathered), "temporaries". kept: bytes that the
+    forward pass leaves for the backward pass, copies of parameters included.
+    """
+
+    bytes: int
+    phase: str
+    where: str
+    parts: dict[str, int]
+    kept: int
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in self.parts.items() if size)
+        return f"{self.bytes / 2**30:.3f} GiB in the {self.phase} pass ({self.where}): {parts}"
+
+
+def predict(program: Program) -> Peak:
+    """The peak of a partitioned program under the Inductor backend; of the forward pass alone if it is not for training.
+
+    Under a plan with microbatches: of the last of them, where the program is that of one.
+    """
+    return _Step(program, *trace(program)).peak()
+
+
+# ---- the graphs ----
+
+
+class _Shapes(FunctionalRuntime):
+    """The `Runtime` of a rank that has no other ranks: collectives over made-up groups, for their shapes."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def size(self, axes: Axes) -> int:
+        return self.mesh.size(*axes)
+
+    def index(self, axes: Axes) -> int:
+        return 0
+
+    def name(self, axes: Axes) -> str:
+        return str(axes)
+
+
+@dataclass
+class _Input:
+    """A tensor that the graphs take: fake, of local shape; which of `PARTS` it is; whether the optimizer has state for it."""
+
+    value: Tensor
+    part: str
+    trained: bool = False
+
+
+def trace(program: Program) -> tuple[list[fx.Graph], list[_Input]]:
+    """The forward graph, and the backward graph if there is one, as Inductor lowers them; and what the forward takes."""
+    mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
+    inputs: list[_Input | None] = []
+    for node, source in program.source_of().items():
+        part = "parameters" if source.kind == "param" else "inputs"
+        value = _local(mode, node, source.value, program.mesh, source.requires_grad)
+        trained = source.kind == "param" and source.requires_grad
+        inputs.append(_Input(value, part, trained) if isinstance(value, Tensor) else None)
+    module = program.module
+    with use_runtime(_Shapes(program.mesh)), compat.memory_budget(program.plan.memory_budget):
+        if program.training and program.plan.microbatches > 1:
+            module, more = _last_microbatch(program, [i.value for i in inputs if i is not None and i.part == "parameters"])
+            inputs += more
+        plain, keep = tensor_inputs_only(module, [None if i is None else i.value for i in inputs], fused=True)
+        _as_on_gpu(plain)
+        taken = [i for i in (inputs[k] for k in keep) if i is not None]
+        with torch.set_grad_enabled(program.training):
+            lowered = compat.lowered_graphs(plain, [i.value for i in taken], inductor.settings(program.plan, as_on_gpu=True))
+    return [m.graph for m in lowered], taken
+
+
+def _local(mode: Any, node: fx.Node, value: Any, mesh: Mesh, requires_grad: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    held = node.meta.get("global", value)
+    shape = tuple(held.shape) if "tiling" not in node.meta else held_shape(node.meta["tiling"], mesh)
+    with mode:
+        return torch.empty(shape, dtype=held.dtype, requires_grad=requires_grad)
+
+
+def _last_microbatch(program: Program, parameters: list[Tensor]) -> tuple[fx.GraphModule, list[_Input]]:
+    """The program as the last microbatch of a step runs it (see `fxpar.run.accumulation`), and what it takes besides."""
+    plan, mesh = program.plan, program.mesh
+    if plan.gathers_each_use or mesh.size(*mesh.axes("dp")) == 1:
+        return program.module, []
+    variants = accumulation(program)
+    with torch.no_grad(), parameters[0].fake_mode:  # type: ignore[attr-defined]
+        values = dict(zip(variants.boundaries, variants.values(*parameters), strict=True))
+        more = [_Input(torch.empty_like(values[b], dtype=b.dtype), "gradients") if kind == "carried" else
+                _Input(values[b], "parameter copies") for kind, b in variants.release.extra]
+    return variants.release.module, more
+
+
+def _as_on_gpu(module: fx.GraphModule) -> None:
+    """Prepare a program for fake inputs on the CPU, in place, so that the operators are those of a GPU."""
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        node.args, node.kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: torch.device("cpu") if isinstance(a, torch.device) else a)
+        if node.target is SDPA and node.kwargs.get("enable_gqa"):
+            node.target = _grouped_attention
+    module.recompile()
+
+
+def _grouped_attention(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """GPUs have no fused kernel for heads that share keys in fp32."""
+    if q.dtype in (torch.float16, torch.bfloat16):
+        return SDPA(q, *args, **kwargs)
+    return aten._scaled_dot_product_attention_math.default(q, *args, **kwargs)[0]
+
+
+# ---- the step ----
+
+
+class _Step:
+    """The kernels of forward and backward, one after the other, and what is held while each of them runs."""
+
+    def __init__(self, program: Program, graphs: list[fx.Graph], inputs: list[_Input]):
+        places = graphs[0].find_nodes(op="placeholder")
+        self.given = [Buffer(n, i.value.dtype, size_of(i.value), freed=False, reusable=False)
+                      for n, i in zip(places, inputs, strict=True)]
+        self.part: dict[Buffer, str] = {b: i.part for b, i in zip(self.given, inputs, strict=True)}
+        trained = sum(b.bytes for b, i in zip(self.given, inputs, strict=True) if i.trained)
+        self.optimizer = 2 * trained if program.training else 0
+        earlier = program.plan.microbatches > 1 and "gradients" not in self.part.values()
+        self.accumulated = trained if program.training and earlier else 0
+        self.saved: list[Buffer] = []
+        self.tangents: list[Buffer] = []
+        self.forward = Lowering(graphs[0], list(self.given))
+        self.backward = self._backward(graphs[1]) if len(graphs) > 1 else None
+        self._mark_copies(self.forward)
+        if self.backward is not None:
+            self._mark_copies(self.backward)
+
+    def _backward(self, graph: fx.Graph) -> Lowering:
+        """It takes what the forward pass leaves after the program's own outputs, then the gradients of those."""
+        places = graph.find_nodes(op="placeholder")
+        count = sum(not n.name.startswith("tangents") for n in places)
+        left = self.forward.outputs
+        outputs, saved = left[: len(left) - count], left[len(left) - count :]
+        self.saved = [b for b in dict.fromkeys(saved) if b is not None and b not in self.part]
+        for buffer in outputs:
+            if buffer is not None:
+                buffer.freed = buffer.reusable = False
+        self.tangents = [Buffer(n, n.meta["val"].dtype, size_of(n.meta["val"]), reusable=False) for n in places[count:]]
+        lowering = Lowering(graph, [*saved, *self.tangents])
+        self.part |= {b: "activations" for b in self.saved}
+        self.part |= {b: "gradients" for b in lowering.outputs if b is not None and b not in self.part}
+        return lowering
+
+    def _mark_copies(self, lowering: Lowering) -> None:
+        """What is made of parameters alone."""
+        for kernel in lowering.kernels:
+            if kernel.reads and all(self.part.get(b) in ("parameters", "parameter copies") for b in kernel.reads):
+                self.part |= {b: "parameter copies" for b in kernel.writes if self.part.get(b) != "gradients"}
+
+    def _moments(self) -> Iterator[tuple[str, Kernel, dict[Buffer, None]]]:
+        held = dict.fromkeys(self.given)
+        for kernel, live in timeline(self.forward, list(held)):
+            held = live
+            yield "forward", kernel, live
+        if self.backward is not None:
+            for kernel, live in timeline(self.backward, [*held, *self.tangents]):
+                yield "backward", kernel, live
+
+    def peak(self) -> Peak:
+        phase, where, most, live_then, workspace = "forward", "nothing runs", 0, list(self.given), 0
+        for now, kernel, live in self._moments():
+            size = sum(b.bytes for b in live) + kernel.workspace
+            if size > most:
+                phase, where, most, live_then, workspace = now, _where(kernel), size, list(live), kernel.workspace
+        parts = dict.fromkeys(PARTS, 0)
+        parts |= {"optimizer": self.optimizer, "gradients": self.accumulated, "temporaries": workspace}
+        for buffer in live_then:
+            parts[self.part.get(buffer, "temporaries")] += buffer.bytes
+        return Peak(sum(parts.values()), phase, where, parts, sum(b.bytes for b in self.saved))
+
+
+def _where(kernel: Kernel) -> str:
+    """What a kernel is there for: its last operator that is stored."""
+    node = kernel.writes[-1].node if kernel.writes else kernel.nodes[-1]
+    name = getattr(node.target, "overloadpacket", node.target)
+    node.meta.setdefault("nn_module_stack", node.meta.get("fwd_nn_module_stack"))
+    path = module_path(node)
+    return f"{name} of {path}" if path else str(name)

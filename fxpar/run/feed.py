@@ -1,0 +1,134 @@
+"""feed: the local inputs of one rank's program: parts of parameters, buffers, constants, a seed, and what the user passes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpar import compat
+from fxpar.errors import InputError
+from fxpar.program import Program, Source
+from fxpar.run.accumulation import Accumulator, Step
+
+Place = tuple[dict[str, Any], str]
+"""The table of a module, and the name in it, of a parameter or buffer."""
+
+
+class _ToLocal(torch.autograd.Function):
+    """DTensor parameters -> this rank's tensors; gradients come back as DTensors of the same placements.
+
+    ``receive(grads)`` is told of the gradients of plain tensors that pass through after them.
+    """
+
+    @staticmethod
+    def forward(ctx, receive: Callable, count: int, *tensors: Tensor):
+        ctx.receive, ctx.parameters = receive, tensors[:count]
+        ctx.set_materialize_grads(False)
+        return (*map(compat.local_part, ctx.parameters), *(t.detach() for t in tensors[count:]))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        n = len(ctx.parameters)
+        ctx.receive(grads[n:])
+        pairs = zip(ctx.parameters, grads[:n], strict=True)
+        like = [None if g is None else compat.like_dtensor(g, p) for p, g in pairs]
+        return (None, None, *like, *[None] * (len(grads) - n))
+
+
+@dataclass
+class _Linked:
+    """Parameters, their memory, and tensors that share it, through which gradients come back to them."""
+
+    parameters: list[Tensor]
+    memory: list[Tensor]
+    state: tuple[list[bool], list[int]]
+    local: tuple[Tensor, ...]
+    node: Any
+
+
+class Feed:
+    """The local inputs of `program`, call by call.
+
+    places: where its parameters and buffers are found, by name; they are looked up at every call. Tensors that share memory with
+    the parameters are made once, and again when a parameter was replaced, moved or frozen: a step's first kernel need
+    not wait for hundreds of them.
+    """
+
+    def __init__(self, program: Program, places: dict[str, Place], accumulator: Accumulator, device: torch.device):
+        self.program, self.places, self.device = program, places, device
+        self._accumulator = accumulator
+        self._parameters = [places[s.name] for s in program.sources if s.kind == "param"]
+        self._linked: _Linked | None = None
+
+    def __call__(self, named: dict[str, Any], step: Step | None = None, seed: int = 0) -> list[Any]:
+        """The program's inputs, and at the end those that `step` holds.
+
+        named: path -> what the user passed; programs take it contiguous, as they were captured. seed: what dropout draws from.
+        """
+        parameters = [table[key] for table, key in self._parameters]
+        if step is not None:
+            locals_ = iter(_ToLocal.apply(self._told(step), len(parameters), *parameters, *step.held))
+        elif parameters and torch.is_grad_enabled():
+            locals_ = iter(self._link(parameters))
+        else:
+            locals_ = map(compat.local_part, parameters)
+        feed: list[Any] = []
+        for source in self.program.sources:
+            if source.kind == "param":
+                feed.append(next(locals_))
+            elif source.kind == "buffer":
+                table, key = self.places[source.name]
+                feed.append(table[key])
+            elif source.kind == "constant":
+                feed.append(self._constant(source))
+            elif source.kind == "seed":
+                feed.append(torch.tensor(seed, dtype=torch.int64, device=self.device))
+            else:
+                leaf = named[source.name]
+                feed.append(leaf.to(self.device).contiguous() if isinstance(leaf, Tensor) else leaf)
+        return [*feed, *locals_]
+
+    def _constant(self, source: Source) -> Any:
+        if source.place is None:
+            source.value = source.value.to(self.device)
+            return source.value
+        table, key = source.place
+        value = table[key]
+        if not isinstance(value, Tensor) or value.shape != source.value.shape or value.dtype != source.value.dtype:
+            raise InputError(f"the attribute {key!r} that the forward reads is no longer a tensor of shape "
+                             f"{tuple(source.value.shape)} and dtype {source.value.dtype}; register it as a buffer")
+        return value.detach().to(self.device).contiguous()
+
+    def _link(self, parameters: list[Tensor]) -> tuple[Tensor, ...]:
+        """The parameters' parts on this rank, from which gradients come back to them."""
+        memory = [compat.memory(p) for p in parameters]
+        state = compat.want_gradients(parameters), [m.data_ptr() for m in memory]
+        made = self._linked
+        if made is not None and all(map(is_, parameters, made.parameters)) and all(map(is_, memory, made.memory)) \
+                and state == made.state and all(t.grad_fn is made.node for t in made.local):
+            return made.local
+        compat.attach_hooks(parameters)
+        local = _ToLocal.apply(_summed(weakref.ref(self._accumulator)), len(parameters), *parameters)
+        self._linked = _Linked(parameters, memory, state, local, local[0].grad_fn)
+        return local
+
+    def _told(self, step: Step) -> Callable[[tuple[Tensor | None, ...]], None]:
+        accumulator = self._accumulator
+        return lambda grads: accumulator.hold(step, grads) if step.held else accumulator.summed(step)
+
+
+def _summed(accumulator: weakref.ref[Accumulator]) -> Callable[[object], None]:
+    """Tells an accumulator of a backward pass. It keeps what keeps these tensors, which must not keep it."""
+
+    def receive(_: object) -> None:
+        living = accumulator()
+        if living is not None:
+            living.summed(None)
+
+    return receive

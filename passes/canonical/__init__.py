@@ -1,0 +1,10 @@
+"""One spelling for what models write in many ways.
+
+simplify   what computes nothing is dropped
+outputs    only the loss is kept, if the plan asks for that
+precision  casts between the dtypes that parameters are stored and computed in
+masks      attention masks -> properties of the attention operator (with bands, constants)
+gqa        repeated key and value heads -> grouped-query attention
+losses     cross-entropy and its relatives, so that classes and tokens can be split
+dropout    every dropout from the counter-based generator
+"""

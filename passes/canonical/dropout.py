@@ -1,0 +1,162 @@
+"""dropout: every dropout drawn from the counter-based generator, so that a plan does not change it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpar.ops.rng import dropout_mask
+from fxpar.ops.vocabulary import SDPA
+from fxpar.passes.infer.rules.spec import bind
+from fxpar.passes.rewrite import Rewriter, device_of
+from fxpar.program import Program, Source
+
+aten = torch.ops.aten
+PLAIN = (aten.dropout.default, aten.native_dropout.default)
+
+
+def expand_dropout(graph: fx.Graph) -> None:
+    """Rewrite, in place, what drops whole channels, and `AlphaDropout`, to plain dropout of a tensor of ones.
+
+    Takes: a graph as exported. Making it functional would turn them into random operators that nothing knows; so it would what
+    drops in place, which becomes a copy of what is kept.
+    """
+    for node in list(graph.nodes):
+        if node.target in IN_PLACE and node.args[1] and node.args[2]:
+            r = Rewriter(graph, node)
+            r.replace(r.call(aten.copy_.default, node.args[0], r.call(IN_PLACE[node.target], *node.args)))
+    for node in list(graph.nodes):
+        build = RELATIVES.get(node.target)
+        if build is not None and node.args[1] and node.args[2]:
+            build(Rewriter(graph, node), *node.args[:2])
+
+
+def _noise(r: Rewriter, x: fx.Node, p: float, features: bool) -> fx.Node:
+    """Dropout of ones: 0 or 1 / (1 - p), for each element or for each channel."""
+    shape = list(x.meta["val"].shape)
+    shape = [n if i < 2 or not features else 1 for i, n in enumerate(shape)]
+    return r.call(aten.dropout.default, r.call(aten.new_ones.default, x, shape), p, True)
+
+
+def _features(r: Rewriter, x: fx.Node, p: float) -> None:
+    r.replace(r.call(aten.mul.Tensor, x, _noise(r, x, p, True)))
+
+
+def _alpha(features: bool) -> Callable[[Rewriter, fx.Node, float], None]:
+    """What is dropped becomes the lowest value of SELU; mean and variance are kept."""
+
+    def build(r: Rewriter, x: fx.Node, p: float) -> None:
+        lowest = 1.7580993408473766
+        scale = 1 / math.sqrt((lowest**2 * p + 1) * (1 - p)) if p < 1 else 0.0
+        keep = r.call(aten.mul.Tensor, _noise(r, x, p, features), 1 - p)
+        low = lowest * scale
+        shift = r.call(aten.add.Scalar, r.call(aten.mul.Tensor, keep, low), low * (p - 1))
+        kept = r.call(aten.mul.Tensor, x, r.call(aten.mul.Tensor, keep, scale))
+        r.replace(r.call(aten.add.Tensor, kept, shift))
+
+    return build
+
+
+IN_PLACE = {
+    aten.dropout_.default: aten.dropout.default,
+    aten.feature_dropout_.default: aten.feature_dropout.default,
+    aten.alpha_dropout_.default: aten.alpha_dropout.default,
+    aten.feature_alpha_dropout_.default: aten.feature_alpha_dropout.default,
+}
+
+RELATIVES = {
+    aten.feature_dropout.default: _features,
+    aten.alpha_dropout.default: _alpha(False),
+    aten.feature_alpha_dropout.default: _alpha(True),
+}
+
+
+def counter_dropout(program: Program) -> Program:
+    """Rewrite, in place, every dropout that is on to `fxpar.ops.rng.dropout_mask`.
+
+    Takes: a simplified program. Afterwards: if anything was rewritten there is one more source, the "seed" (an int64
+    scalar that the caller passes at every step); each dropout has a site number, in program order; an
+    attention with dropout is written out as two products around its softmax, as the mask is needed inside it.
+    """
+    sites = [n for n in program.graph.nodes if _rate(n)]
+    if not sites:
+        return program
+    seed = _seed(program, device_of(sites[0].args[0]))
+    for site, node in enumerate(sites):
+        r = Rewriter(program.graph, node)
+        if node.target is SDPA:
+            _attention(r, node, seed, site)
+        else:
+            _plain(r, node, seed, site)
+    program.graph.eliminate_dead_code()
+    return program
+
+
+def _rate(node: fx.Node) -> float:
+    if node.op != "call_function" or node.target not in (*PLAIN, SDPA):
+        return 0.0
+    a = bind(node)
+    return a["dropout_p"] if node.target is SDPA else a["p"] if a["train"] in (True, None) else 0.0
+
+
+def _seed(program: Program, device: torch.device) -> fx.Node:
+    last = program.placeholders()[-1]
+    with program.graph.inserting_after(last):
+        node = program.graph.placeholder("dropout_seed")
+    mode = last.meta["val"].fake_mode if hasattr(last.meta["val"], "fake_mode") else None
+    value = torch.zeros((), dtype=torch.int64, device="meta" if mode is None else device) if mode is None else None
+    if value is None:
+        with mode:
+            value = torch.zeros((), dtype=torch.int64, device=device)
+    node.meta["val"] = value
+    program.sources.append(Source("seed", "dropout_seed", value))
+    return node
+
+
+def _drop(r: Rewriter, x: fx.Node, p: float, seed: fx.Node, site: int) -> tuple[fx.Node, fx.Node]:
+    """(`x` with its zeros, the mask of what is kept)."""
+    keep = r.call(dropout_mask, x, seed, p=p, site=site)
+    scaled = r.call(aten.mul.Tensor, x, 1 / (1 - p) if p < 1 else 0.0)
+    return r.call(aten.where.ScalarOther, keep, scaled, 0.0), keep
+
+
+def _plain(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
+    a = bind(node)
+    made = _drop(r, a["input"], a["p"], seed, site)
+    if node.target is aten.dropout.default:
+        r.replace(made[0])
+        return
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        index: Any = user.args[1]
+        user.replace_all_uses_with(made[index])
+        r.graph.erase_node(user)
+    r.graph.erase_node(node)
+
+
+def _attention(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
+    a = bind(node)
+    q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
+    if a["enable_gqa"] and q.meta["val"].shape[-3] != k.meta["val"].shape[-3]:
+        groups = q.meta["val"].shape[-3] // k.meta["val"].shape[-3]
+        k, v = (r.call(aten.repeat_interleave.self_int, t, groups, -3) for t in (k, v))
+    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(q.meta["val"].shape[-1])
+    scores = r.call(aten.matmul.default, r.call(aten.mul.Tensor, q, scale), r.call(aten.transpose.int, k, -2, -1))
+    if a["is_causal"]:
+        rows, columns = (int(n) for n in scores.meta["val"].shape[-2:])
+        device = device_of(q)
+        at = r.call(aten.unsqueeze.default, r.call(aten.arange.default, rows, device=device), 1)
+        allowed = r.call(aten.le.Tensor, r.call(aten.arange.default, columns, device=device), at)
+        scores = r.call(aten.where.ScalarOther, allowed, scores, -math.inf)
+    elif mask is not None and mask.meta["val"].dtype is torch.bool:
+        scores = r.call(aten.where.ScalarOther, mask, scores, -math.inf)
+    elif mask is not None:
+        scores = r.call(aten.add.Tensor, scores, mask)
+    weights = r.call(aten.softmax.int, scores, -1)
+    weights, _ = _drop(r, weights, a["dropout_p"], seed, site)
+    r.replace(r.call(aten.matmul.default, weights, v))

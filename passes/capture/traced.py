@@ -1,0 +1,175 @@
+"""traced: the calls that a trace would not see as they are meant, while it is made."""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxpar import compat
+from fxpar.errors import CaptureError
+from fxpar.passes.capture.functions import line_here, record_hook
+from fxpar.program import is_library_file
+
+_DATA, _SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_GRAD_FN = torch.Tensor.grad_fn.__get__
+
+_GRADIENT = "leave it to the loss's backward, compute it outside of the model, or write the derivative out"
+_GRAPH = "read gradients outside of the model, after the backward"
+REFUSED: dict[Any, tuple[str, str]] = {
+    _SET_DATA: ("a forward that replaces the .data of a tensor", "a forward may write to buffers alone: replace it outside of "
+                "forward, between steps"),
+    torch.autograd.grad: ("torch.autograd.grad inside of the forward", _GRADIENT),
+    torch.Tensor.backward: ("a backward inside of the forward", _GRADIENT),
+    torch.Tensor.retain_grad: ("retain_grad inside of the forward", _GRAPH),
+    _GRAD_FN: ("a forward that reads grad_fn", _GRAPH),
+    torch.Tensor.register_post_accumulate_grad_hook: ("register_post_accumulate_grad_hook inside of the forward",
+                                                      "register it once, outside of forward"),
+}
+"""Functions that cannot be traced: what they are called, and the way out."""
+
+Places = Mapping[int, tuple[dict[str, Any], str]]
+"""Where the model keeps each of its parameters: id -> the module's table and the name in it."""
+
+
+class Traced(TorchFunctionMode):
+    """What a trace does not see as it is meant.
+
+    ``torch.rand([]) < p`` is answered where it does not depend on the draw: p is 0 or 1 (layer dropping is off). ``x.data``,
+    which would be a constant, is `x` detached. A parameter that the forward finds elsewhere than in its module (in a list, a
+    closure, a partial) is the module's: `places` says where that is. ``x.register_hook(f)`` leaves a mark in `hooks`.
+    Raises: `CaptureError` for the functions of `REFUSED`, and for a tensor that wants a gradient and is no parameter.
+    """
+
+    def __init__(self, places: Places):
+        super().__init__()
+        self.places = places
+        self.draws: list[torch.Tensor] = []
+        self.hooks: list[torch.Tensor] = []
+        self.given: set[int] = set()
+        self._made: list[tuple[Any, Any]] = []
+        self._imports = _imports()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
+            if isinstance(args[1], int | float) and not 0 < args[1] < 1:
+                return args[1] >= 1
+        if func == _GRAD_FN and _asked_by_torch():
+            return func(*args)
+        if func in REFUSED:
+            raise CaptureError(REFUSED[func][0], line_here(), REFUSED[func][1])
+        args, kwargs = self._found(args, kwargs or {})
+        if func == _DATA:
+            return args[0].detach()
+        if func is torch.Tensor.register_hook:
+            self.hooks.append(record_hook(*args, **kwargs))
+            return _Handle()
+        made = func(*args, **kwargs)
+        if func is torch.rand and made.dim() == 0:
+            self.draws.append(made)
+        fakes = [t for t in pytree.tree_leaves(made) if isinstance(t, compat.FakeTensor)]
+        if fakes:
+            line = _frame()
+            self._made += [(weakref.ref(t), line) for t in fakes]
+        return made
+
+    def require_nothing_kept(self) -> None:
+        """Raises: `CaptureError` if somebody still has a tensor that was made, now that the trace is over: it has no values."""
+        self.draws.clear()
+        self.hooks.clear()
+        for generation in (None, 0, 1, 2):  # a full collection takes as long as many captures
+            if generation is not None:
+                gc.collect(generation)
+            kept = next((i for i, (ref, _) in enumerate(self._made) if self._is_kept(ref())), None)
+            if kept is None:
+                return
+        assert kept is not None
+        t, line = self._made[kept][0](), self._made[kept][1]
+        raise CaptureError(f"a forward that keeps a tensor of shape {tuple(t.shape)} outside of the model's attributes"
+                           f"{_held(t)}", line, "keep it in an attribute of a module, or in a list or dict that an "
+                           "attribute holds, or return it")
+
+    def _is_kept(self, t: Any) -> bool:
+        return t is not None and id(t) not in self.given and not isinstance(t, nn.Parameter)
+
+    def _found(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments, with the module's own parameters for those that come from elsewhere."""
+        if not any(_is_foreign(t) for t in pytree.tree_leaves((args, kwargs))):
+            return args, kwargs
+        return pytree.tree_map_only(torch.Tensor, self._own, (args, kwargs))
+
+    def _own(self, t: torch.Tensor) -> torch.Tensor:
+        if not _is_foreign(t):
+            return t
+        if id(t) in self.places:
+            table, key = self.places[id(t)]
+            return table[key]
+        if _imports() > self._imports:  # modules that make models for themselves, as those do that explain an error of export
+            return t
+        what = "a parameter" if isinstance(t, nn.Parameter) else "a tensor with requires_grad"
+        raise CaptureError(f"{what} of shape {tuple(t.shape)} that the model does not have among its parameters: it would be a "
+                           "constant", line_here(), "register it: assign it to an attribute of a module (modules in an "
+                           "nn.ModuleList, parameters in an nn.ParameterList), or pass it as an input, or detach it")
+
+
+class _Handle:
+    """What `register_hook` returns in a trace."""
+
+    def remove(self) -> None:
+        raise CaptureError("a tensor hook that is removed inside of the forward", line_here(), "do not register it")
+
+
+def _asked_by_torch() -> bool:
+    """Whether it is torch that made the call which a mode is asked about."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back  # type: ignore[assignment]
+    return is_library_file(frame.f_code.co_filename)
+
+
+def _frame() -> str:
+    """The user's innermost line on the stack, as `line_here` has it, sooner."""
+    frame = sys._getframe(2)
+    while frame is not None and is_library_file(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _held(t: torch.Tensor) -> str:
+    for holder in gc.get_referrers(t):
+        if type(holder) is dict:
+            key = next((k for k, v in holder.items() if v is t), None)
+            return f", in a dict under {key!r}"
+        if type(holder) is list:
+            return ", in a list"
+    return ""
+
+
+def _is_foreign(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.requires_grad and t.is_leaf and not isinstance(t, compat.FakeTensor)
+
+
+def _imports() -> int:
+    """How many modules are being imported."""
+    frame: Any = sys._getframe()
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    return count
+
+
+def host_draws() -> tuple:
+    """Changes when Python's random or numpy's global generator is drawn from."""
+    numpy: Any = sys.modules.get("numpy")
+    return random.getstate(), numpy and [getattr(part, "tolist", lambda p=part: p)() for part in numpy.random.get_state()]
+
+

@@ -1,0 +1,92 @@
+"""infer: the logical dimensions (factors) of every value, and their roles."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpar import compat
+from fxpar.errors import UnsupportedOperator
+from fxpar.passes.infer.roles import assign_roles
+from fxpar.passes.infer.rules.registry import find, spec_for
+from fxpar.program import Program, user_line
+from fxpar.sharding.factors import Dims, Factors
+from fxpar.sharding.layout import Tiling
+
+
+def infer(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
+    """Find the factors of every value by one walk over the graph.
+
+    Takes: a canonical program. pinned: how parameters are already stored (a module that was parallelized before);
+    their dims start from those pieces, so that they can be expressed again.
+    Afterwards: ``node.meta["dims"]`` holds the factors of every tensor (a list of them for several outputs),
+    ``node.meta["spec"]`` what the operator's rule said, ``node.meta["needs_grad"]`` whether a gradient flows to it,
+    and each factor its role. Operators without a rule are noted: they run whole.
+    Raises: `UnsupportedOperator` for random operators, whose result would depend on the plan.
+    """
+    factors = Factors()
+    sources = program.source_of()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            source = sources[node]
+            node.meta["needs_grad"], node.meta["is_param"] = source.requires_grad, source.kind == "param"
+            if isinstance(node.meta["val"], torch.Tensor):
+                tiles = (pinned or {}).get(source.name) if source.kind == "param" else None
+                node.meta["dims"] = factors.beside(
+                    _pinned(factors, tiles) if tiles is not None else factors.fresh(node.meta["val"].shape)
+                )
+        elif node.op == "call_function":
+            _infer_call(program, node, factors)
+    assign_roles(program)
+    return program
+
+
+def _pinned(factors: Factors, tiles: Tiling) -> Dims:
+    return tuple(tuple(f for piece in dim for f in factors.new(piece.size)) for dim in tiles)
+
+
+def _infer_call(program: Program, node: fx.Node, factors: Factors) -> None:
+    if node.target is operator.getitem:
+        _infer_getitem(node)
+        return
+    if compat.is_random(node.target) and find(node.target) is None:
+        raise UnsupportedOperator(
+            str(node.target),
+            where=user_line(node),
+            way_out=(
+                "Its random numbers would depend on the plan. Use torch.nn.functional.dropout (drawn from a counter-based "
+                "generator), or make the random tensor outside the model and pass it as an input."
+            ),
+        )
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor | tuple | list):
+        return
+    spec = spec_for(node, factors)
+    node.meta["spec"] = spec
+    if spec.unknown and spec.operands:
+        program.note(f"no rule for {node.target}: it runs whole on every rank ({user_line(node)})")
+    for dims in spec.outs:
+        factors.beside(dims)
+    node.meta["dims"] = spec.outs[0] if isinstance(value, torch.Tensor) else spec.outs
+    node.meta["needs_grad"] = _needs_grad(node, value)
+
+
+def _infer_getitem(node: fx.Node) -> None:
+    args: Any = node.args
+    made, index = args
+    values = made.meta["val"]
+    index = index % len(values)
+    position = sum(isinstance(v, torch.Tensor) for v in values[:index])
+    node.meta["position"] = position
+    node.meta["dims"] = made.meta["dims"][position]
+    node.meta["needs_grad"] = made.meta["needs_grad"] and node.meta["val"].is_floating_point()
+
+
+def _needs_grad(node: fx.Node, value: Any) -> bool:
+    if node.target is torch.ops.aten.detach.default:
+        return False
+    floats = value.is_floating_point() or value.is_complex() if isinstance(value, torch.Tensor) else True
+    return floats and any(n.meta.get("needs_grad", False) for n in node.all_input_nodes)

@@ -1,0 +1,152 @@
+"""accumulate: variants of a local program for gradient accumulation, in which nothing is communicated twice.
+
+Between the microbatches of one step parameters do not change: what was gathered of them is passed in. And where gradients
+may be kept whole (zero=0 and 1) they are summed over ranks once, by the last microbatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpar.ops.collectives import Collective, typed
+from fxpar.program import Program, Source
+from fxpar.sharding.mesh import Axes
+
+
+@dataclass(eq=False)
+class Boundary:
+    """Where a parameter becomes what the model computes with: the last of the collectives between the two.
+
+    node: that collective in the program. chain: the nodes from the parameter to it. source: the parameter.
+    gathers: it is a gather, whose result can be kept. sums: its backward sums over replicas what differs among them.
+    """
+
+    node: fx.Node
+    chain: tuple[fx.Node, ...]
+    source: Source
+    gathers: bool
+    sums: bool
+
+    @property
+    def key(self) -> str:
+        """The same for the same boundary in another program of the model."""
+        steps = (f"{getattr(n.target, '__name__', n.target)}{n.args[1:]}" for n in self.chain[1:])
+        return " ".join([self.source.name, *steps])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its gradients are summed."""
+        made = typed(self.node)
+        assert made is not None
+        return made.value.meta["dtype"]
+
+
+@dataclass
+class Variant:
+    """A program with more inputs, at the end: for each the boundary it belongs to, and what it is.
+
+    "instead": the value at the boundary; its gradient is this rank's own, still to be summed. "kept": the value, where its
+    gradient goes on to the parameter. "carried": gradients to be summed along with those of this program.
+    """
+
+    module: fx.GraphModule
+    extra: list[tuple[str, Boundary]]
+
+
+@dataclass
+class Variants:
+    """values: parameters -> the value at every boundary; wide: the same in the dtypes that gradients are summed in.
+
+    hold: for every microbatch but the last, where gradients are kept whole. release: for the last of them; where gradients
+    are not kept whole, for all.
+    """
+
+    boundaries: list[Boundary]
+    values: fx.GraphModule
+    wide: fx.GraphModule
+    hold: Variant
+    release: Variant
+
+
+def accumulation(program: Program) -> Variants:
+    """Make the variants of a partitioned program, which is left as it is."""
+    found = _boundaries(program)
+    kept = {b: {"kept"} if b.gathers else set() for b in found}
+    hold = {b: {"instead"} if b.sums else kept[b] for b in found}
+    release = {b: kept[b] | ({"carried"} if b.sums and not program.plan.reduces_each_backward else set()) for b in found}
+    return Variants(found, _values(program, found), _values(program, found, wide=True), _variant(program, hold),
+                    _variant(program, release))
+
+
+def _boundaries(program: Program) -> list[Boundary]:
+    params = {n: s for n, s in program.source_of().items() if s.kind == "param"}
+    dp = tuple(a for a in program.mesh.axes("dp") if program.mesh.size(a) > 1)
+    chains = {n: chain for n in program.graph.nodes if (chain := _from_parameter(n, params, dp))}
+    inner = {n for chain in chains.values() for n in chain[1:-1]}
+    inner |= {chain[-1] for chain in chains.values()}
+    out = []
+    for node, chain in chains.items():
+        if all(u in inner for u in node.users):
+            continue
+        steps = [made for n in chain if (made := _over(n, dp)) is not None]
+        out.append(Boundary(node, chain, params[chain[0]], steps[-1].gathers, any(s.sums for s in steps)))
+    return out
+
+
+def _over(node: fx.Node, axes: Axes) -> Collective | None:
+    """A collective over some of `axes` that brings a parameter to its use."""
+    made = typed(node)
+    return made if made is not None and (made.gathers or made.sums) and set(axes) & set(made.axes) else None
+
+
+def _from_parameter(node: fx.Node, params: dict[fx.Node, Source], axes: Axes) -> tuple[fx.Node, ...]:
+    """For a collective over some of `axes` of a parameter (through casts and views): the chain from the parameter to it."""
+    if _over(node, axes) is None:
+        return ()
+    chain = [node]
+    while chain[0] not in params:
+        if chain[0].op != "call_function" or len(chain[0].all_input_nodes) != 1:
+            return ()
+        chain.insert(0, chain[0].all_input_nodes[0])
+    return tuple(chain)
+
+
+def _values(program: Program, boundaries: list[Boundary], wide: bool = False) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node, source in program.source_of().items():
+        if source.kind == "param":
+            copies[node] = graph.node_copy(node)
+    for boundary in boundaries:
+        for node in boundary.chain[1:]:
+            if node not in copies:
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+                made = typed(copies[node])
+                if wide and made is not None and made.gathers:
+                    copies[node].args = replace(made, dtype=None, reduce=None).args
+    graph.output(tuple(copies[b.node] for b in boundaries))
+    return fx.GraphModule(program.module, graph)
+
+
+def _variant(program: Program, wanted: dict[Boundary, set[str]]) -> Variant:
+    kinds = ("instead", "kept", "carried")
+    extra: list[tuple[str, Boundary]] = [(kind, b) for kind in kinds for b in wanted if kind in wanted[b]]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    more: dict[fx.Node, dict[str, Any]] = {b.node: {} for b in wanted}
+    last = program.placeholders()[-1]
+    for node in program.graph.nodes:
+        if "instead" in more.get(node, ()):
+            copies[node] = more[node]["instead"]
+            continue
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node].kwargs = {**copies[node].kwargs, **more.get(node, {})}
+        if node is last:
+            for kind, boundary in extra:
+                more[boundary.node][kind] = graph.placeholder(f"{boundary.node.name}_{kind}")
+    graph.eliminate_dead_code()
+    return Variant(fx.GraphModule(program.module, graph), extra)

@@ -1,0 +1,278 @@
+"""partition: the global program -> the program of one rank, with collectives where layouts change.
+
+The result is one program for all ranks: what differs between them (which slice, which rows of a table) is read from
+the mesh when it runs, so every rank issues the same collectives in the same order by construction.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpar.ops.collectives import Collective, axis_index, make, typed
+from fxpar.passes.infer.rules.spec import Op, Operand, Spec
+from fxpar.passes.partition.reshard import Resharder, measure
+from fxpar.passes.place.cost import forward_flops
+from fxpar.passes.place.place import fits
+from fxpar.program import Program, copy_provenance
+from fxpar.sharding.factors import Dim, Dims, Factor, leaves
+from fxpar.sharding.layout import Layout, local_extent, local_shape, place_of, show, tiling
+from fxpar.sharding.mesh import Axes
+
+aten = torch.ops.aten
+
+
+def partition(program: Program) -> Program:
+    """Build the local program.
+
+    Takes: a placed program, whose graph it leaves as it is.
+    Afterwards: `program.module` computes on local tensors; ``meta["tiling"]`` of every placeholder and output says which
+    part of the global tensor it is, ``meta["global"]`` its global shape and dtype; ``meta["for"]`` of every collective names
+    the operator that it was inserted for, ``meta["bytes"]`` the size of its result on one rank. Outputs that hold a batch are
+    this replica's part.
+    """
+    return _Partitioner(program).run()
+
+
+class _Partitioner:
+    def __init__(self, program: Program):
+        assert program.placements is not None
+        self.program, self.mesh, self.placed = program, program.mesh, program.placements
+        self.graph = fx.Graph()
+        self.sources = program.source_of()
+        self.local: dict[fx.Node, Any] = {}
+        self.reshard = Resharder(self.graph, self.mesh)
+
+    def run(self) -> Program:
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                self.graph.output(tuple(self._output(n) for n in node.args[0]))
+            else:
+                self.local[node] = getattr(self, "_" + node.op)(node)
+        self.graph.eliminate_dead_code()
+        self.program.module = fx.GraphModule(self.program.module, self.graph)
+        return self.program
+
+    def _placeholder(self, node: fx.Node) -> fx.Node:
+        new = self.graph.placeholder(node.name)
+        new.meta["source"] = self.sources[node].name
+        return self._describe(new, node)
+
+    def _get_attr(self, node: fx.Node) -> fx.Node:
+        return self.graph.node_copy(node)
+
+    def _describe(self, new: fx.Node, old: fx.Node, layout: Layout | None = None, dims: Dims | None = None) -> fx.Node:
+        """`new` is the local part of the global value `old`."""
+        copy_provenance(new, old)
+        value = old.meta.get("val")
+        if isinstance(value, torch.Tensor) and "dims" in old.meta:
+            dims = old.meta["dims"] if dims is None else dims
+            layout = self.placed.storage(old) if layout is None else layout
+            new.meta.update(
+                tiling=tiling(dims, layout, self.mesh),
+                shows=show(dims, layout, self.mesh),
+                needs_grad=old.meta.get("needs_grad", False),
+                dtype=value.dtype,
+            )
+            new.meta["global"], new.meta["of"] = value, old.name
+            new.meta.update({k: old.meta[k] for k in ("reduce_dtype", "batch_dim") if k in old.meta})
+            if old in self.placed.stored:
+                new.meta["stored"] = self.placed.stored[old]
+        return new
+
+    def _call_function(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            args: Any = node.args
+            new = self.graph.call_function(operator.getitem, (self.local[args[0]], args[1]))
+            return self._describe(new, node)
+        if "spec" not in node.meta:
+            return self.graph.node_copy(node, lambda n: self.local[n])
+        return Local(self, node).build()
+
+    def _output(self, node: fx.Node) -> fx.Node:
+        """An output's batch goes to dp, as its inputs' did; elsewhere it stays as it is."""
+        layout, dims = dict(self.placed.layouts.get(node) or {}), node.meta.get("dims", ())
+        want: Layout = {}
+        for axis in self.mesh.axes("dp"):
+            batch = next(
+                (
+                    f
+                    for d in dims
+                    for f in leaves(d)
+                    if f.role == "batch" and fits({**layout, **want}, f, axis, self.mesh)
+                ),
+                None,
+            )
+            if axis not in layout and batch is not None and self.mesh.size(axis) > 1:
+                want[axis] = batch
+        new = self.reshard.to(self.local[node], dims, layout, {**layout, **want}, node)
+        return self._describe(new, node, {**layout, **want}) if want or "tiling" not in new.meta else new
+
+
+class Local:
+    """What a rule's `emit` builds with: the operands as this operator runs on them, and calls that add nodes."""
+
+    def __init__(self, owner: _Partitioner, node: fx.Node):
+        self.owner, self.node = owner, node
+        self.mesh, self.graph = owner.mesh, owner.graph
+        self.spec: Spec = node.meta["spec"]
+        self.placement = owner.placed.operators[node]
+        self.at = self.placement.at
+        self.op = Op(node, None)  # type: ignore[arg-type]
+        self.skip_deferred = bool(self.placement.pending) and any(o.deferred for o in self.spec.operands)
+        self._operands = {
+            o.node: self._bring(o, self.at) for o in self.spec.operands if not (o.deferred and self.skip_deferred)
+        }
+        if self.spec.contiguous:
+            self._operands = {n: self.call(aten.contiguous.default, x) for n, x in self._operands.items()}
+        self.args, self.kwargs = self._map(node.args), self._map(dict(node.kwargs))
+
+    def _map(self, tree: Any) -> Any:
+        skipped = {o.node for o in self.spec.operands if o.deferred and o.node not in self._operands}
+        return fx.map_arg(tree, lambda n: None if n in skipped else self._operands.get(n, self.owner.local[n]))
+
+    def _bring(self, operand: Operand, at: Layout) -> fx.Node:
+        """The operand in the layout the operator runs in: split like it, or whole; varying where the op is split.
+
+        What is made from a parameter as it is stored takes it as it is stored."""
+        if self.node in self.owner.placed.stored:
+            return self.owner.local[operand.node]
+        own = {f for d in operand.dims for f in leaves(d)} - {g for f in operand.gathered for g in f.leaves()}
+        want: dict[str, Factor | bool] = {a: (f if f in own else True) for a, f in at.items()}
+        want.update(dict.fromkeys(self.placement.varies, True))
+        old = operand.node
+        return self.owner.reshard.to(self.owner.local[old], old.meta["dims"], self.owner.placed.layouts[old], want, self.node)
+
+    def build(self) -> Any:
+        made = self.spec.emit(self) if self.spec.emit is not None else self.default()
+        if isinstance(made, fx.Node):
+            made.meta["flops"] = forward_flops(self.node, self.spec, self.at, self.mesh)
+        if isinstance(self.node.meta["val"], torch.Tensor):
+            made = self._resolve(made)
+            if made in self._operands.values():
+                return made
+            made.meta["varied"] = self.placement.varies
+            return self.owner._describe(made, self.node)
+        copy_provenance(made, self.node)
+        return made
+
+    def _resolve(self, value: fx.Node) -> fx.Node:
+        """Pending sums and maxima, then what had to wait for them (a bias)."""
+        dims = self.spec.outs[0]
+        layout = self.placement.layouts[0]
+        done = {a: f for a, f in layout.items() if a not in self.placement.scatter}
+        for kind in ("sum", "max"):
+            axes = tuple(
+                a for a in self.mesh.names if self.placement.pending.get(a) == kind and a not in self.placement.scatter
+            )
+            if axes:
+                value = self.reduce(value, axes, kind)
+        for axis in self.mesh.names:
+            leaf = self.placement.scatter.get(axis)
+            if leaf is not None:
+                made = Collective("reduce_scatter", value, (axis,), place_of(dims, done, self.mesh, leaf))
+                done[axis] = leaf
+                value = self._measured(made, done)
+        if self.skip_deferred:
+            value = self._add_deferred(value, dims, layout)
+        return value
+
+    def _add_deferred(self, value: fx.Node, dims: Dims, layout: Layout) -> fx.Node:
+        for operand in self.spec.operands:
+            if operand.deferred:
+                bias = self._bring(operand, layout)
+                if operand.along != -1:
+                    bias = self.call(aten.reshape.default, bias, [-1] + [1] * (-1 - operand.along))
+                value = self.call(aten.add.Tensor, value, bias)
+        return value
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        new = self.graph.call_function(target, args, kwargs)
+        copy_provenance(new, self.node)
+        return new
+
+    def _communicate(self, made: Collective) -> fx.Node:
+        new = make(self.graph, made)
+        copy_provenance(new, self.node)
+        new.meta["for"] = self.node.name
+        return new
+
+    def _measured(self, made: Collective, layout: Layout) -> fx.Node:
+        new = self._communicate(made)
+        new.meta["needs_grad"] = bool(self.node.meta.get("needs_grad"))
+        measure(new, self.node, self.spec.outs[0], layout, self.mesh)
+        return new
+
+    def default(self, **override: Any) -> fx.Node:
+        """The same operator on the local operands, with sizes and `override`n arguments localised."""
+        sizes = {name: local_shape(dims, self.at, self.mesh) for name, dims in self.spec.sizes.items()}
+        args, kwargs = list(self.args), {**self.kwargs}
+        schema = getattr(self.node.target, "_schema", None)
+        names = [a.name for a in schema.arguments] if schema else []
+        for name, value in {**sizes, **override}.items():
+            if name in names[: len(args)]:
+                args[names.index(name)] = value
+            else:
+                kwargs[name] = value
+        return self.call(self.node.target, *args, **kwargs)
+
+    def operand(self, i: int) -> fx.Node:
+        return self._operands[self.spec.operands[i].node]
+
+    def shape(self, dims: Dims) -> list[int]:
+        return local_shape(dims, self.at, self.mesh)
+
+    def extent(self, dim: Dim) -> int:
+        return local_extent(dim, self.at, self.mesh)
+
+    def axes(self, factors: Any) -> Axes:
+        """The mesh axes that split any of these factors here."""
+        flat = {leaf for f in factors for leaf in f.leaves()}
+        return tuple(a for a in self.mesh.names if self.at.get(a) in flat)
+
+    def ranks(self, factors: Any) -> int:
+        return self.mesh.size(*self.axes(factors))
+
+    def offset(self, dim: Dim) -> fx.Node | None:
+        """Where this rank's (contiguous) part of a dim begins; None if the dim is whole."""
+        axes = self.axes(dim)
+        if not axes:
+            return None
+        return self.call(operator.mul, self.call(axis_index, axes), self.extent(dim))
+
+    def grid(self, dims: Dims) -> tuple:
+        """Per dim, runs of (local size, global offset, global size): see `fxpar.ops.rng`."""
+        out = []
+        for dim in dims:
+            runs = []
+            for leaf in leaves(dim):
+                axes = self.axes((leaf,))
+                local = leaf.size // self.mesh.size(*axes)
+                offset = self.call(operator.mul, self.call(axis_index, axes), local) if axes else 0
+                runs.append((local, offset, leaf.size))
+            out.append(tuple(runs))
+        return tuple(out)
+
+    def exchanged_dim(self) -> int | None:
+        """The dim along which the first operand was just gathered, or else the output will be scattered, if it is whole."""
+        first = typed(self.operand(0))
+        if first is not None and first.gathers:
+            dim, outer = first.place
+            return dim if outer == 1 else None
+        for leaf in self.placement.scatter.values():
+            dim, outer = place_of(self.spec.outs[0], self.at, self.mesh, leaf)
+            return dim if outer == 1 else None
+        return None
+
+    def reduce(self, value: fx.Node, axes: Axes, kind: str) -> fx.Node:
+        """The sum or maximum of every rank's value, on every rank."""
+        return self._measured(Collective("psum" if kind == "sum" else "pmax", value, axes), self.at)
+
+    def vary(self, value: fx.Node, axes: Axes) -> fx.Node:
+        """`value` is used differently on the ranks of `axes` from here on."""
+        if not self.node.meta.get("needs_grad"):
+            return value
+        return self._communicate(Collective("vary", value, axes))

@@ -1,0 +1,63 @@
+"""replicas: what several ranks hold of a parameter stays the same on all of them, bit by bit.
+
+Where ranks compute a gradient alike, each on its own, rounding may differ: a GPU adds up in any order in the backward of a
+lookup, and each rank's compiler chooses block sizes of its own by timing them. The optimizer turns a difference of
+rounding into one of weights, which nothing brings together again; Adam makes a whole step of a gradient that is zero but for
+rounding. A gradient that is summed over ranks last is the same on all of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from fxpar.ops.collectives import Collective, make, typed
+from fxpar.program import Program, copy_provenance
+from fxpar.sharding.layout import held_shape
+from fxpar.sharding.mesh import Axes
+
+
+def average_replicas(program: Program) -> Program:
+    """Average gradients over the ranks that would each compute the whole of them, in place.
+
+    Takes: a partitioned program. Afterwards: along every axis that a trained parameter is replicated over in storage, its
+    gradients are communicated last: summed, scattered or gathered, or else averaged by `collectives.average`.
+    """
+    mesh = program.mesh
+    for node, source in program.source_of().items():
+        if source.kind != "param" or not source.requires_grad or not program.training:
+            continue
+        split = {a for dim in node.meta["tiling"] for part in dim for a in part.axes}
+        replicated = tuple(a for a in mesh.names if mesh.size(a) > 1 and a not in split)
+        alike: dict[Axes, list[fx.Node]] = {}
+        for user in node.users:
+            axes = tuple(a for a in replicated if not _communicated(user, a))
+            if axes and user.op == "call_function":
+                alike.setdefault(axes, []).append(user)
+        for axes, users in alike.items():
+            size = math.prod(held_shape(node.meta["tiling"], mesh)) * node.meta["global"].element_size()
+            _average(program.graph, node, axes, users, size)
+    program.module.recompile()
+    return program
+
+
+def _communicated(user: fx.Node, axis: str) -> bool:
+    """Whether what comes back through a use of a parameter was communicated over an axis."""
+    made = typed(user)
+    if made is not None and made.returns_alike:
+        if axis in made.axes:
+            return True
+    elif user.op != "call_function" or len(user.all_input_nodes) != 1 or not user.meta.get("resharded"):
+        return False
+    return bool(user.users) and all(_communicated(u, axis) for u in user.users)
+
+
+def _average(graph: fx.Graph, node: fx.Node, axes: Axes, users: list[fx.Node], size: int) -> None:
+    with graph.inserting_before(min(users)):
+        new = make(graph, Collective("average", node, axes))
+    copy_provenance(new, users[0])
+    new.meta.update({k: node.meta[k] for k in ("tiling", "shows", "needs_grad", "dtype", "global") if k in node.meta})
+    new.meta.update({"for": users[0].name, "bytes": size})
+    for user in users:
+        user.replace_input_with(node, new)

@@ -1,0 +1,103 @@
+"""Many architectures on 2 and on 4 GPUs, over NCCL, compiled by Inductor, against one GPU: ``pytest -m gpu -n 16``.
+
+``-k smoke`` runs each architecture once. FXPAR_TABLE=FILE collects a line per case, of which ``python -m tests.gpu_table FILE``
+makes the table of benchmarks/RESULTS.md. Six architectures under a plan share a process group, one after the other; groups run
+side by side (compiling takes most of the time), those of two GPUs on different ones, where there are four. The plans of four
+GPUs are also run by one, in simulation (``-k simulated -n 6``): the same graphs, compiled for it, with the ranks as threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxpar
+from fxpar.testing import assert_equivalent
+from tests import zoo
+from tests.gpu_program import enough, on_gpu, without_dropout
+from tests.matrix import pairwise
+
+ROOT = Path(__file__).parent.parent.parent
+FAMILIES = (
+    "llama_padded", "llama_left", "llama_tied", "llama_odd", "qwen2", "qwen3", "phi3", "gemma2_padded", "mistral_sliding", "gptj",
+    "falcon", "bloom", "olmo2", "stablelm", "starcoder2", "mpt", "gpt2_padded", "gpt_oss", "mixtral", "qwen3_moe", "bert",
+    "roberta", "distilbert", "t5", "bart", "vit", "clip", "nanogpt", "resnet", "dlrm",
+)  # fmt: skip
+PLANS = {2: ("dp=2", "tp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3"),
+         4: ("dp=2,tp=2", "dp=2,tp=2,zero=3", "dp=4,dp_replicate=2,zero=3", "tp=4,sequence_parallel=false")}  # fmt: skip
+RECOMPUTE = ("none", "selective", "full", "0.5")
+DTYPES = ("", "param_dtype=bf16")
+GROUP = 6
+"""How many cases share a process group."""
+CASES = {gpus: pairwise(FAMILIES, plans, RECOMPUTE, DTYPES, (1, 2)) for gpus, plans in PLANS.items()}
+
+
+def runs(gpus: int, plan: str, cases: list[tuple]) -> None:
+    """All cases of a plan in one process group; what is wrong is said of each of them."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"{gpus} GPUs are needed, {torch.cuda.device_count()} are here")
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    first = worker * gpus % (torch.cuda.device_count() // gpus * gpus)
+    devices = ",".join(str(first + i) for i in range(gpus))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
+               str(ROOT / "tests/gpu_program.py"), plan, json.dumps(cases)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if "FXPAR_TABLE" in os.environ:
+        with open(os.environ["FXPAR_TABLE"], "a") as table:
+            table.writelines(json.dumps({**line, "mesh": plan, "gpus": gpus}) + "\n" for line in lines)
+    wrong = "\n".join(f"{line['model']} {line['plan']}: {line['error']}" for line in lines if line["error"])
+    assert not wrong, wrong
+    assert done.returncode == 0 and len(lines) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def groups() -> list[tuple[int, str, list[tuple]]]:
+    found = []
+    for gpus, plan in ((gpus, plan) for gpus, plans in PLANS.items() for plan in plans):
+        cases = [(name, *rest) for name, mine, *rest in CASES[gpus] if mine == plan]
+        found += [(gpus, plan, cases[i:i + GROUP]) for i in range(0, len(cases), GROUP)]
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.multiproc
+@pytest.mark.parametrize("gpus, plan, cases", [pytest.param(*g, id=f"{g[0]}gpus-{g[1]}-{g[2][0][0]}") for g in groups()])
+def test_architectures(gpus, plan, cases):
+    runs(gpus, plan, cases)
+
+
+@pytest.mark.gpu
+@pytest.mark.multiproc
+@pytest.mark.parametrize("plan", PLANS[2])
+def test_smoke(plan):
+    """Each architecture under one plan, each plan with all policies and dtypes."""
+    settings = itertools.cycle(itertools.product(RECOMPUTE, DTYPES, (1,)))
+    cases = [(name, mine, *rest) for name, mine, rest in zip(FAMILIES, itertools.cycle(PLANS[2]), settings, strict=False)]
+    runs(2, plan, [(name, *rest) for name, mine, *rest in cases if mine == plan])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, plan, recompute, more, microbatches", CASES[4])
+def test_simulated(name, plan, recompute, more, microbatches):
+    """One GPU runs what four would, compiled."""
+    if not torch.cuda.is_available():
+        pytest.skip("a GPU is needed")
+    model, inputs = zoo.build(name)
+    if microbatches > 1 and "labels" in inputs and inputs["labels"].dim() > 1:
+        inputs["labels"].clamp_(min=1)  # as many labels in each
+    whole = ",".join(filter(None, [plan, more, f"recompute={recompute}", f"microbatches={microbatches}"]))
+    plan = fxpar.Plan.parse(whole)
+    assert_equivalent(without_dropout(model).cuda(), plan, on_gpu(enough(inputs, plan)), backend="inductor")
+
+
+def test_the_cover_of_gpus_has_every_family_under_every_plan():
+    for gpus, plans in PLANS.items():
+        assert {c[:2] for c in CASES[gpus]} == set(itertools.product(FAMILIES, plans))

@@ -1,9 +1,0 @@
-"""Random arguments for every operator that has a rule: `CASES[operator](gen)` gives ``(args, kwargs)``.
-
-One file for each file of rules.
-"""
-
-from tests.passes.cases import conv, factory, index, matmul, pointwise, reduce, view
-from tests.passes.cases.registry import CASES, UNDEFINED
-
-__all__ = ["CASES", "UNDEFINED", "conv", "factory", "index", "matmul", "pointwise", "reduce", "view"]

@@ -1,0 +1,91 @@
+"""`assert_equivalent` itself: what it compares, and what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fxpar.errors import EquivalenceError
+from fxpar.testing import assert_equivalent
+from fxpar.verify import equivalence as testing
+
+X = torch.linspace(-1, 1, 24).view(4, 6)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.first(x).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.hidden(x)).square().mean()
+
+
+class Checkpointed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(checkpoint(self.hidden, x, use_reentrant=True)).square().mean()
+
+
+class Empty(Net):
+    """A parameter of no elements, as a convolution of no channels has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.empty(0, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.cat([self.none, self.hidden(x)]).mean()
+
+
+@pytest.mark.parametrize("plan", ["dp=2", "tp=2"])
+def test_a_parameter_of_no_elements(plan):
+    assert_equivalent(Empty(), plan, (X,))
+
+
+def test_a_model_that_checkpoints_reentrantly():
+    assert_equivalent(Checkpointed(), "dp=2,tp=2", (X.clone().requires_grad_(),))
+
+
+def test_values_that_are_infinite_on_both_sides_do_not_differ():
+    infinite = torch.tensor([1.0, torch.inf, -torch.inf, torch.nan])
+    assert testing._relative(*testing._finite(infinite, infinite)) == 0
+    for i, other in [(1, -torch.inf), (2, 3.0), (3, 0.0), (0, torch.inf)]:
+        changed = infinite.clone()
+        changed[i] = other
+        assert not testing._relative(*testing._finite(changed, infinite)) <= 1e-5
+
+
+def test_a_loss_that_is_no_number_is_not_right():
+    class NotANumber(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).log() * torch.nan
+
+    with pytest.raises(EquivalenceError, match="the loss is nan"):
+        assert_equivalent(NotANumber(), "dp=2", (X,))
+
+
+def test_a_distance_in_few_bits_is_taken_over_several_draws_of_roundings():
+    assert not testing.too_far([(2.0, 1.0), (0.5, 1.0), (0.5, 1.0)])  # one draw alone would be too far
+    assert testing.too_far([(2.0, 1.0), (1.6, 1.0), (1.4, 1.0)])
+
+
+def test_what_is_farther_in_every_draw_is_wrong(monkeypatch):
+    monkeypatch.setattr(testing, "_apart", lambda exact, one, result: (0.2, 0.1))
+    with pytest.raises(EquivalenceError, match=r"off by 0\.2 of their norm.*5 draws"):
+        assert_equivalent(Net(), "dp=2,param_dtype=bf16", (X,))
+
+
+def test_a_draw_moves_parameters_and_puts_them_back():
+    model, moved = Net(), []
+    before = [p.detach().clone() for p in model.parameters()]
+    for draw in (0, 1, 2):
+        with testing.moved(model, draw):
+            moved.append(model.first.weight.detach().clone())
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert torch.equal(moved[0], before[0]) and not torch.equal(moved[1], moved[2])
+    assert ((moved[1] - before[0]).abs() <= before[0].abs() * 0.05).all() and not torch.equal(moved[1], before[0])
