@@ -23,7 +23,9 @@ from fxpar.model import inputs as calls
 from fxpar.plan import Plan, require_one_of
 from fxpar.report.dump import Dumper
 from fxpar.run.agreement import agree_on_options, agree_on_program
+from fxpar.run.engine import Engine
 from fxpar.run.module import ParallelModule
+from fxpar.run.store import ParameterStore
 from fxpar.sharding.mesh import BoundMesh
 
 BACKENDS = ("auto", "inductor", "eager")
@@ -63,9 +65,10 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         identity.check(model)
         made.append(compile_call(example, None))
     bound = BoundMesh(made[0].mesh, device.type)
-    module = ParallelModule(model, plan, bound, control, device, compile_call, lower, transport)
-    module.adopt(made[0], example)
-    return module
+    store = ParameterStore(model, bound, control, device)
+    engine = Engine(store, plan, compile_call, lower, transport)
+    engine.adopt(made[0], example)
+    return ParallelModule(store, engine)
 
 
 def _check_model(model: nn.Module) -> None:

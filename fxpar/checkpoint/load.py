@@ -104,4 +104,4 @@ class _Load:
         dropout = self.summary.get("dropout")
         if dropout is not None and self.model.is_parallel:
             module: Any = self.model.module
-            module.seed, module._steps = dropout["seed"], dropout["steps"]
+            module.dropout_seeds.base, module.dropout_seeds.calls = dropout["seed"], dropout["steps"]

@@ -23,7 +23,6 @@ from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.planners import Key, joined
 from fxpar.checkpoint.ranks import LocalModel, listed, to_cpu
 from fxpar.errors import CheckpointError
-from fxpar.run import storage
 from fxpar.run.module import ParallelModule
 from fxpar.sharding import chunks
 
@@ -131,8 +130,9 @@ class OptimizerLoad:
 
     def _as_parameter(self, part: Part) -> Tensor:
         module = self.model.module
-        return storage.wrap(part.local, part.shape, part.tiles, module._bound) if isinstance(module, ParallelModule) else \
-            part.local
+        if isinstance(module, ParallelModule):
+            return module.parameter_store.wrap(part.local, part.shape, part.tiles)
+        return part.local
 
     def install(self) -> None:
         """Put state and options into the optimizer, as its `load_state_dict` does."""

@@ -14,7 +14,6 @@ from fxpar import compat
 from fxpar.backends.transport.runtime import Control
 from fxpar.checkpoint.part import Part
 from fxpar.errors import CheckpointError
-from fxpar.run import storage
 from fxpar.run.agreement import digest
 from fxpar.run.module import ParallelModule
 from fxpar.sharding.layout import Tiling
@@ -72,14 +71,15 @@ class LocalModel:
         self.module = module
         self.is_parallel = isinstance(module, ParallelModule)
         if isinstance(module, ParallelModule):
-            self.model: nn.Module = module._model
-            self.mesh, self.rank, self.device = module._bound.mesh, module._bound.rank, module.device
-            self.ranks: Ranks = module._control
-            self._tilings: dict[str, Tiling] = module._tilings
+            store = module.parameter_store
+            self.model: nn.Module = store.model
+            self.mesh, self.rank, self.device = store.mesh, store.rank, store.device
+            self.ranks: Ranks = store.control
+            self._layouts: dict[str, Tiling] = store.layouts
         elif isinstance(module, nn.Module):
             self.model, self.mesh, self.rank = module, Mesh((), ()), 0
             self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
-            self.ranks, self._tilings = Alone(), {}
+            self.ranks, self._layouts = Alone(), {}
         else:
             raise TypeError(f"a checkpoint is of a torch.nn.Module, not {type(module).__name__}")
         self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
@@ -107,8 +107,8 @@ class LocalModel:
     def tiles(self, name: str) -> Tiling:
         """How a parameter lies on the ranks; anything else is whole on each."""
         for alias in self.aliases.get(name, ()):
-            if alias in self._tilings:
-                return self._tilings[alias]
+            if alias in self._layouts:
+                return self._layouts[alias]
         return tuple(() for _ in self.parameters[name].shape)
 
     def part(self, name: str, tensor: Tensor) -> Part:
@@ -139,7 +139,7 @@ class LocalModel:
         """The whole of a tensor, on every rank."""
         if not isinstance(self.module, ParallelModule):
             return part.local
-        return storage.whole(part.local, part.tiles, part.shape, self.module._bound, self.module._runtime)
+        return self.module.parameter_store.unsharded(part.local, part.shape, part.tiles)
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.planners import Contents, Key, SavePlanner, contents
 from fxpar.checkpoint.ranks import LocalModel, Ranks, alike, same
 from fxpar.errors import CheckpointError
+from fxpar.run.module import ParallelModule
 
 SUMMARY: Key = ("fxpar",)
 """The one entry that is no tensor."""
@@ -107,8 +108,10 @@ def save_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
 
 def _collect(model: LocalModel, optimizer: Optimizer | None, target: Path) -> tuple[dict[Key, Part], dict[str, Any]]:
     parts: dict[Key, Part] = {("model", name): part for name, part in model.parts().items()}
-    counters = {k: getattr(model.module, a, None) for k, a in (("seed", "seed"), ("steps", "_steps"))}
-    summary: dict[str, Any] = {"format": 1, "dropout": counters if model.is_parallel else None, "optimizer": None}
+    summary: dict[str, Any] = {"format": 1, "dropout": None, "optimizer": None}
+    if isinstance(model.module, ParallelModule):
+        seeds = model.module.dropout_seeds
+        summary["dropout"] = {"seed": seeds.base, "steps": seeds.calls}
     if optimizer is not None:
         states, summary["optimizer"] = saved_state(optimizer, model, target)
         parts |= states

@@ -183,7 +183,7 @@ class Collective:
     """One collective as it stands in a program: what it does in both directions, and to what.
 
     kind: a key of `CONJUGATE`. value: its operand; of one that `typed` reads, the node. place: where the ranks' parts lie; to:
-    where else, after an exchange. dtype, reduce, kept, carried: see `all_gather`.
+    where else, after an exchange. dtype, reduce, unsharded, unreduced: see `all_gather`.
     """
 
     kind: str
@@ -193,8 +193,8 @@ class Collective:
     to: Place = (0, 1)
     dtype: torch.dtype | None = None
     reduce: torch.dtype | None = None
-    kept: Any = None
-    carried: Any = None
+    unsharded: Any = None
+    unreduced: Any = None
 
     @property
     def forward(self) -> Step:
@@ -264,7 +264,8 @@ VARYING = "_varying"
 _ARGUMENTS: dict[str, Callable[[Collective], Any]] = {
     "x": lambda c: c.value, "axes": lambda c: c.axes, "dim": lambda c: c.place[0], "outer": lambda c: c.place[1],
     "to_dim": lambda c: c.to[0], "to_outer": lambda c: c.to[1], "varying": lambda c: c.kind.endswith(VARYING),
-    "dtype": lambda c: c.dtype, "reduce": lambda c: c.reduce, "kept": lambda c: c.kept, "carried": lambda c: c.carried,
+    "dtype": lambda c: c.dtype, "reduce": lambda c: c.reduce,
+    "unsharded": lambda c: c.unsharded, "unreduced": lambda c: c.unreduced,
 }  # fmt: skip
 """Name of an operator's argument -> what it is of a collective."""
 _OPERATORS: dict[str, Callable[..., Tensor]] = {}
@@ -314,19 +315,19 @@ class _Transposed(torch.autograd.Function):
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, kept: Tensor | None, carried: Tensor | None, made: Collective, run: Runtime) -> Tensor:
+    def forward(ctx, x: Tensor, unsharded: Tensor | None, unreduced: Tensor | None, made: Collective, run: Runtime) -> Tensor:
         ctx.made, ctx.run, ctx.dtype = made, run, x.dtype
-        ctx.save_for_backward(carried)
-        if kept is not None:
-            return kept.view_as(kept)
+        ctx.save_for_backward(unreduced)
+        if unsharded is not None:
+            return unsharded.view_as(unsharded)
         return _perform(made.forward, made, run, x.to(made.dtype or x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        made, (carried,) = ctx.made, ctx.saved_tensors
+        made, (unreduced,) = ctx.made, ctx.saved_tensors
         grad = grad.to(ctx.dtype)
-        if carried is not None:
-            grad = grad + carried
+        if unreduced is not None:
+            grad = grad + unreduced
         grad = grad.to(made.reduce or ctx.dtype)
         if torch.is_grad_enabled():
             grad = _Transposed.apply(grad, made, ctx.run)
@@ -340,7 +341,7 @@ def _run(made: Collective) -> Tensor:
     x, run = made.value, _active.get()
     if made.backward is None:
         return _perform(made.forward, made, run, x.detach())
-    return _Apply.apply(x, made.kept, made.carried, replace(made, value=None, kept=None, carried=None), run)
+    return _Apply.apply(x, made.unsharded, made.unreduced, replace(made, value=None, unsharded=None, unreduced=None), run)
 
 
 def _operator(describe: Callable[P, Collective]) -> Callable[P, Tensor]:
@@ -368,30 +369,30 @@ def pmax(x: Tensor, axes: Axes) -> Collective:
 
 
 @_operator
-def vary(x: Tensor, axes: Axes, reduce: torch.dtype | None = None, carried: Tensor | None = None) -> Collective:
+def vary(x: Tensor, axes: Axes, reduce: torch.dtype | None = None, unreduced: Tensor | None = None) -> Collective:
     """Replicated -> used differently on each rank of `axes`: the value itself; its cotangents are summed (in the dtype
-    `reduce`), and those `carried` along with them."""
-    return Collective("vary", x, axes, reduce=reduce, carried=carried)
+    `reduce`), and those `unreduced` along with them."""
+    return Collective("vary", x, axes, reduce=reduce, unreduced=unreduced)
 
 
 @_operator
-def average(x: Tensor, axes: Axes, carried: Tensor | None = None) -> Collective:
-    """Replicated -> used alike on all ranks of `axes`: the value itself; its cotangents (and those `carried`), equal but for
+def average(x: Tensor, axes: Axes, unreduced: Tensor | None = None) -> Collective:
+    """Replicated -> used alike on all ranks of `axes`: the value itself; its cotangents (and those `unreduced`), equal but for
     rounding, become the same."""
-    return Collective("average", x, axes, carried=carried)
+    return Collective("average", x, axes, unreduced=unreduced)
 
 
 @_operator
 def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = False, dtype: torch.dtype | None = None,
-               reduce: torch.dtype | None = None, kept: Tensor | None = None, carried: Tensor | None = None) -> Collective:
+               reduce: torch.dtype | None = None, unsharded: Tensor | None = None, unreduced: Tensor | None = None) -> Collective:
     """Sharded -> replicated along `dim`; `varying`: what follows differs from rank to rank.
 
     dtype: of the result, and of what is communicated. reduce: in which cotangents are summed; without it, that of `x`.
-    kept: the result, where it is there already. carried: cotangents of the result, in the dtype of `x`, that are reduced with
+    unsharded: the result, where it is there already. unreduced: cotangents of the result, in the dtype of `x`, reduced with
     those that come.
     """
     kind = f"all_gather{VARYING}" if varying else "all_gather"
-    return Collective(kind, x, axes, (dim, outer), dtype=dtype, reduce=reduce, kept=kept, carried=carried)
+    return Collective(kind, x, axes, (dim, outer), dtype=dtype, reduce=reduce, unsharded=unsharded, unreduced=unreduced)
 
 
 @_operator

@@ -25,7 +25,7 @@ from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.runtime import FunctionalRuntime
 from fxpar.ops.collectives import use_runtime
 from fxpar.ops.vocabulary import SDPA
-from fxpar.passes.partition.accumulate import accumulation
+from fxpar.passes.partition.phases import split_phases
 from fxpar.program import Program, module_path
 from fxpar.sharding.layout import held_shape
 from fxpar.sharding.mesh import Axes, Mesh
@@ -123,16 +123,16 @@ def _local(mode: Any, node: fx.Node, value: Any, mesh: Mesh, requires_grad: bool
 
 
 def _last_microbatch(program: Program, parameters: list[Tensor]) -> tuple[fx.GraphModule, list[_Input]]:
-    """The program as the last microbatch of a step runs it (see `fxpar.run.accumulation`), and what it takes besides."""
+    """The program as the last microbatch of a step runs it (see `fxpar.run.steps`), and what it takes besides."""
     plan, mesh = program.plan, program.mesh
     if plan.gathers_each_use or mesh.size(*mesh.axes("dp")) == 1:
         return program.module, []
-    variants = accumulation(program)
+    phases = split_phases(program)
     with torch.no_grad(), parameters[0].fake_mode:  # type: ignore[attr-defined]
-        values = dict(zip(variants.boundaries, variants.values(*parameters), strict=True))
-        more = [_Input(torch.empty_like(values[b], dtype=b.dtype), "gradients") if kind == "carried" else
-                _Input(values[b], "parameter copies") for kind, b in variants.release.extra]
-    return variants.release.module, more
+        values = dict(zip(phases.boundaries, phases.unshard(*parameters), strict=True))
+        more = [_Input(torch.empty_like(values[b], dtype=b.dtype), "gradients") if kind == "unreduced" else
+                _Input(values[b], "parameter copies") for kind, b in phases.compute_and_reduce.extra]
+    return phases.compute_and_reduce.module, more
 
 
 def _as_on_gpu(module: fx.GraphModule) -> None:

@@ -1,13 +1,13 @@
 """What `parallelize` returns, and what it does when it is called.
 
-module        `ParallelModule`, which training loops hold
-programs      how many programs are kept of one model
-feed          the local inputs of a program, call by call
-accumulation  gradients and gathered parameters between the microbatches of a step
-agreement     what ranks exchange, so that they all run or all raise
-storage       full tensors <-> DTensors in a program's layouts
-initialize    parameters of meta models, as the model itself initialises them
-edges         tensors that go from one parallel module into another
-numbers       Python numbers in a call that need no capture of their own
-clip          the norm of all gradients over all ranks
+module      `ParallelModule`, which training loops hold: a store and an engine
+store       a model's parameters in the layouts of a plan (with storage: full tensors <-> DTensors)
+engine      captures, compiles and runs programs, one for every kind of call (with programs: how many are kept)
+feed        the local inputs of a program, call by call
+steps       which of a step's phases runs when: unshard, compute, reduce (with gradients: those not reduced yet)
+agreement   what ranks exchange, so that they all run or all raise
+initialize  parameters of meta models, as the model itself initialises them
+edges       tensors that go from one parallel module into another
+numbers     Python numbers in a call that need no capture of their own
+clip        the norm of all gradients over all ranks
 """

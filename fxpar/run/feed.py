@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -14,7 +12,8 @@ from torch import Tensor
 from fxpar import compat
 from fxpar.errors import InputError
 from fxpar.program import Program, Source
-from fxpar.run.accumulation import Accumulator, Step
+from fxpar.run.gradients import Receipt, UnreducedGradients
+from fxpar.run.steps import Microbatch
 
 Place = tuple[dict[str, Any], str]
 """The table of a module, and the name in it, of a parameter or buffer."""
@@ -23,19 +22,19 @@ Place = tuple[dict[str, Any], str]
 class _ToLocal(torch.autograd.Function):
     """DTensor parameters -> this rank's tensors; gradients come back as DTensors of the same placements.
 
-    ``receive(grads)`` is told of the gradients of plain tensors that pass through after them.
+    `receipt` is told of the gradients of plain tensors that pass through after them.
     """
 
     @staticmethod
-    def forward(ctx, receive: Callable, count: int, *tensors: Tensor):
-        ctx.receive, ctx.parameters = receive, tensors[:count]
+    def forward(ctx, receipt: Receipt, count: int, *tensors: Tensor):
+        ctx.receipt, ctx.parameters = receipt, tensors[:count]
         ctx.set_materialize_grads(False)
         return (*map(compat.local_part, ctx.parameters), *(t.detach() for t in tensors[count:]))
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
         n = len(ctx.parameters)
-        ctx.receive(grads[n:])
+        ctx.receipt(grads[n:])
         pairs = zip(ctx.parameters, grads[:n], strict=True)
         like = [None if g is None else compat.like_dtensor(g, p) for p, g in pairs]
         return (None, None, *like, *[None] * (len(grads) - n))
@@ -60,20 +59,20 @@ class Feed:
     not wait for hundreds of them.
     """
 
-    def __init__(self, program: Program, places: dict[str, Place], accumulator: Accumulator, device: torch.device):
+    def __init__(self, program: Program, places: dict[str, Place], gradients: UnreducedGradients, device: torch.device):
         self.program, self.places, self.device = program, places, device
-        self._accumulator = accumulator
+        self._receipt = Receipt(gradients)
         self._parameters = [places[s.name] for s in program.sources if s.kind == "param"]
         self._linked: _Linked | None = None
 
-    def __call__(self, named: dict[str, Any], step: Step | None = None, seed: int = 0) -> list[Any]:
-        """The program's inputs, and at the end those that `step` holds.
+    def __call__(self, named: dict[str, Any], microbatch: Microbatch | None = None, seed: int = 0) -> list[Any]:
+        """The program's inputs, and at the end those that `microbatch` takes besides.
 
         named: path -> what the user passed; programs take it contiguous, as they were captured. seed: what dropout draws from.
         """
         parameters = [table[key] for table, key in self._parameters]
-        if step is not None:
-            locals_ = iter(_ToLocal.apply(self._told(step), len(parameters), *parameters, *step.held))
+        if microbatch is not None:
+            locals_ = iter(_ToLocal.apply(microbatch.receipt, len(parameters), *parameters, *microbatch.detached))
         elif parameters and torch.is_grad_enabled():
             locals_ = iter(self._link(parameters))
         else:
@@ -92,7 +91,7 @@ class Feed:
             else:
                 leaf = named[source.name]
                 feed.append(leaf.to(self.device).contiguous() if isinstance(leaf, Tensor) else leaf)
-        return [*feed, *locals_]
+        return [*feed, *locals_, *(microbatch.inputs if microbatch is not None else ())]
 
     def _constant(self, source: Source) -> Any:
         if source.place is None:
@@ -114,21 +113,6 @@ class Feed:
                 and state == made.state and all(t.grad_fn is made.node for t in made.local):
             return made.local
         compat.attach_hooks(parameters)
-        local = _ToLocal.apply(_summed(weakref.ref(self._accumulator)), len(parameters), *parameters)
+        local = _ToLocal.apply(self._receipt, len(parameters), *parameters)
         self._linked = _Linked(parameters, memory, state, local, local[0].grad_fn)
         return local
-
-    def _told(self, step: Step) -> Callable[[tuple[Tensor | None, ...]], None]:
-        accumulator = self._accumulator
-        return lambda grads: accumulator.hold(step, grads) if step.held else accumulator.summed(step)
-
-
-def _summed(accumulator: weakref.ref[Accumulator]) -> Callable[[object], None]:
-    """Tells an accumulator of a backward pass. It keeps what keeps these tensors, which must not keep it."""
-
-    def receive(_: object) -> None:
-        living = accumulator()
-        if living is not None:
-            living.summed(None)
-
-    return receive

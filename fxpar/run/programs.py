@@ -1,50 +1,16 @@
-"""programs: how many programs are kept of one model, and where its parameters are found once its parts have changed."""
+"""programs: how many programs are kept of one model, and what is said of many."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from torch import nn
-from torch.distributed.tensor import DTensor
-
-from fxpar.errors import InputError
 from fxpar.program import Program
-from fxpar.run.feed import Place
-from fxpar.run.storage import placements
-from fxpar.sharding.layout import Tiling
-from fxpar.sharding.mesh import Mesh
 
 MOST = 32
 """Programs that are kept of one model."""
 
 MANY = 8
 """Programs of one model, beyond which it is said what they differ in."""
-
-
-def places(model: nn.Module, before: Mapping[str, Place], tilings: dict[str, Tiling], mesh: Mesh) -> dict[str, Place]:
-    """Where the parameters and buffers of a model are whose parts have changed; `tilings` of parameters that were moved is
-    completed.
-
-    before: where they were. Raises: `InputError` for a parameter that was put in and has no layout.
-    """
-    names = {id(table[key]): name for name, (table, key) in before.items()
-             if name in tilings and isinstance(table.get(key), DTensor)}
-    found: dict[str, Place] = {}
-    for path, module in model.named_modules():
-        for key, p in module._parameters.items():
-            name = f"{path}.{key}".strip(".")
-            found[name] = module._parameters, key
-            tiles = tilings.get(names.get(id(p), name))
-            if p is not None and (tiles is None or not isinstance(p, DTensor) or p.dim() != len(tiles)
-                                  or list(p.placements) != placements(tiles, mesh)):
-                raise InputError(
-                    f"parameter {name!r} was put into the model after it was made parallel: it is not laid out over the ranks; "
-                    "change the model first, and call fxpar.parallelize on the plain model (fxpar.save_checkpoint and "
-                    "fxpar.load_checkpoint carry what was trained over)")
-            if p is not None and tiles is not None:
-                tilings[name] = tiles
-        found |= {f"{path}.{key}".strip("."): (module._buffers, key) for key in module._buffers}
-    return found
 
 
 def least_used(programs: Mapping[tuple, Program], compiled: Iterable[tuple]) -> tuple:

@@ -18,7 +18,7 @@ from fxpar.compiler import Captured, capture, compile_program
 from fxpar.errors import EquivalenceError, FxparError, PlanError
 from fxpar.model.inputs import Call, canonical, leaves, signature
 from fxpar.model.state import State
-from fxpar.passes.partition.accumulate import Boundary, Variant, accumulation
+from fxpar.passes.partition.phases import Boundary, Compute, split_phases
 from fxpar.passes.pipeline import Observer
 from fxpar.plan import Plan, require_one_of
 from fxpar.program import Program
@@ -160,13 +160,12 @@ class Simulation:
 
     def _microbatch(self, program: Program, ranks: Ranks, feeds: list[list[Any]], count: int, kept: Kept | None,
                     last: bool) -> StepResult:
-        variant = None if kept is None else kept.variant(last)
-        if variant is None:
+        if kept is None:
             outs = self._forward(ranks, program.module, feeds)
         else:
-            assert kept is not None
-            extra = kept.inputs(variant)
-            outs = self._forward(ranks, variant.module, [[*feed, *more] for feed, more in zip(feeds, extra, strict=True)])
+            compute = kept.compute(last)
+            extra = kept.inputs(compute)
+            outs = self._forward(ranks, compute.module, [[*feed, *more] for feed, more in zip(feeds, extra, strict=True)])
         nodes, sinks = program.outputs(), program.tensor_sinks()
         whole = [put([o[i] for o in outs], n.meta["tiling"], n.meta["global"].shape, program.mesh)
                  for i, n in enumerate(nodes)]
@@ -234,45 +233,45 @@ class Simulation:
 
 
 def training_over_replicas(program: Program) -> bool:
-    """Whether something is kept between microbatches (see `fxpar.passes.partition.accumulate`)."""
+    """Whether something is kept between microbatches (see `fxpar.passes.partition.phases`)."""
     return not program.plan.gathers_each_use and program.mesh.size(*program.mesh.axes("dp")) > 1
 
 
 class Kept:
-    """What ranks keep between the microbatches of a step, as `fxpar.run.accumulation` keeps it on one rank.
+    """What ranks keep between the microbatches of a step, as `fxpar.run.steps` keeps it on one rank.
 
-    feeds: local inputs of the program. held: rank -> the inputs of the last variant whose gradients are kept.
+    feeds: local inputs of the program. held: rank -> the inputs of the last graph whose gradients are kept.
     """
 
     def __init__(self, program: Program, ranks: Ranks, feeds: list[list[Any]]):
-        self.plan, self.variants = program.plan, accumulation(program)
+        self.plan, self.phases = program.plan, split_phases(program)
         parameters = [i for i, s in enumerate(program.sources) if s.kind == "param"]
         with torch.no_grad():
-            self.values = ranks.forward(self.variants.values, [[feed[i] for i in parameters] for feed in feeds])
+            self.values = ranks.forward(self.phases.unshard, [[feed[i] for i in parameters] for feed in feeds])
         self.pending: list[dict[Boundary, Tensor]] = [{} for _ in feeds]
         self.held: list[list[Tensor]] = [[] for _ in feeds]
 
-    def variant(self, last: bool) -> Variant:
-        return self.variants.release if last or self.plan.reduces_each_backward else self.variants.hold
+    def compute(self, last: bool) -> Compute:
+        return self.phases.compute_and_reduce if last or self.plan.reduces_each_backward else self.phases.compute
 
-    def inputs(self, variant: Variant) -> list[list[Tensor]]:
-        """Rank by rank, what the variant takes besides the program's inputs."""
+    def inputs(self, compute: Compute) -> list[list[Tensor]]:
+        """Rank by rank, what the graph takes besides the program's inputs."""
         out: list[list[Tensor]] = []
         for rank, values in enumerate(self.values):
-            at = dict(zip(self.variants.boundaries, values, strict=True))
+            at = dict(zip(self.phases.boundaries, values, strict=True))
             out.append([])
-            for kind, boundary in variant.extra:
-                if kind == "carried":
+            for kind, boundary in compute.extra:
+                if kind == "unreduced":
                     zero = torch.zeros_like(at[boundary], dtype=boundary.dtype)
                     out[-1].append(self.pending[rank].get(boundary, zero))
                 else:
-                    out[-1].append(at[boundary].detach().requires_grad_(kind == "instead"))
-            self.held[rank] = [x for (kind, _), x in zip(variant.extra, out[-1], strict=True) if kind == "instead"]
+                    out[-1].append(at[boundary].detach().requires_grad_(kind == "detached"))
+            self.held[rank] = [x for (kind, _), x in zip(compute.extra, out[-1], strict=True) if kind == "detached"]
         return out
 
     def hold(self, grads: list[list[Tensor | None]]) -> None:
         """Add up the gradients of what is `held`."""
-        boundaries = [b for kind, b in self.variant(last=False).extra if kind == "instead"]
+        boundaries = self.compute(last=False).boundaries("detached")
         for pending, mine in zip(self.pending, grads, strict=True):
             for boundary, grad in zip(boundaries, mine, strict=True):
                 if grad is not None:

@@ -2,5 +2,5 @@
 
 partition   local operators, and collectives between their layouts
 reshard     the collectives from one layout to another
-accumulate  the graphs of gradient accumulation
+phases      the graphs of a step: unshard, compute, reduce
 """

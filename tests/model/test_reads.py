@@ -158,11 +158,11 @@ def test_what_the_forward_does_not_read_costs_nothing():
     for value in range(3):
         module.steps = module.parts[0].steps = module.config.unread = value
         module(x)
-    assert len(module._programs) == 1
+    assert len(module._engine.programs) == 1
     for temperature in (3.0, 2.0, 3.0, 2.0):
         module.config.temperature = temperature
         module(x)
-    assert len(module._programs) == 2
+    assert len(module._engine.programs) == 2
 
 
 def test_attributes_that_are_set_on_the_parallel_module_are_the_models():
@@ -209,10 +209,10 @@ def test_programs_are_bounded_and_it_is_said(monkeypatch, caplog):
         for by in (1, 2, 3, 1, 4, 5, 6, 1):
             torch.testing.assert_close(module(x, by), want * by)
             module(x, 1)
-            assert len(module._programs) <= 4 and len(module._compiled) <= 4
+            assert len(module._engine.programs) <= 4 and len(module._engine.compiled) <= 4
     said = [r.getMessage() for r in caplog.records if "programs of this model" in r.getMessage()]
     assert len(said) == 2 and "input 'by' (2, then 3)" in said[0] and "The 4 used last are kept" in said[1]
-    kept = {key[0][1][1] for key in module._programs}
+    kept = {key[0][1][1] for key in module._engine.programs}
     assert kept == {1, 4, 5, 6}
 
 

@@ -33,11 +33,11 @@ COLLECTIVES = {
 }
 WITH_OPTIONS = [
     Collective("vary", X, ("a",), reduce=BF16),
-    Collective("vary", X, ("a",), carried=X),
-    Collective("average", X, ("a",), carried=X),
+    Collective("vary", X, ("a",), unreduced=X),
+    Collective("average", X, ("a",), unreduced=X),
     Collective("all_gather", X, ("a",), (1, 1), dtype=BF16),
     Collective("all_gather_varying", X, ("a",), (1, 1), reduce=BF16),
-    Collective("all_gather_varying", X, ("a",), (1, 1), dtype=BF16, reduce=FP64, kept=X, carried=X),
+    Collective("all_gather_varying", X, ("a",), (1, 1), dtype=BF16, reduce=FP64, unsharded=X, unreduced=X),
 ]
 
 
@@ -68,11 +68,11 @@ def test_there_is_one_of_every_kind():
 @pytest.mark.parametrize("target, args, kwargs, read", [
     (collectives.psum, (X, ("a",)), {}, Collective("psum", X, ("a",))),
     (collectives.pmax, (X, ("a",)), {}, Collective("pmax", X, ("a",))),
-    (collectives.vary, (X, ("a",), BF16), {"carried": X}, Collective("vary", X, ("a",), reduce=BF16, carried=X)),
-    (collectives.average, (X, ("a",)), {"carried": X}, Collective("average", X, ("a",), carried=X)),
+    (collectives.vary, (X, ("a",), BF16), {"unreduced": X}, Collective("vary", X, ("a",), reduce=BF16, unreduced=X)),
+    (collectives.average, (X, ("a",)), {"unreduced": X}, Collective("average", X, ("a",), unreduced=X)),
     (collectives.all_gather, (X, ("a",), 1), {}, Collective("all_gather", X, ("a",), (1, 1))),
-    (collectives.all_gather, (X, ("a",), 1, 2, True, BF16), {"kept": X},
-     Collective("all_gather_varying", X, ("a",), (1, 2), dtype=BF16, kept=X)),
+    (collectives.all_gather, (X, ("a",), 1, 2, True, BF16), {"unsharded": X},
+     Collective("all_gather_varying", X, ("a",), (1, 2), dtype=BF16, unsharded=X)),
     (collectives.all_gather, (X, ("a",)), {"dim": 1, "varying": True, "reduce": BF16},
      Collective("all_gather_varying", X, ("a",), (1, 1), reduce=BF16)),
     (collectives.reduce_scatter, (X, ("a",), 1), {"outer": 2}, Collective("reduce_scatter", X, ("a",), (1, 2))),
@@ -183,7 +183,7 @@ def test_a_backward_keeps_no_operand():
     with use_runtime(Recorded()):
         y = collectives.all_gather(x, ("a",), 0, varying=True)
     made = y.grad_fn.made
-    assert (made.value, made.kept, made.carried) == (None, None, None) and y.grad_fn.saved_tensors == (None,)
+    assert (made.value, made.unsharded, made.unreduced) == (None, None, None) and y.grad_fn.saved_tensors == (None,)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])

@@ -120,17 +120,17 @@ def test_tensors_are_made_once():
     """As long as nothing is done to the parameters."""
     _, module = made()
     module(*pair()).backward()
-    (feed,) = (c.feed for c in module._compiled.values())
+    (feed,) = (c.feed for c in module._engine.compiled.values())
     first = feed._linked.local
     torch.optim.SGD(module.parameters(), lr=0.1).step()
     module(*pair()).backward()
     assert feed._linked.local is first
     module.out.bias = nn.Parameter(module.out.bias.detach())
     module(*pair()).backward()
-    assert feed._linked.local is not first and len(module._compiled) == 1
+    assert feed._linked.local is not first and len(module._engine.compiled) == 1
     module.out.bias.requires_grad_(False)
     module(*pair()).backward()
-    assert len(module._compiled) == 2
+    assert len(module._engine.compiled) == 2
 
 
 def test_a_module_does_not_keep_itself():

@@ -55,7 +55,7 @@ def differences(how, plan: str, x: Tensor, values=VALUES) -> int:
         want, wanted = step(plain, x, by)
         torch.testing.assert_close(loss, want, rtol=1e-6, atol=0, check_dtype=False)
         torch.testing.assert_close(grads, wanted, rtol=1e-5, atol=1e-7)
-    return len(module._programs)
+    return len(module._engine.programs)
 
 
 @pytest.mark.parametrize("how, programs", [(scaled, 2), (branches, 5), (insists, 5), (of_integers, 5)])
@@ -77,7 +77,7 @@ def test_a_number_is_not_rounded_to_the_dtype_of_compute(one_rank):
     for by in (0.5, 0.1, 0.3):
         want, have = narrow(x.bfloat16(), by), module(x, by)
         assert abs(have.item() - want.item()) <= 0.02 * abs(want.item())
-    assert len(module._programs) == 2
+    assert len(module._engine.programs) == 2
 
 
 def of_a_rank(rank: int, plan: str) -> int:
@@ -89,7 +89,7 @@ def of_a_rank(rank: int, plan: str) -> int:
         (loss, grads), (want, wanted) = step(module, mine, by), step(plain, x, by)
         torch.testing.assert_close(loss, want, rtol=1e-6, atol=0, check_dtype=False)
         torch.testing.assert_close(grads, wanted, rtol=1e-5, atol=1e-7)
-    return len(module._programs)
+    return len(module._engine.programs)
 
 
 @pytest.mark.multiproc

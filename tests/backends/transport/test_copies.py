@@ -196,7 +196,7 @@ def one_after_another(rank: int, folder: str, plans: list[str]) -> list[tuple[li
         loss.backward()
         grads = {n: p.grad.full_tensor() for n, p in module.named_parameters()}
         far = [abs(loss.item() - want.item()), *((grads[n] - p.grad).norm().item() for n, p in model.named_parameters())]
-        found.append((list(module._runtime.transport.copy_groups.values()), far))
+        found.append((list(module.parameter_store.runtime.transport.copy_groups.values()), far))
     assert all(group._seen for _, group, _ in copies._made.values())  # they were used
     assert len(asked) == len(copies._made) and all(gradient >= 4 * 32 * 8 // 2 for _, gradient in asked)
     return found

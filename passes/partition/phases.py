@@ -1,7 +1,10 @@
-"""accumulate: variants of a local program for gradient accumulation, in which nothing is communicated twice.
+"""phases: a local program as the phases of a step: unshard parameters, compute microbatches, reduce gradients.
 
-Between the microbatches of one step parameters do not change: what was gathered of them is passed in. And where gradients
-may be kept whole (zero=0 and 1) they are summed over ranks once, by the last microbatch.
+Between the microbatches of one step parameters do not change: they are gathered once, and what was gathered is passed in. And
+where gradients may stay unreduced (zero=0 and 1) they are summed over ranks once, after the last microbatch or along with it.
+
+    parameters --unshard--> values --compute--> loss ... values' gradients --reduce--> parameters' gradients
+                              |______ per microbatch ______________|
 """
 
 from __future__ import annotations
@@ -46,40 +49,47 @@ class Boundary:
 
 
 @dataclass
-class Variant:
-    """A program with more inputs, at the end: for each the boundary it belongs to, and what it is.
+class Compute:
+    """A program with more inputs, at the end: for each what it is (see below), and the boundary it belongs to.
 
-    "instead": the value at the boundary; its gradient is this rank's own, still to be summed. "kept": the value, where its
-    gradient goes on to the parameter. "carried": gradients to be summed along with those of this program.
+    "detached": the value at the boundary; its gradient is this rank's own, still to be reduced. "unsharded": the value, where its
+    gradient goes on to the parameter. "unreduced": gradients to be reduced along with those of this program.
     """
 
     module: fx.GraphModule
     extra: list[tuple[str, Boundary]]
 
+    def boundaries(self, kind: str) -> list[Boundary]:
+        """Those that have an extra input of this kind, in order."""
+        return [b for k, b in self.extra if k == kind]
+
 
 @dataclass
-class Variants:
-    """values: parameters -> the value at every boundary; wide: the same in the dtypes that gradients are summed in.
+class Phases:
+    """The graphs of a step's phases.
 
-    hold: for every microbatch but the last, where gradients are kept whole. release: for the last of them; where gradients
-    are not kept whole, for all.
+    unshard: parameters -> the value at every boundary. compute: a microbatch, whose gradients stay unreduced.
+    compute_and_reduce: a microbatch whose backward reduces its gradients, and with them the unreduced ones of those before: the
+    last one of a step; where gradients do not stay unreduced (zero=2 and 3), every one. reduce: parameters -> the values in the
+    dtypes that gradients are summed in; its backward takes unreduced gradients to those of the parameters.
     """
 
     boundaries: list[Boundary]
-    values: fx.GraphModule
-    wide: fx.GraphModule
-    hold: Variant
-    release: Variant
+    unshard: fx.GraphModule
+    compute: Compute
+    compute_and_reduce: Compute
+    reduce: fx.GraphModule
 
 
-def accumulation(program: Program) -> Variants:
-    """Make the variants of a partitioned program, which is left as it is."""
+def split_phases(program: Program) -> Phases:
+    """The phases of a partitioned program, which is left as it is."""
     found = _boundaries(program)
-    kept = {b: {"kept"} if b.gathers else set() for b in found}
-    hold = {b: {"instead"} if b.sums else kept[b] for b in found}
-    release = {b: kept[b] | ({"carried"} if b.sums and not program.plan.reduces_each_backward else set()) for b in found}
-    return Variants(found, _values(program, found), _values(program, found, wide=True), _variant(program, hold),
-                    _variant(program, release))
+    unsharded = {b: {"unsharded"} if b.gathers else set() for b in found}
+    compute = {b: {"detached"} if b.sums else unsharded[b] for b in found}
+    stay = not program.plan.reduces_each_backward
+    both = {b: unsharded[b] | ({"unreduced"} if b.sums and stay else set()) for b in found}
+    return Phases(found, _values(program, found), _compute(program, compute), _compute(program, both),
+                  _values(program, found, wide=True))
 
 
 def _boundaries(program: Program) -> list[Boundary]:
@@ -132,16 +142,16 @@ def _values(program: Program, boundaries: list[Boundary], wide: bool = False) ->
     return fx.GraphModule(program.module, graph)
 
 
-def _variant(program: Program, wanted: dict[Boundary, set[str]]) -> Variant:
-    kinds = ("instead", "kept", "carried")
+def _compute(program: Program, wanted: dict[Boundary, set[str]]) -> Compute:
+    kinds = ("detached", "unsharded", "unreduced")
     extra: list[tuple[str, Boundary]] = [(kind, b) for kind in kinds for b in wanted if kind in wanted[b]]
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     more: dict[fx.Node, dict[str, Any]] = {b.node: {} for b in wanted}
     last = program.placeholders()[-1]
     for node in program.graph.nodes:
-        if "instead" in more.get(node, ()):
-            copies[node] = more[node]["instead"]
+        if "detached" in more.get(node, ()):
+            copies[node] = more[node]["detached"]
             continue
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         copies[node].kwargs = {**copies[node].kwargs, **more.get(node, {})}
@@ -149,4 +159,4 @@ def _variant(program: Program, wanted: dict[Boundary, set[str]]) -> Variant:
             for kind, boundary in extra:
                 more[boundary.node][kind] = graph.placeholder(f"{boundary.node.name}_{kind}")
     graph.eliminate_dead_code()
-    return Variant(fx.GraphModule(program.module, graph), extra)
+    return Compute(fx.GraphModule(program.module, graph), extra)

@@ -1,0 +1,236 @@
+"""engine: captures, compiles and runs the programs of a model, one for every kind of call."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from fxpar import compat
+from fxpar.backends.transport import copies
+from fxpar.backends.transport.base import copied_axes
+from fxpar.errors import CaptureError, UnsupportedOperator
+from fxpar.model import inputs as calls
+from fxpar.model.hugging_face import say
+from fxpar.model.state import PARTS, State
+from fxpar.passes.capture.attributes import Left, put_back
+from fxpar.plan import Plan
+from fxpar.program import Program
+from fxpar.run import programs, storage
+from fxpar.run.agreement import agree_on_call, agree_on_program
+from fxpar.run.edges import Edges, whole
+from fxpar.run.feed import Feed
+from fxpar.run.numbers import Numbers
+from fxpar.run.steps import Steps
+from fxpar.run.store import ParameterStore
+from fxpar.sharding.layout import Tiling
+
+
+@dataclass
+class Compiled:
+    """A program, what feeds it, and what runs it."""
+
+    program: Program
+    feed: Feed
+    run: Callable[..., Any]
+
+
+@dataclass
+class DropoutSeeds:
+    """What dropout draws from: one seed a forward, the same on every rank and under every plan.
+
+    base: of the run. calls: forwards so far.
+    """
+
+    base: int = 0
+    calls: int = 0
+
+    def next(self) -> int:
+        self.calls += 1
+        return (self.base * 1_000_003 + self.calls) & 0x7FFFFFFFFFFFFFFF
+
+
+class Engine:
+    """Runs a model's programs on one rank.
+
+    compile_call: ``(call, layouts)`` -> the program of this rank, for parameters stored so. lower: a backend's, see
+    `fxpar.backends`. transport: see `fxpar.parallelize`. programs: those that are kept, by what they depend on, newest last.
+    """
+
+    def __init__(self, store: ParameterStore, plan: Plan, compile_call: Callable[[calls.Call, dict[str, Tiling]], Program],
+                 lower: Callable[..., Callable], transport: str):
+        self.store, self.plan, self.device = store, plan, store.device
+        self.programs: dict[tuple, Program] = {}
+        self.compiled: OrderedDict[tuple, Compiled] = OrderedDict()  # the least recently used first
+        self.seeds = DropoutSeeds()
+        self._compile_call, self._transport = compile_call, transport
+        self._lower = functools.partial(lower, runtime=store.runtime, plan=plan)
+        self._depends = State(store.model)
+        self._numbers = Numbers(self.device)
+        self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime)
+        self._steps = Steps(plan, store.mesh, self._lower, store.tensor)
+        self._left = Left()
+        self._said: set[int] = set()  # numbers of programs
+
+    def adopt(self, program: Program, call: calls.Call) -> None:
+        """Take the program of an example call, and its layouts of parameters as the ones that they are stored in."""
+        self.store.adopt(program)
+        self._depends = State(self.store.model)
+        self._depends.add(program.reads)
+        self._left.add(program, self._captured(calls.leaves(call))[:-1])
+        self.programs[self._captured(calls.leaves(call))] = program
+        self._use_copy_engines()
+        self.seeds.base = self.store.control.exchange(torch.initial_seed() & 0x7FFFFFFF)[0]
+
+    def run(self, call: calls.Call, last: bool) -> Any:
+        """The model's output for this replica's part of a batch. last: it is the last microbatch of its step."""
+        named, compiled, settle = self._found(call)
+        program = compiled.program
+        named, crossing = self._edges.enter(program, named)
+        microbatch = None
+        if torch.is_grad_enabled():
+            microbatch = self._steps.microbatch(program, last, lambda: compiled.feed(named))
+        run = compiled.run if microbatch is None else microbatch.run
+        outs = run(*compiled.feed(named, microbatch, self.seeds.next()))
+        settle()
+        self.store.update_buffers(program, outs)
+        return self._outputs(program, self._edges.leave(program, outs, crossing))
+
+    def newest(self) -> Program:
+        """The program that was captured last."""
+        return list(self.programs.values())[-1]
+
+    def batch_dims(self, call: calls.Call) -> dict[str, int | None]:
+        """Input path -> batch dim, as the newest program that takes these inputs has them."""
+        names = calls.leaves(call).keys()
+
+        def dims(program: Program) -> dict[str, int | None]:
+            return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
+
+        known = (d for p in reversed(list(self.programs.values())) if (d := dims(p)).keys() == names)
+        return next(known, None) or dims(self._lookup(call, calls.leaves(call))[0].program)
+
+    # ---- programs ----
+
+    def _found(self, call: calls.Call) -> tuple[dict[str, Any], Compiled, Callable[[], None]]:
+        """The leaves of a call as its program takes them, and what `_lookup` returns for it."""
+        prepared = self._numbers.prepared(call)
+        named = whole(calls.leaves(prepared))
+        try:
+            return named, *self._lookup(prepared, named)
+        except (CaptureError, UnsupportedOperator):
+            if not self._numbers.refused():
+                raise
+        return self._found(call)
+
+    def _lookup(self, call: calls.Call, named: dict[str, Any]) -> tuple[Compiled, Callable[[], None]]:
+        """What runs this call, whose leaves are `named`, and what to call after it was started.
+
+        That ends the comparison of what the ranks were called with. On a GPU, where starting communication does not block, it
+        runs beside the forward, but for a call that has to be compiled first.
+        """
+        control = self.store.control
+        captured = self._captured(named)
+        key = (*captured, torch.is_grad_enabled())
+        settle = agree_on_call(control, key, lambda part: self._depends.names(part - 1))
+        if key not in self.compiled or self.device.type != "cuda":
+            settle()
+            settle = _nothing
+        if key not in self.compiled:
+            if captured not in self.programs:
+                if captured[PARTS] != next(reversed(self.programs))[PARTS]:
+                    self.store.relocate()
+                with agree_on_program(control) as made:
+                    made.append(self._numbers.checked(self._compile_call(call, self.store.layouts)))
+                    self._left.add(made[0], captured[:-1])
+                self._make_room(captured)
+                self._depends.add(made[0].reads)
+                captured = self._captured(named)
+                key = (*captured, torch.is_grad_enabled())
+                self.programs[captured] = made[0]
+            self.compiled[key] = self._compile(self.programs[captured], named)
+        self.compiled.move_to_end(key)
+        return self.compiled[key], settle
+
+    def _captured(self, named: dict[str, Any]) -> tuple:
+        """What a captured program depends on: the call's leaves, the state of the model (see `State.key`), autocast, and what
+        earlier calls left in attributes."""
+        kind = self.device.type
+        auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return calls.signature(named), *self._depends.key(), auto, self._left.state()
+
+    def _make_room(self, captured: tuple) -> None:
+        """For another program: forget those of a model of other parts, or the least recently used one."""
+        newest, count = next(reversed(self.programs)), len(self.programs)
+        if count in {programs.MANY, programs.MOST} - self._said:
+            self._said.add(count)
+            say([programs.note(count, captured, newest, self._depends.changed)])
+        forgotten = list(self.programs) if captured[PARTS] != newest[PARTS] else [
+            programs.least_used(self.programs, self.compiled)] if count >= programs.MOST else []
+        for key in forgotten:
+            program = self.programs.pop(key)
+            self._steps.drop(program)
+            self._edges.drop(program)
+            for grad in (True, False):
+                self.compiled.pop((*key, grad), None)
+
+    def _compile(self, program: Program, named: dict[str, Any]) -> Compiled:
+        self.store.runtime.prepare(program.module)
+        feed = Feed(program, self.store.places, self._steps.gradients, self.device)
+        run = self._lower(program.module, feed(named))
+        if self.device.type == "cuda":
+            gc.collect()  # what compiling leaves behind: now, and not in the middle of a step
+        return Compiled(program, feed, run)
+
+    def _use_copy_engines(self) -> None:
+        """Have parameters gathered and gradients scattered by copies between GPUs, where that can and may be."""
+        plan, mesh, bound = self.plan, self.store.mesh, self.store.bound
+        stored = copied_axes(self._transport, plan, mesh)
+        if not stored or not copies.available(self.device):
+            return
+        sizes = [(count * (plan.param_dtype or p.dtype).itemsize, count * (plan.reduce_dtype or p.dtype).itemsize)
+                 for p in self.store.model.parameters() for count in [mesh.size(*stored) * compat.local_part(p).numel()]]
+        parameter, gradient = max((s for s in sizes if s[1] <= copies.LARGEST), key=lambda s: s[1], default=(0, 0))
+        self.store.runtime.transport = copies.transport_over(
+            bound, stored, self.store.control, lambda group: copies.on_gpu(group, parameter, gradient))
+
+    # ---- outputs ----
+
+    def _outputs(self, program: Program, outs: Any) -> Any:
+        flat: list[Any] = []
+        stored: list[Any] = []
+        made = iter(zip(outs, program.outputs(), strict=True))
+        for sink in program.sinks:
+            if sink.kind == "literal":
+                flat.append(sink.constant)
+                continue
+            out, node = next(made)
+            if sink.kind != "buffer":
+                (flat if sink.kind == "output" else stored).append(self._as_output(out, node.meta["tiling"]))
+        put_back(program.writes, stored)
+        return pytree.tree_unflatten(flat, program.out_spec)
+
+    def _as_output(self, out: Tensor, tiles: Tiling) -> Any:
+        """This replica's output: a DTensor over the axes within the replica, if one of them splits it."""
+        mesh, dp = self.store.mesh, self.store.mesh.axes("dp")
+        split = {a for dim in tiles for piece in dim for a in piece.axes}
+        if not split - {a for a in dp if mesh.size(a) > 1}:
+            return out
+        within = [a for a in mesh.names if a not in dp or mesh.size(a) == 1]
+        places = [p for a, p in zip(mesh.names, storage.placements(tiles, mesh), strict=True) if a in within]
+        device_mesh: DeviceMesh = self.store.bound.device_mesh
+        return DTensor.from_local(out, device_mesh[tuple(within)] if len(within) < len(mesh.names) else device_mesh, places,
+                                  run_check=False)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,148 @@
+"""steps: which graph of a program's phases (see `fxpar.passes.partition.phases`) runs when, over the microbatches of a step."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fxpar import compat
+from fxpar.passes.partition.phases import Boundary, Phases, split_phases
+from fxpar.plan import Plan
+from fxpar.program import Program
+from fxpar.run.gradients import Receipt, UnreducedGradients
+from fxpar.sharding.mesh import Mesh
+
+Lower = Callable[[Any, list[Any]], Callable[..., Any]]
+"""(graph, example inputs) -> what runs it."""
+
+
+@dataclass
+class Microbatch:
+    """How one microbatch runs: `run` takes the program's inputs, then `detached` (values whose gradients `receipt` is told of),
+    then `inputs`."""
+
+    run: Callable[..., Any]
+    detached: list[Tensor]
+    inputs: list[Tensor]
+    receipt: Receipt
+
+
+class Steps:
+    """Runs the phases of steps: unsharded parameters are kept while parameters do not change, gradients may stay unreduced until
+    the last microbatch.
+
+    lower: compiles a graph. parameter: name -> the parameter as the module has it now (a DTensor).
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, lower: Lower, parameter: Callable[[str], Tensor]):
+        self.plan, self.lower, self.parameter = plan, lower, parameter
+        self.gradients = UnreducedGradients(self.reduce)
+        self.has_replicas = mesh.size(*mesh.axes("dp")) > 1
+        self._phases: dict[int, tuple[Program, Phases]] = {}
+        self._boundaries: dict[str, tuple[Program, Phases]] = {}
+        self._lowered: dict[int, Callable[..., Any]] = {}
+        self._unsharded: tuple[Any, list[Tensor]] | None = None
+        if self.has_replicas and not plan.gathers_each_use:
+            self._forget_after_optimizers()
+
+    def microbatch(self, program: Program, last: bool, example: Callable[[], list[Any]]) -> Microbatch | None:
+        """How the next microbatch runs; None: as the program stands. last: it is the last one of its step."""
+        stay = not self.plan.reduces_each_backward
+        pending = self.gradients.pending
+        if not self.has_replicas or self.plan.gathers_each_use or (last and not (pending if stay else self._unsharded)):
+            return None
+        phases = self._of(program)
+        if not phases.boundaries:
+            return None
+        if compat.are_hooked([self.parameter(s.name) for s in program.sources if s.kind == "param"]):
+            self.forget()
+            return None  # hooks see each microbatch's gradient, as on one device
+        values = dict(zip(phases.boundaries, self.unshard(program), strict=True))
+        if last:
+            self.forget()
+        compute = phases.compute if stay and not last else phases.compute_and_reduce
+        detached = [values[b].detach().requires_grad_() for b in compute.boundaries("detached")]
+        inputs = [self._unreduced(b, values[b]) if kind == "unreduced" else values[b]
+                  for kind, b in compute.extra if kind != "detached"]
+        along = {b.key: pending[b.key] for b in compute.boundaries("unreduced") if b.key in pending}
+        run = self._run(compute, compute.module, lambda: [*example(), *detached, *inputs])
+        return Microbatch(run, detached, inputs, Receipt(self.gradients, compute.boundaries("detached"), along))
+
+    @torch.no_grad()
+    def unshard(self, program: Program) -> list[Tensor]:
+        """The values at the boundaries: kept ones, as long as no parameter has changed."""
+        phases = self._of(program)
+        names = [s.name for s in program.sources if s.kind == "param"]
+        local = [compat.local_part(self.parameter(n)) for n in names]
+        state = (id(phases), [(id(self.parameter(n)), compat.version(self.parameter(n))) for n in names])
+        if self._unsharded is None or self._unsharded[0] != state:
+            run = self._run(phases.unshard, phases.unshard, lambda: local)
+            self._unsharded = state, list(run(*local))
+        return self._unsharded[1]
+
+    def reduce(self, grads: dict[str, Tensor]) -> None:
+        """Take unreduced gradients, by the keys of their boundaries, to those of the parameters, which they are added to."""
+        for program, phases in {id(v): (p, v) for p, v in self._boundaries.values()}.values():
+            mine = {b: grads[b.key] for b in phases.boundaries if b.key in grads}
+            if not mine:
+                continue
+            grads = {key: grad for key, grad in grads.items() if key not in {b.key for b in mine}}
+            parameters = [self.parameter(s.name) for s in program.sources if s.kind == "param"]
+            local = [compat.local_part(p).requires_grad_() for p in parameters]
+            with torch.enable_grad():
+                values = self._run(phases.reduce, phases.reduce, functools.partial(list, local))(*local)
+                outs = dict(zip(phases.boundaries, values, strict=True))
+                found = torch.autograd.grad([outs[b] for b in mine], local, list(mine.values()), allow_unused=True)
+            for p, grad in zip(parameters, found, strict=True):
+                if grad is not None:
+                    late = compat.like_dtensor(grad, p)
+                    p.grad = late if p.grad is None else p.grad + late
+
+    def forget(self) -> None:
+        """Parameters have changed: unshard them again."""
+        self._unsharded = None
+
+    def drop(self, program: Program) -> None:
+        """`program` is not run any more: keep nothing that was made of it, but what unreduced gradients still need."""
+        if id(program) not in self._phases or any(
+                key in self.gradients.pending and owner is program for key, (owner, _) in self._boundaries.items()):
+            return
+        _, phases = self._phases.pop(id(program))
+        self._boundaries = {b.key: pair for pair in self._phases.values() for b in pair[1].boundaries}
+        for made in (phases.unshard, phases.compute, phases.compute_and_reduce, phases.reduce):
+            self._lowered.pop(id(made), None)
+        self.forget()
+
+    def _of(self, program: Program) -> Phases:
+        if id(program) not in self._phases:
+            pair = self._phases[id(program)] = program, split_phases(program)
+            self._boundaries.update({b.key: pair for b in pair[1].boundaries})
+        return self._phases[id(program)][1]
+
+    def _run(self, of: Any, graph: Any, example: Callable[[], list[Any]]) -> Callable[..., Any]:
+        """What runs a graph, compiled once. of: what it is remembered by."""
+        if id(of) not in self._lowered:
+            self._lowered[id(of)] = self.lower(graph, example())
+        return self._lowered[id(of)]
+
+    def _unreduced(self, boundary: Boundary, value: Tensor) -> Tensor:
+        pending = self.gradients.pending.get(boundary.key)
+        return torch.zeros_like(value, dtype=boundary.dtype) if pending is None else pending
+
+    def _forget_after_optimizers(self) -> None:
+        """As long as this lives, any optimizer's step has it forget: some write where no version of a tensor tells."""
+        mine = weakref.ref(self)
+
+        def forget(*_: Any) -> None:
+            steps = mine()
+            if steps is not None:
+                steps.forget()
+
+        weakref.finalize(self, register_optimizer_step_post_hook(forget).remove)
