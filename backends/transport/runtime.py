@@ -15,6 +15,8 @@ from fxpar.ops.collectives import typed
 from fxpar.sharding.mesh import Axes, BoundMesh
 
 c10d = torch.ops._c10d_functional
+LEAST = -(2**63)
+"""An int64 that is larger than no other."""
 
 
 class FunctionalRuntime(ABC):
@@ -71,24 +73,36 @@ class GroupRuntime(FunctionalRuntime):
 
 
 class Control:
-    """A gloo side channel on which ranks agree before they communicate, so that a mistake is an error and no hang."""
+    """A gloo side channel on which ranks agree before they communicate, so that a mistake is an error and no hang.
 
-    def __init__(self) -> None:
-        self.world = dist.get_world_size()
+    kinds: of ranks, see `BoundMesh`. kind, rank, world: this rank's kind; its number among all ranks, and how many there are.
+    """
+
+    def __init__(self, kinds: int = 1) -> None:
+        self.world, self.rank, self.kinds = dist.get_world_size(), dist.get_rank(), kinds
+        self.kind = self.kind_of(self.rank)
         self.group = dist.new_group(backend="gloo") if self.world > 1 else None
         self._largest = dist.AllreduceOptions()
         self._largest.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
 
-    def compare(self, number: int) -> Callable[[], bool]:
-        """Start one small CPU all-reduce. What is returned waits for it: whether every rank has the same number (63 bits)."""
+    def kind_of(self, rank: int) -> int:
+        """The kind of a rank, by its number among all ranks."""
+        return rank // (self.world // self.kinds)
+
+    def compare(self, number: int, of_kind: int = 0) -> Callable[[], bool]:
+        """Start one small CPU all-reduce. What is returned waits for it: whether every rank has the same `number`, and every
+        rank of this kind, and of each other, the same `of_kind` (63 bits)."""
         if self.group is None:
             return lambda: True
-        pair = torch.frombuffer(array("q", (number, -number)), dtype=torch.int64)
-        work = self.group.allreduce([pair], self._largest)  # as dist.all_reduce, without half of the time it takes to start
+        pairs = array("q", (number, -number))
+        for kind in range(self.kinds if self.kinds > 1 else 0):
+            pairs.extend((of_kind, -of_kind) if kind == self.kind else (LEAST, LEAST))
+        tensor = torch.frombuffer(pairs, dtype=torch.int64)
+        work = self.group.allreduce([tensor], self._largest)  # as dist.all_reduce, without half of the time it takes to start
 
         def equal() -> bool:
             work.wait()
-            return pair[0].item() == -pair[1].item()
+            return all(pairs[i] == -pairs[i + 1] for i in range(0, len(pairs), 2))
 
         return equal
 

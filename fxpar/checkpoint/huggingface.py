@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,44 +44,54 @@ def export_safetensors(path: str | os.PathLike, module: nn.Module, *, max_file_b
     finish_running()
     folder, model = Path(path).absolute(), LocalModel(module)
     alike(model.ranks, folder, lambda: model.require_real(folder))
-    parts = model.parts()
+    parts = {n: part for n, part in model.parts().items() if model.counts(n)}
     same(model.ranks, folder, "what they export", (os.fspath(path), max_file_bytes, list(parts)))
-    alike(model.ranks, folder, lambda: folder.mkdir(parents=True, exist_ok=True) if model.rank == 0 else None)
-    planned = _planned(parts, max_file_bytes)
-    for i, (file, names) in enumerate(planned.items()):
-        _write(folder, file, {n: parts[n] for n in names}, model, writer=i % model.ranks.world)
-    alike(model.ranks, folder, lambda: _publish(folder, planned, parts, model.model) if model.rank == 0 else None)
+    alike(model.ranks, folder, lambda: folder.mkdir(parents=True, exist_ok=True) if model.ranks.rank == 0 else None)
+    everyone = model.ranks.exchange((model.kind, {n: _bytes(p) for n, p in parts.items()}))
+    planned = _planned(dict(everyone), max_file_bytes)
+    for i, file in enumerate(planned):
+        writers = [rank for rank, (kind, _) in enumerate(everyone) if kind == file.kind]
+        mine = {n: parts[n] for n in file.sizes} if file.kind == model.kind else {}
+        _write(folder, file.name, mine, model, writer=writers[i % len(writers)])
+    alike(model.ranks, folder, lambda: _publish(folder, planned, model.model) if model.ranks.rank == 0 else None)
+
+
+@dataclass
+class _File:
+    """A file, the kind of ranks that hold what is in it, and the bytes of each tensor by its name."""
+
+    name: str
+    kind: int
+    sizes: dict[str, int]
 
 
 def _write(folder: Path, file: str, parts: dict[str, Part], model: LocalModel, writer: int) -> None:
-    """One file, under a name that nothing reads yet. All ranks gather, one keeps."""
+    """One file, under a name that nothing reads yet. All ranks that hold its tensors gather, one keeps."""
     tensors: dict[str, Tensor] = {}
     for name, part in parts.items():
         full = model.gather(part)
-        if model.rank == writer:
+        if model.ranks.rank == writer:
             tensors[name] = to_cpu(full)
 
     def write() -> None:
-        if model.rank == writer:
+        if model.ranks.rank == writer:
             save_file(tensors, _temporary(folder / file), {"format": "pt"})
 
     alike(model.ranks, folder, write)
 
 
-def _planned(parts: dict[str, Part], most: int) -> dict[str, list[str]]:
-    """The names in each file, in order."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, part in parts.items():
-        n = _bytes(part)
-        if groups[-1] and size + n > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += n
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups)}
+def _planned(sizes: dict[int, dict[str, int]], most: int) -> list[_File]:
+    """The files, in order. sizes: kind of ranks -> name -> bytes of each tensor that they write."""
+    files: list[_File] = []
+    for kind, of_kind in sizes.items():
+        for name, size in of_kind.items():
+            if not files or files[-1].kind != kind or sum(files[-1].sizes.values()) + size > most:
+                files.append(_File("", kind, {}))
+            files[-1].sizes[name] = size
+    files = files or [_File("", 0, {})]
+    for i, file in enumerate(files):
+        file.name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
+    return files
 
 
 def _bytes(part: Part) -> int:
@@ -91,14 +102,14 @@ def _temporary(file: Path) -> Path:
     return file.with_name(f".{file.name}.tmp")
 
 
-def _publish(folder: Path, planned: dict[str, list[str]], parts: dict[str, Part], model: nn.Module) -> None:
+def _publish(folder: Path, planned: list[_File], model: nn.Module) -> None:
     """Give the written files their names, remove those of an earlier export, and write the index and the config."""
     for file in planned:
-        os.replace(_temporary(folder / file), folder / file)
-    keep = set(planned)
+        os.replace(_temporary(folder / file.name), folder / file.name)
+    keep = {file.name for file in planned}
     if len(planned) > 1:
-        index = {"metadata": {"total_size": sum(map(_bytes, parts.values()))},
-                 "weight_map": {name: file for file, names in planned.items() for name in names}}
+        index = {"metadata": {"total_size": sum(sum(file.sizes.values()) for file in planned)},
+                 "weight_map": {name: file.name for file in planned for name in file.sizes}}
         _temporary(folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         os.replace(_temporary(folder / INDEX), folder / INDEX)
         keep.add(INDEX)

@@ -35,7 +35,7 @@ def load_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
     finish_running()
     given = folder.resolved(path)
     model = LocalModel(module)
-    found = alike(model.ranks, given, lambda: _look(given, model.rank))
+    found = alike(model.ranks, given, lambda: _look(given, model.ranks.rank))
     if found is None:
         if optimizer is not None:
             raise CheckpointError("safetensors hold no optimizer state", str(given), "load the model alone")

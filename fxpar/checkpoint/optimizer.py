@@ -71,6 +71,20 @@ def saved_state(optimizer: Optimizer, model: LocalModel, where: Path) -> tuple[d
     }
 
 
+def merged(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """One summary of those of all ranks, each of which speaks of the parameters that it holds: group by group, by name."""
+    made = {**summaries[0], "groups": [], "tensors": {}, "values": {}}
+    for summary in summaries:
+        made["tensors"] |= summary["tensors"]
+        made["values"] |= summary["values"]
+        for i, group in enumerate(summary["groups"]):
+            if i == len(made["groups"]):
+                made["groups"].append({"parameters": [], "options": group["options"]})
+            known = made["groups"][i]["parameters"]
+            known += [n for n in group["parameters"] if n not in set(known)]
+    return made
+
+
 def _detached(option: Any) -> Any:
     return to_cpu(option) if isinstance(option, Tensor) else option
 
@@ -95,7 +109,7 @@ class OptimizerLoad:
         self.optimizer, self.model = optimizer, model
         self.names = names_of(optimizer, model, where)
         self._check_kind(saved, where)
-        self.options = _regrouped(self.names, saved["groups"], where)
+        self.options = _regrouped(self.names, saved["groups"], model.elsewhere, where)
         self.parts: dict[str, Part] = {}
         self.state: dict[str, dict[str, Callable[[], Any]]] = {}
         for name in (n for group in self.names for n in group):
@@ -157,10 +171,10 @@ def _like(saved: Any, mine: Any) -> Any:
     return saved.item() if isinstance(saved, Tensor) and isinstance(mine, int | float) else saved
 
 
-def _regrouped(names: list[list[str]], saved: list[dict[str, Any]], where: Path) -> list[dict[str, Any]]:
+def _regrouped(names: list[list[str]], saved: list[dict[str, Any]], elsewhere: set[str], where: Path) -> list[dict[str, Any]]:
     """The saved options of each group. Other groups of the same parameters are fine where those of one group had the
-    same options."""
-    options = {n: (i, g["options"]) for i, g in enumerate(saved) for n in g["parameters"]}
+    same options. elsewhere: parameters that other ranks hold."""
+    options = {n: (i, g["options"]) for i, g in enumerate(saved) for n in g["parameters"] if n not in elsewhere}
     mine = {n for group in names for n in group}
     for what, odd in (("were not saved", mine - options.keys()), ("it does not have", options.keys() - mine)):
         if odd:

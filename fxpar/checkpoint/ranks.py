@@ -25,10 +25,13 @@ T = TypeVar("T")
 class Alone:
     """The `Control` of a process that shares its model with no other."""
 
-    world, group = 1, None
+    world, group, rank, kinds = 1, None, 0, 1
 
     def exchange(self, thing: object) -> list:
         return [thing]
+
+    def kind_of(self, rank: int) -> int:
+        return 0
 
 
 Ranks = Control | Alone
@@ -55,8 +58,9 @@ def alike(ranks: Ranks, where: Path, function: Callable[[], T]) -> T:
 
 
 def same(ranks: Ranks, where: Path, what: str, thing: Any) -> None:
-    """Raise on every rank unless all have the same `thing` (by its repr)."""
-    if len(set(ranks.exchange(digest(repr(thing))))) > 1:
+    """Raise on every rank unless all of a kind have the same `thing` (by its repr)."""
+    everyone = {(ranks.kind_of(rank), found) for rank, found in enumerate(ranks.exchange(digest(repr(thing))))}
+    if len(everyone) > ranks.kinds:
         raise CheckpointError(f"ranks differ in {what}", str(where), "every rank must make the same call with the same state")
 
 
@@ -64,7 +68,7 @@ class LocalModel:
     """What this process holds of a model: a `ParallelModule` under its plan, or a plain module whole.
 
     parameters: under their first names, ties once. buffers: the persistent ones, likewise. aliases: for each of
-    both its names.
+    both its names. elsewhere: names of parameters that ranks of other kinds hold, and this one does not.
     """
 
     def __init__(self, module: nn.Module):
@@ -76,10 +80,12 @@ class LocalModel:
             self.mesh, self.rank, self.device = store.mesh, store.rank, store.device
             self.ranks: Ranks = store.control
             self._layouts: dict[str, Tiling] = store.layouts
+            self._owners, self.kind, self.elsewhere = store.owners, store.bound.kind, store.elsewhere
         elif isinstance(module, nn.Module):
             self.model, self.mesh, self.rank = module, Mesh((), ()), 0
             self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
             self.ranks, self._layouts = Alone(), {}
+            self._owners, self.kind, self.elsewhere = {}, 0, set()
         else:
             raise TypeError(f"a checkpoint is of a torch.nn.Module, not {type(module).__name__}")
         self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
@@ -103,6 +109,11 @@ class LocalModel:
                 if key not in owner._non_persistent_buffers_set:
                     self.buffers[main] = b
                     self.aliases.setdefault(main, []).append(name)
+
+    def counts(self, name: str) -> bool:
+        """Whether a parameter or buffer is to be written by ranks of this kind, of those that hold it."""
+        owners = (self._owners[alias] for alias in self.aliases.get(name, [name]) if alias in self._owners)
+        return next(owners, 0) == self.kind
 
     def tiles(self, name: str) -> Tiling:
         """How a parameter lies on the ranks; anything else is whole on each."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from fxpar.backends.transport.runtime import Control
 from fxpar.checkpoint import folder
-from fxpar.checkpoint.optimizer import saved_state
+from fxpar.checkpoint.optimizer import merged, saved_state
 from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.planners import Contents, Key, SavePlanner, contents
 from fxpar.checkpoint.ranks import LocalModel, Ranks, alike, same
@@ -94,14 +94,17 @@ def save_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
     parts, summary = alike(model.ranks, target, collect)
     described = [(key, part.shape, part.local.dtype, part.tiles) for key, part in parts.items()]
     same(model.ranks, target, "what they save", (os.fspath(path), asynchronous, optimizer is None, described))
-    made = contents(parts, {SUMMARY: summary}, coordinator=model.rank == 0)
-    alike(model.ranks, target, lambda: folder.prepare(target) if model.rank == 0 else None)
+    if optimizer is not None:
+        summary["optimizer"] = merged(model.ranks.exchange(summary["optimizer"]))
+    rank = model.ranks.rank
+    made = contents({k: p for k, p in parts.items() if model.counts(k[1])}, {SUMMARY: summary}, coordinator=rank == 0)
+    alike(model.ranks, target, lambda: folder.prepare(target) if rank == 0 else None)
     if not asynchronous:
-        _write(made, target, model.ranks, model.rank)
+        _write(made, target, model.ranks, rank)
         return None
     ranks = _side_channel(dist.group.WORLD) if model.ranks.world > 1 else model.ranks
     staged = alike(model.ranks, target, made.staged)
-    handle = SaveHandle(lambda: _write(staged, target, ranks, model.rank))
+    handle = SaveHandle(lambda: _write(staged, target, ranks, rank))
     _running.append(handle)
     return handle
 

@@ -63,7 +63,7 @@ def _match(model: LocalModel, saved: dict[str, Saved], where: Path, spare: Colle
     """The name in the file of every tensor of the model: its first name, or another that it is tied to."""
     names = {n: next((a for a in model.aliases[n] if a in saved), n) for n in (*model.parameters, *model.buffers)}
     missing = [n for n, s in names.items() if s not in saved]
-    extra = sorted(saved.keys() - set(names.values()) - set(spare))
+    extra = sorted(saved.keys() - set(names.values()) - set(spare) - model.elsewhere)
     said = [f"{what}: {listed(odd)}" for what, odd in (("it lacks tensors of the model", missing),
                                                        ("it has tensors that the model lacks", extra)) if odd]
     if said:

@@ -156,6 +156,17 @@ def take_over(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
         a.__class__ = _Former
 
 
+def give_up(parameters: list[nn.Parameter]) -> None:
+    """Take parameters that other ranks hold out of optimizers that were made before, and free their memory."""
+    gone = {id(p) for p in parameters}
+    for optimizer in [o for o in gc.get_objects() if gone and issubclass(type(o), Optimizer)]:
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for p in parameters:
+        p.grad = None
+        p.data = p.data.new_empty(0)
+
+
 def _tuples(new: Mapping[int, Any], own: set[int]) -> dict[int, tuple]:
     """What takes the place of tuples that hold what is to be replaced, directly or in tuples."""
     every = [t for t in gc.get_objects() if type(t) is tuple and id(t) not in own]

@@ -15,6 +15,8 @@ PARTS = ("their inputs", "the mode (training) of submodule {}", "whether paramet
          "the parts of the model ({})", "hooks ({})", "attributes that the forward reads ({})", "autocast",
          "what earlier calls left in attributes", "grad mode")
 """What ranks compare of a call, in order; {} is the name of what differs."""
+OF_KIND = (2,)
+"""Those that are compared among ranks of one kind, which hold the same parameters."""
 
 
 def digest(text: str) -> int:
@@ -24,30 +26,45 @@ def digest(text: str) -> int:
 
 def agree_on_call(control: Control, key: tuple, names: Callable[[int], list[str]]) -> Callable[[], None]:
     """Start comparing what each rank was called with. What is returned ends it: it raises `MismatchError` on every rank
-    unless all are the same.
+    unless all are the same; in what concerns parameters, all of its kind.
 
     key: in the order of `PARTS`. ``names(i)``: of what the values of part i, a tuple, belong to.
     """
-    equal = control.compare(digest(repr(key)))
+    if control.kinds == 1:
+        equal = control.compare(digest(repr(key)))
+    else:
+        equal = control.compare(digest(repr([p for i, p in enumerate(key) if i not in OF_KIND])),
+                                digest(repr([key[i] for i in OF_KIND])))
 
     def settle() -> None:
         if equal():
             return
         everyone = control.exchange([[repr(x) for x in p] if i in (1, 2) else (p, *names(i)) if i in (3, 4, 5) else repr(p)
                                      for i, p in enumerate(key)])
-        other = next(r for r, parts in enumerate(everyone) if parts != everyone[0])
-        part = next(i for i, pair in enumerate(zip(everyone[0], everyone[other], strict=True)) if pair[0] != pair[1])
-        mine, theirs, name = everyone[0][part], everyone[other][part], ""
+        one, other, part = _difference(control, everyone)
+        mine, theirs, name = everyone[one][part], everyone[other][part], ""
         if isinstance(mine, list):
             at = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), 0)
             mine, theirs, name = mine[at], theirs[at], repr(names(part)[at]) if names(part)[at] else "(the model itself)"
         elif isinstance(mine, tuple):
             name = max(mine, theirs)[1]
             mine, theirs = f"change {mine[0]}", f"change {theirs[0]}"
-        raise MismatchError(f"ranks were called differently in {PARTS[part].format(name)}: rank 0 with {mine}, rank {other} with "
-                            f"{theirs}; every rank must pass inputs of the same shapes and dtypes to a model in the same state")
+        raise MismatchError(
+            f"ranks were called differently in {PARTS[part].format(name)}: rank {one} with {mine}, rank {other} with {theirs}; "
+            "every rank must pass inputs of the same shapes and dtypes to a model in the same state")
 
     return settle
+
+
+def _difference(control: Control, everyone: list[list]) -> tuple[int, int, int]:
+    """Two ranks that were to be called alike, and the first part in which they were not."""
+    for part in range(len(PARTS)):
+        first: dict[int, int] = {}
+        for rank, parts in enumerate(everyone):
+            one = first.setdefault(control.kind_of(rank) if part in OF_KIND else 0, rank)
+            if parts[part] != everyone[one][part]:
+                return one, rank, part
+    raise AssertionError("ranks differ in nothing")
 
 
 def agree_on_options(control: Control, **options: str) -> None:
@@ -63,7 +80,7 @@ def agree_on_options(control: Control, **options: str) -> None:
 
 @contextlib.contextmanager
 def agree_on_program(control: Control) -> Iterator[list[Program]]:
-    """Around a compilation, whose program the body appends: if it failed or differs anywhere, all ranks raise."""
+    """Around a compilation, whose program the body appends: all raise if it failed anywhere, or differs among ranks of a kind."""
     made: list[Program] = []
     try:
         yield made
@@ -76,10 +93,12 @@ def agree_on_program(control: Control) -> Iterator[list[Program]]:
     failed = [(r, text) for r, (ok, text) in enumerate(everyone) if not ok]
     if failed:
         raise FxparError(f"rank {failed[0][0]} could not compile the model: {failed[0][1]}")
-    if len({text for _, text in everyone}) > 1:
-        other = next(r for r, (_, text) in enumerate(everyone) if text != everyone[0][1])
-        raise MismatchError(f"ranks captured different programs (rank 0 and rank {other} differ): the model's code, "
-                            "configuration, plan or library versions are not the same on every rank")
+    first: dict[int, int] = {}
+    for rank, (_, text) in enumerate(everyone):
+        one = first.setdefault(control.kind_of(rank), rank)
+        if text != everyone[one][1]:
+            raise MismatchError(f"ranks captured different programs (rank {one} and rank {rank} differ): the model's code, "
+                                "configuration, plan or library versions are not the same on every rank")
 
 
 def fingerprint(program: Program) -> str:

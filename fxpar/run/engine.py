@@ -83,7 +83,7 @@ class Engine:
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its layouts of parameters as the ones that they are stored in."""
-        self.store.adopt(program)
+        self.store.adopt([program])
         self._depends = State(self.store.model)
         self._depends.add(program.reads)
         self._left.add(program, self._captured(calls.leaves(call))[:-1])

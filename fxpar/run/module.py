@@ -167,7 +167,7 @@ class ParallelModule(nn.Module):
 
         Every element of every parameter counts once, however it is sharded or replicated. norm_type: 2, any p > 0, or inf.
         """
-        return clip_grad_norm(list(self.parameters()), max_norm, norm_type, self.parameter_store.bound,
+        return clip_grad_norm(self.parameter_store.counted(), max_norm, norm_type, self.parameter_store.bound,
                               self.parameter_store.runtime)
 
     def init_weights(self, seed: int) -> None:

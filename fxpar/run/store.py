@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,8 +22,9 @@ class ParameterStore:
     """What this rank holds of a model, and where.
 
     model: the user's, whose parameters are DTensors once `adopt` was called. mesh, rank: see `BoundMesh`. layouts: how each
-    parameter is split over the ranks, by its name. places: the table of a module, and the key in it, of every parameter and
-    buffer, by its name.
+    parameter is split over the ranks of a kind, by its name. places: the table of a module, and the key in it, of every parameter
+    and buffer, by its name. owners: the kind of ranks that a parameter or buffer counts for, of those that hold it, where there
+    are several kinds. elsewhere: names of parameters that ranks of other kinds hold, and this one does not.
     """
 
     def __init__(self, model: nn.Module, bound: BoundMesh, control: Control, device: torch.device):
@@ -30,33 +33,54 @@ class ParameterStore:
         self.runtime = GroupRuntime(bound)
         self.layouts: dict[str, Tiling] = {}
         self.places: dict[str, Place] = {}
+        self.owners: dict[str, int] = {}
+        self.elsewhere: set[str] = set()
 
-    def adopt(self, program: Program) -> None:
-        """Have DTensors in the layouts that `program` wants take the place of the model's parameters. Every rank holds all of a
-        parameter that the program never uses.
+    def adopt(self, programs: Sequence[Program]) -> None:
+        """Have DTensors in the layouts that programs want take the place of the model's parameters.
 
+        programs: one for each kind of ranks. A parameter that the program of another kind uses, and this rank's does not, is
+        None on this rank; what no program uses, every rank holds all of.
         Raises: `MismatchError` if parameters have gradients already on some ranks, and on others not.
         """
         self._require_same_gradients()
-        for node, source in program.source_of().items():
-            if source.kind == "param":
-                self.layouts[source.name] = node.meta["tiling"]
-        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        holders: dict[str, list[int]] = {}
+        for kind, program in enumerate(programs):
+            for node, source in program.source_of().items():
+                if source.kind == "param":
+                    self.layouts[source.name] = node.meta["tiling"]
+                    if node.users:
+                        holders.setdefault(source.name, []).append(kind)
+            self.owners |= {s.name: kind for s in program.sinks if s.kind == "buffer"}
+        self.owners |= {name: kinds[0] for name, kinds in holders.items()}
+        tied = programs[self.bound.kind].tied
+        made: dict[int, tuple[nn.Parameter, nn.Parameter | None]] = {}
         for path, module in self.model.named_modules():
             for key, p in module._parameters.items():
                 if p is None:
                     continue
-                if id(p) not in made:
-                    name = _name(path, key)
-                    tiles = self.layouts.setdefault(program.tied.get(name, name), tuple(() for _ in p.shape))
-                    made[id(p)] = p, self._parameter(name, p, tiles)
+                name = _name(path, key)
+                first = tied.get(name, name)
+                mine = self.bound.kind in holders.get(first, [self.bound.kind])
+                if id(p) not in made and mine:
+                    made[id(p)] = p, self._parameter(name, p, self.layouts.setdefault(first, tuple(() for _ in p.shape)))
+                elif id(p) not in made:
+                    self._help_others(p)
+                    made[id(p)] = p, None
+                if not mine:
+                    self.elsewhere.add(name)
                 module._parameters[key] = made[id(p)][1]
             for key, b in module._buffers.items():
                 if b is not None and not b.is_meta:
                     module._buffers[key] = self._of_rank_0(b)
             for table in (module._parameters, module._buffers):
                 self.places |= {_name(path, key): (table, key) for key in table}
-        identity.take_over(list(made.values()))
+        identity.take_over([(old, new) for old, new in made.values() if new is not None])
+        identity.give_up([old for old, new in made.values() if new is None])
+
+    def counted(self) -> dict[nn.Parameter, bool]:
+        """The parameters that this rank holds parts of, and whether they count for ranks of its kind: each does for one."""
+        return {p: self.owners.get(name, 0) == self.bound.kind for name, p in self.model.named_parameters()}
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of that name, as the model has it now."""
@@ -113,6 +137,12 @@ class ParameterStore:
             new.grad = part(self._of_rank_0(p.grad))
         identity.inherit(p, new, name, part)
         return new
+
+    def _help_others(self, p: nn.Parameter) -> None:
+        """Take part in what the ranks do that hold a parameter, which this one does not."""
+        self._of_rank_0(p)
+        if p.grad is not None:
+            self._of_rank_0(p.grad)
 
     def _require_same_gradients(self) -> None:
         everyone = self.control.exchange([n for n, p in self.model.named_parameters() if p.grad is not None])

@@ -17,6 +17,8 @@ from fxpar.plan import Plan
 
 Axes = tuple[str, ...]
 STRATEGIES = ("dp", "tp", "zero")
+KIND = "pp"
+"""The axis, major to those of a mesh, along which ranks are of different kinds (see `BoundMesh`)."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +114,25 @@ def from_plan(plan: Plan) -> Mesh:
 class BoundMesh:
     """A `Mesh` on running processes: its `DeviceMesh` and one process group per set of axes.
 
+    kinds: how many kinds of ranks there are; ranks of one kind run the same program and hold parts of the same parameters, as
+    those of one pipeline rank do. Each kind is one such mesh, of neighbouring ranks. kind: this rank's, from 0. rank: this
+    rank's within the mesh of its kind.
+
     Groups are made in one fixed order on every rank, the first time a program needs them, because
     making a group is itself a collective.
     """
 
-    def __init__(self, mesh: Mesh, device_type: str):
-        self.mesh = mesh
-        self.device_mesh: DeviceMesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
+    def __init__(self, mesh: Mesh, device_type: str, kinds: int = 1):
+        self.mesh, self.kinds = mesh, kinds
+        self.kind, self.rank = divmod(torch.distributed.get_rank(), mesh.world_size)
+        whole = init_device_mesh(device_type, (kinds, *mesh.sizes), mesh_dim_names=(KIND, *mesh.names)) if kinds > 1 else \
+            init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
+        self.device_mesh: DeviceMesh = whole[mesh.names] if kinds > 1 else whole
+        self.across: torch.distributed.ProcessGroup | None = whole.get_group(KIND) if kinds > 1 else None
+        """The ranks at this one's place in the meshes of all kinds, in order."""
         for strategy, axes in mesh.strategies.items():
             if len(axes) > 1:
                 self.device_mesh[axes]._flatten(strategy)
-        self.rank = torch.distributed.get_rank()
         self._groups: dict[Axes, torch.distributed.ProcessGroup] = {}
 
     def ordered(self, axes: Axes) -> Axes:
@@ -135,7 +145,9 @@ class BoundMesh:
             if len(axes) == 1:
                 self._groups[axes] = self.device_mesh.get_group(axes[0])
             else:
-                self._groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(self.mesh.groups(axes))
+                groups = [[kind * self.mesh.world_size + rank for rank in group]
+                          for kind in range(self.kinds) for group in self.mesh.groups(axes)]
+                self._groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(groups)
         return self._groups[axes]
 
     def index(self, axes: Axes) -> int:
