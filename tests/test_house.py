@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"errors", "compat"},
     {"plan"},
-    {"sharding"},
+    {"sharding", "pipeline", "cost"},
     {"model", "ops"},
     {"program"},
     {"passes.rewrite", "passes.infer"},

@@ -1,0 +1,121 @@
+"""Machines that models are trained on: what a device computes, holds and moves, and how devices are linked.
+
+Each is a file in `clusters/`, with the public source of every number. A cluster that is not there is a file of the same form.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxpar.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects the devices of one level of a cluster.
+
+    level: its name, as "host". ranks: how many neighbouring ranks it connects; None: all.
+    alpha: seconds that a message takes, however small. beta: bytes that a device sends in a second, in one direction, of
+    large messages, as they were measured; peak: as the maker says.
+    """
+
+    level: str
+    ranks: int | None
+    alpha: float
+    beta: float
+    peak: float
+    source: str
+
+    def seconds(self, size: float) -> float:
+        """Seconds for a message of `size` bytes between two devices."""
+        return self.alpha + size / self.beta
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Many devices of one kind.
+
+    name: of the file. device: as its maker calls it. memory: bytes of a device. memory_bandwidth: bytes in a second.
+    flops: pairs of a dtype's name and the dense operations in a second that the maker says; there are "float8", for all of
+        its kinds, and "tfloat32", for float32 on tensor cores.
+    efficiency: pairs of a dtype's name and the part of its flops that large matrix products were measured to reach.
+    links: from that between neighbours to that between all. sources: of all numbers but those of links, which have theirs.
+    """
+
+    name: str
+    device: str
+    memory: int
+    memory_bandwidth: float
+    flops: tuple[tuple[str, float], ...]
+    efficiency: tuple[tuple[str, float], ...]
+    links: tuple[Link, ...]
+    sources: tuple[str, ...]
+
+    def peak(self, dtype: torch.dtype | str) -> float:
+        """FLOP/s that the maker says, of a dtype or its name. Raises PlanError for one that the device does not compute in."""
+        name, flops = _name(dtype), dict(self.flops)
+        if name not in flops:
+            requirement = f"must be one that {self.device} computes in: {', '.join(flops)}"
+            raise PlanError("param_dtype", name, requirement, "param_dtype=bf16")
+        return flops[name]
+
+    def reached(self, dtype: torch.dtype | str) -> float:
+        """FLOP/s of a large matrix product; of a dtype that was not measured, as efficient as the first that was."""
+        return self.peak(dtype) * dict(self.efficiency).get(_name(dtype), self.efficiency[0][1])
+
+    def link(self, ranks: int) -> Link:
+        """What a group communicates over whose members lie in one block of `ranks` neighbouring ranks: its slowest link."""
+        return next(link for link in self.links if link.ranks is None or ranks <= link.ranks)
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return "float8" if name.startswith("float8") else name
+
+
+def clusters() -> tuple[str, ...]:
+    """Names of the clusters that fxpar knows."""
+    return tuple(sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml")))
+
+
+def cluster(name: str) -> Cluster:
+    """A cluster that fxpar knows, or that a file describes.
+
+    name: one of `clusters()`, or the path of a .toml file of the same form.
+    Raises PlanError for `cluster` where there is no such, or its file lacks something.
+    """
+    if name in clusters():
+        text = (_folder() / f"{name}.toml").read_text()
+    elif name.endswith(".toml") and Path(name).is_file():
+        text = Path(name).read_text()
+    else:
+        raise PlanError("cluster", name, f"must be one of {', '.join(clusters())}, or the path of a .toml file", clusters()[0])
+    try:
+        return _read(Path(name).name.removesuffix(".toml"), tomllib.loads(text))
+    except KeyError as missing:
+        raise PlanError("cluster", name, f"must say {missing.args[0]!r}, as fxpar's own do") from None
+    except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+        raise PlanError("cluster", name, f"must be a description of a cluster: {error}") from None
+
+
+def _folder() -> Any:
+    return resources.files("fxpar.cost") / "clusters"
+
+
+def _read(name: str, file: dict[str, Any]) -> Cluster:
+    device, flops, efficiency = file["device"], dict(file["flops"]), dict(file["efficiency"])
+    sources = tuple(table.pop("source") for table in (device, flops, efficiency))
+    links = tuple(Link(link["level"], link.get("ranks"), link["alpha"], link["beta"], link["peak"], link["source"])
+                  for link in file["links"])
+    if not efficiency:
+        raise ValueError("its efficiency names no dtype")
+    if [link for link in links if link.ranks is None] != list(links[-1:]):
+        raise ValueError("its last link, and no other, connects all ranks and says no number of them")
+    return Cluster(name, device["name"], int(device["memory_mib"]) * 2**20, float(device["memory_bandwidth"]),
+                   tuple(flops.items()), tuple(efficiency.items()), links, sources)
