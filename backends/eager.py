@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import fx
 
 from fxpar import compat
 from fxpar.backends.remat import choose_recomputation
+from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.ops.collectives import Runtime, use_runtime
 from fxpar.plan import Plan
@@ -63,3 +64,14 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Pl
             return run_flat(module, list(inputs))
 
     return run
+
+
+def stepped(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan, early: Collection[int] = ()) -> Stepped:
+    """As `lower`, in steps: the gradients of the inputs at the positions `early` come first."""
+    graph, keep = tensor_inputs_only(module, example)
+
+    def trace(plain: fx.GraphModule, given: list[torch.Tensor], cut: compat.Cut) -> compat.Traced:
+        with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
+            return compat.trace_steps(plain, given, lambda g: choose_recomputation(g, plan), cut)
+
+    return in_steps(graph, example, keep, early, trace, lambda: use_runtime(runtime))

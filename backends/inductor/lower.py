@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxpar import compat, ops
 from fxpar.backends import remat
 from fxpar.backends.inductor import buckets, overlap, prefetch, products, widen
+from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
 from fxpar.backends.transport.runtime import GroupRuntime
@@ -85,6 +86,18 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
             return compiled(*[inputs[i] for i in keep])
 
     return run
+
+
+def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, plan: Plan,
+            early: Collection[int] = ()) -> Stepped:
+    """As `lower`, in steps: the gradients of the inputs at the positions `early` come first. All is compiled at once."""
+    plain, keep = tensor_inputs_only(module, example, fused=True)
+
+    def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.Traced:
+        with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
+            return compat.compile_steps(plain, given, settings(plan, runtime.transport), cut)
+
+    return in_steps(plain, example, keep, early, trace, lambda: use_runtime(runtime))
 
 
 @contextlib.contextmanager

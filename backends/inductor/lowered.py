@@ -7,20 +7,24 @@ which can go wrong. Here these graphs are run, operator by operator, or compiled
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from fxpar import compat
 from fxpar.backends.inductor import lower as inductor
+from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import copied_axes
-from fxpar.backends.transport.threads import ThreadRuntime, Threads
+from fxpar.backends.transport.threads import Threads
 from fxpar.ops.collectives import differs_along, use_runtime
 from fxpar.plan import Plan
 from fxpar.sharding.mesh import Mesh
+
+T = TypeVar("T")
 
 
 class Lowered:
@@ -40,12 +44,7 @@ class Lowered:
     def forward(self, module: fx.GraphModule, feeds: list[list[Any]]) -> list[list[Any]]:
         """feeds[r]: rank r's local inputs, one per placeholder. Returns rank r's flat outputs at [r]."""
         if id(module) not in self._made:
-            alike: dict[tuple[int, ...], Callable[..., Any]] = {}
-            kinds = self._kinds(module)
-            for rank, kind in enumerate(kinds):
-                if kind not in alike:
-                    alike[kind] = self._lower(module, feeds[rank], self.threads.runtime(rank))
-            self._made[id(module)] = module, [alike[kind] for kind in kinds]
+            self._made[id(module)] = module, self._of_each_rank(module, lambda rank: self._lower(module, feeds[rank], rank))
         _, made = self._made[id(module)]
         return self.threads.run(lambda rank: list(made[rank](*feeds[rank])))
 
@@ -55,22 +54,48 @@ class Lowered:
         return self.threads.run(lambda rank: list(torch.autograd.grad(
             roots[rank], inputs[rank], seeds[rank], allow_unused=True)) if roots[rank] else [None] * len(inputs[rank]))
 
+    def stepped(self, module: fx.GraphModule, feeds: list[list[Any]], early: Collection[int] = ()) -> list[Stepped]:
+        """At [r]: rank r's program in steps, to be called in its thread (``threads.run``)."""
+        return self._of_each_rank(module, lambda rank: self._in_steps(module, feeds[rank], rank, early))
+
+    def _of_each_rank(self, module: fx.GraphModule, make: Callable[[int], T]) -> list[T]:
+        """What ``make(rank)`` makes, once for ranks whose graphs are the same."""
+        alike: dict[tuple[int, ...], T] = {}
+        kinds = self._kinds(module)
+        for rank, kind in enumerate(kinds):
+            if kind not in alike:
+                alike[kind] = make(rank)
+        return [alike[kind] for kind in kinds]
+
     def _kinds(self, module: fx.GraphModule) -> list[tuple[int, ...]]:
         """Equal for ranks whose graphs are the same: for all along whose axes nothing in the program differs."""
         axes = {a: None for n in module.graph.nodes if (a := differs_along(n)) is not None}
         mesh = self.threads.mesh
         return [tuple(mesh.index(rank, a) for a in axes) for rank in range(mesh.world_size)]
 
-    def _lower(self, module: fx.GraphModule, example: list[Any], runtime: ThreadRuntime) -> Callable[..., Any]:
+    def _settings(self) -> dict[str, Any]:
+        return inductor.settings(self.plan, self._transport, as_on_gpu=not self.compiled, passes=self.passes)
+
+    def _lower(self, module: fx.GraphModule, example: list[Any], rank: int) -> Callable[..., Any]:
         plain, keep = tensor_inputs_only(module, example, fused=True)
-        settings = inductor.settings(self.plan, self._transport, as_on_gpu=not self.compiled, passes=self.passes)
         given = [example[i] for i in keep]
-        with use_runtime(runtime), compat.memory_budget(self.plan.memory_budget):
+        with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
             if self.compiled:
-                run = compat.compile_graph(plain, given, settings, backward_at_once=True)
+                run = compat.compile_graph(plain, given, self._settings(), backward_at_once=True)
             else:
-                run = compat.interpret_graph(plain, given, settings, _OnCPU)
+                run = compat.interpret_graph(plain, given, self._settings(), _OnCPU)
         return lambda *inputs: run(*[inputs[i] for i in keep])
+
+    def _in_steps(self, module: fx.GraphModule, example: list[Any], rank: int, early: Collection[int]) -> Stepped:
+        plain, keep = tensor_inputs_only(module, example, fused=True)
+
+        def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.Traced:
+            with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
+                if self.compiled:
+                    return compat.compile_steps(plain, given, self._settings(), cut)
+                return compat.interpret_steps(plain, given, self._settings(), _OnCPU, cut)
+
+        return in_steps(plain, example, keep, early, trace, contextlib.nullcontext)
 
 
 class _OnCPU(fx.Interpreter):

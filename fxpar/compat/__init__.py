@@ -20,21 +20,43 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from fxpar.compat.steps import (
+    Cut,
+    Make,
+    SharedOutputs,
+    Traced,
+    after_graph_passes,
+    as_traced,
+    compile_steps,
+    interpret_steps,
+    output_code,
+    storage_of,
+    trace_steps,
+)
 from fxpar.compat.symmetric import SymmetricSlots
 
 __all__ = [
+    "Cut",
     "FakeTensor",
     "FakeTensorMode",
+    "Make",
+    "SharedOutputs",
     "SymmetricSlots",
+    "Traced",
+    "as_traced",
     "autocast_region",
     "compile_graph",
+    "compile_steps",
     "detect_fake_mode",
     "fake_like",
+    "interpret_steps",
     "is_grouped_product",
     "is_pointwise",
     "is_random",
     "mutates",
     "no_grad_region",
+    "storage_of",
+    "trace_steps",
 ]
 
 
@@ -450,30 +472,12 @@ def _through_graph_passes(gm: fx.GraphModule, inputs: list[torch.Tensor], config
                           run: Callable[[fx.GraphModule], Any]) -> Callable:
     """`compile_fx` with ``run(module)``, a callable over a list of inputs, in the place of generated code."""
     from torch._functorch import config as aot
-    from torch._inductor import compile_fx as inductor
-    from torch._inductor.output_code import OutputCode
-    from torch._inductor.virtualized import V
+    from torch._inductor.compile_fx import compile_fx
 
-    class Code(OutputCode):
-        def __init__(self, run: Any):
-            self.run = run
-            self._boxed_call = True
-
-        def __call__(self, inputs: Any) -> Any:
-            return self.run(inputs)
-
-        def post_compile(self, *args: Any, **kwargs: Any) -> None: ...
-
-        def set_triton_bundle(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def keep(module: fx.GraphModule, example: Any, is_inference: bool = False, **options: Any) -> OutputCode:
-        inductor.view_to_reshape(module)
-        with torch.no_grad():
-            mode = inductor.fake_tensor_prop(module, example)
-        with V.set_fake_mode(mode):
-            inductor._recursive_post_grad_passes(module, is_inference=is_inference)
-        return Code(run(module))
+    def keep(module: fx.GraphModule, example: Any, is_inference: bool = False, **options: Any) -> Any:
+        after_graph_passes(module, example, is_inference)
+        return output_code(run(module))
 
     with aot.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
-        compiled: Any = inductor.compile_fx(gm, inputs, inner_compile=keep, config_patches=config)
+        compiled: Any = compile_fx(gm, inputs, inner_compile=keep, config_patches=config)
     return compiled

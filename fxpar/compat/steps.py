@@ -1,0 +1,222 @@
+"""steps: the forward and backward graphs that AOTAutograd makes, handed over, without the autograd function around them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+Code = Callable[[list[Any]], Sequence[Any]]
+"""A graph made ready to run: takes its inputs as a list, which it empties."""
+Make = Callable[[fx.GraphModule, Sequence[Tensor], Sequence[int], int], tuple[Code, list[Tensor]]]
+"""``make(graph, inputs, donated, gradients)`` makes a part of a backward ready: a graph over tensors like `inputs`, which may
+overwrite those at the positions `donated`, and whose first `gradients` outputs are gradients. Also returns what its outputs are
+like."""
+Cut = Callable[[fx.GraphModule, list[Tensor], int, list[int], Make], None]
+"""``cut(backward, inputs, saved, donated, make)`` is called with the backward graph, and makes its parts ready. inputs: tensors
+like those it takes: first what the forward saved, so many of them, then the gradients of outputs. donated: which of those it
+may overwrite."""
+
+
+class SharedOutputs(Exception):
+    """Outputs at these positions share memory with inputs or with other outputs, which AOTAutograd leaves to its function."""
+
+    def __init__(self, positions: list[int]):
+        super().__init__(positions)
+        self.positions = positions
+
+
+@dataclass
+class Traced:
+    """A flat graph's forward.
+
+    run: gives the outputs, and behind them what it saves for the backward, so many tensors. seeds: which outputs have a gradient,
+    in the order in which the backward takes them.
+    """
+
+    run: Code
+    seeds: list[int]
+    saved: int
+
+
+@contextlib.contextmanager
+def as_traced() -> Iterator[None]:
+    """Inside, operators do what graphs of AOTAutograd say: nothing is recorded, and nothing cast by autocast."""
+    with torch.no_grad(), torch._C._DisableAutocast():
+        yield
+
+
+def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Graph], None], cut: Cut) -> Traced:
+    """As `partition_eagerly`, but the two graphs are handed over.
+
+    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. Raises: `SharedOutputs`.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    found: list[Traced] = []
+
+    def partition(module: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        joint(module.graph)
+        return min_cut_rematerialization_partition(module, joint_inputs, **options)
+
+    def forward(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        found.append(_traced(gm, len(inputs), _interpreted(gm)))
+        return make_boxed_func(gm)
+
+    def backward(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        cut(gm, list(example_inputs), found[0].saved, [], lambda part, *_: (_interpreted(part), _values(part)))
+        return make_boxed_func(gm)
+
+    with tracing(TracingContext(detect_fake_mode(inputs) or FakeTensorMode())), _at_once():
+        aot_module_simplified(gm, _leaves(inputs), fw_compiler=forward, bw_compiler=backward, partition_fn=partition)
+    return found[0]
+
+
+def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut) -> Traced:
+    """As `compile_graph`, but what was compiled is handed over. Nothing is left to be compiled later. Raises: `SharedOutputs`."""
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    from fxpar.compat import _mend_reductions, graph_pass
+
+    def whole(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
+        return compile_fx_inner(module, example, **options)
+
+    def part(options: dict[str, Any], module: fx.GraphModule, example: Sequence[Tensor], donated: Sequence[int],
+             gradients: int) -> tuple[Code, list[Tensor]]:
+        visible = range(gradients if inductor_config.bw_outputs_user_visible else 0)
+        module.graph.output_node().meta["user_visible_output_idxs"] = list(visible)
+        values, context = _values(module), TracingContext.get()
+        # What is overwritten is no part of the key by which Inductor finds what it compiled before: a pass is.
+        mark = graph_pass(lambda graph: None, key=f"part of a backward, may overwrite {list(donated)}")
+        with (inductor_config.patch(post_grad_custom_pre_pass=mark),
+              mock.patch.object(context.fw_metadata, "bw_donated_idxs", list(donated)),
+              TracingContext.report_output_strides() as strides):
+            code: Any = compile_fx_inner(module, list(example), **options | {"static_input_idxs": ()})
+        return code, [x.new_empty_strided(x.shape, stride or x.stride())
+                      for x, stride in zip(values, strides or [None] * len(values), strict=True)]
+
+    _mend_reductions()
+    return _through_inductor(gm, inputs, config, cut, whole, part)
+
+
+def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], interpreter: type[fx.Interpreter],
+                    cut: Cut) -> Traced:
+    """As `compile_steps`, but `interpreter` runs the graphs for which code would have been generated, after all graph passes."""
+    def whole(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
+        after_graph_passes(module, example, options.get("is_inference", False))
+        return output_code(_interpreted(module, interpreter))
+
+    def part(options: dict[str, Any], module: fx.GraphModule, example: Sequence[Tensor], *_: Any) -> tuple[Code, list[Tensor]]:
+        after_graph_passes(module, example)
+        return _interpreted(module, interpreter), _values(module)
+
+    return _through_inductor(gm, inputs, config, cut, whole, part)
+
+
+def after_graph_passes(module: fx.GraphModule, example: Sequence[Any], is_inference: bool = False) -> None:
+    """Make of a graph, in place, what Inductor would generate code for."""
+    from torch._inductor import compile_fx as inductor
+    from torch._inductor.virtualized import V
+
+    inductor.view_to_reshape(module)
+    with torch.no_grad():
+        mode = inductor.fake_tensor_prop(module, example)
+    with V.set_fake_mode(mode):
+        inductor._recursive_post_grad_passes(module, is_inference=is_inference)
+
+
+def output_code(run: Callable[[list[Any]], Any]) -> Any:
+    """``run(inputs)``, for `compile_fx` to take as generated code."""
+    from torch._inductor.output_code import OutputCode
+
+    class Code(OutputCode):
+        def __init__(self) -> None:
+            self._boxed_call = True
+
+        def __call__(self, inputs: Any) -> Any:
+            return run(inputs)
+
+        def post_compile(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def set_triton_bundle(self, *args: Any, **kwargs: Any) -> None: ...
+
+    return Code()
+
+
+def _through_inductor(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut, whole: Callable[..., Any],
+                      part: Callable[..., tuple[Code, list[Tensor]]]) -> Traced:
+    from torch._inductor.compile_fx import compile_fx
+
+    found: list[Traced] = []
+
+    def inner(module: fx.GraphModule, example: Any, **options: Any) -> Any:
+        if options.get("is_backward"):
+            meta: Any = TracingContext.get().fw_metadata
+            cut(module, list(example), found[0].saved, list(meta.bw_donated_idxs or []), functools.partial(part, options))
+            return output_code(_never)
+        made = _traced(module, len(inputs), lambda given: code(given))
+        code = whole(module, example, options)
+        found.append(made)
+        return code
+
+    with _at_once():
+        compile_fx(gm, _leaves(inputs), inner, config_patches=config)
+    return found[0]
+
+
+def _never(inputs: list[Any]) -> Any:
+    raise AssertionError("the parts of a backward run, not the backward")
+
+
+@contextlib.contextmanager
+def _at_once() -> Iterator[None]:
+    """Both graphs are made now, neither is taken from a cache, and random state is kept as a tensor is."""
+    from torch._functorch import config
+
+    with torch.enable_grad(), config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True,
+                                           graphsafe_rng_functionalization=False):
+        yield
+
+
+def _leaves(inputs: list[Tensor]) -> list[Tensor]:
+    """Each tensor by itself: AOTAutograd gives equal ones one place."""
+    return [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+
+
+def _interpreted(module: fx.GraphModule, interpreter: type[fx.Interpreter] = fx.Interpreter) -> Code:
+    return lambda given: interpreter(module).boxed_run(given)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Equal for tensors that share memory, fake ones too."""
+    return tensor.untyped_storage()._cdata
+
+
+def _values(module: fx.GraphModule) -> list[Tensor]:
+    results: Any = module.graph.output_node().args[0]
+    return [n.meta["val"] for n in results]
+
+
+def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> Traced:
+    """Raises: `SharedOutputs`; NotImplementedError where the graph is not all that AOTAutograd has a forward do."""
+    from torch._functorch._aot_autograd.schemas import OutputType
+
+    meta: Any = TracingContext.get().fw_metadata
+    own = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
+    shared = [i for i, info in enumerate(meta.output_info) if info.output_type not in own]
+    if shared:
+        raise SharedOutputs(shared)
+    if meta.num_mutated_inp_runtime_indices or len(forward.graph.find_nodes(op="placeholder")) != inputs:
+        raise NotImplementedError("a program that writes to its inputs, or has tensors of its own, cannot be run in steps")
+    seeds = [i for i, info in enumerate(meta.output_info) if info.requires_grad]
+    return Traced(run, seeds, len(_values(forward)) - len(meta.output_info))
