@@ -14,7 +14,7 @@ FLOORS = (
     {"sharding"},
     {"model", "ops"},
     {"program"},
-    {"passes.rewrite", "passes.infer"},
+    {"passes.rewrite", "passes.infer", "cost"},
     {"passes.canonical", "passes.place"},
     {"passes.capture", "passes.strategies", "passes.partition"},
     {"passes.pipeline"},
