@@ -26,17 +26,18 @@ from fxpar.sharding.mesh import Mesh, from_plan
 if TYPE_CHECKING:
     from fxpar.sharding.placement import Placements
 
-SourceKind = Literal["param", "buffer", "constant", "input", "seed"]
+SourceKind = Literal["param", "buffer", "constant", "input", "seed", "received"]
 
 
 @dataclass(slots=True)
 class Source:
     """One placeholder of the graph.
 
-    kind: what it is; "seed" is the int64 scalar that counter-based dropout draws from.
+    kind: what it is; "seed" is the int64 scalar that counter-based dropout draws from, "received" a value that the pipeline stage
+        before sends (see `fxpar.passes.strategies.stages`).
     name: the parameter's or buffer's fully qualified name (for a tied parameter the first one, as
-        `named_parameters` reports it), or the input's path ("input_ids", "0").
-    value: the global tensor as captured: real for buffers and constants, fake for the rest.
+        `named_parameters` reports it), the input's path ("input_ids", "0"), or the name of what is received.
+    value: the global tensor as captured: real for buffers and constants, fake for the rest; of what is received, one rank's.
     storage_dtype: the dtype it is kept in, where that differs from the dtype it is computed in.
     place: of a constant, the table and key where an attribute of the model holds it, looked up at every call.
     """
@@ -52,13 +53,14 @@ class Source:
 @dataclass(slots=True)
 class Sink:
     """One element of the output tuple: a leaf of the user's output, a buffer's new value, or a tensor that the forward stores in
-    an attribute (see `Program.writes`). While capturing, also the mark of a tensor hook.
+    an attribute (see `Program.writes`); of a pipeline stage also what it sends to the next. While capturing, also the mark of a
+    tensor hook.
 
     name: the buffer's or attribute's name, or the output's path.
     constant: for a leaf that is no tensor (None, a number): the value itself; it has no graph output.
     """
 
-    kind: Literal["output", "buffer", "literal", "attribute", "mark"]
+    kind: Literal["output", "buffer", "literal", "attribute", "mark", "sent"]
     name: str
     constant: Any = None
 

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"errors", "compat"},
     {"plan"},
-    {"sharding", "pipeline", "cost"},
+    {"sharding", "pipeline"},
     {"model", "ops"},
     {"program"},
-    {"passes.rewrite", "passes.infer"},
+    {"passes.rewrite", "passes.infer", "cost"},
     {"passes.canonical", "passes.place"},
     {"passes.capture", "passes.strategies", "passes.partition"},
     {"passes.pipeline"},

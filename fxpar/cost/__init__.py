@@ -1,4 +1,5 @@
-"""What a step costs on given machines.
+"""What a step costs: operators on one rank, and the machines that they run on.
 
-clusters  machines that models are trained on: `clusters/*.toml`, and their reader
+operators  floating-point operations and bytes of every operator, from the shapes of its operands
+clusters   machines that models are trained on: `clusters/*.toml`, and their reader
 """

@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -50,6 +51,31 @@ class Runtime(Protocol):
     def all_gather(self, x: Tensor, axes: Axes) -> Tensor: ...
     def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor: ...
     def all_to_all(self, x: Tensor, axes: Axes) -> Tensor: ...
+
+
+class Alone:
+    """A runtime of one rank whose partners hold what it holds: what a rank computes has its shapes, and needs no other rank."""
+
+    def __init__(self, sizes: dict[str, int]):
+        self.sizes = sizes
+
+    def size(self, axes: Axes) -> int:
+        return math.prod(self.sizes[a] for a in axes)
+
+    def index(self, axes: Axes) -> int:
+        return 0
+
+    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
+        return x * self.size(axes) if op == "sum" else x.clone()
+
+    def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
+        return torch.cat([x] * self.size(axes))
+
+    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
+        return x[: x.shape[0] // self.size(axes)] * self.size(axes)
+
+    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
+        return x[:1].repeat(self.size(axes), *[1] * (x.dim() - 1))
 
 
 _active: ContextVar[Runtime] = ContextVar("fxpar_runtime")

@@ -52,6 +52,8 @@ class Plan:
     microbatches: how many parts a replica's batch is run in.
     schedule: "gpipe", "1f1b", "interleaved1f1b", "zb1p" or "zbv".
     virtual_stages: parts of the model that one pipeline rank holds.
+    stage_boundaries: names of the modules that begin a stage, in the order in which they run, for all pp x virtual_stages stages
+        but the first [or "name;name"]; (): the cost model cuts.
     ep_dispatch: "alltoall" or "allgather".
     recompute: "none", "selective", "full", or the memory budget as a fraction in (0, 1].
     param_dtype, reduce_dtype: of compute and of gradient reduction; None: the model's [or a name: "bf16"].
@@ -75,6 +77,7 @@ class Plan:
     microbatches: int = 1
     schedule: str = "1f1b"
     virtual_stages: int = 1
+    stage_boundaries: Sequence[str] = ()
     ep_dispatch: str = "alltoall"
     recompute: str | float = "none"
     param_dtype: torch.dtype | None = None
@@ -218,7 +221,7 @@ def _read(text: str) -> object:
 
 def _show(value: object) -> str:
     if isinstance(value, tuple):
-        return ";".join(f"{name}:{_show(part)}" for name, part in value)
+        return ";".join(part if isinstance(part, str) else f"{part[0]}:{_show(part[1])}" for part in value)
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return str(value).removeprefix("torch.")
@@ -360,6 +363,17 @@ def _roles(name: str, value: object) -> tuple[tuple[str, str | None], ...]:
     return tuple(sorted(stored.items()))
 
 
+def _names(name: str, value: object) -> tuple[str, ...]:
+    """The items of a list, or of "name;name"."""
+    items: Any = [part.strip() for part in value.split(";") if part.strip()] if isinstance(value, str) else value
+    items = () if items is None else items  # how "stage_boundaries=none" reads
+    if not isinstance(items, list | tuple) or not all(isinstance(i, str) and _NAME.fullmatch(i) for i in items):
+        raise PlanError(name, value, "must be a list of names of modules (no spaces or , ; : =), or written name;name", f"{name}=none")
+    if len(set(items)) < len(items):
+        raise PlanError(name, value, "must give each name once", f"{name}={';'.join(dict.fromkeys(items))}")
+    return tuple(items)
+
+
 # Every field and its check, in the order of the fields.
 _CHECKS: dict[str, Callable[[str, object], object]] = {
     "dp": _positive_int,
@@ -374,6 +388,7 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "microbatches": _positive_int,
     "schedule": _one_of("gpipe", "1f1b", "interleaved1f1b", "zb1p", "zbv"),
     "virtual_stages": _positive_int,
+    "stage_boundaries": _names,
     "ep_dispatch": _one_of("alltoall", "allgather"),
     "recompute": _recompute,
     "param_dtype": _dtype,
@@ -402,6 +417,11 @@ def _check_together(plan: Plan) -> None:
     if plan.pp > 1 and plan.virtual_stages > 1 and plan.schedule not in ("interleaved1f1b", "zbv"):
         requirement = f"must be interleaved1f1b or zbv to run virtual_stages = {plan.virtual_stages}"
         raise PlanError("schedule", plan.schedule, requirement, "schedule=interleaved1f1b")
+    later = plan.pp * plan.virtual_stages - 1
+    if plan.stage_boundaries and len(plan.stage_boundaries) != later:
+        requirement = (f"must name the first module of each of the pp x virtual_stages = {later + 1} stages but the first, which "
+                       f"are {later}, and names {len(plan.stage_boundaries)}")
+        raise PlanError("stage_boundaries", _show(plan.stage_boundaries), requirement, "stage_boundaries=none")
 
 
 def _check_divides(name: str, value: int, of_what: str, whole: int) -> None:

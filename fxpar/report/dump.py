@@ -129,33 +129,8 @@ def _main(program: Program, local: bool) -> list[str]:
     call = "print([tuple(t.shape) for t in forward(*made_up_inputs())])"
     if local:
         sizes = dict(zip(program.mesh.names, program.mesh.sizes, strict=True))
-        lines += ["    from fxpar.report.dump import Alone", "    from fxpar.ops.collectives import use_runtime", "",
+        lines += ["    from fxpar.ops.collectives import Alone, use_runtime", "",
                   f"    with use_runtime(Alone({sizes})):", f"        {call}"]
     else:
         lines.append(f"    {call}")
     return lines
-
-
-class Alone:
-    """A runtime of one rank whose partners hold what it holds: lets a dumped local program run by itself."""
-
-    def __init__(self, sizes: dict[str, int]):
-        self.sizes = sizes
-
-    def size(self, axes: tuple[str, ...]) -> int:
-        return math.prod(self.sizes[a] for a in axes)
-
-    def index(self, axes: tuple[str, ...]) -> int:
-        return 0
-
-    def all_reduce(self, x: torch.Tensor, axes: tuple[str, ...], op: str = "sum") -> torch.Tensor:
-        return x * self.size(axes) if op == "sum" else x.clone()
-
-    def all_gather(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
-        return torch.cat([x] * self.size(axes))
-
-    def reduce_scatter(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
-        return x[: x.shape[0] // self.size(axes)] * self.size(axes)
-
-    def all_to_all(self, x: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
-        return x[:1].repeat(self.size(axes), *[1] * (x.dim() - 1))

@@ -12,8 +12,7 @@ from torch import Tensor, fx
 import fxpar
 from fxpar.backends import simulate
 from fxpar.ops import collectives
-from fxpar.ops.collectives import CONJUGATE, Collective, differs_along, make, typed, use_runtime
-from fxpar.report.dump import Alone
+from fxpar.ops.collectives import CONJUGATE, Alone, Collective, differs_along, make, typed, use_runtime
 from fxpar.sharding.mesh import Mesh
 from tests import zoo
 

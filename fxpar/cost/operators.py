@@ -1,0 +1,226 @@
+"""operators: what every operator of a program takes on one rank: floating-point operations and bytes, from shapes alone.
+
+Shapes are found by walking the graph on meta tensors, which have no elements. Operators of equal operands are looked at once, so
+that a model of many equal layers takes little longer than one of a few. Floating-point operations are those of
+PyTorch's own counter (`torch.utils.flop_counter`), forward and, of what autograd makes of it, backward; operators that it does
+not see into have a formula here, which `formula` registers.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxpar.ops.attention import windowed_attention
+from fxpar.ops.collectives import Alone, use_runtime
+from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.vocabulary import SDPA, is_view
+from fxpar.program import Program
+from fxpar.sharding.layout import held_shape
+
+aten = torch.ops.aten
+META = torch.device("meta")
+CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default,
+                aten.conv3d.padding, aten.convolution.default)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor of one rank, but for its elements. requires_grad: whether a gradient may flow back through it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Value:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def empty(self) -> Tensor:
+        """A meta tensor like it."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=META, requires_grad=self.requires_grad)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one operator takes when it runs by itself.
+
+    forward, backward: floating-point operations of matrix products, convolutions and attention (a multiply-add counts two);
+    of the backward pass those of all gradients that are wanted. read, written: bytes of the forward pass; none of a view.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    read: int = 0
+    written: int = 0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of the nodes of a program: values (a `Value`; a tuple of them for an operator of several results; a number or None as it
+    is) and, of the operators, costs."""
+
+    values: dict[fx.Node, Any]
+    costs: dict[fx.Node, Cost]
+
+
+Formula = Callable[..., tuple[int, int]]
+_FORMULAS: dict[Any, Formula] = {}
+
+
+def formula(*targets: Any) -> Callable[[Formula], Formula]:
+    """Register what counts an operator: a function of its arguments (with meta tensors), which returns the floating-point
+    operations forward and backward."""
+
+    def register(count: Formula) -> Formula:
+        _FORMULAS.update(dict.fromkeys(targets, count))
+        return count
+
+    return register
+
+
+def measure(program: Program) -> Costs:
+    """The values and costs of every node of a program; of one that is partitioned, as one rank holds and computes them.
+
+    Of the layouts this takes what `partition` recorded of placeholders; of a collective that its result on every rank has one
+    shape. The program is left as it is. Raises: what an operator raises on meta tensors.
+    """
+    values: dict[fx.Node, Any] = {}
+    costs: dict[fx.Node, Cost] = {}
+    known: dict[Any, tuple[Any, Cost]] = {}
+    mesh, sources = program.mesh, program.source_of()
+    with use_runtime(Alone(dict(zip(mesh.names, mesh.sizes, strict=True)))), torch.enable_grad():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                source = sources[node]
+                if not isinstance(source.value, Tensor):
+                    values[node] = source.value
+                    continue
+                held = node.meta.get("global", source.value)
+                shape = held_shape(node.meta["tiling"], mesh) if "tiling" in node.meta else held.shape
+                values[node] = Value.of(torch.empty(shape, dtype=held.dtype, device=META, requires_grad=source.requires_grad))
+            elif node.op == "get_attr":
+                values[node] = _described(getattr(program.module, node.target))
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                key = (node.target, _key(args), _key(kwargs))
+                if key not in known:
+                    known[key] = _look(node, args, kwargs)
+                values[node], costs[node] = known[key]
+    return Costs(values, costs)
+
+
+def _look(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Cost]:
+    """Call an operator on meta tensors."""
+    if node.target is operator.getitem and isinstance(args[0], tuple):
+        return args[0][args[1]], Cost()
+    target: Any = node.target
+    args, kwargs = _replaced((args, kwargs), _made)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        out = target(*args, **kwargs)
+    if target in _FORMULAS:
+        forward, backward = _FORMULAS[target](*args, **kwargs)
+    else:
+        forward = counter.get_total_flops()
+        backward = _count_backward(target, out, (args, kwargs), forward) if forward else 0
+    value = _described(out)
+    moved = [0, 0] if is_view(node) else [sum(t.nbytes for t in _tensors(tree)) for tree in ((args, kwargs), out)]
+    return value, Cost(forward, backward, *moved)
+
+
+def _count_backward(target: Any, out: Any, operands: Any, forward: int) -> int:
+    """The floating-point operations of all gradients of an operator that was called on `operands`."""
+    roots = [t for t in _tensors(out) if t.requires_grad]
+    wanted = [t for t in _tensors(operands) if t.requires_grad]
+    if not roots:
+        return 0
+    if target in CONVOLUTIONS:  # PyTorch's counter takes the gradients of one in groups for those of a dense one
+        return forward * sum(t.dim() > 1 for t in wanted)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(roots, wanted, [torch.empty_like(t) for t in roots], allow_unused=True)
+    return counter.get_total_flops()
+
+
+# ---- formulas ----
+
+
+@formula(SDPA)
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+               is_causal: bool = False, **_: Any) -> tuple[int, int]:
+    pairs = q.shape[-2] * k.shape[-2]
+    return _two_products(q, v, pairs // 2 if is_causal else pairs)
+
+
+@formula(windowed_attention)
+def _windowed(q: Tensor, k: Tensor, v: Tensor, *, window: int, **_: Any) -> tuple[int, int]:
+    return _two_products(q, v, q.shape[-2] * min(window, k.shape[-2]))
+
+
+def _two_products(q: Tensor, v: Tensor, pairs: int) -> tuple[int, int]:
+    """Scores and their sum of values, over the pairs of positions that are looked at; the backward pass makes the scores again,
+    and two products for each of these two."""
+    scores, sums = (2 * math.prod(q.shape[:-2]) * pairs * width for width in (q.shape[-1], v.shape[-1]))
+    return scores + sums, (3 * scores + 2 * sums) if q.requires_grad or v.requires_grad else 0
+
+
+@formula(grouped_mm, aten._grouped_mm.default)
+def _grouped(x: Tensor, weights: Tensor, *_: Any, **__: Any) -> tuple[int, int]:
+    """Each row meets the matrix of its own group."""
+    product = 2 * x.numel() * weights.shape[-1]
+    return product, product * (x.requires_grad + weights.requires_grad)
+
+
+# ---- arguments: nested lists and tuples ----
+
+
+def _replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
+    return fx.node.map_aggregate(tree, change)
+
+
+def _made(leaf: Any) -> Any:
+    """What an operator is called on."""
+    if isinstance(leaf, Value):
+        return leaf.empty()
+    return META if isinstance(leaf, torch.device) else leaf
+
+
+def _described(tree: Any) -> Any:
+    if isinstance(tree, list | tuple):
+        return tuple(_described(t) for t in tree)
+    return Value.of(tree) if isinstance(tree, Tensor) else tree
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, list | tuple):
+        for inner in tree:
+            yield from _tensors(inner)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+    elif isinstance(tree, Tensor):
+        yield tree
+
+
+def _key(tree: Any) -> Any:
+    """Equal for arguments that are equal; 1, 1.0 and True are not."""
+    if isinstance(tree, Value):
+        return tree
+    if isinstance(tree, list | tuple):
+        return type(tree), tuple(_key(t) for t in tree)
+    if isinstance(tree, dict):
+        return tuple((name, _key(t)) for name, t in tree.items())
+    if isinstance(tree, slice):
+        return slice, _key((tree.start, tree.stop, tree.step))
+    return type(tree), tree

@@ -1,0 +1,369 @@
+"""stages: the local program of one rank is cut by depth into the programs of pipeline stages.
+
+The cut comes after `partition`: what crosses it are local tensors, sent from a rank to the one at the same coordinate of the next
+stage's mesh, and collectives stay within a stage. A node of the program is one of four kinds:
+
+- *free*: depends on no parameter and on no input that wants a gradient (positions, masks, label counts);
+- *weight*: depends on parameters, and on nothing of the batch (gathered or cast parameters, relative positions);
+- *echo*: one activation in another form that takes as many bytes or more (gathered, marked as varying, widened, viewed);
+- *activation*: everything else.
+
+Activations are made by one stage, and sent to later ones that use them, through the stages between. The other kinds are made again
+by each stage that uses them and never sent: so a tied parameter is on several stages, where its gradients are to be summed, and a
+gather of an activation stands behind the cut. Gradients need no rule of their own: autograd takes each stage's backward, and what
+it returns for a received value is the gradient of what was sent.
+"""
+
+from __future__ import annotations
+
+import difflib
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from fxpar.cost.operators import Costs, Value, measure
+from fxpar.errors import PlanError
+from fxpar.ops.collectives import GATHER, SAME, typed
+from fxpar.ops.vocabulary import RESHAPES, is_view
+from fxpar.program import Program, Sink, Source, block_path, copy_provenance, module_path
+from fxpar.sharding.layout import Piece, held_shape
+
+aten = torch.ops.aten
+FREE, WEIGHT, ECHO, ACTIVATION = "free", "weight", "echo", "activation"
+COPIES = (*RESHAPES, aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default)
+"""Operators that hold their operand's elements, in another shape, dtype or order."""
+SLACK = 0.02
+"""How much larger than it has to be the largest stage may become where fewer bytes are sent for it."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A value that crosses a cut, as every rank sends it to its partner: its name, the same in every stage's program, and its shape
+    on one rank. requires_grad: whether a gradient comes back (one of zeros, where the later stages use the value but for
+    what has none)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One stage of a pipeline.
+
+    program: an ordinary local program. Its first sources, of kind "received", are what it `receives` from the stage before; its
+        first outputs, with sinks of kind "sent", what it `sends` to the next. A value that it only relays is both, or received,
+        used and sent on: the gradients of both uses are summed by autograd.
+    outputs: which of the whole program's outputs it makes (positions in `Program.tensor_sinks`), in order, behind what it sends.
+        Leaves of the model's output that are no tensors belong to no stage.
+    flops: of a step, forward and backward, and forward again where the plan recomputes it.
+    parameter_bytes: of the parameters that it uses, as they are stored on one rank; a tied one counts on each of its stages.
+    """
+
+    index: int
+    program: Program
+    receives: tuple[Message, ...]
+    sends: tuple[Message, ...]
+    outputs: tuple[int, ...]
+    flops: int
+    parameter_bytes: int
+
+    @property
+    def bytes_sent(self) -> int:
+        """What crosses the cut behind it on one rank, forward."""
+        return sum(m.bytes for m in self.sends)
+
+
+def cut_stages(program: Program, count: int, boundaries: Sequence[str | fx.Node] | None = None) -> list[Stage]:
+    """Cut a partitioned program, which is left as it is, into the programs of `count` stages.
+
+    boundaries: where the stages behind the first begin, in order: names of modules (a stage begins with the first activation that
+    the module makes), or nodes of the program. Default: those of the plan, `Plan.stage_boundaries`; where it has none, the
+    largest stage is as small as it can be (within `SLACK`), and of such cuts those are taken that fewest bytes cross.
+
+    Afterwards: the stages' programs, run one after the other on what each sends to the next, compute what the whole program
+    computes; their backwards, in the opposite order, its gradients, where those of a parameter on several stages are summed.
+    What depends on no activation is returned by the last stage.
+    Raises: `PlanError` where there are not enough places to cut, or a boundary is none.
+    """
+    depth = _Depth(program)
+    wanted = (program.plan.stage_boundaries if boundaries is None else boundaries) if count > 1 else ()
+    at = _named(depth, count, wanted) if wanted else _chosen(depth, count)
+    bounds = [0, *at, len(depth.order)]
+    return [_stage(depth, i, bounds) for i in range(count)]
+
+
+class _Depth:
+    """A program seen as a line of activations, which may be cut between any two.
+
+    order: the activations, in the order of the program. position: where each stands in it; the results of an operator that
+    has several all stand where it does. last: the position of the last operator that uses one, itself or an echo of it.
+    root: of an activation or echo, the activation. crossing: how many bytes cross a cut in front of each position. done: the cost
+    of what comes before it.
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.measured: Costs = measure(program)
+        self.number = {n: i for i, n in enumerate(program.graph.nodes)}
+        self.sources = program.source_of()
+        self.kind: dict[fx.Node, str] = {}
+        self.root: dict[fx.Node, fx.Node] = {}
+        self._of_batch: dict[fx.Node, bool] = {}
+        self.order: list[fx.Node] = []
+        self.position: dict[fx.Node, int] = {}
+        self.last: dict[fx.Node, int] = {}
+        for node in program.graph.nodes:
+            if node.op != "output":
+                self._add(node)
+        self.crossing, self.done = self._crossing(), self._done()
+
+    def _add(self, node: fx.Node) -> None:
+        self.kind[node] = self._kind(node)
+        if self.kind[node] == ECHO:
+            self.root[node] = next(self.root[n] for n in node.all_input_nodes if n in self.root)
+        if self.kind[node] != ACTIVATION:
+            return
+        self.root[node] = node
+        if self._is_part(node):
+            self.position[node] = self.position[node.all_input_nodes[0]]
+        else:
+            self.position[node] = len(self.order)
+            self.order.append(node)
+        self.last[node] = self.position[node]
+        for used in node.all_input_nodes:
+            if used in self.root:
+                self.last[self.root[used]] = self.position[node]
+
+    def _kind(self, node: fx.Node) -> str:
+        if node.op == "placeholder":
+            source = self.sources[node]
+            self._of_batch[node] = source.kind in ("input", "seed", "received")
+            return WEIGHT if source.kind == "param" else ACTIVATION if source.requires_grad else FREE
+        inputs = node.all_input_nodes
+        kinds = {self.kind[n] for n in inputs}
+        self._of_batch[node] = any(self._of_batch[n] for n in inputs)
+        if kinds & {ACTIVATION, ECHO}:
+            return ECHO if self._is_echo(node) else ACTIVATION
+        if WEIGHT not in kinds:
+            return FREE
+        return ACTIVATION if self._of_batch[node] else WEIGHT
+
+    def _is_part(self, node: fx.Node) -> bool:
+        """Whether it is one result of an operator that has several."""
+        made = self.values(node.all_input_nodes[0]) if len(node.all_input_nodes) == 1 else None
+        return isinstance(made, tuple)
+
+    def _is_echo(self, node: fx.Node) -> bool:
+        """Whether making it again costs nothing but communication within a stage, and sending it would cost as much or more."""
+        if len(node.all_input_nodes) != 1:
+            return False
+        made, before, after = typed(node), self.values(node.all_input_nodes[0]), self.values(node)
+        moves = made.forward in (GATHER, SAME) if made is not None else is_view(node) or node.target in COPIES
+        return (moves and isinstance(before, Value) and isinstance(after, Value) and before.bytes <= after.bytes
+                and before.requires_grad == after.requires_grad)
+
+    def values(self, node: fx.Node) -> Any:
+        return self.measured.values[node]
+
+    def _crossing(self) -> list[int]:
+        change = [0] * (len(self.order) + 1)
+        for node, last in self.last.items():
+            if last > self.position[node]:
+                change[self.position[node] + 1] += self.values(node).bytes
+                change[last + 1] -= self.values(node).bytes
+        return list(accumulate(change))
+
+    def _done(self) -> list[int]:
+        return list(accumulate(map(self.flops, self.order), initial=0))
+
+    def flops(self, node: fx.Node) -> int:
+        """Forward and backward; and forward again where that is recomputed: all of a block, or what a memory budget leaves
+        of it. (`selective` keeps all products.)"""
+        cost = self.measured.costs.get(node)
+        if cost is None:
+            return 0
+        again = 0.0
+        if block_path(node) and self.program.training:
+            plan = self.program.plan
+            again = 1.0 if plan.recompute == "full" else 1 - plan.memory_budget if plan.memory_budget is not None else 0.0
+        return cost.forward + int(again * cost.forward) + (cost.backward if self.program.training else 0)
+
+    def across(self, position: int) -> list[fx.Node]:
+        """The activations that cross a cut in front of a position."""
+        return [n for n, last in self.last.items() if self.position[n] < position <= last]
+
+
+# ---- where to cut ----
+
+
+def _chosen(depth: _Depth, count: int) -> list[int]:
+    """The cost model's cuts. Where several places have the same cost before them, the one that fewest bytes cross stands for
+    all; so there is one for each operator with a cost, and a stage has at least one of these."""
+    done, crossing = depth.done, depth.crossing
+    lightest: dict[int, int] = {}
+    for place in range(1, len(depth.order)):
+        level = done[place]
+        if 0 < level < done[-1] and (level not in lightest or crossing[place] < crossing[lightest[level]]):
+            lightest[level] = place
+    places = [0, *lightest.values(), len(depth.order)]
+    if count >= len(places):
+        _refuse_count(depth.program, count, len(places) - 1)
+    levels = [done[p] for p in places]
+    bound = int(_least_bound(levels, count) * (1 + SLACK))
+    chosen = _lightest_within(levels, [crossing[p] for p in places], count, bound)
+    return [places[i] for i in chosen]
+
+
+def _least_bound(levels: list[int], count: int) -> int:
+    """The cost of the largest of `count` stages where it is smallest. levels: the cost before each place, from 0 to all."""
+    low, high = max(b - a for a, b in pairwise(levels)), levels[-1]
+    while low < high:
+        bound, start, used = (low + high) // 2, 0, 0
+        while start < len(levels) - 1 and used <= count:  # as much as fits into each stage
+            start, used = bisect_right(levels, levels[start] + bound) - 1, used + 1
+        low, high = (low, bound) if used <= count else (bound + 1, high)
+    return low
+
+
+def _lightest_within(levels: list[int], crossing: list[int], count: int, bound: int) -> list[int]:
+    """The cuts between `count` stages none of which costs more than `bound`, that fewest bytes cross; of those, the most even.
+
+    By dynamic programming over the places: a cut behind the k-th stage can stand only where k stages reach and the others reach
+    the end, which are few places; and before it only those that one stage reaches.
+    """
+    total, end = levels[-1], len(levels) - 1
+    best: dict[int, tuple[int, float, tuple]] = {0: (0, 0.0, ())}
+    for stage in range(1, count + 1):
+        first = max(stage, bisect_left(levels, total - (count - stage) * bound))
+        last = min(end - (count - stage), bisect_right(levels, stage * bound) - 1)
+        made: dict[int, tuple[int, float, tuple]] = {}
+        for place in range(first, last + 1):
+            reach = range(bisect_left(levels, levels[place] - bound), place)
+            ways = [(best[i][0], best[i][1] + float(levels[place] - levels[i]) ** 2, i) for i in reach if i in best]
+            if ways:
+                sent, uneven, before = min(ways)
+                made[place] = (sent + crossing[place], uneven, (best[before][2], before))
+        best = made
+    cuts, chain = [], best[end][2]
+    while chain:
+        chain, place = chain
+        cuts.append(place)
+    return cuts[-2::-1]  # without the beginning
+
+
+def _refuse_count(program: Program, count: int, most: int) -> NoReturn:
+    virtual = program.plan.virtual_stages
+    raise PlanError("pp", count // virtual, f"with virtual_stages = {virtual} asks for {count} stages, and the model has operators "
+                    f"for {most}: each stage has a matrix product, a convolution or an attention", f"pp={max(most // virtual, 1)}")
+
+
+def _named(depth: _Depth, count: int, boundaries: Sequence[str | fx.Node]) -> list[int]:
+    """The positions of the activations that the stages behind the first begin with."""
+    names = tuple(b if isinstance(b, str) else b.name for b in boundaries)
+    if len(names) != count - 1:
+        _refuse(names, f"must name the first module of every stage but the first, which are {count - 1}, and names {len(names)}",
+                "leaving stage_boundaries out")
+    begins: dict[str, int] = {}
+    for position, node in enumerate(depth.order):
+        for path in _paths(node):
+            begins.setdefault(path, position)
+    numbers = [depth.number[n] for n in depth.order]
+    found = [_begin(depth, names, b, begins) if isinstance(b, str) else bisect_left(numbers, depth.number[b]) for b in boundaries]
+    ordered = [n for _, n in sorted(zip(found, names))]
+    for name, position, before in zip(names, found, [0, *found]):
+        if position in (0, len(numbers)):
+            _refuse(names, f"leaves no operator for the stage {'before' if position == 0 else 'that begins with'} {name!r}",
+                    "a module between the first and the last")
+        if position == before:
+            _refuse(names, f"begins two stages with one operator, the first of {name!r}", "modules that begin one after the other")
+        if position < before:
+            _refuse(names, f"must name modules in the order in which they run: {name!r} does not come last",
+                    f"stage_boundaries={';'.join(ordered)}")
+    return found
+
+
+def _begin(depth: _Depth, names: tuple[str, ...], name: str, begins: dict[str, int]) -> int:
+    if name in begins:
+        return begins[name]
+    if any(name in _paths(n) for n in depth.number):
+        _refuse(names, f"must name modules that make activations; what {name!r} makes depends on no parameter or no input and is "
+                "made by every stage that uses it", "the module that uses it")
+    match = difflib.get_close_matches(name, begins, n=1) or list(begins)[-1:]
+    _refuse(names, f"must name modules of the model that run: {name!r} is none",
+            f"stage_boundaries={';'.join(match[0] if n == name else n for n in names)}" if match else "stage_boundaries=none")
+
+
+def _refuse(names: tuple[str, ...], requirement: str, suggestion: str) -> NoReturn:
+    raise PlanError("stage_boundaries", ";".join(names), requirement, suggestion)
+
+
+def _paths(node: fx.Node) -> list[str]:
+    """The modules that an operator is in, as "model", "model.layers", "model.layers.0"."""
+    return list(accumulate(module_path(node).split("."), "{}.{}".format)) if module_path(node) else []
+
+
+# ---- the stages' programs ----
+
+
+def _stage(depth: _Depth, index: int, bounds: list[int]) -> Stage:
+    program, (begin, end) = depth.program, bounds[index : index + 2]
+    final = index == len(bounds) - 2
+    received, sent = (sorted(depth.across(p), key=depth.number.__getitem__) for p in (begin, end))
+    outputs = program.outputs()
+    mine = [i for i, n in enumerate(outputs)
+            if (begin <= depth.position[depth.root[n]] < end if n in depth.root else final)]
+    results = [*sent, *(outputs[i] for i in mine)]
+    graph, copies = fx.Graph(), {}
+    sources: list[Source] = []
+    for node in received:
+        copies[node] = _receive(depth, graph, node)
+        value = depth.values(node)
+        sources.append(Source("received", node.name, value.empty(), value.requires_grad))
+    for node in _needed(depth, results, set(received)):
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        if node.op == "placeholder":
+            sources.append(depth.sources[node])
+    graph.output(tuple(copies[n] for n in results))
+    sinks = [*(Sink("sent", n.name) for n in sent), *(program.tensor_sinks()[i] for i in mine)]
+    made = replace(program, module=fx.GraphModule(program.module, graph), sources=sources, sinks=sinks, timings={},
+                   notes=list(program.notes), placements=None)
+    parameters = sum(depth.values(n).bytes for n in copies if n.op == "placeholder" and depth.sources[n].kind == "param")
+    return Stage(index, made, _messages(depth, received), _messages(depth, sent), tuple(mine),
+                 sum(depth.flops(n) for n in copies if n not in received), parameters)
+
+
+def _needed(depth: _Depth, results: list[fx.Node], received: set[fx.Node]) -> list[fx.Node]:
+    """What a stage makes of what it receives, of parameters and inputs; placeholders first, in the order of the program."""
+    seen, stack = set(received), list(results)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return sorted(seen - received, key=lambda n: (n.op != "placeholder", depth.number[n]))
+
+
+def _receive(depth: _Depth, graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The placeholder for a value of an earlier stage. It is described as `partition` describes placeholders; a value that is
+    part of no global one (a sum before it is complete, a part between two reshardings) as its local self."""
+    new, value = graph.placeholder(node.name), depth.values(node)
+    copy_provenance(new, node)
+    new.meta.update(source=node.name, needs_grad=value.requires_grad, dtype=value.dtype)
+    if "tiling" in node.meta and held_shape(node.meta["tiling"], depth.program.mesh) == value.shape:
+        new.meta.update({k: node.meta[k] for k in ("tiling", "shows", "global", "of") if k in node.meta})
+    else:
+        new.meta.update(tiling=tuple((Piece(n),) for n in value.shape), shows=str(list(value.shape)))
+        new.meta["global"] = value.empty().detach()
+    return new
+
+
+def _messages(depth: _Depth, nodes: list[fx.Node]) -> tuple[Message, ...]:
+    return tuple(Message(n.name, v.shape, v.dtype, v.requires_grad, v.bytes) for n in nodes for v in [depth.values(n)])
