@@ -56,17 +56,16 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     plan.check_world(dist.get_world_size())
     example = calls.example_call(model, example_inputs)
     chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
-    lower = {"eager": eager.lower, "inductor": inductor.lower}[chosen]
     dumper = Dumper(dump_dir) if dump_dir is not None and dist.get_rank() == 0 else None
     compile_call = functools.partial(compile_replica, model, plan, device, dumper)
-    control = Control()
+    control = Control(plan.pp)
     agree_on_options(control, backend=chosen, transport=transport)
     with agree_on_program(control) as made:
         identity.check(model)
         made.append(compile_call(example, None))
-    bound = BoundMesh(made[0].mesh, device.type)
+    bound = BoundMesh(made[0].mesh, device.type, plan.pp)
     store = ParameterStore(model, bound, control, device)
-    engine = Engine(store, plan, compile_call, lower, transport)
+    engine = Engine(store, plan, compile_call, {"eager": eager, "inductor": inductor}[chosen], transport)
     engine.adopt(made[0], example)
     return ParallelModule(store, engine)
 

@@ -7,6 +7,7 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from fxpar.model import inputs as calls
 from fxpar.model.hugging_face import say
 from fxpar.model.state import PARTS, State
 from fxpar.passes.capture.attributes import Left, put_back
+from fxpar.passes.strategies.stages import Stage, cut_like, cut_stages
+from fxpar.pipeline.schedules import Schedule, schedule
 from fxpar.plan import Plan
 from fxpar.program import Program
 from fxpar.run import programs, storage
@@ -30,6 +33,7 @@ from fxpar.run.agreement import agree_on_call, agree_on_program
 from fxpar.run.edges import Edges, whole
 from fxpar.run.feed import Feed
 from fxpar.run.numbers import Numbers
+from fxpar.run.pipeline import Pipeline
 from fxpar.run.steps import Steps
 from fxpar.run.store import ParameterStore
 from fxpar.sharding.layout import Tiling
@@ -37,11 +41,12 @@ from fxpar.sharding.layout import Tiling
 
 @dataclass
 class Compiled:
-    """A program, what feeds it, and what runs it."""
+    """A program, what feeds it, and what runs it. pipeline: what runs whole steps of it, if it is cut into stages."""
 
     program: Program
     feed: Feed
     run: Callable[..., Any]
+    pipeline: Pipeline | None = None
 
 
 @dataclass
@@ -62,18 +67,22 @@ class DropoutSeeds:
 class Engine:
     """Runs a model's programs on one rank.
 
-    compile_call: ``(call, layouts)`` -> the program of this rank, for parameters stored so. lower: a backend's, see
-    `fxpar.backends`. transport: see `fxpar.parallelize`. programs: those that are kept, by what they depend on, newest last.
+    compile_call: ``(call, layouts)`` -> the program of this rank, for parameters stored so. backend: a module of `fxpar.backends`,
+    with its `lower` and `stepped`. transport: see `fxpar.parallelize`. programs: those that are kept, by what they depend on,
+    newest last.
     """
 
     def __init__(self, store: ParameterStore, plan: Plan, compile_call: Callable[[calls.Call, dict[str, Tiling]], Program],
-                 lower: Callable[..., Callable], transport: str):
+                 backend: ModuleType, transport: str):
         self.store, self.plan, self.device = store, plan, store.device
         self.programs: dict[tuple, Program] = {}
         self.compiled: OrderedDict[tuple, Compiled] = OrderedDict()  # the least recently used first
         self.seeds = DropoutSeeds()
         self._compile_call, self._transport = compile_call, transport
-        self._lower = functools.partial(lower, runtime=store.runtime, plan=plan)
+        self._lower = functools.partial(backend.lower, runtime=store.runtime, plan=plan)
+        self._in_steps = functools.partial(backend.stepped, runtime=store.runtime, plan=plan)
+        self._first: Program | None = None
+        self._stages: list[Stage] = []  # of the first program, which decides where parameters are
         self._depends = State(store.model)
         self._numbers = Numbers(self.device)
         self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime)
@@ -83,7 +92,12 @@ class Engine:
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its layouts of parameters as the ones that they are stored in."""
-        self.store.adopt([program])
+        if self.plan.pp > 1:
+            self._stages = cut_stages(program, self.plan.pp * self.plan.virtual_stages)
+            self._first, owner = program, self._schedule().owner
+            self.store.adopt([[s.program for s in self._stages if owner[s.index] == kind] for kind in range(self.plan.pp)])
+        else:
+            self.store.adopt([[program]])
         self._depends = State(self.store.model)
         self._depends.add(program.reads)
         self._left.add(program, self._captured(calls.leaves(call))[:-1])
@@ -95,6 +109,10 @@ class Engine:
         """The model's output for this replica's part of a batch. last: it is the last microbatch of its step."""
         named, compiled, settle = self._found(call)
         program = compiled.program
+        if compiled.pipeline is not None:
+            settle()
+            step = compiled.pipeline.train if torch.is_grad_enabled() else compiled.pipeline.evaluate
+            return step([named], self.seeds.next())
         named, crossing = self._edges.enter(program, named)
         microbatch = None
         if torch.is_grad_enabled():
@@ -150,7 +168,8 @@ class Engine:
                 if captured[PARTS] != next(reversed(self.programs))[PARTS]:
                     self.store.relocate()
                 with agree_on_program(control) as made:
-                    made.append(self._numbers.checked(self._compile_call(call, self.store.layouts)))
+                    with self.store.all_parameters():
+                        made.append(self._numbers.checked(self._compile_call(call, self.store.layouts)))
                     self._left.add(made[0], captured[:-1])
                 self._make_room(captured)
                 self._depends.add(made[0].reads)
@@ -185,17 +204,26 @@ class Engine:
 
     def _compile(self, program: Program, named: dict[str, Any]) -> Compiled:
         self.store.runtime.prepare(program.module)
+        if self.plan.pp > 1:
+            stages = self._stages if program is self._first else cut_like(program, self._stages)
+            pipeline = Pipeline(program, stages, self._schedule(), self.store, self._in_steps)
+            return Compiled(program, Feed(program, self.store.places, self._steps.gradients, self.device), _nothing, pipeline)
         feed = Feed(program, self.store.places, self._steps.gradients, self.device)
         run = self._lower(program.module, feed(named))
         if self.device.type == "cuda":
             gc.collect()  # what compiling leaves behind: now, and not in the middle of a step
         return Compiled(program, feed, run)
 
+    def _schedule(self) -> Schedule:
+        plan = self.plan
+        return schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=plan.microbatches,
+                        unshard=plan.stores_parts)
+
     def _use_copy_engines(self) -> None:
         """Have parameters gathered and gradients scattered by copies between GPUs, where that can and may be."""
         plan, mesh, bound = self.plan, self.store.mesh, self.store.bound
         stored = copied_axes(self._transport, plan, mesh)
-        if not stored or not copies.available(self.device):
+        if not stored or not copies.available(self.device) or bound.kinds > 1:
             return
         sizes = [(count * (plan.param_dtype or p.dtype).itemsize, count * (plan.reduce_dtype or p.dtype).itemsize)
                  for p in self.store.model.parameters() for count in [mesh.size(*stored) * compat.local_part(p).numel()]]

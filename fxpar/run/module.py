@@ -19,6 +19,7 @@ from fxpar.report.report import Report, report_of
 from fxpar.run.clip import clip_grad_norm
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.initialize import init_weights
+from fxpar.run.loss import loss_of
 from fxpar.run.store import ParameterStore
 
 
@@ -184,14 +185,3 @@ class ParallelModule(nn.Module):
         text = readable(self._engine.newest())
         print(text)
         return text
-
-
-def loss_of(outputs: Any) -> Tensor:
-    """The loss in a model's output: `.loss`, or its only floating scalar. Raises `InputError` if there is none."""
-    loss = getattr(outputs, "loss", None)
-    scalars = [loss] if isinstance(loss, Tensor) else [
-        t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.dim() == 0 and t.is_floating_point()]
-    if not scalars:
-        raise InputError("train_step needs a loss: the model's output has no `.loss` and no floating-point scalar "
-                         "(for Hugging Face models pass labels)")
-    return scalars[0]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +28,7 @@ class ParameterStore:
     parameter is split over the ranks of a kind, by its name. places: the table of a module, and the key in it, of every parameter
     and buffer, by its name. owners: the kind of ranks that a parameter or buffer counts for, of those that hold it, where there
     are several kinds. elsewhere: names of parameters that ranks of other kinds hold, and this one does not.
+    shared: name of a parameter that several kinds hold -> the group over which its gradients are to be summed.
     """
 
     def __init__(self, model: nn.Module, bound: BoundMesh, control: Control, device: torch.device):
@@ -35,26 +39,30 @@ class ParameterStore:
         self.places: dict[str, Place] = {}
         self.owners: dict[str, int] = {}
         self.elsewhere: set[str] = set()
+        self._absent: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self.shared: dict[str, dist.ProcessGroup] = {}
 
-    def adopt(self, programs: Sequence[Program]) -> None:
+    def adopt(self, programs: Sequence[Sequence[Program]]) -> None:
         """Have DTensors in the layouts that programs want take the place of the model's parameters.
 
-        programs: one for each kind of ranks. A parameter that the program of another kind uses, and this rank's does not, is
+        programs: those that each kind of ranks runs. A parameter that other kinds' programs use, and this rank's do not, is
         None on this rank; what no program uses, every rank holds all of.
         Raises: `MismatchError` if parameters have gradients already on some ranks, and on others not.
         """
         self._require_same_gradients()
         holders: dict[str, list[int]] = {}
-        for kind, program in enumerate(programs):
+        for kind, program in ((kind, program) for kind, its in enumerate(programs) for program in its):
             for node, source in program.source_of().items():
                 if source.kind == "param":
                     self.layouts[source.name] = node.meta["tiling"]
-                    if node.users:
-                        holders.setdefault(source.name, []).append(kind)
+                    if node.users and kind not in holders.setdefault(source.name, []):
+                        holders[source.name].append(kind)
             self.owners |= {s.name: kind for s in program.sinks if s.kind == "buffer"}
         self.owners |= {name: kinds[0] for name, kinds in holders.items()}
-        tied = programs[self.bound.kind].tied
+        self.shared = {name: self.bound.among(tuple(kinds)) for name, kinds in holders.items() if len(kinds) > 1}
+        tied = programs[0][0].tied
         made: dict[int, tuple[nn.Parameter, nn.Parameter | None]] = {}
+        standing_in: dict[int, nn.Parameter] = {}
         for path, module in self.model.named_modules():
             for key, p in module._parameters.items():
                 if p is None:
@@ -67,8 +75,10 @@ class ParameterStore:
                 elif id(p) not in made:
                     self._help_others(p)
                     made[id(p)] = p, None
+                    standing_in[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
                 if not mine:
                     self.elsewhere.add(name)
+                    self._absent.append((module._parameters, key, standing_in[id(p)]))
                 module._parameters[key] = made[id(p)][1]
             for key, b in module._buffers.items():
                 if b is not None and not b.is_meta:
@@ -81,6 +91,17 @@ class ParameterStore:
     def counted(self) -> dict[nn.Parameter, bool]:
         """The parameters that this rank holds parts of, and whether they count for ranks of its kind: each does for one."""
         return {p: self.owners.get(name, 0) == self.bound.kind for name, p in self.model.named_parameters()}
+
+    @contextlib.contextmanager
+    def all_parameters(self) -> Iterator[None]:
+        """Inside, meta tensors stand for the parameters that ranks of other kinds hold: the model can be traced."""
+        for table, key, parameter in self._absent:
+            table[key] = parameter
+        try:
+            yield
+        finally:
+            for table, key, _ in self._absent:
+                table[key] = None
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of that name, as the model has it now."""
@@ -159,8 +180,8 @@ class ParameterStore:
             return t
         if t.device != self.device or not t.is_contiguous():
             t = t.detach().to(self.device).contiguous().requires_grad_(t.requires_grad)
-        if torch.distributed.get_world_size() > 1 and t.numel():
-            torch.distributed.broadcast(t.detach().reshape(-1).view(torch.uint8), 0)  # gloo knows no bool
+        if dist.get_world_size() > 1 and t.numel():
+            dist.broadcast(t.detach().reshape(-1).view(torch.uint8), 0)  # gloo knows no bool
         return t
 
 

@@ -134,6 +134,7 @@ class BoundMesh:
             if len(axes) > 1:
                 self.device_mesh[axes]._flatten(strategy)
         self._groups: dict[Axes, torch.distributed.ProcessGroup] = {}
+        self._among: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
 
     def ordered(self, axes: Axes) -> Axes:
         return tuple(a for a in self.mesh.names if a in axes)
@@ -149,6 +150,14 @@ class BoundMesh:
                           for kind in range(self.kinds) for group in self.mesh.groups(axes)]
                 self._groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(groups)
         return self._groups[axes]
+
+    def among(self, kinds: tuple[int, ...]) -> torch.distributed.ProcessGroup:
+        """The ranks at this one's place in the meshes of these kinds; to be called on all ranks, in the same order."""
+        if kinds not in self._among:
+            groups = [[kind * self.mesh.world_size + rank for kind in kinds] for rank in range(self.mesh.world_size)]
+            made = [torch.distributed.new_group(group) for group in groups]
+            self._among[kinds] = made[self.rank]
+        return self._among[kinds]
 
     def index(self, axes: Axes) -> int:
         return self.mesh.index(self.rank, axes)

@@ -201,6 +201,50 @@ class _Depth:
         return [n for n, last in self.last.items() if self.position[n] < position <= last]
 
 
+def cut_like(program: Program, stages: Sequence[Stage]) -> list[Stage]:
+    """Cut another program of the same model (other shapes, another mode) so that each stage uses parameters that the one of
+    `stages` uses, which hold them already.
+
+    A stage begins where a parameter is used first that no earlier stage uses.
+    Raises: `PlanError` where that is no order, or a stage would use what it does not hold.
+    """
+    depth = _Depth(program)
+    held = [_parameters(s.program) for s in stages]
+    first = _first_uses(depth)
+    at: list[int] = []
+    for i in range(1, len(stages)):
+        new = held[i] - set().union(*held[:i])
+        at.append(min((first[name] for name in new if name in first), default=-1))
+    bounds = [0, *at, len(depth.order)]
+    made = [_stage(depth, i, bounds) for i in range(len(stages))] if all(a < b for a, b in pairwise(bounds)) else []
+    if not made or not all(_parameters(s.program) <= have for s, have in zip(made, held, strict=True)):
+        _refuse((), "must say where stages begin: called like this the model uses its parameters in another order than it did "
+                "first, and they are on the ranks of their stages already", "the names of modules that begin stages in every call")
+    return made
+
+
+def _parameters(program: Program) -> set[str]:
+    return {s.name for n, s in program.source_of().items() if s.kind == "param" and n.users}
+
+
+def _first_uses(depth: _Depth) -> dict[str, int]:
+    """Name of a parameter -> the position of the first activation that uses it."""
+    behind: dict[fx.Node, frozenset[str]] = {}
+    first: dict[str, int] = {}
+    for node in depth.number:
+        if node.op == "output":
+            continue
+        source = depth.sources.get(node)
+        names = frozenset([source.name]) if source is not None and source.kind == "param" else frozenset().union(
+            *(behind.get(n, ()) for n in node.all_input_nodes))
+        if depth.kind[node] == ACTIVATION:
+            for name in names:
+                first.setdefault(name, depth.position[node])
+        elif names:
+            behind[node] = names
+    return first
+
+
 # ---- where to cut ----
 
 

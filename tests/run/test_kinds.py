@@ -52,9 +52,9 @@ def halves(plan: str) -> ParallelModule:
     programs = [fxpar.compile_program(model, chosen, {**BATCH, "part": part}) for part in (0, 1)]
     bound = BoundMesh(programs[0].mesh, "cpu", kinds=2)
     store = ParameterStore(model, bound, Control(kinds=2), torch.device("cpu"))
-    store.adopt(programs)
+    store.adopt([[p] for p in programs])
     compile_call = functools.partial(fxpar.compile_program, model, chosen)
-    return ParallelModule(store, Engine(store, chosen, compile_call, eager.lower, "auto"))
+    return ParallelModule(store, Engine(store, chosen, compile_call, eager, "auto"))
 
 
 def gradient(name: str, shape: torch.Size) -> Tensor:
@@ -140,7 +140,7 @@ def own_optimizer(rank: int) -> list[int]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     programs = [fxpar.compile_program(model, Plan(), {**BATCH, "part": part}) for part in (0, 1)]
     store = ParameterStore(model, BoundMesh(programs[0].mesh, "cpu", kinds=2), Control(kinds=2), torch.device("cpu"))
-    store.adopt(programs)
+    store.adopt([[p] for p in programs])
     mine = {id(p) for p in model.parameters()}
     return [sum(id(p) in mine for p in group["params"]) - len(group["params"]) + len(mine) for group in optimizer.param_groups]
 

@@ -1,0 +1,133 @@
+"""stage: one stage of a pipeline on one rank: its program, what it keeps of each microbatch, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpar import compat
+from fxpar.backends.stepped import Left, Saved, Stepped
+from fxpar.passes.partition.phases import Boundary, Compute, split_phases
+from fxpar.passes.strategies.stages import Stage
+from fxpar.run.feed import Feed
+from fxpar.run.gradients import UnreducedGradients
+from fxpar.run.store import ParameterStore
+
+InSteps = Callable[..., Stepped]
+"""``in_steps(graph, example inputs, early=...)``, see `fxpar.backends.eager.stepped`."""
+
+
+class StageOfRank:
+    """See `fxpar.pipeline.execute.Runner`.
+
+    Parameters are unsharded once a step, and gradients reduced once, where the plan keeps that (see
+    `fxpar.passes.partition.phases`); under zero=3 every microbatch gathers and reduces. grads: name -> the gradient of this
+    rank's part of a parameter, of the step so far.
+    """
+
+    def __init__(self, stage: Stage, store: ParameterStore, in_steps: InSteps):
+        self.stage, self.program, self.store, self.in_steps = stage, stage.program, store, in_steps
+        plan, mesh = self.program.plan, self.program.mesh
+        keeps = mesh.size(*mesh.axes("dp")) > 1 and not plan.gathers_each_use
+        self.phases = split_phases(self.program) if keeps else None
+        self.compute = Compute(self.program.module, [])
+        if self.phases is not None and self.phases.boundaries:
+            self.compute = self.phases.compute_and_reduce if plan.reduces_each_backward else self.phases.compute
+        self.feed = Feed(self.program, store.places, UnreducedGradients(_nobody), store.device)
+        self.early = [i for i, s in enumerate(self.program.sources) if s.kind == "received"]
+        self.outputs: list[list[Tensor]] = []
+        self.grads: dict[str, Tensor] = {}
+        self._made: dict[str, Stepped] = {}
+
+    def begin(self, microbatches: list[dict[str, Any]], seed: int, seeds: dict[int, float]) -> None:
+        """A step begins. microbatches: what each takes besides parameters and what it receives, by name. seed: what dropout draws
+        from. seeds: number of an output of this stage -> the derivative of the loss by it."""
+        self.named, self.seed, self.seeds = microbatches, seed, seeds
+        self.outputs = [[] for _ in microbatches]
+        self.grads = {}
+        self._unsharded: dict[Boundary, Tensor] = {}
+        self._unreduced: dict[Boundary, Tensor] = {}
+        self._saved: dict[int, Saved] = {}
+        self._left: dict[int, Left] = {}
+
+    def unshard(self) -> None:
+        if self.compute.extra and self.phases is not None:
+            local = self._parameters()
+            values, _ = self._run("unshard", self.phases.unshard, local).forward(*local)
+            self._unsharded = dict(zip(self.phases.boundaries, values, strict=True))
+
+    def forward(self, microbatch: int, received: list[Tensor] | None) -> list[Tensor]:
+        named = {**self.named[microbatch], **dict(zip([m.name for m in self.stage.receives], received or [], strict=True))}
+        feed = [x.detach().requires_grad_(s.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x, s in zip(self.feed(named, seed=self.seed), self.program.sources, strict=True)]
+        feed += [self._unsharded[b].detach().requires_grad_(kind == "detached") for kind, b in self.compute.extra]
+        outs, self._saved[microbatch] = self._run("compute", self.compute.module, feed).forward(*feed)
+        count = len(self.stage.sends)
+        self.outputs[microbatch] = outs[count:]
+        self.store.update_buffers(self.program, outs)
+        return outs[:count]
+
+    def backward(self, microbatch: int, grads: list[Tensor] | None) -> list[Tensor]:
+        made = self.input_gradients(microbatch, grads)
+        self.weight_gradients(microbatch)
+        return made
+
+    def input_gradients(self, microbatch: int, grads: list[Tensor] | None) -> list[Tensor]:
+        made, given = self._made["compute"], iter(grads or ())
+        seeds: list[Tensor | None] = [next(given) if m.requires_grad else None for m in self.stage.sends]
+        count = len(seeds)
+        for i, out in enumerate(self.outputs[microbatch]):
+            weight = self.seeds.get(i)
+            seeds.append(torch.full_like(out, weight) if weight is not None and count + i in made.roots else None)
+        early, self._left[microbatch] = made.input_gradients(self._saved.pop(microbatch), seeds)
+        return [torch.zeros(m.shape, dtype=m.dtype, device=self.store.device) if g is None else g
+                for m, g in zip(self.stage.receives, early, strict=True) if m.requires_grad]
+
+    def weight_gradients(self, microbatch: int) -> None:
+        made, sources = self._made["compute"], self.program.sources
+        for i, grad in zip(made.late, made.weight_gradients(self._left.pop(microbatch)), strict=True):
+            if grad is None:
+                continue
+            if i < len(sources):
+                if sources[i].kind == "param":
+                    self._add(sources[i].name, grad)
+                continue
+            boundary = self.compute.extra[i - len(sources)][1]
+            before, grad = self._unreduced.get(boundary), grad.to(boundary.dtype)
+            self._unreduced[boundary] = grad if before is None else before + grad
+
+    def reduce(self) -> None:
+        if not self._unreduced or self.phases is None:
+            return
+        local = self._parameters()
+        reduce = self._run("reduce", self.phases.reduce, local)
+        _, saved = reduce.forward(*local)
+        found = reduce.backward(saved, [self._unreduced.get(b) for b in self.phases.boundaries])
+        for name, grad in zip(self._names(), found, strict=True):
+            if grad is not None:
+                self._add(name, grad)
+        self._unsharded, self._unreduced = {}, {}
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        before = self.grads.get(name)
+        self.grads[name] = grad if before is None else before + grad
+
+    def _names(self) -> list[str]:
+        return [s.name for s in self.program.sources if s.kind == "param"]
+
+    def _parameters(self) -> list[Tensor]:
+        parameters = [self.store.tensor(n) for n in self._names()]
+        return [compat.local_part(p).detach().requires_grad_(p.requires_grad) for p in parameters]
+
+    def _run(self, name: str, graph: fx.GraphModule, example: list[Any]) -> Stepped:
+        if name not in self._made:
+            with torch.enable_grad():
+                self._made[name] = self.in_steps(graph, example, early=self.early if name == "compute" else [])
+        return self._made[name]
+
+
+def _nobody(grads: dict[str, Tensor]) -> None:
+    raise AssertionError("a stage keeps its gradients itself")
