@@ -147,7 +147,7 @@ class _Depth:
     def _kind(self, node: fx.Node) -> str:
         if node.op == "placeholder":
             source = self.sources[node]
-            self._of_batch[node] = source.kind in ("input", "seed", "received")
+            self._of_batch[node] = source.kind not in ("param", "buffer", "constant")
             return WEIGHT if source.kind == "param" else ACTIVATION if source.requires_grad else FREE
         inputs = node.all_input_nodes
         kinds = {self.kind[n] for n in inputs}
