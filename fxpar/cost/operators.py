@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.collectives import Alone, use_runtime
 from fxpar.ops.grouped_mm import grouped_mm
-from fxpar.ops.vocabulary import SDPA, is_view
+from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
 from fxpar.program import Program
 from fxpar.sharding.layout import held_shape
 
@@ -137,7 +137,8 @@ def _look(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Cost]:
         forward = counter.get_total_flops()
         backward = _count_backward(target, out, (args, kwargs), forward) if forward else 0
     value = _described(out)
-    moved = [0, 0] if is_view(node) else [sum(t.nbytes for t in _tensors(tree)) for tree in ((args, kwargs), out)]
+    in_place = is_view(node) or (target in RESHAPES and args[0].is_contiguous())
+    moved = [0, 0] if in_place else [sum(t.nbytes for t in _tensors(tree)) for tree in ((args, kwargs), out)]
     return value, Cost(forward, backward, *moved)
 
 

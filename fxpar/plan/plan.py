@@ -184,7 +184,7 @@ class Plan:
                 raise PlanError(name, value, f"must be written {name}=value", f"{name}={default}")
             if name in given:
                 raise PlanError(name, value, "must be given once", f"{name}={value}")
-            given[name] = _read(value)
+            given[name] = value if _CHECKS[name] is _names else _read(value)  # a module may be called 0
         return cls(**given)
 
     @classmethod
@@ -361,13 +361,15 @@ def _roles(name: str, value: object) -> tuple[tuple[str, str | None], ...]:
 
 
 def _names(name: str, value: object) -> tuple[str, ...]:
-    """The items of a list, or of "name;name"."""
-    items: Any = [part.strip() for part in value.split(";") if part.strip()] if isinstance(value, str) else value
-    items = () if items is None else items  # how "stage_boundaries=none" reads
+    """The items of a list, or of "name;name"; "none" has none."""
+    items: Any = () if value is None or value == "none" else value
+    if isinstance(items, str):
+        items = [part.strip() for part in items.split(";") if part.strip()]
+    requirement = "must be a list of names of modules (no spaces or , ; : =), or written name;name"
     if not isinstance(items, list | tuple) or not all(isinstance(i, str) and _NAME.fullmatch(i) for i in items):
-        raise PlanError(name, value, "must be a list of names of modules (no spaces or , ; : =), or written name;name", f"{name}=none")
-    if len(set(items)) < len(items):
-        raise PlanError(name, value, "must give each name once", f"{name}={';'.join(dict.fromkeys(items))}")
+        raise PlanError(name, value, requirement, f"{name}=none")
+    if len(set(items)) < len(items) or "none" in items:
+        raise PlanError(name, value, "must give each name once, and none is no name", f"{name}=none")
     return tuple(items)
 
 
@@ -418,7 +420,7 @@ def _check_together(plan: Plan) -> None:
     if plan.stage_boundaries and len(plan.stage_boundaries) != later:
         requirement = (f"must name the first module of each of the pp x virtual_stages = {later + 1} stages but the first, which "
                        f"are {later}, and names {len(plan.stage_boundaries)}")
-        raise PlanError("stage_boundaries", _show(plan.stage_boundaries), requirement, "stage_boundaries=none")
+        raise PlanError("stage_boundaries", plan.stage_boundaries, requirement, "stage_boundaries=none")
 
 
 def _check_divides(name: str, value: int, of_what: str, whole: int) -> None:

@@ -2,4 +2,5 @@
 
 zero      parameters stored in parts over data-parallel ranks
 replicas  sums over replicas that become averages
+stages    the partitioned program cut into the programs of pipeline stages
 """

@@ -8,10 +8,10 @@ stage's mesh, and collectives stay within a stage. A node of the program is one 
 - *echo*: one activation in another form that takes as many bytes or more (gathered, marked as varying, widened, viewed);
 - *activation*: everything else.
 
-Activations are made by one stage, and sent to later ones that use them, through the stages between. The other kinds are made again
-by each stage that uses them and never sent: so a tied parameter is on several stages, where its gradients are to be summed, and a
-gather of an activation stands behind the cut. Gradients need no rule of their own: autograd takes each stage's backward, and what
-it returns for a received value is the gradient of what was sent.
+Activations are made by one stage, and sent to later ones that use them, through the stages between. The other kinds are made
+again by each stage that uses them and never sent: so a tied parameter is on several stages, whose gradients of it are to be
+summed, and a gather of an activation stands behind the cut. Gradients need no rule of their own: autograd takes each stage's
+backward, and what it returns for a received value is the gradient of what was sent.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ SLACK = 0.02
 
 @dataclass(frozen=True)
 class Message:
-    """A value that crosses a cut, as every rank sends it to its partner: its name, the same in every stage's program, and its shape
-    on one rank. requires_grad: whether a gradient comes back (one of zeros, where the later stages use the value but for
-    what has none)."""
+    """A value that crosses a cut, as every rank sends it to its partner in the next stage.
+
+    name: the same in every stage's program. shape, bytes: on one rank. requires_grad: whether a gradient comes back (autograd may
+    return None for one of zeros, where later stages use the value but for what has none).
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -128,7 +130,7 @@ class _Depth:
     def _add(self, node: fx.Node) -> None:
         self.kind[node] = self._kind(node)
         if self.kind[node] == ECHO:
-            self.root[node] = next(self.root[n] for n in node.all_input_nodes if n in self.root)
+            self.root[node] = self.root[node.all_input_nodes[0]]
         if self.kind[node] != ACTIVATION:
             return
         self.root[node] = node
@@ -145,7 +147,7 @@ class _Depth:
     def _kind(self, node: fx.Node) -> str:
         if node.op == "placeholder":
             source = self.sources[node]
-            self._of_batch[node] = source.kind in ("input", "seed", "received")
+            self._of_batch[node] = source.kind not in ("param", "buffer", "constant")
             return WEIGHT if source.kind == "param" else ACTIVATION if source.requires_grad else FREE
         inputs = node.all_input_nodes
         kinds = {self.kind[n] for n in inputs}
@@ -158,27 +160,27 @@ class _Depth:
 
     def _is_part(self, node: fx.Node) -> bool:
         """Whether it is one result of an operator that has several."""
-        made = self.values(node.all_input_nodes[0]) if len(node.all_input_nodes) == 1 else None
+        made = self.value(node.all_input_nodes[0]) if len(node.all_input_nodes) == 1 else None
         return isinstance(made, tuple)
 
     def _is_echo(self, node: fx.Node) -> bool:
         """Whether making it again costs nothing but communication within a stage, and sending it would cost as much or more."""
         if len(node.all_input_nodes) != 1:
             return False
-        made, before, after = typed(node), self.values(node.all_input_nodes[0]), self.values(node)
+        made, before, after = typed(node), self.value(node.all_input_nodes[0]), self.value(node)
         moves = made.forward in (GATHER, SAME) if made is not None else is_view(node) or node.target in COPIES
         return (moves and isinstance(before, Value) and isinstance(after, Value) and before.bytes <= after.bytes
                 and before.requires_grad == after.requires_grad)
 
-    def values(self, node: fx.Node) -> Any:
+    def value(self, node: fx.Node) -> Any:
         return self.measured.values[node]
 
     def _crossing(self) -> list[int]:
         change = [0] * (len(self.order) + 1)
         for node, last in self.last.items():
             if last > self.position[node]:
-                change[self.position[node] + 1] += self.values(node).bytes
-                change[last + 1] -= self.values(node).bytes
+                change[self.position[node] + 1] += self.value(node).bytes
+                change[last + 1] -= self.value(node).bytes
         return list(accumulate(change))
 
     def _done(self) -> list[int]:
@@ -190,11 +192,12 @@ class _Depth:
         cost = self.measured.costs.get(node)
         if cost is None:
             return 0
-        again = 0.0
-        if block_path(node) and self.program.training:
-            plan = self.program.plan
-            again = 1.0 if plan.recompute == "full" else 1 - plan.memory_budget if plan.memory_budget is not None else 0.0
-        return cost.forward + int(again * cost.forward) + (cost.backward if self.program.training else 0)
+        plan, again = self.program.plan, 0.0
+        if not self.program.training:
+            return cost.forward
+        if block_path(node):
+            again = 1.0 if plan.recompute == "full" else 0.0 if plan.memory_budget is None else 1 - plan.memory_budget
+        return cost.forward + int(again * cost.forward) + cost.backward
 
     def across(self, position: int) -> list[fx.Node]:
         """The activations that cross a cut in front of a position."""
@@ -305,8 +308,9 @@ def _lightest_within(levels: list[int], crossing: list[int], count: int, bound: 
 
 def _refuse_count(program: Program, count: int, most: int) -> NoReturn:
     virtual = program.plan.virtual_stages
-    raise PlanError("pp", count // virtual, f"with virtual_stages = {virtual} asks for {count} stages, and the model has operators "
-                    f"for {most}: each stage has a matrix product, a convolution or an attention", f"pp={max(most // virtual, 1)}")
+    requirement = (f"with virtual_stages = {virtual} asks for {count} stages, and the model has operators for {most}: each stage "
+                   "has a matrix product, a convolution or an attention")
+    raise PlanError("pp", count // virtual, requirement, f"pp={max(most // virtual, 1)}")
 
 
 def _named(depth: _Depth, count: int, boundaries: Sequence[str | fx.Node]) -> list[int]:
@@ -320,16 +324,18 @@ def _named(depth: _Depth, count: int, boundaries: Sequence[str | fx.Node]) -> li
         for path in _paths(node):
             begins.setdefault(path, position)
     numbers = [depth.number[n] for n in depth.order]
-    found = [_begin(depth, names, b, begins) if isinstance(b, str) else bisect_left(numbers, depth.number[b]) for b in boundaries]
+    found = [_begin(depth, names, b, begins) if isinstance(b, str) else bisect_left(numbers, depth.number[b])
+             for b in boundaries]
     ordered = [n for _, n in sorted(zip(found, names))]
-    for name, position, before in zip(names, found, [0, *found]):
+    for name, position, earlier, before in zip(names, found, ["", *names], [0, *found]):
         if position in (0, len(numbers)):
             _refuse(names, f"leaves no operator for the stage {'before' if position == 0 else 'that begins with'} {name!r}",
                     "a module between the first and the last")
         if position == before:
-            _refuse(names, f"begins two stages with one operator, the first of {name!r}", "modules that begin one after the other")
+            _refuse(names, f"begins two stages with the same operator: {earlier!r} and {name!r} begin with it",
+                    "modules that begin one after the other")
         if position < before:
-            _refuse(names, f"must name modules in the order in which they run: {name!r} does not come last",
+            _refuse(names, f"must name modules in the order in which they run: {name!r} runs before {earlier!r}",
                     f"stage_boundaries={';'.join(ordered)}")
     return found
 
@@ -346,7 +352,7 @@ def _begin(depth: _Depth, names: tuple[str, ...], name: str, begins: dict[str, i
 
 
 def _refuse(names: tuple[str, ...], requirement: str, suggestion: str) -> NoReturn:
-    raise PlanError("stage_boundaries", ";".join(names), requirement, suggestion)
+    raise PlanError("stage_boundaries", names, requirement, suggestion)
 
 
 def _paths(node: fx.Node) -> list[str]:
@@ -369,7 +375,7 @@ def _stage(depth: _Depth, index: int, bounds: list[int]) -> Stage:
     sources: list[Source] = []
     for node in received:
         copies[node] = _receive(depth, graph, node)
-        value = depth.values(node)
+        value = depth.value(node)
         sources.append(Source("received", node.name, value.empty(), value.requires_grad))
     for node in _needed(depth, results, set(received)):
         copies[node] = graph.node_copy(node, lambda n: copies[n])
@@ -379,7 +385,7 @@ def _stage(depth: _Depth, index: int, bounds: list[int]) -> Stage:
     sinks = [*(Sink("sent", n.name) for n in sent), *(program.tensor_sinks()[i] for i in mine)]
     made = replace(program, module=fx.GraphModule(program.module, graph), sources=sources, sinks=sinks, timings={},
                    notes=list(program.notes), placements=None)
-    parameters = sum(depth.values(n).bytes for n in copies if n.op == "placeholder" and depth.sources[n].kind == "param")
+    parameters = sum(depth.value(n).bytes for n in copies if n.op == "placeholder" and depth.sources[n].kind == "param")
     return Stage(index, made, _messages(depth, received), _messages(depth, sent), tuple(mine),
                  sum(depth.flops(n) for n in copies if n not in received), parameters)
 
@@ -398,7 +404,7 @@ def _needed(depth: _Depth, results: list[fx.Node], received: set[fx.Node]) -> li
 def _receive(depth: _Depth, graph: fx.Graph, node: fx.Node) -> fx.Node:
     """The placeholder for a value of an earlier stage. It is described as `partition` describes placeholders; a value that is
     part of no global one (a sum before it is complete, a part between two reshardings) as its local self."""
-    new, value = graph.placeholder(node.name), depth.values(node)
+    new, value = graph.placeholder(node.name), depth.value(node)
     copy_provenance(new, node)
     new.meta.update(source=node.name, needs_grad=value.requires_grad, dtype=value.dtype)
     if "tiling" in node.meta and held_shape(node.meta["tiling"], depth.program.mesh) == value.shape:
@@ -410,4 +416,4 @@ def _receive(depth: _Depth, graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _messages(depth: _Depth, nodes: list[fx.Node]) -> tuple[Message, ...]:
-    return tuple(Message(n.name, v.shape, v.dtype, v.requires_grad, v.bytes) for n in nodes for v in [depth.values(n)])
+    return tuple(Message(n.name, v.shape, v.dtype, v.requires_grad, v.bytes) for n in nodes for v in [depth.value(n)])

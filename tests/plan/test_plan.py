@@ -99,6 +99,12 @@ def test_counts_are_positive_integers(field, value):
         ({"batch_dims": (("x", 1), ("x", 0))}, "batch_dims", "batch_dims=input_ids:0"),
         ({"batch_dims": 1}, "batch_dims", "batch_dims=input_ids:0"),
         ({"batch_dims": [("x", [])]}, "batch_dims", "batch_dims=input_ids:0"),
+        ({"pp": 3, "stage_boundaries": ("a", "b", "c")}, "stage_boundaries", "stage_boundaries=none"),
+        ({"stage_boundaries": ("a",)}, "stage_boundaries", "stage_boundaries=none"),
+        ({"pp": 3, "stage_boundaries": ["a", "a"]}, "stage_boundaries", "stage_boundaries=none"),
+        ({"pp": 2, "stage_boundaries": ["none"]}, "stage_boundaries", "stage_boundaries=none"),
+        ({"pp": 3, "stage_boundaries": ["a", "b c"]}, "stage_boundaries", "stage_boundaries=none"),
+        ({"pp": 3, "stage_boundaries": 2}, "stage_boundaries", "stage_boundaries=none"),
         ({"roles": {"head.weight": "vocab"}}, "roles", "roles=lm_head.weight[0]:vocab"),
         ({"roles": {"head.weight[-1]": "vocab"}}, "roles", "roles=lm_head.weight[0]:vocab"),
         ({"roles": {"head.weight[0]": 3}}, "roles", "roles=lm_head.weight[0]:vocab"),
@@ -177,6 +183,7 @@ def test_require_supported():
         ("cp_comm=a2a", "cp_comm=p2p"),
         ("schedule=gpipe", "schedule=1f1b"),
         ("virtual_stages=2", "virtual_stages=1"),
+        ("pp=2,stage_boundaries=h.1", "pp=1"),
         ("ep_dispatch=allgather", "ep_dispatch=alltoall"),
         ("tp=2,tp_comm_overlap=true", "tp_comm_overlap=false"),
     ],
@@ -209,13 +216,16 @@ def plans(draw):
     schedules = ["interleaved1f1b", "zbv"] + ["gpipe", "1f1b", "zb1p"] * (stages == 1)
     budget = st.floats(0, 1, exclude_min=True)
     params = st.tuples(names, st.integers(0, 3)).map(lambda pair: f"{pair[0]}[{pair[1]}]")
+    pp = draw(st.integers(1, 9))
+    later = pp * stages - 1
     return Plan(
-        **switches, dp=dp, tp=tp, cp=cp, ep=ep, pp=draw(st.integers(1, 9)), zero=draw(st.integers(0, 3)),
+        **switches, dp=dp, tp=tp, cp=cp, ep=ep, pp=pp, zero=draw(st.integers(0, 3)),
         dp_replicate=draw(st.sampled_from([d for d in divisors if dp % d == 0])),
         sequence_parallel=draw(st.sampled_from(sequence)),
         cp_comm=draw(st.sampled_from(["p2p", "allgather", "a2a", "a2a+p2p"])),
         microbatches=draw(st.integers(1, 99)),
         virtual_stages=stages, schedule=draw(st.sampled_from(schedules)),
+        stage_boundaries=draw(st.just([]) | st.lists(names, min_size=later, max_size=later, unique=True)),
         ep_dispatch=draw(st.sampled_from(["alltoall", "allgather"])),
         recompute=draw(st.sampled_from(["none", "selective", "full"]) | budget),
         param_dtype=draw(dtypes), reduce_dtype=draw(dtypes), outputs=draw(st.sampled_from(["all", "loss"])),
@@ -253,6 +263,9 @@ def test_any_text_is_a_plan_or_a_plan_error(text):
         ("recompute=none,param_dtype=none,sequence_parallel=none,roles=none", Plan(), "dp=1"),
         ("batch_dims=tgt:none;src:1", Plan(batch_dims={"src": 1, "tgt": None}), "batch_dims=src:1;tgt:none"),
         ("roles=head.weight[0]:vocab", Plan(roles={"head.weight[0]": "vocab"}), "roles=head.weight[0]:vocab"),
+        ("pp=3, stage_boundaries=h.4; h.8", Plan(pp=3, stage_boundaries=["h.4", "h.8"]), "pp=3,stage_boundaries=h.4;h.8"),
+        ("pp=2,stage_boundaries=0", Plan(pp=2, stage_boundaries=("0",)), "pp=2,stage_boundaries=0"),
+        ("pp=2,stage_boundaries=none", Plan(pp=2), "pp=2"),
     ],
 )
 def test_parse_and_show(text, plan, shown):
