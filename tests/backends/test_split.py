@@ -240,6 +240,17 @@ def test_nothing_wants_a_gradient():
     assert steps.backward(saved, [None]) == [None, None] and steps.carried() == []
 
 
+@pytest.mark.parametrize("kind", ["eager", "interpreted"])
+def test_a_program_says_itself_what_is_cast(kind):
+    inputs = mlp_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = in_steps(kind, mlp, inputs, [0])
+        (y,), saved = steps.forward(*inputs)
+        found = steps.backward(saved, [torch.ones(4, 8)])
+    want, grads = plain(mlp, inputs, [torch.ones(4, 8)])
+    same([y, *found], [*want, *grads], [y, *inputs])
+
+
 def test_what_is_not_right_is_said():
     inputs = mlp_inputs()
     steps, other = in_steps("eager", mlp, inputs, [0]), in_steps("eager", mlp, inputs, [0])

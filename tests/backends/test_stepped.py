@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from random import Random
 from typing import Any
 
@@ -11,22 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxpar.backends import stepped
+import fxpar
+from fxpar.backends import eager, stepped
+from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.lowered import Lowered
 from fxpar.backends.split import Half, Halves, split_backward
+from fxpar.backends.stepped import Stepped
 from fxpar.ops.vocabulary import WAIT
 from fxpar.testing import assert_equivalent
 from fxpar.verify import simulation
 from tests import zoo
+from tests.graphs import local_feed, runtime_of
 from tests.zoo.registry import BATCH, SEQ, labels, padding
 
 SLOW = pytest.mark.slow
 
 
 class InSteps(Lowered):
-    """As `Lowered`, by steps. early: which gradients come first; None: those of activations; a number: of a random choice."""
+    """As `Lowered`, by steps. early: which gradients come first; None: those of activations; a number: of a random choice.
+    eager: by that backend."""
 
     early: int | None = None
+    eager = False
 
     def forward(self, module: fx.GraphModule, feeds: list[list[Any]]) -> list[list[Any]]:
         steps = self._made.setdefault(id(module), (module, self.stepped(module, feeds, self._chosen(module, feeds[0]))))[1]
@@ -35,6 +42,11 @@ class InSteps(Lowered):
                    for step, (outs, _) in zip(steps, made, strict=True)]
         self.last = steps, outputs, feeds, [saved for _, saved in made]
         return outputs
+
+    def stepped(self, module: fx.GraphModule, feeds: list[list[Any]], early: Collection[int] = ()) -> list[Stepped]:
+        if not self.eager:
+            return super().stepped(module, feeds, early)
+        return [eager.stepped(module, feed, self.threads.runtime(rank), self.plan, early) for rank, feed in enumerate(feeds)]
 
     def _chosen(self, module: fx.GraphModule, feed: list[Any]) -> list[int]:
         wanted = [i for i, x in enumerate(feed) if isinstance(x, Tensor) and x.requires_grad]
@@ -118,6 +130,30 @@ def test_collectives_are_in_the_half_that_needs_them_and_graph_passes_see_both(m
         assert one.second == {("reduce_scatter_tensor", "dp"): 5, ("all_reduce", "dp"): 1, ("all_reduce", "tp"): 3}
         assert sum(collectives(one.halves.second).values()) == 3  # in buckets
     assert made
+
+
+@pytest.mark.parametrize("plan", ["dp=2,zero=3", pytest.param("dp=2,tp=2,zero=1", marks=SLOW)])
+def test_ranks_run_eagerly(made, monkeypatch, plan):
+    monkeypatch.setattr(InSteps, "eager", True)
+    assert_equivalent(nn.Sequential(Block()), plan, {"input": torch.randn(4, 2, 8).requires_grad_()}, lowered=True,
+                      gradient_tolerance=1e-5)
+    assert made and all(one.first and one.second and one.halves.carried for one in made)
+
+
+@SLOW
+def test_a_process_compiles_its_steps(one_rank):
+    batch = {"input": torch.randn(4, 2, 8).requires_grad_()}
+    model = nn.Sequential(Block(), Block())
+    program = fxpar.compile_program(model, "dp=1", batch)
+    runtime, feed = runtime_of(program), local_feed(program, model, batch)
+    early = [i for i, s in enumerate(program.sources) if s.kind == "input"]
+    steps = inductor.stepped(program.module, feed, runtime, program.plan, early)
+    (y,), saved = steps.forward(*feed)
+    (grad,), left = steps.input_gradients(saved, [y])
+    found = dict(zip(steps.late, steps.weight_gradients(left), strict=True)) | dict(zip(early, [grad], strict=True))
+    (want,) = program.module(*feed)
+    torch.testing.assert_close(y, want.detach())
+    torch.testing.assert_close([found[i] for i in range(len(feed))], list(torch.autograd.grad(want, feed, want.detach())))
 
 
 @SLOW
