@@ -136,8 +136,8 @@ def _with_sums(graph: fx.Graph, first: set[fx.Node], roots: list[fx.Node | None]
         for node in graph.nodes:
             if node.target not in SUMS or node in first:
                 continue
-            moved = {n for n in _cone([node]) - first if n.op != "placeholder"}
-            if all(n.target in SUMS or compat.is_pointwise(n.target) or is_view(n) for n in moved):
+            moved = _cone([node]) - first
+            if all(n.op == "placeholder" or n.target in SUMS or compat.is_pointwise(n.target) or is_view(n) for n in moved):
                 less = _held(first | moved, roots)
                 if less < held:
                     first, held, again = first | moved, less, True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpar import compat
-from fxpar.backends.split import Half, Halves, split_backward
+from fxpar.backends.split import Halves, split_backward
 from fxpar.errors import InputError
 
 Kind = Literal["saved", "given", "made"]
@@ -85,9 +85,10 @@ class _Like:
 
 @dataclass
 class _Part:
-    """A half of the backward, ready to run."""
+    """A half of the backward (see `Half`), ready to run."""
 
-    half: Half
+    reads: list[int]
+    makes: list[int]
     run: Callable[[list[Any]], Sequence[Any]]
 
 
@@ -134,8 +135,8 @@ class Stepped:
         first, second = self._backward.first, self._backward.second
         seeds = self._seeds(grads)
         values = saved.take(self) + seeds
-        left = [values[i] for i in second.half.reads] if second else []
-        given = [values[i] for i in first.half.reads] if first else []
+        left = [values[i] for i in second.reads] if second else []
+        given = [values[i] for i in first.reads] if first else []
         del values, seeds  # what the first half alone reads is freed while it runs
         found, carried = self._run(first, given, self.early)
         return found, Left(self, left + carried)
@@ -161,8 +162,8 @@ class Stepped:
         if part is None:
             return [None] * len(inputs), []
         made = self._call(part.run, given)
-        grads = {self._keep[k]: grad for k, grad in zip(part.half.makes, made)}
-        return [grads.get(i) for i in inputs], made[len(part.half.makes) :]
+        grads = {self._keep[k]: grad for k, grad in zip(part.makes, made)}
+        return [grads.get(i) for i in inputs], made[len(part.makes) :]
 
     def _call(self, run: Callable[[list[Any]], Sequence[Any]], given: list[Any]) -> list[Any]:
         with self._running(), compat.as_traced():
@@ -196,7 +197,7 @@ def in_steps(plain: fx.GraphModule, example: list[Any], keep: list[int], early: 
         forward = trace(plain, given, cut)
     outputs: Any = plain.graph.output_node().args[0]
     late = [i for i in range(len(example)) if i not in early]
-    return Stepped(list(early), late, keep, len(outputs), forward, backward, running)
+    return Stepped(list(dict.fromkeys(early)), late, keep, len(outputs), forward, backward, running)
 
 
 def _own_memory(graph: fx.Graph, positions: list[int]) -> None:
@@ -229,8 +230,8 @@ def _make_halves(backward: _Backward, halves: Halves, like: list[Tensor], donate
         still = {compat.storage_of(x) for x in [*carried, *(like[i] for i in (second.reads if second else []))]}
         free = [k for k, i in enumerate(first.reads) if i in donated and compat.storage_of(like[i]) not in still]
         run, values = make(first.module, [like[i] for i in first.reads], free, len(first.makes))
-        backward.first, made = _Part(first, run), values[len(first.makes) :]
+        backward.first, made = _Part(first.reads, first.makes, run), values[len(first.makes) :]
     if second is not None:
         free = [k for k, i in enumerate(second.reads) if i in donated]
         run, _ = make(second.module, [*(like[i] for i in second.reads), *made], free, len(second.makes))
-        backward.second = _Part(second, run)
+        backward.second = _Part(second.reads, second.makes, run)

@@ -290,6 +290,38 @@ def test_interpreted_graphs_compute_what_compiled_ones_do():
     torch.testing.assert_close(torch.autograd.grad(y.sum(), w)[0], torch.autograd.grad(torch.tanh(x @ w).sum(), w)[0])
 
 
+@pytest.mark.parametrize("way", ["trace", "interpret", "compile"])
+def test_steps_are_handed_over_ready_to_run(way):
+    """`compat.trace_steps`, `compat.interpret_steps`, `compat.compile_steps`: a `compat.Traced`, what a `compat.Cut` made."""
+    x, w = torch.randn(3, 4).requires_grad_(), torch.randn(4, 2).requires_grad_()
+    ready: list = []
+
+    def cut(graph: fx.GraphModule, like: list, saved: int, donated: list[int], make: compat.Make) -> None:
+        assert len(like) == saved + 1 and (way == "trace" or donated)
+        ready.append(make(graph, like, donated, 2))
+
+    def steps(function) -> compat.Traced:
+        graph, config = fx.symbolic_trace(function), {"reorder_for_peak_memory": False}
+        kept: compat.Cut = cut
+        return {"trace": lambda: compat.trace_steps(graph, [x, w], lambda joint: None, kept),
+                "interpret": lambda: compat.interpret_steps(graph, [x, w], config, fx.Interpreter, kept),
+                "compile": lambda: compat.compile_steps(graph, [x, w], config, kept)}[way]()
+
+    made = steps(lambda x, w: (torch.sin(x @ w), x.detach() + 1))
+    with torch.autocast("cpu", torch.bfloat16), compat.as_traced():
+        y, z, *saved = made.run([x, w])
+        ((run, like),) = ready
+        grads = run([*saved, torch.ones(3, 2)])
+    assert made.seeds == [0] and made.saved == len(saved) and not y.requires_grad and y.dtype == torch.float32
+    torch.testing.assert_close([y, z, *grads], [
+        torch.sin(x @ w).detach(), x.detach() + 1, *torch.autograd.grad(torch.sin(x @ w).sum(), [x, w])])
+    assert [(a.shape, a.stride()) for a in like] == [(a.shape, a.stride()) for a in grads]
+    with pytest.raises(compat.SharedOutputs) as shared:
+        steps(lambda x, w: (x @ w, x.t()))
+    assert shared.value.positions == [1]
+    assert compat.storage_of(x) == compat.storage_of(x.t()[1:]) != compat.storage_of(x.clone())
+
+
 def test_operands_are_computed_where_they_are_concatenated():
     """`compat.lower_as_concatenation`."""
     from fxpar.backends.inductor.products import WRITTEN

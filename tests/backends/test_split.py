@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 
 from fxpar import compat
 from fxpar.backends import eager, stepped
-from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.lowered import Lowered
 from fxpar.backends.split import Halves, split_backward
 from fxpar.backends.stepped import Left, Saved, Stepped
@@ -22,12 +21,9 @@ from fxpar.backends.transport.threads import Threads
 from fxpar.errors import InputError
 from fxpar.plan import Plan
 from fxpar.sharding.mesh import Mesh
-from fxpar.testing import assert_equivalent
-from fxpar.verify import simulation
-from tests import zoo
 from tests.harness import RANDOM
 
-aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+aten = torch.ops.aten
 ALONE = Mesh(("dp",), (1,))
 Function = Callable[[list[Any]], list[Any]]
 COMPILED = ["eager", "interpreted", pytest.param("compiled", marks=pytest.mark.slow)]
@@ -119,8 +115,7 @@ def test_products_of_weights_wait_and_what_only_they_read_is_no_input_of_the_fir
 def test_a_sum_is_made_where_less_is_kept_for_it(monkeypatch):
     """Inductor has no operator for a layer norm's backward: its weight's gradient is a sum of a product."""
     made = halves_of(mlp, mlp_inputs(), [0], monkeypatch, "interpreted")
-    assert sorted(tuple(n.meta["val"].shape) for n in made.carried) == [(4, 32), (8,)] or sorted(
-        tuple(n.meta["val"].shape) for n in made.carried) == [(1, 8), (4, 32)]
+    assert sorted(n.meta["val"].numel() for n in made.carried) == [8, 4 * 32]
     assert aten.sum.dim_IntList in targets(made.second)  # the bias's: what it adds up is kept for a product
     assert not {aten.mul.Tensor, aten.rsqrt.default} & set(targets(made.second))
 
@@ -185,7 +180,8 @@ def test_microbatches_in_flight(kind, recompute):
     params = mlp_inputs()[1:]
     params[0].requires_grad_(False)
     batches = [[wants(4, 8), *params] for _ in range(5)]
-    steps = in_steps(kind, mlp, batches[0], [0], f"dp=1,recompute={recompute}")
+    for _ in range(2):  # compiled, and found again
+        steps = in_steps(kind, mlp, batches[0], [0], f"dp=1,recompute={recompute}")
     grads = [torch.randn(4, 8) for _ in batches]
     r, state, found = Random(3), {i: ("start", None) for i in range(5)}, {}
     while state:
@@ -199,8 +195,11 @@ def test_microbatches_in_flight(kind, recompute):
         elif done == "forward" and i == 4:
             found[i] = steps.backward(value, [grads[i]])
         elif done == "forward":
+            kept = [(x, x.clone()) for x in value.tensors or []]
             early, left = steps.input_gradients(value, [grads[i]])
             assert isinstance(left, Left)
+            still = [(x, before) for x, before in kept if any(x is y for y in left.tensors or [])]
+            assert still and all(torch.equal(x, before) for x, before in still)
             state[i] = "input", (early, [g.clone() for g in early], left)
         else:
             early, before, left = value
@@ -241,6 +240,17 @@ def test_nothing_wants_a_gradient():
     assert steps.backward(saved, [None]) == [None, None] and steps.carried() == []
 
 
+@pytest.mark.parametrize("kind", ["eager", "interpreted"])
+def test_a_program_says_itself_what_is_cast(kind):
+    inputs = mlp_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = in_steps(kind, mlp, inputs, [0])
+        (y,), saved = steps.forward(*inputs)
+        found = steps.backward(saved, [torch.ones(4, 8)])
+    want, grads = plain(mlp, inputs, [torch.ones(4, 8)])
+    same([y, *found], [*want, *grads], [y, *inputs])
+
+
 def test_what_is_not_right_is_said():
     inputs = mlp_inputs()
     steps, other = in_steps("eager", mlp, inputs, [0]), in_steps("eager", mlp, inputs, [0])
@@ -264,6 +274,42 @@ def test_what_is_not_right_is_said():
     constant = in_steps("eager", lambda x: [x[0] * 2, x[1].cos()], [wants(3), torch.ones(3)], [0])
     with pytest.raises(InputError, match="output 1 depends on no input that wants a gradient"):
         constant.backward(constant.forward(wants(3), torch.ones(3))[1], [None, torch.ones(3)])
+
+
+def test_what_the_second_half_reads_is_not_overwritten_by_the_first(monkeypatch):
+    told: list[tuple[set[str], set[str]]] = []
+    make_halves = stepped._make_halves
+
+    def seen(backward: Any, halves: Halves, like: list[Tensor], donated: list[int], make: Any) -> None:
+        def telling(module: fx.GraphModule, values: list[Tensor], free: list[int], gradients: int) -> Any:
+            given = [n.name for n in module.graph.find_nodes(op="placeholder")]
+            told.append((set(given), {given[i] for i in free}))
+            return make(module, values, free, gradients)
+
+        make_halves(backward, halves, like, donated, telling)
+
+    monkeypatch.setattr(stepped, "_make_halves", seen)
+    for early in ((), [0]):
+        in_steps("interpreted", mlp, mlp_inputs(), early)
+    (_, whole), (first, by_first), (second, by_second) = told
+    assert whole and by_first and by_second and not by_first & by_second
+    assert by_first == (whole & first) - second and by_second == whole & second
+
+
+def test_what_was_compiled_is_found_by_what_it_may_overwrite(monkeypatch):
+    """Inductor does not ask what a graph may overwrite when it looks for one that it compiled before."""
+    keys: list[bytes | None] = []
+
+    def inner(graph: fx.GraphModule, example: Any, **options: Any) -> Any:
+        mark = torch._inductor.config.post_grad_custom_pre_pass
+        keys.append(mark and mark.uuid())
+        return compat.output_code(len)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", inner)
+    for early in ((), [0], [0]):
+        in_steps("compiled", mlp, mlp_inputs(), early)
+    assert [key is None for key in keys] == [True, False, *[True, False, False] * 2]  # forwards, and parts of backwards
+    assert keys[2:5] == keys[5:] and len({keys[1], *keys[3:5]}) == 3
 
 
 def test_what_waits_is_listed():
@@ -336,7 +382,8 @@ def random_stage(r: Random) -> tuple[Function, list[Tensor]]:
         for i, layer in enumerate(layers):
             h = layer(h, x)
             tapped = h if i == tap else tapped
-        extra = {"skip": x[1], "tap": tapped, "loss": (h * h).mean(), "view": torch.transpose(h, 0, 1), "ids": x[2], "weight": x[-1]}
+        extra = {"skip": x[1], "tap": tapped, "loss": (h * h).mean(), "view": torch.transpose(h, 0, 1), "ids": x[2],
+                 "weight": x[-1]}
         return [h, *(extra[name] for name in more)]
 
     return function, inputs
@@ -362,20 +409,20 @@ def check_stage(r: Random, kind: str) -> None:
 
 
 @given(RANDOM)
-@settings(max_examples=12)
+@settings(max_examples=2)
 def test_random_stages(r):
     check_stage(r, r.choice(["eager", "interpreted"]))
 
 
 @pytest.mark.slow
 @given(RANDOM)
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_many_random_stages(r):
     check_stage(r, r.choice(["eager", "interpreted"]))
 
 
 @pytest.mark.slow
 @given(RANDOM)
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_random_compiled_stages(r):
     check_stage(r, "compiled")
