@@ -3,6 +3,7 @@
 module        `ParallelModule`, which training loops hold
 programs      how many programs are kept of one model
 feed          the local inputs of a program, call by call
+microbatches  a training step of several forwards and backwards that add up to the whole batch's
 accumulation  gradients and gathered parameters between the microbatches of a step
 agreement     what ranks exchange, so that they all run or all raise
 storage       full tensors <-> DTensors in a program's layouts

@@ -26,10 +26,10 @@ from fxpar.model.hugging_face import say
 from fxpar.model.state import PARTS, State
 from fxpar.passes.capture.attributes import Left, put_back
 from fxpar.plan import Plan
-from fxpar.program import Program
+from fxpar.program import Microbatches, Program
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
-from fxpar.run import programs, storage
+from fxpar.run import microbatches, programs, storage
 from fxpar.run.accumulation import Accumulator
 from fxpar.run.agreement import agree_on_call, agree_on_program
 from fxpar.run.clip import clip_grad_norm
@@ -85,6 +85,7 @@ class ParallelModule(nn.Module):
         self._accumulator = Accumulator(plan, bound.mesh, self._lower_graph, self._state)
         self._left = Left()
         self._sync = True
+        self._count = 1
         self._steps = 0
         self.seed = 0
         self._made = True
@@ -136,56 +137,65 @@ class ParallelModule(nn.Module):
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
         """
         named, compiled, settle = self._found(calls.canonical(self._model, args, kwargs))
+        outs = self._run(compiled, named, self._next_seed())
+        settle()
+        self._update_buffers(compiled.program, outs)
+        return self._outputs(compiled.program, outs)
+
+    def _run(self, compiled: Compiled, named: dict[str, Any], seed: int) -> list[Any]:
+        """The program's outputs, as they leave it."""
         program = compiled.program
         named, crossing = self._edges.enter(program, named)
         step = None
         if torch.is_grad_enabled():
             step = self._accumulator.step(program, self._sync, lambda: compiled.feed(named))
-        feed = compiled.feed(named, step, self._next_seed())
+        feed = compiled.feed(named, step, seed)
         outs = compiled.run(*feed) if step is None else step.run(*feed, *step.inputs)
-        settle()
-        self._update_buffers(program, outs)
-        return self._outputs(program, self._edges.leave(program, outs, crossing))
+        return self._edges.leave(program, outs, crossing)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward over the plan's microbatches; gradients are summed over ranks once. Returns the loss.
+        """Forward and backward of this replica's batch, over the plan's microbatches; gradients are summed over ranks once. Returns
+        the loss.
 
-        The loss (and its gradient) is the mean over microbatches; dim 0 of every batched input must divide by their number.
+        Loss and gradients are those of the whole batch, as with one microbatch, whatever the loss divides by; the batch must divide
+        by the number of microbatches. What is not linear in the batch (a load-balancing loss, batch norm) takes a microbatch's
+        own sums for the batch's, and counts as the mean over microbatches: `report().notes` name its lines.
+        Raises: as `forward`; `PlanError` for a model that cannot be computed in microbatches.
         """
-        n = self.plan.microbatches
-        losses = []
-        for i, part in enumerate(self._microbatches(args, kwargs, n)):
-            with contextlib.nullcontext() if i == n - 1 else self.no_sync():
-                loss = loss_of(self(**part)) / n
-                loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        count, call = self.plan.microbatches, calls.canonical(self._model, args, kwargs)
+        if count == 1:
+            loss = loss_of(self(*args, **kwargs))
+            loss.backward()
+            return loss.detach()
+        microbatches.require_divides(calls.leaves(call), self._batch_dims(calls.leaves(call)), count)
+        with self._in_microbatches():
+            named, compiled, settle = self._found(call)
+        settle()
+        program, seed = compiled.program, self._next_seed()
 
-    def _microbatches(self, args: tuple, kwargs: dict[str, Any], n: int) -> Iterator[dict[str, Any]]:
-        call = calls.canonical(self._model, args, kwargs)
-        named = calls.leaves(call)
-        dims = self._batch_dims(call) if n > 1 else {}
-        if n == 1:
-            yield call[1] if not call[0] else dict(zip(named, call[0], strict=False))
-            return
-        for path, dim in dims.items():
-            if dim is not None and named[path].shape[dim] % n:
-                raise InputError(f"plan field `microbatches`={n}: must divide the replica's batch of {named[path].shape[dim]} "
-                                 f"(input {path!r}); try a batch of {-(-named[path].shape[dim] // n) * n}")
-        for i in range(n):
-            part = {p: v.chunk(n, dims[p])[i] if dims.get(p) is not None else v for p, v in named.items()}
-            spec = pytree.tree_structure(call[1])
-            yield pytree.tree_unflatten([part[p] for p in named], spec)
+        def forward(microbatch: dict[str, Any], last: bool) -> list[Tensor]:
+            outs = self._run(compiled, microbatch, seed)
+            self._update_buffers(program, outs, None if last else program.microbatches)
+            return outs
 
-    def _batch_dims(self, call: calls.Call) -> dict[str, int | None]:
-        """Input path -> batch dim, as the newest program that takes these inputs has them."""
-        names = calls.leaves(call).keys()
+        parts = microbatches.parts(program, compiled.feed, named, seed, self._runtime)
+        return microbatches.train(program, parts, forward, lambda outs: loss_of(self._outputs(program, outs)), self.no_sync)
 
+    @contextlib.contextmanager
+    def _in_microbatches(self) -> Iterator[None]:
+        """Inside, calls are captured as steps over the plan's microbatches."""
+        self._count = self.plan.microbatches
+        try:
+            yield
+        finally:
+            self._count = 1
+
+    def _batch_dims(self, named: dict[str, Any]) -> dict[str, int | None]:
+        """Input path -> batch dim, as the newest program that takes these inputs has them; nothing where there is none."""
         def dims(program: Program) -> dict[str, int | None]:
             return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
 
-        known = (d for p in reversed(list(self._programs.values())) if (d := dims(p)).keys() == names)
-        return next(known, None) or dims(self._lookup(call, calls.leaves(call))[0].program)
+        return next((d for p in reversed(list(self._programs.values())) if (d := dims(p)).keys() == named.keys()), {})
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -195,6 +205,11 @@ class ParallelModule(nn.Module):
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients; what need not be communicated before the last microbatch is not.
+
+        Accumulation by hand adds up the gradients of the losses that you call `backward` on: divided by their number, those are
+        the mean of the microbatches' losses. That is the loss of the whole batch where every microbatch counts as much, and not where
+        each divides by something of its own (labels that are not ignored): sum such losses and divide by the count of all, or
+        use `train_step`, which does so for any loss.
 
         Under zero=0 and 1 gradients are kept aside, whole and unsummed (``.grad`` does not have them), until the next backward
         outside sums them all; under zero=2 and 3 each backward reduces them to parts. Under zero=1 and 2 parameters are
@@ -240,7 +255,7 @@ class ParallelModule(nn.Module):
                 if captured[PARTS] != next(reversed(self._programs))[PARTS]:
                     self._slots = programs.places(self._model, self._slots, self._tilings, self._bound.mesh)
                 with agree_on_program(self._control) as made:
-                    made.append(self._numbers.checked(self._compile_call(call, self._tilings)))
+                    made.append(self._numbers.checked(self._compile_call(call, self._tilings, self._count)))
                     self._left.add(made[0], captured[:-1])
                 self._make_room(captured)
                 self._depends.add(made[0].reads)
@@ -256,7 +271,8 @@ class ParallelModule(nn.Module):
         earlier calls left in attributes."""
         device = self.device.type
         auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return calls.signature(named), *self._depends.key(), auto, self._left.state()
+        steps = (("train_step's microbatches", self._count),) if self._count > 1 else ()
+        return (*calls.signature(named), *steps), *self._depends.key(), auto, self._left.state()
 
     def _make_room(self, captured: tuple) -> None:
         """For another program: forget those of a model of other parts, or the least recently used one."""
@@ -287,6 +303,8 @@ class ParallelModule(nn.Module):
     def _compile(self, program: Program, named: dict[str, Any]) -> Compiled:
         self._runtime.prepare(program.module)
         feed = Feed(program, self._slots, self._accumulator, self.device)
+        if program.microbatches is not None:
+            named = microbatches.parts(program, feed, named, 0, self._runtime)[0]
         run = self._lower_graph(program.module, feed(named))
         if self.device.type == "cuda":
             gc.collect()  # what compiling leaves behind: now, and not in the middle of a step
@@ -372,11 +390,12 @@ class ParallelModule(nn.Module):
         self._steps += 1
         return (self.seed * 1_000_003 + self._steps) & 0x7FFFFFFFFFFFFFFF
 
-    def _update_buffers(self, program: Program, outs: Any) -> None:
-        """Buffers are kept whole on every rank, wherever their new values were computed."""
+    def _update_buffers(self, program: Program, outs: Any, before: Microbatches | None = None) -> None:
+        """Buffers are kept whole on every rank, wherever their new values were computed. before: the step whose last microbatch is
+        still to run: those alone that each microbatch takes from the one before."""
         with torch.no_grad():
             for sink, out, node in zip(program.tensor_sinks(), outs, program.outputs(), strict=True):
-                if sink.kind != "buffer":
+                if sink.kind != "buffer" or (before is not None and sink.name not in before.in_order):
                     continue
                 tiles = node.meta["tiling"]
                 if any(p.axes for dim in tiles for p in dim):
