@@ -62,7 +62,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     agree_on_options(control, backend=chosen, transport=transport)
     with agree_on_program(control) as made:
         identity.check(model)
-        made.append(compile_call(example, None))
+        made.append(compile_call(example, None, plan.microbatches if plan.pp > 1 else 1))
     bound = BoundMesh(made[0].mesh, device.type, plan.pp)
     store = ParameterStore(model, bound, control, device)
     engine = Engine(store, plan, compile_call, {"eager": eager, "inductor": inductor}[chosen], transport)

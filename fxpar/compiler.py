@@ -25,8 +25,9 @@ def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = No
     """Capture `model` on *global* inputs and run the passes: the program of one rank, without processes.
 
     model: may be on the meta device. example_inputs: the global batch (a dict of keyword arguments or a tuple), of which
-    only shapes and dtypes matter; may be left out for Hugging Face models. device: where the program is to run (default:
-    where the parameters are; the CPU for a meta model). `observe(name, program)` is called after capture and after
+    only shapes and dtypes matter; may be left out for Hugging Face models. Under a plan with microbatches the program runs one of
+    them (see `fxpar.program.Microbatches`). device: where the program is to run (default: where the parameters are; the CPU for a
+    meta model). `observe(name, program)` is called after capture and after
     every pass. pinned: how parameters are stored already, by name: for a model that is called in another way.
     ``program.timings`` has the seconds of each pass.
     """
@@ -34,7 +35,7 @@ def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = No
         plan = Plan.of(plan)
         plan.require_supported()
         call = example_call(model, example_inputs)
-        return run(_start(model, plan, call, _device(model, device), observe), passes(pinned), observe)
+        return run(_start(model, plan, call, _device(model, device), observe, plan.microbatches), passes(pinned), observe)
     return Captured(model, example_inputs, device=device).partition(plan, observe=observe)
 
 
@@ -90,16 +91,16 @@ def _device(model: nn.Module, device: torch.device | str | None) -> torch.device
 
 
 def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe: Observer | None, call: Call,
-                    pinned: dict[str, Tiling] | None) -> Program:
+                    pinned: dict[str, Tiling] | None, microbatches: int = 1) -> Program:
     """The same from *one replica's* inputs: the global ones are dp times as many along each input's batch dim.
 
-    Which dim that is follows from the model (see roles); it is assumed to be dim 0, and the capture is repeated in the
+    microbatches: how many the replica's batch is run in. Which dim that is follows from the model (see roles); it is assumed to be dim 0, and the capture is repeated in the
     rare case that it is not.
     """
     mesh = meshes.from_plan(plan)
     batch = _assumed(plan, call)
     for _ in range(3):
-        program = _start(model, plan, globalize(call, plan, mesh, batch), device, observe)
+        program = _start(model, plan, globalize(call, plan, mesh, batch), device, observe, microbatches)
         program = run(program, front(pinned), observe)
         found = {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
         if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):
@@ -117,9 +118,10 @@ def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
     return {k: asked[k] if k in asked else 0 if int(v.shape[0]) == first else None for k, v in tensors.items()}
 
 
-def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, observe: Observer | None) -> Program:
+def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, observe: Observer | None,
+           microbatches: int = 1) -> Program:
     start = time.perf_counter()
-    program = trace(model, plan, meshes.from_plan(plan), *call, device)
+    program = trace(model, plan, meshes.in_time(meshes.from_plan(plan), microbatches), *call, device)
     program.timings["capture"] = time.perf_counter() - start
     if observe is not None:
         observe("capture", program)

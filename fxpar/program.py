@@ -21,20 +21,22 @@ from torch.utils._pytree import TreeSpec
 
 from fxpar.model.reads import Reads
 from fxpar.plan import Plan
-from fxpar.sharding.mesh import Mesh, from_plan
+from fxpar.sharding.layout import Tiling
+from fxpar.sharding.mesh import Mesh, from_plan, in_time
 
 if TYPE_CHECKING:
     from fxpar.sharding.placement import Placements
 
-SourceKind = Literal["param", "buffer", "constant", "input", "seed", "received"]
+SourceKind = Literal["param", "buffer", "constant", "input", "seed", "microbatch", "received"]
 
 
 @dataclass(slots=True)
 class Source:
     """One placeholder of the graph.
 
-    kind: what it is; "seed" is the int64 scalar that counter-based dropout draws from, "received" a value that the pipeline stage
-        before sends (see `fxpar.passes.strategies.stages`).
+    kind: what it is; "seed" is the int64 scalar that counter-based dropout draws from, "microbatch" what a step passes to each of
+        its microbatches (see `Microbatches`), "received" a value that the pipeline stage before sends (see
+        `fxpar.passes.strategies.stages`).
     name: the parameter's or buffer's fully qualified name (for a tied parameter the first one, as
         `named_parameters` reports it), the input's path ("input_ids", "0"), or the name of what is received.
     value: the global tensor as captured: real for buffers and constants, fake for the rest; of what is received, one rank's.
@@ -65,6 +67,51 @@ class Sink:
     constant: Any = None
 
 
+Join = Literal["sum", "mean", "same", "rows"]
+"""How an output of a step follows from those of its microbatches: it is their sum, their mean, each of them, or their rows together."""
+
+
+@dataclass
+class Microbatches:
+    """What a program of one microbatch is to the step of `count` microbatches that it was made for.
+
+    mesh: the mesh with the axis of microbatches. rows: kind and name of a source -> its tiling on that mesh, in which each
+        replica's rows lie together and its microbatches follow one another. output_rows: the same, of tensor outputs by their number.
+    prologue: computes, from the replica's whole batch, what all microbatches are passed; None where that is nothing. Its inputs
+        are those sources of the program whose places are in `prologue_inputs`: (source, None), or (source, i) for its part in microbatch i.
+    passed: name of a source of kind "microbatch" -> for each microbatch the place of its value among what the prologue computes.
+    index: the name of the source that takes the microbatch's number, if there is one.
+    joins: for each tensor output, how the step's follows. in_order: the buffers that each microbatch takes from the one before;
+        the others are computed alike by all microbatches from what they were before the step.
+    exact: for each tensor output, whether it is that of the whole batch; else something that it was computed from uses a sum over
+        the batch in a way that is not linear, and sees `count` times this microbatch's part of it.
+    """
+
+    count: int
+    mesh: Mesh
+    rows: dict[tuple[str, str], Tiling]
+    output_rows: dict[int, Tiling]
+    prologue: fx.GraphModule | None
+    prologue_inputs: list[tuple[Source, int | None]]
+    passed: dict[str, list[int]]
+    index: str | None
+    joins: list[Join]
+    in_order: frozenset[str]
+    exact: list[bool]
+
+    def weight(self, output: int) -> float:
+        """What an output of one microbatch counts in the step's."""
+        return 1.0 if self.joins[output] == "sum" else 1 / self.count
+
+    def joined(self, output: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        """An output of the step that holds no rows, from those of its microbatches."""
+        join = self.joins[output]
+        if join == "same" or (join == "mean" and not parts[0].is_floating_point()):
+            return parts[-1]
+        total = torch.stack(parts).sum(0)
+        return total if join == "sum" else total / self.count
+
+
 @dataclass
 class Program:
     """A model, captured, with everything the passes have found out about it.
@@ -72,6 +119,7 @@ class Program:
     reads: what of the model's attributes, and of the values of its buffers, the program was made of.
     writes: what the forward stores in attributes; they name the sinks of kind "attribute" by their number.
     placements: what the plan makes of the graph, by its nodes; made by `place`, and read where the local program is built.
+    microbatches: of a program that runs one of a step's microbatches: the step.
     """
 
     module: fx.GraphModule
@@ -87,10 +135,11 @@ class Program:
     reads: Reads = field(default_factory=Reads)
     writes: list[Any] = field(default_factory=list)
     placements: Placements | None = None
+    microbatches: Microbatches | None = None
 
     def under(self, plan: Plan) -> Program:
         """The same inferred program under another plan. Both share the graph, which no pass behind `infer` changes."""
-        return replace(self, plan=plan, mesh=from_plan(plan), sources=[copy.copy(s) for s in self.sources],
+        return replace(self, plan=plan, mesh=in_time(from_plan(plan), plan.microbatches), sources=[copy.copy(s) for s in self.sources],
                        sinks=list(self.sinks), notes=list(self.notes), tied=dict(self.tied),
                        timings=dict(self.timings), placements=None)
 

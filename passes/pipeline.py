@@ -16,6 +16,7 @@ from fxpar.passes.infer.infer import infer
 from fxpar.passes.partition.partition import partition
 from fxpar.passes.place.axes import refine_axes
 from fxpar.passes.place.place import place
+from fxpar.passes.strategies.microbatches import take_out_time
 from fxpar.passes.strategies.replicas import average_replicas
 from fxpar.passes.strategies.zero import shard_storage
 from fxpar.program import Program
@@ -48,6 +49,7 @@ def back(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
         ("place", lambda p: place(p, pinned)),
         ("zero", lambda p: shard_storage(p, pinned)),
         ("partition", partition),
+        ("microbatches", take_out_time),
         ("replicas", average_replicas),
     ]
 

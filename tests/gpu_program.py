@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 import fxpar
 from fxpar.verify.equivalence import DRAWS, GRADIENT_TOLERANCE, LOSS_TOLERANCE, NOISE, distances, moved, too_far
-from fxpar.verify.simulation import scalar_of
+from fxpar.verify.step import scalar_of
 from tests import zoo
 
 Step = tuple[Tensor, dict[str, Tensor]]

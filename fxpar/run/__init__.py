@@ -5,6 +5,7 @@ store       a model's parameters in the layouts of a plan (with storage: full te
 engine      captures, compiles and runs programs, one for every kind of call (with programs: how many are kept)
 feed        the local inputs of a program, call by call
 steps       which of a step's phases runs when: unshard, compute, reduce (with gradients: those not reduced yet)
+microbatches  a training step of several forwards and backwards that add up to the whole batch's
 agreement   what ranks exchange, so that they all run or all raise
 initialize  parameters of meta models, as the model itself initialises them
 edges       tensors that go from one parallel module into another

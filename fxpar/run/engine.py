@@ -28,10 +28,11 @@ from fxpar.passes.strategies.stages import Stage, cut_like, cut_stages
 from fxpar.pipeline.schedules import Schedule, schedule
 from fxpar.plan import Plan
 from fxpar.program import Program
-from fxpar.run import programs, storage
+from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
 from fxpar.run.edges import Edges, whole
 from fxpar.run.feed import Feed
+from fxpar.run.loss import loss_of
 from fxpar.run.numbers import Numbers
 from fxpar.run.pipeline import Pipeline
 from fxpar.run.steps import Steps
@@ -67,12 +68,12 @@ class DropoutSeeds:
 class Engine:
     """Runs a model's programs on one rank.
 
-    compile_call: ``(call, layouts)`` -> the program of this rank, for parameters stored so. backend: a module of `fxpar.backends`,
+    compile_call: ``(call, layouts, microbatches)`` -> the program of this rank, for parameters stored so. backend: a module of `fxpar.backends`,
     with its `lower` and `stepped`. transport: see `fxpar.parallelize`. programs: those that are kept, by what they depend on,
     newest last.
     """
 
-    def __init__(self, store: ParameterStore, plan: Plan, compile_call: Callable[[calls.Call, dict[str, Tiling]], Program],
+    def __init__(self, store: ParameterStore, plan: Plan, compile_call: Callable[[calls.Call, dict[str, Tiling], int], Program],
                  backend: ModuleType, transport: str):
         self.store, self.plan, self.device = store, plan, store.device
         self.programs: dict[tuple, Program] = {}
@@ -100,64 +101,100 @@ class Engine:
             self.store.adopt([[program]])
         self._depends = State(self.store.model)
         self._depends.add(program.reads)
-        self._left.add(program, self._captured(calls.leaves(call))[:-1])
-        self.programs[self._captured(calls.leaves(call))] = program
+        key = self._captured(calls.leaves(call), program.microbatches.count if program.microbatches else 1)
+        self._left.add(program, key[:-1])
+        self.programs[key] = program
         self._use_copy_engines()
         self.seeds.base = self.store.control.exchange(torch.initial_seed() & 0x7FFFFFFF)[0]
 
     def run(self, call: calls.Call, last: bool) -> Any:
         """The model's output for this replica's part of a batch. last: it is the last microbatch of its step."""
-        named, compiled, settle = self._found(call)
-        program = compiled.program
+        count = self.plan.microbatches if self.plan.pp > 1 else 1
+        self._require_divides(call, count)
+        named, compiled, settle = self._found(call, count)
+        seed = self.seeds.next()
         if compiled.pipeline is not None:
             settle()
-            step = compiled.pipeline.train if torch.is_grad_enabled() else compiled.pipeline.evaluate
-            return step([named], self.seeds.next())
+            parts = self._parts(compiled, named, seed)
+            return (compiled.pipeline.train if torch.is_grad_enabled() else compiled.pipeline.evaluate)(parts, seed)
+        outs = self._run(compiled, named, seed, last)
+        settle()
+        self.store.update_buffers(compiled.program, outs)
+        return self._outputs(compiled.program, outs)
+
+    def train(self, call: calls.Call, last: bool) -> Tensor:
+        """Forward and backward over the plan's microbatches; the loss of this replica's whole batch. last: gradients are reduced
+        with those of the last microbatch.
+
+        Raises: `InputError` for a batch that does not divide into microbatches.
+        """
+        self._require_divides(call, self.plan.microbatches)
+        named, compiled, settle = self._found(call, self.plan.microbatches)
+        settle()
+        program, seed = compiled.program, self.seeds.next()
+
+        def forward(microbatch: dict[str, Any], is_last: bool) -> list[Tensor]:
+            outs = self._run(compiled, microbatch, seed, last and is_last)
+            self.store.update_buffers(program, outs, is_last)
+            return outs
+
+        return microbatches.train(program, self._parts(compiled, named, seed), forward,
+                                  lambda outs: loss_of(self._outputs(program, outs)))
+
+    def _run(self, compiled: Compiled, named: dict[str, Any], seed: int, last: bool) -> list[Tensor]:
+        """The program's outputs, as they leave it."""
+        program = compiled.program
         named, crossing = self._edges.enter(program, named)
         microbatch = None
         if torch.is_grad_enabled():
             microbatch = self._steps.microbatch(program, last, lambda: compiled.feed(named))
         run = compiled.run if microbatch is None else microbatch.run
-        outs = run(*compiled.feed(named, microbatch, self.seeds.next()))
-        settle()
-        self.store.update_buffers(program, outs)
-        return self._outputs(program, self._edges.leave(program, outs, crossing))
+        return self._edges.leave(program, run(*compiled.feed(named, microbatch, seed)), crossing)
+
+    def _parts(self, compiled: Compiled, named: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+        """What each microbatch takes, by the names of the program's sources."""
+        if compiled.program.microbatches is None:
+            return [named]
+        return microbatches.parts(compiled.program, compiled.feed, named, seed, self.store.runtime)
+
+    def _require_divides(self, call: calls.Call, count: int) -> None:
+        if count > 1:
+            named = calls.leaves(call)
+            microbatches.require_divides(named, self._batch_dims(named), count)
 
     def newest(self) -> Program:
         """The program that was captured last."""
         return list(self.programs.values())[-1]
 
-    def batch_dims(self, call: calls.Call) -> dict[str, int | None]:
-        """Input path -> batch dim, as the newest program that takes these inputs has them."""
-        names = calls.leaves(call).keys()
+    def _batch_dims(self, named: dict[str, Any]) -> dict[str, int | None]:
+        """Input path -> batch dim, as the newest program that takes these inputs has them; nothing where there is none."""
 
         def dims(program: Program) -> dict[str, int | None]:
             return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
 
-        known = (d for p in reversed(list(self.programs.values())) if (d := dims(p)).keys() == names)
-        return next(known, None) or dims(self._lookup(call, calls.leaves(call))[0].program)
+        return next((d for p in reversed(list(self.programs.values())) if (d := dims(p)).keys() == named.keys()), {})
 
     # ---- programs ----
 
-    def _found(self, call: calls.Call) -> tuple[dict[str, Any], Compiled, Callable[[], None]]:
-        """The leaves of a call as its program takes them, and what `_lookup` returns for it."""
+    def _found(self, call: calls.Call, count: int) -> tuple[dict[str, Any], Compiled, Callable[[], None]]:
+        """The leaves of a call as its program takes them, and what `_lookup` returns for it. count: of microbatches."""
         prepared = self._numbers.prepared(call)
         named = whole(calls.leaves(prepared))
         try:
-            return named, *self._lookup(prepared, named)
+            return named, *self._lookup(prepared, named, count)
         except (CaptureError, UnsupportedOperator):
             if not self._numbers.refused():
                 raise
-        return self._found(call)
+        return self._found(call, count)
 
-    def _lookup(self, call: calls.Call, named: dict[str, Any]) -> tuple[Compiled, Callable[[], None]]:
+    def _lookup(self, call: calls.Call, named: dict[str, Any], count: int) -> tuple[Compiled, Callable[[], None]]:
         """What runs this call, whose leaves are `named`, and what to call after it was started.
 
         That ends the comparison of what the ranks were called with. On a GPU, where starting communication does not block, it
         runs beside the forward, but for a call that has to be compiled first.
         """
         control = self.store.control
-        captured = self._captured(named)
+        captured = self._captured(named, count)
         key = (*captured, torch.is_grad_enabled())
         settle = agree_on_call(control, key, lambda part: self._depends.names(part - 1))
         if key not in self.compiled or self.device.type != "cuda":
@@ -169,23 +206,24 @@ class Engine:
                     self.store.relocate()
                 with agree_on_program(control) as made:
                     with self.store.all_parameters():
-                        made.append(self._numbers.checked(self._compile_call(call, self.store.layouts)))
+                        made.append(self._numbers.checked(self._compile_call(call, self.store.layouts, count)))
                     self._left.add(made[0], captured[:-1])
                 self._make_room(captured)
                 self._depends.add(made[0].reads)
-                captured = self._captured(named)
+                captured = self._captured(named, count)
                 key = (*captured, torch.is_grad_enabled())
                 self.programs[captured] = made[0]
             self.compiled[key] = self._compile(self.programs[captured], named)
         self.compiled.move_to_end(key)
         return self.compiled[key], settle
 
-    def _captured(self, named: dict[str, Any]) -> tuple:
+    def _captured(self, named: dict[str, Any], count: int) -> tuple:
         """What a captured program depends on: the call's leaves, the state of the model (see `State.key`), autocast, and what
         earlier calls left in attributes."""
         kind = self.device.type
         auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return calls.signature(named), *self._depends.key(), auto, self._left.state()
+        steps = (("microbatches", count),) if count > 1 else ()
+        return (*calls.signature(named), *steps), *self._depends.key(), auto, self._left.state()
 
     def _make_room(self, captured: tuple) -> None:
         """For another program: forget those of a model of other parts, or the least recently used one."""
@@ -204,11 +242,13 @@ class Engine:
 
     def _compile(self, program: Program, named: dict[str, Any]) -> Compiled:
         self.store.runtime.prepare(program.module)
+        feed = Feed(program, self.store.places, self._steps.gradients, self.device)
         if self.plan.pp > 1:
             stages = self._stages if program is self._first else cut_like(program, self._stages)
             pipeline = Pipeline(program, stages, self._schedule(), self.store, self._in_steps)
-            return Compiled(program, Feed(program, self.store.places, self._steps.gradients, self.device), _nothing, pipeline)
-        feed = Feed(program, self.store.places, self._steps.gradients, self.device)
+            return Compiled(program, feed, _nothing, pipeline)
+        if program.microbatches is not None:
+            named = microbatches.parts(program, feed, named, 0, self.store.runtime)[0]
         run = self._lower(program.module, feed(named))
         if self.device.type == "cuda":
             gc.collect()  # what compiling leaves behind: now, and not in the middle of a step

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree as pytree
 
 from fxpar import compat
-from fxpar.errors import InputError
 from fxpar.model import inputs as calls
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
@@ -113,34 +111,19 @@ class ParallelModule(nn.Module):
         return self._engine.run(calls.canonical(self._model, args, kwargs), last=self._sync)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward over the plan's microbatches; gradients are summed over ranks once. Returns the loss.
+        """Forward and backward of this replica's batch, over the plan's microbatches; gradients are summed over ranks once. Returns
+        the loss.
 
-        The loss (and its gradient) is the mean over microbatches; dim 0 of every batched input must divide by their number.
+        Loss and gradients are those of the whole batch, as with one microbatch, whatever the loss divides by; the batch must divide
+        by the number of microbatches. What is not linear in the batch (a load-balancing loss, batch norm) takes a microbatch's
+        own sums for the batch's, and counts as the mean over microbatches: `report().notes` name its lines.
+        Raises: as `forward`; `PlanError` for a model that cannot be computed in microbatches.
         """
-        n = self.plan.microbatches
-        losses = []
-        for i, part in enumerate(self._microbatches(args, kwargs, n)):
-            with contextlib.nullcontext() if i == n - 1 else self.no_sync():
-                loss = loss_of(self(**part)) / n
-                loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
-
-    def _microbatches(self, args: tuple, kwargs: dict[str, Any], n: int) -> Iterator[dict[str, Any]]:
-        call = calls.canonical(self._model, args, kwargs)
-        named = calls.leaves(call)
-        dims = self._engine.batch_dims(call) if n > 1 else {}
-        if n == 1:
-            yield call[1] if not call[0] else dict(zip(named, call[0], strict=False))
-            return
-        for path, dim in dims.items():
-            if dim is not None and named[path].shape[dim] % n:
-                raise InputError(f"plan field `microbatches`={n}: must divide the replica's batch of {named[path].shape[dim]} "
-                                 f"(input {path!r}); try a batch of {-(-named[path].shape[dim] // n) * n}")
-        for i in range(n):
-            part = {p: v.chunk(n, dims[p])[i] if dims.get(p) is not None else v for p, v in named.items()}
-            spec = pytree.tree_structure(call[1])
-            yield pytree.tree_unflatten([part[p] for p in named], spec)
+        if self.plan.microbatches > 1 and self.plan.pp == 1:
+            return self._engine.train(calls.canonical(self._model, args, kwargs), last=self._sync)
+        loss = loss_of(self(*args, **kwargs))
+        loss.backward()
+        return loss.detach()
 
     @torch.no_grad()
     def eval_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,6 +133,11 @@ class ParallelModule(nn.Module):
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients; what need not be communicated before the last microbatch is not.
+
+        Accumulation by hand adds up the gradients of the losses that you call `backward` on: divided by their number, those are
+        the mean of the microbatches' losses. That is the loss of the whole batch where every microbatch counts as much, and not where
+        each divides by something of its own (labels that are not ignored): sum such losses and divide by the count of all, or
+        use `train_step`, which does so for any loss.
 
         Under zero=0 and 1 gradients are kept aside, whole and unsummed (``.grad`` does not have them), until the next backward
         outside sums them all; under zero=2 and 3 each backward reduces them to parts. Under zero=1 and 2 parameters are

@@ -141,10 +141,14 @@ class ParameterStore:
         return storage.whole(local, tiles, shape, self.bound, self.runtime)
 
     @torch.no_grad()
-    def update_buffers(self, program: Program, outs: list[Tensor]) -> None:
-        """Put what a program made of buffers into them: every rank holds all of each, wherever it was computed."""
+    def update_buffers(self, program: Program, outs: list[Tensor], last: bool = True) -> None:
+        """Put what a program made of buffers into them: every rank holds all of each, wherever it was computed.
+
+        last: of the step's microbatches; before it, those buffers alone that each microbatch takes from the one before.
+        """
+        in_order = program.microbatches.in_order if program.microbatches is not None and not last else None
         for sink, out, node in zip(program.tensor_sinks(), outs, program.outputs(), strict=True):
-            if sink.kind == "buffer":
+            if sink.kind == "buffer" and (in_order is None or sink.name in in_order):
                 tiles = node.meta["tiling"]
                 split = any(piece.axes for dim in tiles for piece in dim)
                 self.tensor(sink.name).copy_(self.unsharded(out, node.meta["global"].shape, tiles) if split else out)

@@ -19,6 +19,8 @@ Axes = tuple[str, ...]
 STRATEGIES = ("dp", "tp", "zero")
 KIND = "pp"
 """The axis, major to those of a mesh, along which ranks are of different kinds (see `BoundMesh`)."""
+MICROBATCH = "mb"
+"""An axis in time: along it lie the microbatches of a step, which one rank runs one after the other."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,24 @@ def from_plan(plan: Plan) -> Mesh:
     if plan.stores_parts and sharded > 1:
         strategies["zero"] = (dp[-1][0],)
     return Mesh(names, sizes, {k: v for k, v in strategies.items() if v} or {"dp": ("dp",)})
+
+
+def in_time(mesh: Mesh, microbatches: int) -> Mesh:
+    """The mesh with an axis of microbatches, over which the batch is split before it is split over replicas.
+
+    It is the most major axis of all: what dp holds of a batch can then be exchanged over dp within each microbatch.
+    """
+    if microbatches == 1:
+        return mesh
+    strategies = {**mesh.strategies, "dp": (MICROBATCH, *mesh.strategies.get("dp", ()))}
+    return Mesh((MICROBATCH, *mesh.names), (microbatches, *mesh.sizes), strategies)
+
+
+def of_ranks(mesh: Mesh) -> Mesh:
+    """The mesh without its axis of microbatches: that of ranks."""
+    kept = [(n, s) for n, s in zip(mesh.names, mesh.sizes, strict=True) if n != MICROBATCH]
+    strategies = {k: tuple(a for a in axes if a != MICROBATCH) for k, axes in mesh.strategies.items()}
+    return Mesh(tuple(n for n, _ in kept), tuple(s for _, s in kept), {k: axes for k, axes in strategies.items() if axes})
 
 
 class BoundMesh:

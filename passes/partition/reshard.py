@@ -174,8 +174,10 @@ class Resharder:
 
 
 def measure(node: fx.Node, value: fx.Node, dims: Dims, layout: Layout, mesh: Mesh) -> None:
-    """Record how many bytes of result one rank holds (what the report counts). value: the global value, or what it is made of."""
+    """Record shape and dtype of the result that one rank holds, and its bytes (what the report counts). value: the global value, or
+    what it is made of."""
     held = value.meta.get("val", value.meta.get("global"))
     if isinstance(held, torch.Tensor):
-        width = (node.meta.get("dtype") or value.meta.get("dtype") or held.dtype).itemsize
-        node.meta["bytes"] = math.prod(local_shape(dims, layout, mesh)) * width
+        dtype = node.meta.get("dtype") or value.meta.get("dtype") or held.dtype
+        shape = local_shape(dims, layout, mesh)
+        node.meta["held"], node.meta["bytes"] = (shape, dtype), math.prod(shape) * dtype.itemsize

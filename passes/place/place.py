@@ -23,7 +23,7 @@ from fxpar.plan import Plan
 from fxpar.program import Program, Source
 from fxpar.sharding.factors import Dims, Factor, leaves
 from fxpar.sharding.layout import Layout, Tiling, restrict
-from fxpar.sharding.mesh import Mesh
+from fxpar.sharding.mesh import MICROBATCH, Mesh
 from fxpar.sharding.placement import Placement, Placements
 
 
@@ -103,10 +103,14 @@ class _Walk:
         for dim in dims:
             flat = leaves(dim)
             if flat and flat[0].role == "batch":
+                count = self.mesh.size(MICROBATCH) if MICROBATCH in axes else 1
+                if flat[0].size % n and flat[0].size % (n // count) == 0:
+                    raise PlanError("microbatches", count, f"must divide each replica's part of a batch of {flat[0].size} "
+                                    f"(input {source.name!r})", f"a batch of {-(-flat[0].size // n) * n}, or microbatches=1")
                 if flat[0].size % n:
                     raise PlanError(
                         "dp",
-                        n,
+                        n // count,
                         f"must divide the global batch of {flat[0].size} (input {source.name!r})",
                         f"a batch of {-(-flat[0].size // n) * n}, or a dp that divides it",
                     )

@@ -46,7 +46,7 @@ def test_replicas_stay_the_same(name, plan, averaged, monkeypatch):
         return Rounded.apply(out, rank) if isinstance(out, Tensor) and out.requires_grad else out
 
     monkeypatch.setattr(simulate, "_call", rounding)
-    monkeypatch.setattr("fxpar.verify.simulation._check_replicas", lambda name, parts, total, node, program: seen.update(
+    monkeypatch.setattr("fxpar.verify.step._check_replicas", lambda name, parts, total, tiles, mesh: seen.update(
         {name: (parts, node)}))
     simulation.step(**batch)
     mesh = simulation.program.mesh

@@ -270,9 +270,9 @@ def test_the_program_is_left_as_it_is():
 def test_passes_and_reports_take_a_stage():
     program = case("nanogpt").program("dp=2,zero=1")
     stages = cut_stages(program, 2)
-    whole, parts = split_phases(program), [accumulation(s.program) for s in stages]
+    whole, parts = split_phases(program), [split_phases(s.program) for s in stages]
     assert {b.key for v in parts for b in v.boundaries} == {b.key for b in whole.boundaries}
-    assert all(v.release.module.graph.find_nodes(op="output") for v in parts)
+    assert all(v.compute_and_reduce.module.graph.find_nodes(op="output") for v in parts)
     peaks = [predict(s.program) for s in stages]
     for stage, peak in zip(stages, peaks, strict=True):
         assert stage.parameter_bytes <= peak.parts["parameters"] < stage.parameter_bytes + 512 * len(parameters(stage))

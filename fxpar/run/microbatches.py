@@ -1,0 +1,100 @@
+"""microbatches: one training step of a module in microbatches, which together have the loss and gradients of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpar.backends.eager import run_flat
+from fxpar.backends.transport.runtime import GroupRuntime
+from fxpar.errors import InputError
+from fxpar.ops.collectives import use_runtime
+from fxpar.passes.capture.attributes import put_back
+from fxpar.passes.strategies.prologue import joined
+from fxpar.program import Microbatches, Program
+from fxpar.run.feed import Feed
+from fxpar.sharding.mesh import MICROBATCH
+
+
+def require_divides(named: Mapping[str, Any], dims: Mapping[str, int | None], count: int) -> None:
+    """Raises `InputError` for a batch that cannot be cut into `count` microbatches. dims: input path -> its batch dim."""
+    for path, dim in dims.items():
+        if dim is not None and named[path].shape[dim] % count:
+            rows = named[path].shape[dim]
+            raise InputError(f"plan field `microbatches`={count}: must divide the replica's batch of {rows} (input {path!r}); try a "
+                             f"batch of {-(-rows // count) * count}")
+
+
+def parts(program: Program, feed: Feed, named: dict[str, Any], seed: int, runtime: GroupRuntime) -> list[dict[str, Any]]:
+    """Path -> what the program of one microbatch takes, for each of them: its rows of this replica's batch, its number, and what the
+    prologue computes from the whole batch."""
+    step = program.microbatches
+    assert step is not None
+    dims = {s.name: n.meta["batch_dim"] for n, s in program.source_of().items() if ("input", s.name) in step.rows and s.kind == "input"}
+    rows = {path: named[path].chunk(step.count, dim) for path, dim in dims.items()}
+    made = [{**named, **{path: mine[i] for path, mine in rows.items()}} for i in range(step.count)]
+    passed: list[dict[str, Any]] = [{} for _ in made]
+    if step.index is not None:
+        for i, mine in enumerate(passed):
+            mine[step.index] = torch.tensor(i)
+    if step.prologue is not None:
+        outs = _prologue(program, step, feed, made, seed, runtime)
+        for name, places in step.passed.items():
+            for mine, place in zip(passed, places, strict=True):
+                mine[name] = outs[place]
+    return [{**mine, **more} for mine, more in zip(made, passed, strict=True)]
+
+
+@torch.no_grad()
+def _prologue(program: Program, step: Microbatches, feed: Feed, made: list[dict[str, Any]], seed: int,
+              runtime: GroupRuntime) -> list[Tensor]:
+    """What the prologue computes from all microbatches of this rank, together with the other ranks."""
+    assert step.prologue is not None
+    nothing = {s.name: None for s in program.sources if s.kind == "microbatch"}
+    feeds = [feed({**mine, **nothing}, seed=seed) for mine in made]
+    runtime.prepare(step.prologue)
+    place = {id(s): k for k, s in enumerate(program.sources)}
+    with use_runtime(runtime):
+        return run_flat(step.prologue, [feeds[i or 0][place[id(source)]] for source, i in step.prologue_inputs])
+
+
+def train(program: Program, microbatches: list[dict[str, Any]], forward: Callable[[dict[str, Any], bool], list[Tensor]],
+          loss_in: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Forward and backward of every microbatch; returns the loss of the whole batch.
+
+    forward(microbatch, whether it is the last): the program's outputs. loss_in(outputs): which of them is the loss. What the forward stores in attributes is afterwards that of the whole batch.
+    """
+    step = program.microbatches
+    assert step is not None
+    stored = [k for k, sink in enumerate(program.tensor_sinks()) if sink.kind == "attribute"]
+    losses: list[Tensor] = []
+    attributes: list[list[Tensor]] = [[] for _ in stored]
+    for i, mine in enumerate(microbatches):
+        outs = forward(mine, i == step.count - 1)
+        loss = loss_in(outs)
+        at = next((k for k, out in enumerate(outs) if out is loss), None)
+        if at is None:
+            raise InputError("train_step over microbatches needs a loss that is one of the tensors the model returns; return it "
+                             "as it is, or use microbatches=1")
+        loss = loss * step.weight(at)
+        loss.backward()
+        losses.append(loss.detach())
+        for values, k in zip(attributes, stored, strict=True):
+            values.append(outs[k].detach())
+    if stored:
+        put_back(program.writes, [_whole(step, k, values) for k, values in zip(stored, attributes, strict=True)])
+    return torch.stack(losses).sum()
+
+
+def _whole(step: Microbatches, output: int, values: list[Tensor]) -> Tensor:
+    """A rank's part of an output of the step."""
+    for dim, pieces in enumerate(step.output_rows.get(output, ())):
+        outer = 1
+        for piece in pieces:
+            if MICROBATCH in piece.axes:
+                return joined(values, dim, outer)
+            outer *= piece.size // step.mesh.size(*piece.axes)
+    return step.joined(output, values)
