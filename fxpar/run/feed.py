@@ -76,7 +76,7 @@ class Feed:
         elif parameters and torch.is_grad_enabled():
             locals_ = iter(self._link(parameters))
         else:
-            locals_ = map(compat.local_part, parameters)
+            locals_ = (None if p is None else compat.local_part(p) for p in parameters)  # None: on ranks of another kind
         feed: list[Any] = []
         for source in self.program.sources:
             if source.kind == "param":

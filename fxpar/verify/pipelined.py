@@ -28,7 +28,7 @@ class PipelinedStep(Step):
         super().__init__(model, program, ranks, named, seed)
         self.stages, self.schedule = stages, schedule
 
-    def _passes(self, passed: dict[str, list[list[Tensor]]]) -> tuple[list[list[list[Tensor]]], list[dict[int, list[Tensor]]]]:
+    def passes(self, passed: dict[str, list[list[Tensor]]]) -> tuple[list[list[list[Tensor]]], list[dict[int, list[Tensor]]]]:
         cotangents = self._of_a_loss() or self._cotangents(self._forwards(passed))
         runners = [_Stage(self, stage, passed, cotangents) for stage in self.stages]
         post: Mailbox[Values] = Mailbox()
@@ -84,7 +84,7 @@ class _Stage:
         count = len(self.stage.sends)
         for k, output in enumerate(self.stage.outputs):
             self.outputs[microbatch, output] = [outs[count + k].detach() for outs, _ in found]
-        self.step.keep_buffers(self.stage.outputs, [outs[count:] for outs, _ in found])
+            self.step.keep_buffer(output, self.outputs[microbatch, output])
         return [outs[:count] for outs, _ in found]
 
     def backward(self, microbatch: int, grads: Values | None) -> Values:

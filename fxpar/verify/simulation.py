@@ -16,9 +16,12 @@ from fxpar.errors import PlanError
 from fxpar.model.inputs import Call, canonical, leaves, signature
 from fxpar.model.state import State
 from fxpar.passes.pipeline import Observer
+from fxpar.passes.strategies.stages import cut_stages
+from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan, require_one_of
 from fxpar.program import Program
 from fxpar.sharding.layout import Tiling
+from fxpar.verify.pipelined import PipelinedStep
 from fxpar.verify.step import Ranks, Step, StepResult
 
 BACKENDS = ("eager", "inductor")
@@ -39,7 +42,7 @@ class Simulation:
             raise PlanError("model", type(model).__name__, "has forward hooks of its own, which run around a parallel module's "
                             "program and not in a simulation", "the model without them")
         self.model, self.observe = model, observe
-        self.lowered, self.backend, self.transport, self.passes = lowered or backend == "inductor", backend, transport, passes
+        self.lowered, self.backend, self.transport, self.passes = lowered or backend == "inductor" or self.plan.pp > 1, backend, transport, passes
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.watch: simulate_backend.Watch | None = None
         self._depends = State(model)
@@ -80,7 +83,14 @@ class Simulation:
         """
         call = canonical(self.model, args, kwargs)
         program = self.program = self._compile(call)
-        return Step(self.model, program, self._ranks_of(program), leaves(call), seed, self.watch).run()
+        ranks, named = self._ranks_of(program), leaves(call)
+        if self.plan.pp == 1:
+            return Step(self.model, program, ranks, named, seed, self.watch).run()
+        assert isinstance(ranks, Lowered)
+        plan = self.plan
+        order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=plan.microbatches)
+        stages = cut_stages(program, order.stages)
+        return PipelinedStep(self.model, program, ranks, named, seed, stages, order).run()
 
 
 def simulate(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any = None, *, lowered: bool = False,
@@ -90,7 +100,7 @@ def simulate(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any 
 
     The simulation's ``step(**global_batch)`` gives the loss, the outputs and the full gradients, by the same local
     programs and collectives that real ranks would run. lowered: through the forward and backward graphs as the inductor
-    backend hands them over (see `fxpar.backends.inductor.lowered`). backend: "eager", or "inductor", which compiles those graphs.
+    backend hands them over (see `fxpar.backends.inductor.lowered`), as stages of a pipeline always go. backend: "eager", or "inductor", which compiles those graphs.
     transport, of lowered graphs: "auto" has parameters and gradients go by copy engines, as on GPUs of one host, where the
     plan stores parameters in parts; "nccl" as between hosts.
     Raises: as `fxpar.parallelize`; `EquivalenceError` where ranks would hang.

@@ -78,7 +78,20 @@ class Step:
 
     def run(self) -> StepResult:
         """Forward and backward. Every rank must arrive at the same gradient where it holds the same part."""
-        passed = self._prologue()
+        before = dict(self.known["buffer"])
+        outs, grads = self.passes(self._prologue())
+        self.known["buffer"] = before
+        whole = self._together(outs)
+        outputs = unflatten(self.program, whole)
+        buffers = {s.name: t for s, t in zip(self.sinks, whole, strict=True) if s.kind == "buffer"}
+        loss = scalar_of(outputs).detach()
+        return StepResult(loss, self._gradients("param", grads), outputs, self._gradients("input", grads), buffers)
+
+    def passes(self, passed: dict[str, list[list[Tensor]]]) -> tuple[list[list[list[Tensor]]], list[dict[int, list[Tensor]]]]:
+        """Forward and backward of every microbatch: its outputs, rank by rank, and the gradients by the numbers of sources.
+
+        passed: what `_prologue` returns.
+        """
         kept: Kept | None = None
         if isinstance(self.ranks, Lowered) and self.count > 1 and training_over_replicas(self.program):
             kept = Kept(self.program, self.ranks, self._feeds(0, passed))
@@ -87,7 +100,6 @@ class Step:
         cotangents: dict[int, Tensor] | None = None
         if self.count > 1:
             cotangents = self._of_a_loss() or self._cotangents(self._forwards(passed))
-        before = dict(self.known["buffer"])
         for i in range(self.count):
             feeds = self._feeds(i, passed)
             made = self._forward(feeds, kept, last=i == self.count - 1)
@@ -96,11 +108,7 @@ class Step:
             grads.append(self._backward(feeds, made, cotangents, i, kept))
             outs.append([[t.detach() for t in mine] for mine in made])
             self._keep_buffers(made)
-        self.known["buffer"] = before
-        whole = self._together(outs)
-        outputs = unflatten(self.program, whole)
-        buffers = {s.name: t for s, t in zip(self.sinks, whole, strict=True) if s.kind == "buffer"}
-        return StepResult(scalar_of(outputs).detach(), self._gradients("param", grads), outputs, self._gradients("input", grads), buffers)
+        return outs, grads
 
     # ---- inputs ----
 
@@ -109,11 +117,12 @@ class Step:
         feeds: list[list[Any]] = [[] for _ in range(self.mesh.world_size)]
         for source in self.program.sources:
             for rank, feed in enumerate(feeds):
-                if source.kind == "microbatch":
-                    feed.append(passed[source.name][i][rank])
-                else:
-                    feed.append(self._local(source, rank, i))
+                feed.append(self.value(source, rank, i, passed))
         return feeds
+
+    def value(self, source: Source, rank: int, i: int, passed: dict[str, list[list[Tensor]]]) -> Any:
+        """What a rank gives the program for a source in microbatch i."""
+        return passed[source.name][i][rank] if source.kind == "microbatch" else self._local(source, rank, i)
 
     def _local(self, source: Source, rank: int, i: int) -> Any:
         """A rank's part of an input in a microbatch."""
@@ -149,13 +158,15 @@ class Step:
         return passed
 
     def _keep_buffers(self, outs: list[list[Tensor]]) -> None:
-        """What the next microbatch takes from this one."""
-        if self.microbatches is None or not self.microbatches.in_order:
-            return
-        for k, (sink, node) in enumerate(zip(self.sinks, self.nodes, strict=True)):
-            if sink.kind == "buffer" and sink.name in self.microbatches.in_order:
-                parts = [mine[k].detach() for mine in outs]
-                self.known["buffer"][sink.name] = put(parts, node.meta["tiling"], node.meta["global"].shape, self.mesh)
+        for k in range(len(self.sinks)):
+            self.keep_buffer(k, [mine[k] for mine in outs])
+
+    def keep_buffer(self, k: int, parts: list[Tensor]) -> None:
+        """If output k, of which the ranks made these parts, is a buffer that the next microbatch takes from this one, keep it."""
+        sink, node = self.sinks[k], self.nodes[k]
+        if self.microbatches is not None and sink.kind == "buffer" and sink.name in self.microbatches.in_order:
+            whole = put([p.detach() for p in parts], node.meta["tiling"], node.meta["global"].shape, self.mesh)
+            self.known["buffer"][sink.name] = whole
 
     # ---- forward ----
 
@@ -211,7 +222,7 @@ class Step:
         found = torch.autograd.grad(loss, [whole[k] for k in wanted], allow_unused=True) if loss.requires_grad else []
         return {k: g for k, g in zip(wanted, found, strict=False) if g is not None}
 
-    def _cotangent(self, k: int, grad: Tensor, rank: int, i: int) -> Tensor:
+    def cotangent(self, k: int, grad: Tensor, rank: int, i: int) -> Tensor:
         """A rank's part of a derivative by an output, in a microbatch."""
         step = self.microbatches
         if step is not None and k in step.output_rows:
@@ -224,7 +235,7 @@ class Step:
         """Number of a source -> rank by rank its gradient of one microbatch."""
         n, last = range(self.mesh.world_size), i == self.count - 1
         roots = [[out[k] for k in cotangents if out[k].requires_grad] for out in outs]
-        seeds = [[self._cotangent(k, grad, rank, i) for k, grad in cotangents.items() if outs[rank][k].requires_grad] for rank in n]
+        seeds = [[self.cotangent(k, grad, rank, i) for k, grad in cotangents.items() if outs[rank][k].requires_grad] for rank in n]
         if not any(roots):
             return {}
         wants = [k for k, s in enumerate(self.program.sources) if s.requires_grad]
