@@ -180,11 +180,12 @@ def _never(inputs: list[Any]) -> Any:
 
 @contextlib.contextmanager
 def _at_once() -> Iterator[None]:
-    """Both graphs are made now, as the program says and not autocast; neither is from a cache; random state is kept as a tensor."""
+    """Both graphs are made now, as the program says and not autocast, and not taken from a cache; random state is kept as a
+    tensor."""
     from torch._functorch import config
 
-    with (torch.enable_grad(), torch._C._DisableAutocast(),
-          config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True, graphsafe_rng_functionalization=False)):
+    options = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True, "graphsafe_rng_functionalization": False}
+    with torch.enable_grad(), torch._C._DisableAutocast(), config.patch(options):
         yield
 
 

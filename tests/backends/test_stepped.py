@@ -172,6 +172,7 @@ def test_a_stage_is_compiled(made, plan):
     ("gpt2", "dp=2,recompute=full,microbatches=2"),
     ("t5", "dp=2,tp=2,zero=3"),
     ("t5", "tp=2"),
+    ("llama", "dp=2,tp=2,zero=3,param_dtype=bf16"),
 ])  # fmt: skip
 def test_stages_without_their_embeddings(made, name, plan):
     model, inputs = activations(name)
