@@ -25,16 +25,17 @@ def require_divides(named: Mapping[str, Any], dims: Mapping[str, int | None], co
     for path, dim in dims.items():
         if dim is not None and named[path].shape[dim] % count:
             rows = named[path].shape[dim]
-            raise InputError(f"plan field `microbatches`={count}: must divide the replica's batch of {rows} (input {path!r}); try a "
-                             f"batch of {-(-rows // count) * count}")
+            raise InputError(f"plan field `microbatches`={count}: must divide the replica's batch of {rows} (input {path!r}); "
+                             f"try a batch of {-(-rows // count) * count}")
 
 
 def parts(program: Program, feed: Feed, named: dict[str, Any], seed: int, runtime: GroupRuntime) -> list[dict[str, Any]]:
-    """Path -> what the program of one microbatch takes, for each of them: its rows of this replica's batch, its number, and what the
-    prologue computes from the whole batch."""
+    """Path -> what the program of one microbatch takes, for each of them: its rows of this replica's batch, its number, and what
+    the prologue computes from the whole batch."""
     step = program.microbatches
     assert step is not None
-    dims = {s.name: n.meta["batch_dim"] for n, s in program.source_of().items() if ("input", s.name) in step.rows and s.kind == "input"}
+    dims = {s.name: n.meta["batch_dim"] for n, s in program.source_of().items()
+            if s.kind == "input" and (s.kind, s.name) in step.rows}
     rows = {path: named[path].chunk(step.count, dim) for path, dim in dims.items()}
     made = [{**named, **{path: mine[i] for path, mine in rows.items()}} for i in range(step.count)]
     passed: list[dict[str, Any]] = [{} for _ in made]
@@ -81,8 +82,8 @@ def train(program: Program, microbatches: list[dict[str, Any]], forward: Callabl
             loss = loss_in(outs)
             at = next((k for k, out in enumerate(outs) if out is loss), None)
             if at is None:
-                raise InputError("train_step over microbatches needs a loss that is one of the tensors the model returns; return it as it "
-                                 "is, or use microbatches=1")
+                raise InputError("train_step over microbatches needs a loss that is one of the tensors the model returns; "
+                                 "return it as it is, or use microbatches=1")
             loss = loss * step.weight(at)
             loss.backward()
         losses.append(loss.detach())

@@ -100,7 +100,8 @@ class Step:
         whole = self._together(outs)
         outputs = unflatten(self.program, whole)
         buffers = {s.name: t for s, t in zip(self.sinks, whole, strict=True) if s.kind == "buffer"}
-        return StepResult(scalar_of(outputs).detach(), self._gradients("param", grads), outputs, self._gradients("input", grads), buffers)
+        return StepResult(scalar_of(outputs).detach(), self._gradients("param", grads), outputs,
+                          self._gradients("input", grads), buffers)
 
     # ---- inputs ----
 
@@ -224,7 +225,8 @@ class Step:
         """Number of a source -> rank by rank its gradient of one microbatch."""
         n, last = range(self.mesh.world_size), i == self.count - 1
         roots = [[out[k] for k in cotangents if out[k].requires_grad] for out in outs]
-        seeds = [[self._cotangent(k, grad, rank, i) for k, grad in cotangents.items() if outs[rank][k].requires_grad] for rank in n]
+        seeds = [[self._cotangent(k, grad, rank, i) for k, grad in cotangents.items() if outs[rank][k].requires_grad]
+                 for rank in n]
         if not any(roots):
             return {}
         wants = [k for k, s in enumerate(self.program.sources) if s.requires_grad]
