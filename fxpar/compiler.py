@@ -94,8 +94,8 @@ def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe:
                     pinned: dict[str, Tiling] | None, microbatches: int = 1) -> Program:
     """The same from *one replica's* inputs: the global ones are dp times as many along each input's batch dim.
 
-    microbatches: how many the replica's batch is run in. Which dim that is follows from the model (see roles); it is assumed to be dim 0, and the capture is repeated in the
-    rare case that it is not.
+    microbatches: how many the replica's batch is run in. Which dim the batch's is follows from the model (see roles); it is
+    assumed to be dim 0, and the capture is repeated in the rare case that it is not.
     """
     mesh = meshes.from_plan(plan)
     batch = _assumed(plan, call)

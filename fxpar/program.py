@@ -68,7 +68,7 @@ class Sink:
 
 
 Join = Literal["sum", "mean", "same", "rows"]
-"""How an output of a step follows from those of its microbatches: it is their sum, their mean, each of them, or their rows together."""
+"""What an output of a step is to those of its microbatches: their sum, their mean, the last (each) of them, or their rows together."""
 
 
 @dataclass
@@ -76,9 +76,10 @@ class Microbatches:
     """What a program of one microbatch is to the step of `count` microbatches that it was made for.
 
     mesh: the mesh with the axis of microbatches. rows: kind and name of a source -> its tiling on that mesh, in which each
-        replica's rows lie together and its microbatches follow one another. output_rows: the same, of tensor outputs by their number.
-    prologue: computes, from the replica's whole batch, what all microbatches are passed; None where that is nothing. Its inputs
-        are those sources of the program whose places are in `prologue_inputs`: (source, None), or (source, i) for its part in microbatch i.
+        replica's rows lie together and its microbatches follow one another. output_rows: the same, of tensor outputs by
+        their number.
+    prologue: computes, from the replica's whole batch, what all microbatches are passed; None where that is nothing. It takes the
+        sources in `prologue_inputs`: (source, None), or (source, i) for its part in microbatch i.
     passed: name of a source of kind "microbatch" -> for each microbatch the place of its value among what the prologue computes.
     index: the name of the source that takes the microbatch's number, if there is one.
     joins: for each tensor output, how the step's follows. in_order: the buffers that each microbatch takes from the one before;
@@ -139,9 +140,9 @@ class Program:
 
     def under(self, plan: Plan) -> Program:
         """The same inferred program under another plan. Both share the graph, which no pass behind `infer` changes."""
-        return replace(self, plan=plan, mesh=in_time(from_plan(plan), plan.microbatches), sources=[copy.copy(s) for s in self.sources],
-                       sinks=list(self.sinks), notes=list(self.notes), tied=dict(self.tied),
-                       timings=dict(self.timings), placements=None)
+        return replace(self, plan=plan, mesh=in_time(from_plan(plan), plan.microbatches),
+                       sources=[copy.copy(s) for s in self.sources], sinks=list(self.sinks), notes=list(self.notes),
+                       tied=dict(self.tied), timings=dict(self.timings), placements=None)
 
     @property
     def graph(self) -> fx.Graph:

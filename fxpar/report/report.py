@@ -11,9 +11,9 @@ from typing import Any, overload
 
 from torch import fx, nn
 
-from fxpar.compiler import Captured, capture, compile_program
-from fxpar.model.inputs import microbatch
+from fxpar.compiler import Captured, capture
 from fxpar.ops.collectives import typed
+from fxpar.passes.partition.accumulate import accumulation
 from fxpar.plan import Plan, Plans
 from fxpar.program import Program, module_path
 from fxpar.report.memory import Peak, predict
@@ -123,28 +123,20 @@ def inspect(model: nn.Module | Captured, plan: Plan | str | Plans, example_input
 
 
 def _inspect(captured: Captured, plan: Plan | str) -> Report:
-    program = captured.partition(plan)
-
-    def predicted() -> Peak:
-        if program.plan.microbatches == 1:
-            return predict(program)
-        dims = {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
-        part = microbatch(captured.call, program.plan.microbatches, dims)
-        return predict(compile_program(captured.model, program.plan, part[1] or part[0]))
-
-    return report_of(program, predicted)
+    return report_of(captured.partition(plan))
 
 
-def report_of(program: Program, predicted: Callable[[], Peak] | None = None) -> Report:
-    """The report of a partitioned program. predicted: how its peak memory is found, if not from the program as it is."""
+def report_of(program: Program) -> Report:
+    """The report of a partitioned program; of the whole step, where it is that of a microbatch."""
     parameters = [_parameter(n, program.mesh) for n, s in program.source_of().items() if s.kind == "param"]
     trained = [(n, s) for n, s in program.source_of().items() if s.kind == "param" and s.requires_grad]
     gradients = sum(_local_numel(n, program.mesh) * n.meta["global"].element_size() for n, _ in trained)
     memory = {"parameters": sum(p.local_bytes for p in parameters), "gradients": gradients, "optimizer": 2 * gradients}
-    forward = sum(n.meta.get("flops", 0) for n in program.graph.nodes)
+    count = 1 if program.microbatches is None else program.microbatches.count
+    forward = count * sum(n.meta.get("flops", 0) for n in program.graph.nodes)
     return Report(program.plan, program.mesh, parameters, _collectives(program), memory,
                   forward * (3 if program.training else 1), list(program.notes),
-                  predicted=predicted or functools.partial(predict, program))
+                  predicted=functools.partial(predict, program))
 
 
 def _local_shape(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
@@ -164,24 +156,41 @@ def _parameter(node: fx.Node, mesh: Mesh) -> ParameterRow:
 def _collectives(program: Program) -> list[CollectiveRow]:
     rows: dict[tuple, list[int]] = {}
 
-    def add(kind: str, axes: tuple, phase: str, node: fx.Node, size: int) -> None:
+    def add(kind: str, axes: tuple, phase: str, node: fx.Node, size: int, times: int) -> None:
         where = re.sub(r"\b\d+\b", "*", module_path(node))
         entry = rows.setdefault((kind, axes, phase, where), [0, 0])
-        entry[0] += 1
-        entry[1] += size
+        entry[0] += times
+        entry[1] += size * times
 
-    for node in program.graph.nodes:
-        made = typed(node)
-        if made is None:
-            continue
-        size = node.meta.get("bytes", 0)
-        if made.forward.comm is not None:
-            add(made.forward.comm, made.axes, "forward", node, size)
-        if node.meta.get("needs_grad") and made.backward is not None and made.backward.comm is not None:
-            add(made.backward.comm, made.axes, "backward", node, made.operand_bytes(size, program.mesh))
+    for graph, times, has_backward in _graphs(program):
+        for node in graph.nodes:
+            made = typed(node)
+            if made is None:
+                continue
+            size, back = node.meta.get("bytes", 0), made.backward if has_backward and node.meta.get("needs_grad") else None
+            if made.forward.comm is not None and made.kept is None:
+                add(made.forward.comm, made.axes, "forward", node, size, times)
+            if back is not None and back.comm is not None:
+                add(back.comm, made.axes, "backward", node, made.operand_bytes(size, program.mesh), times)
     ordered = sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))
     return [CollectiveRow(kind, axes, phase, where, count, size)
             for (kind, axes, phase, where), (count, size) in ordered]
+
+
+def _graphs(program: Program) -> list[tuple[fx.Graph, int, bool]]:
+    """What runs in one step: graphs, how often, and whether backward, too. Between microbatches parameters stay gathered, and
+    their gradients unsummed, as far as the plan keeps them whole (see `fxpar.passes.partition.accumulate`)."""
+    step = program.microbatches
+    if step is None:
+        return [(program.graph, 1, True)]
+    once = [] if step.prologue is None else [(step.prologue.graph, 1, False)]
+    if not program.training or program.plan.gathers_each_use or program.mesh.size(*program.mesh.axes("dp")) == 1:
+        return [(program.graph, step.count, True), *once]
+    variants = accumulation(program)
+    once.append((variants.values.graph, 1, False))
+    if program.plan.reduces_each_backward:
+        return [(variants.release.module.graph, step.count, True), *once]
+    return [(variants.hold.module.graph, step.count - 1, True), (variants.release.module.graph, 1, True), *once]
 
 
 def _parameter_rows(parameters: list[ParameterRow]) -> list[tuple[str, ...]]:

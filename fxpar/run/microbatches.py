@@ -24,16 +24,17 @@ def require_divides(named: Mapping[str, Any], dims: Mapping[str, int | None], co
     for path, dim in dims.items():
         if dim is not None and named[path].shape[dim] % count:
             rows = named[path].shape[dim]
-            raise InputError(f"plan field `microbatches`={count}: must divide the replica's batch of {rows} (input {path!r}); try a "
-                             f"batch of {-(-rows // count) * count}")
+            raise InputError(f"plan field `microbatches`={count}: must divide the replica's batch of {rows} (input {path!r}); "
+                             f"try a batch of {-(-rows // count) * count}")
 
 
 def parts(program: Program, feed: Feed, named: dict[str, Any], seed: int, runtime: GroupRuntime) -> list[dict[str, Any]]:
-    """Path -> what the program of one microbatch takes, for each of them: its rows of this replica's batch, its number, and what the
-    prologue computes from the whole batch."""
+    """Path -> what the program of one microbatch takes, for each of them: its rows of this replica's batch, its number, and what
+    the prologue computes from the whole batch."""
     step = program.microbatches
     assert step is not None
-    dims = {s.name: n.meta["batch_dim"] for n, s in program.source_of().items() if ("input", s.name) in step.rows and s.kind == "input"}
+    dims = {s.name: n.meta["batch_dim"] for n, s in program.source_of().items()
+            if s.kind == "input" and (s.kind, s.name) in step.rows}
     rows = {path: named[path].chunk(step.count, dim) for path, dim in dims.items()}
     made = [{**named, **{path: mine[i] for path, mine in rows.items()}} for i in range(step.count)]
     passed: list[dict[str, Any]] = [{} for _ in made]

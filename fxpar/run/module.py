@@ -111,12 +111,12 @@ class ParallelModule(nn.Module):
         return self._engine.run(calls.canonical(self._model, args, kwargs), last=self._sync)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of this replica's batch, over the plan's microbatches; gradients are summed over ranks once. Returns
-        the loss.
+        """Forward and backward of this replica's batch, over the plan's microbatches; gradients are summed over ranks once.
+        Returns the loss.
 
-        Loss and gradients are those of the whole batch, as with one microbatch, whatever the loss divides by; the batch must divide
-        by the number of microbatches. What is not linear in the batch (a load-balancing loss, batch norm) takes a microbatch's
-        own sums for the batch's, and counts as the mean over microbatches: `report().notes` name its lines.
+        Loss and gradients are those of the whole batch, as with one microbatch, whatever the loss divides by; the batch must
+        divide by the number of microbatches. What is not linear in the batch (a load-balancing loss, batch norm) takes a
+        microbatch's own sums for the batch's, and counts as the mean over microbatches: `report().notes` name its lines.
         Raises: as `forward`; `PlanError` for a model that cannot be computed in microbatches.
         """
         if self.plan.microbatches > 1 and self.plan.pp == 1:
@@ -134,10 +134,10 @@ class ParallelModule(nn.Module):
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients; what need not be communicated before the last microbatch is not.
 
-        Accumulation by hand adds up the gradients of the losses that you call `backward` on: divided by their number, those are
-        the mean of the microbatches' losses. That is the loss of the whole batch where every microbatch counts as much, and not where
-        each divides by something of its own (labels that are not ignored): sum such losses and divide by the count of all, or
-        use `train_step`, which does so for any loss.
+        Accumulation by hand adds up the gradients of the losses that you call `backward` on: if you divide them by their number,
+        that of the mean of the microbatches' losses. That is the loss of the whole batch where all of them divide by the same
+        count, and not where each divides by one of its own (of labels that are not ignored): `train_step` has that of the
+        whole batch for any loss.
 
         Under zero=0 and 1 gradients are kept aside, whole and unsummed (``.grad`` does not have them), until the next backward
         outside sums them all; under zero=2 and 3 each backward reduces them to parts. Under zero=1 and 2 parameters are

@@ -63,8 +63,8 @@ def assert_equivalent(model: nn.Module | Captured, plan: Plan | str | Plans, exa
     in the mode the model is in. Compares the loss (relative to it), every gradient (relative, in norm), and the
     buffers that the model updates. A model without a loss is compared through `step.scalar_of` its outputs. With
     dropout on, the reference is the captured model on one device with the same counter-based masks. Under a plan with
-    microbatches it is the whole batch, too; but where the report notes that the model is not linear in microbatches, it is the same
-    microbatches on one device.
+    microbatches it is the whole batch, too; but where the report notes that the model is not linear in microbatches, it is the
+    same microbatches on one device.
 
     Where the plan computes in fewer bits than the model has (`param_dtype`, `reduce_dtype`), what it computes may be no farther
     from the model than 1.5 times what one device computes in them. Both distances are random, as roundings are; where the first
@@ -116,7 +116,8 @@ def _assert_equivalent(captured: Captured, plan: Plan, lowered: bool, backend: s
         if problem is not None and plan.microbatches > 1:
             _assert_equivalent(captured, replace(plan, microbatches=1), lowered, backend, transport, loss_tolerance,
                                gradient_tolerance, seed)
-            raise EquivalenceError(f"{problem}; with microbatches=1 it agrees: the pass 'microbatches' makes the difference; plan {plan}")
+            raise EquivalenceError(f"{problem}; with microbatches=1 it agrees: the pass 'microbatches' makes the difference; "
+                                   f"plan {plan}")
         if problem is not None:
             raise EquivalenceError(_explain(problem, model, simulation, stages, call, seed, compare))
 
@@ -177,10 +178,10 @@ def _is_estimated(program: Program) -> bool:
 
 
 def _in_microbatches(captured: Captured, plan: Plan, narrow: bool, seed: int) -> Reference:
-    """One device that runs the microbatches of a plan, each of which has rows of every replica. narrow: in the dtypes of the plan."""
-    dtypes = {"param_dtype": plan.param_dtype, "reduce_dtype": plan.reduce_dtype} if narrow else {}
-    program = captured.partition(Plan(microbatches=plan.microbatches, outputs=plan.outputs, batch_dims=plan.batch_dims,
-                                      roles=plan.roles, **dtypes))
+    """One device that runs the microbatches of a plan, each of which has rows of every replica. narrow: in the plan's dtypes."""
+    alone = Plan(microbatches=plan.microbatches, outputs=plan.outputs, batch_dims=plan.batch_dims, roles=plan.roles)
+    program = captured.partition(
+        replace(alone, param_dtype=plan.param_dtype, reduce_dtype=plan.reduce_dtype) if narrow else alone)
     _deal(program, plan.dp)
     made = Step(captured.model, program, Lockstep(program.mesh), input_leaves(captured.call), seed).run()
     return Reference(made.loss, made.grads, made.input_grads, made.buffers)

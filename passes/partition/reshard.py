@@ -174,8 +174,8 @@ class Resharder:
 
 
 def measure(node: fx.Node, value: fx.Node, dims: Dims, layout: Layout, mesh: Mesh) -> None:
-    """Record shape and dtype of the result that one rank holds, and its bytes (what the report counts). value: the global value, or
-    what it is made of."""
+    """Record shape and dtype of the result that one rank holds, and its bytes (what the report counts). value: the global value,
+    or what it is made of."""
     held = value.meta.get("val", value.meta.get("global"))
     if isinstance(held, torch.Tensor):
         dtype = node.meta.get("dtype") or value.meta.get("dtype") or held.dtype

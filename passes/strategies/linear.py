@@ -4,7 +4,7 @@ A value is, along the axis of microbatches,
 
     alike       whole, and the same for every microbatch: made of parameters, constants, and sums that a prologue computes
     split       this microbatch's own: its rows, what is made of them, or its part of a sum over the batch
-    part        its sum over microbatches is the value: a sum over the batch of what depends on parameters, and what is linear in it
+    part        its sum over microbatches is the value: a sum over the batch of what depends on parameters, what is linear in one
     estimate    stands for a value that is whole, but was computed from `count` times this microbatch's part of a sum
 
 A loss is a part as a rule: a sum over the batch, divided by a count that is alike. What is alike and added to it (a penalty on
@@ -55,10 +55,10 @@ _MOVES, _ADDS, _PRODUCTS, _CHOICES, _SHAPES, _QUOTIENTS = map(
 class Values:
     """What `classify` finds. kinds: of every value. outside: collectives over microbatches that a prologue computes.
 
-    alone: sums over microbatches of what is the same for all of them: so many times that. sliced: where a microbatch takes its slice
-    of a value that is whole. divided: (node, its operand or the place of
-    a number among its arguments) for what is added to a part. whole: (node, operand) where a part is used in a way that is not
-    linear. in_order: buffers whose new value is an estimate. inexact: values that are computed from an estimate.
+    alone: sums over microbatches of what is the same for all of them: so many times that. sliced: where a microbatch takes its
+    slice of a value that is whole. divided: (node, its operand or the place of a number among its arguments) for what is
+    added to a part. whole: (node, operand) where a part is used in a way that is not linear. in_order: buffers whose new value is
+    an estimate. inexact: values that are computed from an estimate.
     """
 
     kinds: dict[fx.Node, Kind] = field(default_factory=dict)
@@ -107,9 +107,8 @@ class _Walk:
             if self._is_free(node):
                 self.free.add(node)
             kind = self.found.kinds[node] = self._source(node) if node.op != "call_function" else self._call(node)
-            if kind in ("part", "estimate") or (kind == "split" and (
-                    node.op == "placeholder" or node.target is axis_index or node in self.found.outside or node in self.found.sliced
-                    or any(n in self.varying for n in _read(node)))):
+            differs = node.op == "placeholder" or node.target is axis_index or node in (*self.found.outside, *self.found.sliced)
+            if kind in ("part", "estimate") or (kind == "split" and (differs or any(n in self.varying for n in _read(node)))):
                 self.varying.add(node)
             if (node.op == "placeholder" and kind == "estimate") or any(n in self.found.inexact for n in _read(node)):
                 self.found.inexact.add(node)
@@ -201,8 +200,8 @@ def _only_inside_of_split(node: fx.Node) -> bool:
 
 
 def linear(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
-    """Of an operator on parts: what must be divided by the number of microbatches for its result to be a part, an operand or the place
-    of a number among its arguments; None if it is not linear in its parts."""
+    """Of an operator on parts: what must be divided by the number of microbatches for its result to be a part, an operand or the
+    place of a number among its arguments; None if it is not linear in its parts."""
     target: Any = node.target
     made = typed(node)
     if made is not None:
@@ -274,5 +273,5 @@ def _refusal(program: Program, node: fx.Node, why: str) -> PlanError:
     where = f"operator {name}" + (f" ({line})" if line else "")
     count = program.mesh.size(MICROBATCH)
     return PlanError("microbatches", count, f"{where} cannot be computed one microbatch after the other: {why}",
-                     "microbatches=1, with recompute or more replicas (dp) to save memory, or a loop of your own over the microbatches "
-                     "with no_sync(), which takes the mean of their losses")
+                     "microbatches=1, with recompute or more replicas (dp) to save memory, or a loop of your own over the "
+                     "microbatches with no_sync(), which takes the mean of their losses")

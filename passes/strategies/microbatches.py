@@ -1,4 +1,4 @@
-"""microbatches: a program of the whole batch becomes that of one of its microbatches, which add up to the same loss and gradients.
+"""microbatches: a program of the whole batch becomes that of one of its microbatches, which add up to its loss and gradients.
 
 Microbatches are a mesh axis in time. `partition` has inserted collectives over it as over any other axis; but there is nobody to
 communicate with: the other microbatches run before and after. This pass takes the axis out of the program again.
@@ -29,9 +29,9 @@ DESCRIPTION = ("tiling", "shows", "needs_grad", "dtype", "global", "of", "varied
 def take_out_time(program: Program) -> Program:
     """Make a partitioned program that of one microbatch, in place.
 
-    Takes: a partitioned program. Without an axis of microbatches in its mesh it stays as it is. Afterwards: the mesh is that of ranks,
-    no collective is over microbatches, and ``program.microbatches`` says how a step is made of this program: what it is passed
-    besides (sources of kind "microbatch"), and how its outputs make the step's. A sum over the batch of what depends on no
+    Takes: a partitioned program. Without an axis of microbatches in its mesh it stays as it is. Afterwards: the mesh is that of
+    ranks, no collective is over microbatches, and ``program.microbatches`` says how a step is made of this program: what it is
+    passed besides (sources of kind "microbatch"), and how its outputs make the step's. A sum over the batch of what depends on no
     parameter is one of those inputs; one of what does is left to the sum over microbatches where it reaches the outputs
     linearly, and elsewhere is estimated from this microbatch, which is noted. See `linear.classify`.
     Raises: `PlanError` for what cannot be computed one microbatch after the other.
@@ -40,7 +40,8 @@ def take_out_time(program: Program) -> Program:
         return program
     mesh, count = program.mesh, program.mesh.size(MICROBATCH)
     values = classify(program)
-    joins: list[Join] = [JOINS[values.kinds[n]] for n in program.outputs()]
+    joins: list[Join] = ["same" if sink.kind == "buffer" else JOINS[values.kinds[n]]
+                         for sink, n in zip(program.tensor_sinks(), program.outputs(), strict=True)]
     sources = {(s.kind, s.name): n for n, s in program.source_of().items() if s.kind != "param"}
     rows, output_rows = _rows(sources, mesh), _rows(dict(enumerate(program.outputs())), mesh)
     exact = [n not in values.inexact and not (sink.kind == "buffer" and sink.name in values.in_order)
@@ -84,11 +85,12 @@ def _note_estimates(program: Program, values: Values, count: int) -> None:
     buffers = sorted(values.in_order)
     if lines:
         more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
-        program.note(f"not linear in microbatches: {'; '.join(lines[:3])}{more}: each of the {count} microbatches takes {count} times its "
-                     f"own part of a sum over the batch for the sum, and the step's value is the mean over microbatches")
+        program.note(f"not linear in microbatches: {'; '.join(lines[:3])}{more}: each of the {count} microbatches takes {count} "
+                     f"times its own part of a sum over the batch for the sum, and the step takes the mean over microbatches")
     if buffers:
         more = f" and {len(buffers) - 2} more" if len(buffers) > 2 else ""
-        program.note(f"buffers {', '.join(buffers[:2])}{more} are updated by each of the {count} microbatches, in order, from its own rows")
+        program.note(f"buffers {', '.join(buffers[:2])}{more} are updated by each of the {count} microbatches, in order, from "
+                     f"its own rows")
 
 
 def _pass_in(program: Program, values: Values, step: Microbatches) -> dict[fx.Node, fx.Node]:

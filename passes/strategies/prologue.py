@@ -51,8 +51,8 @@ def rank_index(graph: fx.Graph, mesh: Mesh, axes: Axes, microbatch: fx.Node | in
 
 @dataclass
 class Prologue:
-    """The graph; its inputs, (source, None) or (source, microbatch); and for each value wanted of it, where among its outputs it is
-    for each microbatch."""
+    """The graph; its inputs, (source, None) or (source, microbatch); and for each value wanted of it, where among its outputs it
+    is for each microbatch."""
 
     module: fx.GraphModule
     inputs: list[tuple[Source, int | None]]
@@ -108,10 +108,12 @@ class _Unroller:
         made = typed(node)
         if made is not None and MICROBATCH in made.axes:
             return self._together(node, made)
-        operands = node.all_input_nodes
-        if all(len(set(self.made[n])) == 1 for n in operands):
-            return [self.graph.node_copy(node, lambda n: self.made[n][0])] * self.count
-        return [self.graph.node_copy(node, lambda n, i=i: self.made[n][i]) for i in range(self.count)]
+        if all(len(set(self.made[n])) == 1 for n in node.all_input_nodes):
+            return [self._copy(node, 0)] * self.count
+        return [self._copy(node, i) for i in range(self.count)]
+
+    def _copy(self, node: fx.Node, i: int) -> fx.Node:
+        return self.graph.node_copy(node, lambda n: self.made[n][i])
 
     def _together(self, node: fx.Node, made: Collective) -> list[Any]:
         """What a collective over microbatches, and perhaps over ranks, gives to each of them."""
@@ -138,6 +140,6 @@ class _Unroller:
         return self.graph.call_function(joined, (list(xs), place[0], place[1] * self.replicas))
 
     def _parts(self, xs: list[Any], place: Place) -> list[Any]:
-        """A replica's microbatches follow one another: within a dim that dp splits further, each of dp's parts has one of each."""
+        """A replica's microbatches follow one another: of what dp splits further, each part has one of each."""
         return [self.graph.call_function(part_of, (x, place[0], place[1] * self.replicas, self.count, i))
                 for i, x in enumerate(xs)]
