@@ -168,7 +168,7 @@ def _collectives(program: Program) -> list[CollectiveRow]:
             if made is None:
                 continue
             size, back = node.meta.get("bytes", 0), made.backward if has_backward and node.meta.get("needs_grad") else None
-            if made.forward.comm is not None and made.kept is None:
+            if made.forward.comm is not None and made.unsharded is None:
                 add(made.forward.comm, made.axes, "forward", node, size, times)
             if back is not None and back.comm is not None:
                 add(back.comm, made.axes, "backward", node, made.operand_bytes(size, program.mesh), times)
