@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fxpar.compiler import Captured, capture
 from fxpar.ops.collectives import typed
-from fxpar.passes.partition.accumulate import accumulation
+from fxpar.passes.partition.phases import split_phases
 from fxpar.plan import Plan, Plans
 from fxpar.program import Program, module_path
 from fxpar.report.memory import Peak, predict
@@ -179,18 +179,18 @@ def _collectives(program: Program) -> list[CollectiveRow]:
 
 def _graphs(program: Program) -> list[tuple[fx.Graph, int, bool]]:
     """What runs in one step: graphs, how often, and whether backward, too. Between microbatches parameters stay gathered, and
-    their gradients unsummed, as far as the plan keeps them whole (see `fxpar.passes.partition.accumulate`)."""
+    their gradients unsummed, as far as the plan keeps them whole (see `fxpar.passes.partition.phases`)."""
     step = program.microbatches
     if step is None:
         return [(program.graph, 1, True)]
     once = [] if step.prologue is None else [(step.prologue.graph, 1, False)]
     if not program.training or program.plan.gathers_each_use or program.mesh.size(*program.mesh.axes("dp")) == 1:
         return [(program.graph, step.count, True), *once]
-    variants = accumulation(program)
-    once.append((variants.values.graph, 1, False))
+    phases = split_phases(program)
+    once.append((phases.unshard.graph, 1, False))
     if program.plan.reduces_each_backward:
-        return [(variants.release.module.graph, step.count, True), *once]
-    return [(variants.hold.module.graph, step.count - 1, True), (variants.release.module.graph, 1, True), *once]
+        return [(phases.compute_and_reduce.module.graph, step.count, True), *once]
+    return [(phases.compute.module.graph, step.count - 1, True), (phases.compute_and_reduce.module.graph, 1, True), *once]
 
 
 def _parameter_rows(parameters: list[ParameterRow]) -> list[tuple[str, ...]]:
