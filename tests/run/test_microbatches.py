@@ -18,7 +18,7 @@ STEPS = 3
 
 
 class Net(nn.Module):
-    """Labels of which replicas and microbatches count other numbers, a penalty, dropout, a buffer, attributes, rows by position."""
+    """Labels of which parts count other numbers; a penalty, dropout, a buffer, attributes, rows by position."""
 
     def __init__(self, drop: float = 0.0) -> None:
         super().__init__()
