@@ -68,7 +68,7 @@ class Sink:
 
 
 Join = Literal["sum", "mean", "same", "rows"]
-"""What an output of a step is to those of its microbatches: their sum, their mean, the last (each) of them, or their rows together."""
+"""What an output of a step is to those of its microbatches: their sum, their mean, the last of them, or their rows together."""
 
 
 @dataclass

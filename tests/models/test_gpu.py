@@ -36,7 +36,10 @@ RECOMPUTE = ("none", "selective", "full", "0.5")
 DTYPES = ("", "param_dtype=bf16")
 GROUP = 6
 """How many cases share a process group."""
-CASES = {gpus: pairwise(FAMILIES, plans, RECOMPUTE, DTYPES, (1, 2)) for gpus, plans in PLANS.items()}
+WHOLE = ("clip", "mixtral", "qwen3_moe", "gpt_oss")
+"""They are refused in microbatches: they compare rows with each other, or sort tokens of all rows."""
+CASES = {gpus: [(*case, 1 if case[0] in WHOLE else count)
+                for *case, count in pairwise(FAMILIES, plans, RECOMPUTE, DTYPES, (1, 2))] for gpus, plans in PLANS.items()}
 
 
 def runs(gpus: int, plan: str, cases: list[tuple]) -> None:

@@ -13,7 +13,7 @@ from torch import fx
 from fxpar.ops.rng import dropout_mask
 from fxpar.ops.surrogate import attach, fixed
 from fxpar.passes.infer.rules.registry import rule
-from fxpar.passes.infer.rules.spec import Op, Operand, Spec, elementwise
+from fxpar.passes.infer.rules.spec import Op, Operand, Spec, elementwise, unknown
 
 aten = torch.ops.aten
 
@@ -30,6 +30,15 @@ UNTAGGED = (
 @rule(*(getattr(p, o) for p in UNTAGGED for o in p.overloads() if (p, o) != (aten.where, "default")))
 def pointwise(op: Op) -> Spec:
     return elementwise(op)
+
+
+@rule(aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default,
+      aten.binary_cross_entropy.default, aten.binary_cross_entropy_with_logits.default, aten.soft_margin_loss.default,
+      aten.kl_div.default, aten.poisson_nll_loss.default, aten.hinge_embedding_loss.default,
+      aten.margin_ranking_loss.default)  # fmt: skip
+def loss(op: Op) -> Spec:
+    """Without a reduction, which canonical/losses has taken out."""
+    return elementwise(op) if op["reduction"] == 0 else unknown(op)
 
 
 @rule(aten.type_as.default, aten.to.other)

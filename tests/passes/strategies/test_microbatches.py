@@ -343,7 +343,7 @@ def inspected(case: Case, plan: str) -> fxpar.Report:
 @pytest.mark.parametrize("plan, gathered, reduced", [
     ("dp=2", 0, 1), ("dp=2,zero=1", 1, 1), ("dp=2,zero=2", 1, 4), ("dp=2,zero=3", 4, 4)])
 def test_a_report_counts_what_a_step_communicates(plan, gathered, reduced):
-    """Parameters are gathered, and their gradients summed, as often as the plan says; what depends on rows goes once a microbatch."""
+    """Parameters are gathered, and their gradients summed, as often as the plan says."""
     one, four = (inspected(llama(), f"{plan},microbatches={n}") for n in (1, 4))
     kind = "all_reduce" if plan == "dp=2" else "reduce_scatter"
     assert four.count(kind, "backward", ("dp",)) == reduced * one.count(kind, "backward", ("dp",)) > 0

@@ -47,14 +47,14 @@ def test_replicas_stay_the_same(name, plan, averaged, monkeypatch):
 
     monkeypatch.setattr(simulate, "_call", rounding)
     monkeypatch.setattr("fxpar.verify.step._check_replicas", lambda name, parts, total, tiles, mesh: seen.update(
-        {name: (parts, node)}))
+        {name: (parts, tiles)}))
     simulation.step(**batch)
     mesh = simulation.program.mesh
-    for parts, node in seen.values():
-        split = tuple(a for dim in node.meta["tiling"] for part in dim for a in part.axes)
+    for name, (parts, tiles) in seen.items():
+        split = tuple(a for dim in tiles for part in dim for a in part.axes)
         for rank, part in enumerate(parts):
             first = next(r for r in range(mesh.world_size) if mesh.index(r, split) == mesh.index(rank, split))
-            assert torch.equal(part, parts[first]), node.name
+            assert torch.equal(part, parts[first]), name
 
 
 def test_without_training_nothing_is_averaged():

@@ -30,7 +30,7 @@ from fxpar.report.dump import readable
 from fxpar.report.memory import predict
 from fxpar.sharding.layout import put, take
 from fxpar.verify.equivalence import Reference, _exact, _first_difference, _frozen
-from fxpar.verify.simulation import StepResult, scalar_of, unflatten
+from fxpar.verify.step import StepResult, scalar_of, unflatten
 from tests import zoo
 from tests.harness import RANDOM, Seeded
 

@@ -19,6 +19,36 @@ def cast(g: Gen):
     return g.any(*g.shape()), g.pick(torch.float64, torch.float32, torch.int64, torch.bool)
 
 
+def loss(target, *rest, between_0_and_1: bool = False):
+    """A loss that compares two tensors, without a reduction."""
+
+    @case(target)
+    def arguments(g: Gen):
+        shape = g.shape()
+        x, y = g.f(*shape), g.constant(torch.sigmoid(g.f(*shape)))
+        return torch.sigmoid(x) if between_0_and_1 else x, y, *rest
+
+
+for _target in (aten.mse_loss, aten.l1_loss, aten.smooth_l1_loss, aten.huber_loss, aten.soft_margin_loss, aten.kl_div):
+    loss(_target.default, 0)
+loss(aten.binary_cross_entropy.default, None, 0, between_0_and_1=True)
+loss(aten.poisson_nll_loss.default, True, False, 1e-8, 0)
+loss(aten.hinge_embedding_loss.default, 1.0, 0)
+
+
+@case(aten.binary_cross_entropy_with_logits.default)
+def logits_loss(g: Gen):
+    shape = g.shape()
+    weight = [g.constant(g.positive(*shape[-1:])) if g.maybe() else None for _ in range(2)]
+    return g.f(*shape), g.constant(torch.sigmoid(g.f(*shape))), *weight, 0
+
+
+@case(aten.margin_ranking_loss.default)
+def ranking_loss(g: Gen):
+    shape = g.shape()
+    return g.f(*shape), g.f(*shape), g.constant(g.f(*shape).sign()), 0.5, 0
+
+
 @case(aten._to_copy.default)
 def to_copy(g: Gen):
     return (g.any(*g.shape()),), {"dtype": torch.float64}
