@@ -178,14 +178,15 @@ def is_tensor(node: Any) -> bool:
 
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_LIBRARY = re.compile(r"[/\\](torch|fxpar|passes|backends)[/\\]")
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_LIBRARY = (_TORCH, _HERE + os.sep, *(os.path.realpath(os.path.join(_HERE, name)) + os.sep for name in ("passes", "backends")))
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
 @functools.cache
 def is_library_file(path: str) -> bool:
     """Whether a line of this file is torch's or fxpar's, and not the user's."""
-    return _LIBRARY.search(path) is not None
+    return path.startswith(_LIBRARY)
 
 
 def user_line(node: fx.Node) -> str:

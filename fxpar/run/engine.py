@@ -101,9 +101,9 @@ class Engine:
             self.store.adopt([[program]])
         self._depends = State(self.store.model)
         self._depends.add(program.reads)
-        key = self._captured(calls.leaves(call), program.microbatches.count if program.microbatches else 1)
-        self._left.add(program, key[:-1])
-        self.programs[key] = program
+        named, count = calls.leaves(call), program.microbatches.count if program.microbatches else 1
+        self._left.add(program, self._captured(named, count)[:-1])
+        self.programs[self._captured(named, count)] = program
         self._use_copy_engines()
         self.seeds.base = self.store.control.exchange(torch.initial_seed() & 0x7FFFFFFF)[0]
 
