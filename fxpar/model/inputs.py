@@ -104,11 +104,6 @@ def globalize(call: Call, plan: Plan, mesh: Mesh, batch: Mapping[str, int | None
     return _resized(call, batch, lambda size: size * n)
 
 
-def microbatch(call: Call, count: int, batch: Mapping[str, int | None]) -> Call:
-    """A call -> meta tensors of one of `count` parts of its batch."""
-    return _resized(call, batch, lambda size: size // count)
-
-
 def _resized(call: Call, batch: Mapping[str, int | None], resize: Callable[[int], int]) -> Call:
     def resized(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
