@@ -101,16 +101,13 @@ def globalize(call: Call, plan: Plan, mesh: Mesh, batch: Mapping[str, int | None
     batch: input path -> batch dim (None for inputs that have none).
     """
     n = mesh.size(*mesh.axes("dp"))
-    return _resized(call, batch, lambda size: size * n)
 
-
-def _resized(call: Call, batch: Mapping[str, int | None], resize: Callable[[int], int]) -> Call:
     def resized(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         shape, dim = list(leaf.shape), batch.get(path)
         if dim is not None:
-            shape[dim] = resize(shape[dim])
+            shape[dim] *= n
         return torch.empty(shape, dtype=leaf.dtype, device="meta").requires_grad_(leaf.requires_grad)
 
     args, kwargs = call

@@ -221,7 +221,9 @@ def _parameter(node: fx.Node, mesh: Mesh) -> ParameterRow:
 
 
 def _collectives(program: Program, count: int, stage: int | None = None) -> list[CollectiveRow]:
-    """Those of a step of `count` microbatches, of which the program runs one."""
+    """Those of a step of `count` microbatches, of which the program runs one. What all of them are passed is computed once; so are
+    unsharded parameters and the sums of gradients, as far as the plan keeps them (see `once_a_step`), where gradients are wanted and
+    in pipelines."""
     rows: dict[tuple, list[int]] = {}
 
     def add(kind: str, axes: tuple, phase: str, node: fx.Node, size: int, times: int) -> None:
@@ -230,21 +232,19 @@ def _collectives(program: Program, count: int, stage: int | None = None) -> list
         entry[0] += times
         entry[1] += times * size
 
-    once = once_a_step(program) if count > 1 else ((), ())
-    step = program.microbatches
-    graphs = [(program.graph, count)]
-    if step is not None and step.prologue is not None:
-        graphs.append((step.prologue.graph, 1))
-    for node, times in ((n, times) for graph, times in graphs for n in graph.nodes):
+    step, keeps = program.microbatches, count > 1 and (program.training or stage is not None)
+    once_forward, once_backward = once_a_step(program) if keeps else (set(), set())
+    before = [] if step is None or step.prologue is None else list(step.prologue.graph.nodes)
+    for node, times in [*((n, count) for n in program.graph.nodes), *((n, 1) for n in before)]:
         made = typed(node)
         if made is None:
             continue
         size = node.meta.get("bytes", 0)
         if made.forward.comm is not None:
-            add(made.forward.comm, made.axes, "forward", node, size, 1 if node in once[0] else times)
+            add(made.forward.comm, made.axes, "forward", node, size, 1 if node in once_forward else times)
         if node.meta.get("needs_grad") and made.backward is not None and made.backward.comm is not None:
             add(made.backward.comm, made.axes, "backward", node, made.operand_bytes(size, program.mesh),
-                1 if node in once[1] else times)
+                1 if node in once_backward else times)
     ordered = sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))
     return [CollectiveRow(kind, axes, phase, where, count, size, stage)
             for (kind, axes, phase, where), (count, size) in ordered]
