@@ -4,6 +4,8 @@
     python benchmarks/compile_cost.py --layers 2 4 --plan tp=4 --json cost.json
     python benchmarks/compile_cost.py --several --layers 80                                  twenty plans after one capture
     python benchmarks/compile_cost.py --graphs --layers 16 32 64 --plan dp=2,zero=3      and what Inductor does before code
+    python benchmarks/compile_cost.py --layers 126 --hidden 16384 --heads 128 --ffn 53248 --batch 256
+        --plan dp=16,tp=8,pp=8,microbatches=16,outputs=loss                              and the cut into stages: Llama-3 405B
 
 The model is on the meta device and there are no other processes: any machine will do.
 """
@@ -19,6 +21,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpar
+from fxpar.passes.strategies.stages import cut_stages
 from fxpar.report.memory import trace
 
 SHAPE = dict(hidden=8192, heads=64, kv_heads=8, ffn=28672, vocab=128256, seq=8192, batch=2)
@@ -52,8 +55,13 @@ def cost(args, layers):
     """Seconds by stage (those that the program reports), and in total."""
     model, example = build_meta(args, layers)
     start = time.perf_counter()
-    program = fxpar.compile_program(model, fxpar.Plan.parse(args.plan), example)
+    plan = fxpar.Plan.parse(args.plan)
+    program = fxpar.compile_program(model, plan, example)
     stages = dict(program.timings)
+    if plan.pp > 1:
+        begin = time.perf_counter()
+        cut_stages(program, plan.pp * plan.virtual_stages)
+        stages["cut"] = time.perf_counter() - begin
     if args.graphs:
         begin = time.perf_counter()
         trace(program)
@@ -80,7 +88,7 @@ def several(args, layers):
     return dict(layers=layers, first_s=seconds[0], others_s=seconds[1:], total_s=sum(seconds))
 
 
-SHOWN = ("capture", "infer", "place", "partition", "graphs")
+SHOWN = ("capture", "infer", "place", "partition", "cut", "graphs")
 
 
 def table_of(rows, plan):

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxpar.errors import FxparError
+from fxpar.cost.clusters import cluster, clusters
+from fxpar.errors import FxparError, PlanError
+from fxpar.pipeline import drawing
 from fxpar.plan import Plan
-from fxpar.report.report import inspect
+from fxpar.report.pipeline import CLUSTER
+from fxpar.report.report import Report, inspect
 from fxpar.verify.equivalence import assert_equivalent
 from fxpar.verify.simulation import BACKENDS
 
@@ -33,10 +36,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{plan}   world size {plan.world_size}")
             plan.require_supported()
             return 0
-        model, example = load_model(args.model, meta=args.command == "inspect", batch=args.batch or 2 * plan.dp,
-                                    seq=args.seq)
         if args.command == "inspect":
-            print(inspect(model, plan, example))
+            _check_pipeline(args, plan)
+        model, example = load_model(args.model, meta=args.command == "inspect",
+                                    batch=args.batch or 2 * plan.dp * plan.microbatches, seq=args.seq)
+        if args.command == "inspect":
+            _inspect(args, inspect(model, plan, example))
         else:
             model.train(not args.eval)
             assert_equivalent(model, plan, example, lowered=not args.partitioned, backend=args.backend)
@@ -50,6 +55,29 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _check_pipeline(args: argparse.Namespace, plan: Plan) -> None:
+    """Refuse what is about pipelines, where there is none, and what does not exist."""
+    given = [name for name in ("timeline", "cluster") if getattr(args, name)]
+    if given and plan.pp == 1:
+        raise PlanError("pp", 1, f"must be 2 or more for --{given[0]}: there is no pipeline whose step could be timed", "pp=2")
+    cluster(args.cluster or CLUSTER)
+
+
+def _inspect(args: argparse.Namespace, report: Report) -> None:
+    """Print a report; draw its timeline where that is asked for."""
+    if report.pipeline is not None:
+        report.pipeline.cluster = args.cluster or CLUSTER
+    print(report)
+    if report.pipeline is None or not args.timeline:
+        return
+    made, kept = report.pipeline.timeline(), report.pipeline.activations()
+    print(f"\n{drawing.text(made, kept=kept)}")
+    try:
+        Path(args.timeline).write_text(drawing.svg(made, kept=kept))
+    except OSError as error:
+        raise FxparError(f"no timeline in {args.timeline}: {error}") from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fxpar", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,9 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("model", metavar="MODEL")
         command.add_argument("--plan", required=True, help="for example dp=2,tp=2")
-        command.add_argument("--batch", type=int, help="global batch (Hugging Face models); default: 2 x dp")
+        command.add_argument("--batch", type=int, help="global batch (Hugging Face models); default: 2 x dp x microbatches")
         command.add_argument("--seq", type=int, default=128, help="sequence length (Hugging Face models)")
         command.add_argument("--eval", action="store_true", help="check the model in eval mode")
+    look = commands.choices["inspect"]
+    look.add_argument("--timeline", metavar="FILE.svg", help="draw a step of the pipeline there, and print it as text")
+    look.add_argument("--cluster", help=f"what the pipeline's times are for: {', '.join(clusters())}, or a .toml file of "
+                                        f"the same form; default: {CLUSTER}")
     check = commands.choices["check"]
     check.add_argument("--partitioned", action="store_true",
                        help="run the partitioned program, not the graphs that the inductor backend makes of it")

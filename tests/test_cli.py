@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from torch import nn
@@ -43,7 +44,7 @@ def test_plan_is_printed_in_full(capsys):
     assert run(capsys, "plan", "tp=2, dp=4") == (0, "dp=4,tp=2   world size 8\n", "")
 
 
-@pytest.mark.parametrize("text, named", [("dp=0", "`dp`=0"), ("banana=1", "`banana`"), ("pp=2", "`pp`=2")])
+@pytest.mark.parametrize("text, named", [("dp=0", "`dp`=0"), ("banana=1", "`banana`"), ("cp=2", "`cp`=2")])
 def test_a_bad_plan_exits_with_2(capsys, text, named):
     code, _, err = run(capsys, "plan", text)
     assert code == 2 and err.startswith("error: ") and named in err and "try" in err
@@ -55,6 +56,20 @@ def test_inspect_a_configuration(capsys, config, spec):
     code, out, _ = run(capsys, "inspect", model, "--plan", "tp=2", "--batch", "2", "--seq", "16")
     assert code == 0
     assert "world size 2" in out and "vocab96/tp" in out and "reduce_scatter  tp" in out
+
+
+def test_a_timeline_is_drawn_and_printed(capsys, config, tmp_path):
+    file = tmp_path / "step.svg"
+    code, out, _ = run(capsys, "inspect", str(config.parent), "--plan", "pp=2,microbatches=4", "--seq", "16",
+                       "--timeline", str(file), "--cluster", "dgx-a100")
+    assert code == 0 and "mesh pp=2 x dp=1   world size 2" in out
+    report, rows = out.split("\nrank 0 |")
+    rows = "rank 0 |" + rows
+    caption = next(line for line in rows.splitlines() if line.startswith("1f1b: 2 ranks, 2 stages, 4 microbatches; step "))
+    assert caption in report and "on dgx-a100: NVIDIA A100" in report and "activations: ranks 0 to 1: 0.00 GiB" in rows
+    drawn = ElementTree.parse(file).getroot()
+    titles = [element.text for element in drawn.iter() if element.tag.endswith("title")]
+    assert sum(title.startswith("F(0, ") for title in titles) == 4 and any(caption == e.text for e in drawn.iter())
 
 
 def test_inspect_builds_no_weights(config):
@@ -93,6 +108,10 @@ def test_check_exits_with_1_where_values_differ(capsys, monkeypatch):
     (["inspect", "LlamaForCausalLM:no/config.json", "--plan", "dp=2"], "no/config.json"),
     (["inspect", "NoSuchModel:{config}", "--plan", "dp=2"], "NoSuchModel"),
     (["inspect", "{empty}", "--plan", "dp=2"], "config.json"),
+    (["inspect", "tests.test_cli:classifier", "--plan", "dp=2", "--timeline", "x.svg"], "must be 2 or more for --timeline"),
+    (["inspect", "tests.test_cli:classifier", "--plan", "dp=2", "--cluster", "dgx-h100"], "must be 2 or more for --cluster"),
+    (["inspect", "tests.test_cli:classifier", "--plan", "pp=2", "--cluster", "abacus"], "`cluster`='abacus': must be one of"),
+    (["inspect", "tests.test_cli:classifier", "--plan", "pp=2", "--timeline", "{empty}"], "no timeline in "),
     (["check", "tests.test_cli:bare", "--plan", "dp=2"], "pass example_inputs"),
     (["check", "tests.test_cli:classifier", "--plan", "dp=3"], "`dp`=3"),
 ])  # fmt: skip
@@ -111,5 +130,5 @@ def test_arguments_that_argparse_refuses(argv):
 
 
 def test_the_module_runs():
-    done = subprocess.run([sys.executable, "-m", "fxpar", "plan", "dp=2,pp=2"], capture_output=True, text=True)
-    assert done.returncode == 2 and "pp=1" in done.stderr
+    done = subprocess.run([sys.executable, "-m", "fxpar", "plan", "dp=2,cp=2"], capture_output=True, text=True)
+    assert done.returncode == 2 and "cp=1" in done.stderr

@@ -1,5 +1,6 @@
 """What a step costs: operators on one rank, and the machines that they run on.
 
 operators  floating-point operations and bytes of every operator, from the shapes of its operands
+stages     a pipeline's step on a cluster, from the programs of its stages
 clusters   machines that models are trained on: `clusters/*.toml`, and their reader
 """

@@ -73,6 +73,10 @@ class Cluster:
         """What a group communicates over whose members lie in one block of `ranks` neighbouring ranks: its slowest link."""
         return next(link for link in self.links if link.ranks is None or ranks <= link.ranks)
 
+    def between(self, one: int, other: int) -> Link:
+        """What two ranks communicate over, by their numbers."""
+        return next(link for link in self.links if link.ranks is None or one // link.ranks == other // link.ranks)
+
 
 def _name(dtype: torch.dtype | str) -> str:
     name = str(dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fxpar.errors import PlanError
-from fxpar.plan.plan import require_one_of
+from fxpar.plan.plan import require_one_of, require_virtual_stages
 
 
 class Kind(Enum):
@@ -158,7 +158,7 @@ def schedule(name: str, *, ranks: int, virtual_stages: int = 1, microbatches: in
     for field, value in (("pp", ranks), ("virtual_stages", virtual_stages), ("microbatches", microbatches)):
         if value < 1:
             raise PlanError(field, value, "must be a positive integer", f"{field}=1")
-    _check_virtual_stages(name, virtual_stages)
+    require_virtual_stages(name, virtual_stages)
     if name == "zbv":
         owner = (*range(ranks), *reversed(range(ranks)))
         orders = [_zbv(rank, ranks, microbatches) for rank in range(ranks)]
@@ -174,18 +174,6 @@ def schedule(name: str, *, ranks: int, virtual_stages: int = 1, microbatches: in
     if unshard:
         actions = [_unshard(order) + order for order in actions]
     return Schedule(name, ranks, virtual_stages, microbatches, owner, tuple(map(tuple, actions)), tuple(in_flight))
-
-
-def _check_virtual_stages(name: str, virtual_stages: int) -> None:
-    if name in ("gpipe", "1f1b") and virtual_stages != 1:
-        requirement = f"must be 1 with schedule = {name}, whose ranks hold one stage each"
-        raise PlanError("virtual_stages", virtual_stages, requirement, "virtual_stages=1, or schedule=interleaved1f1b")
-    if name == "interleaved1f1b" and virtual_stages < 2:
-        requirement = "must be 2 or more with schedule = interleaved1f1b, whose ranks hold several stages"
-        raise PlanError("virtual_stages", virtual_stages, requirement, "virtual_stages=2, or schedule=1f1b")
-    if name == "zbv" and virtual_stages != 2:
-        requirement = "must be 2 with schedule = zbv, whose stages go down the ranks and up again"
-        raise PlanError("virtual_stages", virtual_stages, requirement, "virtual_stages=2, or schedule=zb1p")
 
 
 def _warm_up(name: str, rank: int, ranks: int, virtual_stages: int, microbatches: int) -> int:

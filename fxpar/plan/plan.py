@@ -48,7 +48,8 @@ class Plan:
     cp_comm: "p2p", "allgather", "a2a" or "a2a+p2p".
     microbatches: how many parts a replica's batch is run in.
     schedule: "gpipe", "1f1b", "interleaved1f1b", "zb1p" or "zbv".
-    virtual_stages: parts of the model that one pipeline rank holds.
+    virtual_stages: parts of the model that one pipeline rank holds: 1 under gpipe and 1f1b, 2 or more under interleaved1f1b, 2
+        under zbv, any number under zb1p.
     stage_boundaries: names of the modules that begin a stage, in the order in which they run, for all pp x virtual_stages stages
         but the first [or "name;name"]; (): the cost model cuts.
     ep_dispatch: "alltoall" or "allgather".
@@ -413,14 +414,35 @@ def _check_together(plan: Plan) -> None:
             f"must be on with ep = {plan.ep} and tp = {plan.tp}, or ranks would dispatch equal tokens"
         )
         raise PlanError("sequence_parallel", plan.sequence_parallel, requirement, "sequence_parallel=true")
-    if plan.pp > 1 and plan.virtual_stages > 1 and plan.schedule not in ("interleaved1f1b", "zbv"):
-        requirement = f"must be interleaved1f1b or zbv to run virtual_stages = {plan.virtual_stages}"
-        raise PlanError("schedule", plan.schedule, requirement, "schedule=interleaved1f1b")
+    if plan.pp == 1:
+        _check_no_pipeline(plan)
+    require_virtual_stages(plan.schedule, plan.virtual_stages)
     later = plan.pp * plan.virtual_stages - 1
     if plan.stage_boundaries and len(plan.stage_boundaries) != later:
         requirement = (f"must name the first module of each of the pp x virtual_stages = {later + 1} stages but the first, which "
                        f"are {later}, and names {len(plan.stage_boundaries)}")
         raise PlanError("stage_boundaries", plan.stage_boundaries, requirement, "stage_boundaries=none")
+
+
+def _check_no_pipeline(plan: Plan) -> None:
+    for name, alone in (("schedule", "1f1b"), ("virtual_stages", 1), ("stage_boundaries", ())):
+        value = getattr(plan, name)
+        if value != alone:
+            requirement = "must be left out with pp = 1: it says how a pipeline runs, and there is none"
+            raise PlanError(name, value, requirement, f"{name}={_show(alone) or 'none'}, or pp=2")
+
+
+def require_virtual_stages(schedule: str, virtual_stages: int) -> None:
+    """Raises PlanError for a number of stages on each rank that a schedule cannot have."""
+    if schedule in ("gpipe", "1f1b") and virtual_stages != 1:
+        requirement = f"must be 1 with schedule = {schedule}, whose ranks hold one stage each"
+        raise PlanError("virtual_stages", virtual_stages, requirement, "virtual_stages=1, or schedule=interleaved1f1b")
+    if schedule == "interleaved1f1b" and virtual_stages < 2:
+        requirement = "must be 2 or more with schedule = interleaved1f1b, whose ranks hold several stages"
+        raise PlanError("virtual_stages", virtual_stages, requirement, "virtual_stages=2, or schedule=1f1b")
+    if schedule == "zbv" and virtual_stages != 2:
+        requirement = "must be 2 with schedule = zbv, whose stages go down the ranks and up again"
+        raise PlanError("virtual_stages", virtual_stages, requirement, "virtual_stages=2, or schedule=zb1p")
 
 
 def _check_divides(name: str, value: int, of_what: str, whole: int) -> None:

@@ -1,6 +1,8 @@
 """What a plan does to a model, for people to read.
 
-report  `fxpar.inspect`: layouts of parameters, collectives, memory, FLOPs
-memory  the predicted peak of one rank
-dump    programs as readable and runnable Python
+report    `fxpar.inspect`: layouts of parameters, collectives, memory, FLOPs
+pipeline  what it says of a pipeline: stages, cuts, what each rank holds, the timeline
+memory    the predicted peak of one rank, or of each rank of a pipeline
+text      tables
+dump      programs as readable and runnable Python
 """

@@ -11,8 +11,9 @@ Not counted: what libraries hold outside of a step (some tens of MiB for cuBLAS)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fxpar.backends.transport.runtime import FunctionalRuntime
 from fxpar.ops.collectives import use_runtime
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
+from fxpar.pipeline.schedules import Schedule
 from fxpar.program import Program, module_path
 from fxpar.sharding.layout import held_shape
 from fxpar.sharding.mesh import Axes, Mesh
@@ -63,6 +65,59 @@ def predict(program: Program) -> Peak:
     return _Step(program, *trace(program)).peak()
 
 
+def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak]:
+    """The peak of each rank of a pipeline, from the programs of its stages.
+
+    A rank's is the largest of its stages' own, of one microbatch, with what stays of the others meanwhile: their parameters,
+    gradients and optimizer state, and what the forwards keep whose backwards are to come (`Schedule.memory`), as many as the
+    rank ever holds. `Peak.kept` is of all of these together. Outputs but for the loss are there until the step ends.
+    Not counted: messages that have arrived and are not used yet.
+    """
+    steps = [_Step(p, *trace(p)) for p in programs]
+    peaks = [step.peak() for step in steps]
+    held, alive = schedule.memory([peak.kept for peak in peaks]), schedule.alive()
+    out = []
+    for rank in range(schedule.ranks):
+        stages = schedule.held(rank)
+        outputs = sum((schedule.microbatches - (alive[s] if programs[s].training else 1)) * _output_bytes(programs[s])
+                      for s in stages)
+        twice = _held_twice([programs[s] for s in stages])
+        together = []
+        for s in stages:
+            parts = dict(peaks[s].parts)
+            for part, size in (item for t in stages if t != s for item in steps[t].between().items()):
+                parts[part] += size
+            for part, size in twice.items():
+                parts[part] -= size
+            parts["activations"] += outputs + (int(held[rank]) - peaks[s].kept if programs[s].training else 0)
+            together.append(replace(peaks[s], bytes=sum(parts.values()), parts=parts, kept=int(held[rank])))
+        out.append(max(together, key=lambda peak: peak.bytes))
+    return out
+
+
+def _output_bytes(program: Program) -> int:
+    """Bytes of what a stage returns to the user, scalars left out."""
+    pairs = zip(program.tensor_sinks(), program.outputs(), strict=True)
+    found = [(held_shape(n.meta["tiling"], program.mesh), n.meta["global"].dtype) for sink, n in pairs if sink.kind == "output"]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in found if shape)
+
+
+def _held_twice(programs: Sequence[Program]) -> dict[str, int]:
+    """What was counted too often of parameters that several stages of one rank use."""
+    seen: set[str] = set()
+    twice = {"parameters": 0, "optimizer": 0}
+    for program in programs:
+        for node, source in program.source_of().items():
+            if source.kind == "param" and source.name in seen:
+                size = size_of(torch.empty(held_shape(node.meta["tiling"], program.mesh), dtype=node.meta["global"].dtype,
+                                           device="meta"))
+                twice["parameters"] += size
+                twice["optimizer"] += 2 * size if source.requires_grad and program.training else 0
+            elif source.kind == "param":
+                seen.add(source.name)
+    return twice
+
+
 # ---- the graphs ----
 
 
@@ -84,7 +139,8 @@ class _Shapes(FunctionalRuntime):
 
 @dataclass
 class _Input:
-    """A tensor that the graphs take: fake, of local shape; which of `PARTS` it is; whether the optimizer has state for it."""
+    """A tensor that the graphs take: fake, of local shape; which of `PARTS` it is; whether the optimizer has state for it. What a
+    stage receives is an activation."""
 
     value: Tensor
     part: str
@@ -96,7 +152,7 @@ def trace(program: Program) -> tuple[list[fx.Graph], list[_Input]]:
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
     inputs: list[_Input | None] = []
     for node, source in program.source_of().items():
-        part = "parameters" if source.kind == "param" else "inputs"
+        part = {"param": "parameters", "received": "activations"}.get(source.kind, "inputs")
         value = _local(mode, node, source.value, program.mesh, source.requires_grad)
         trained = source.kind == "param" and source.requires_grad
         inputs.append(_Input(value, part, trained) if isinstance(value, Tensor) else None)
@@ -128,6 +184,8 @@ def _last_microbatch(program: Program, parameters: list[Tensor]) -> tuple[fx.Gra
     if plan.gathers_each_use or mesh.size(*mesh.axes("dp")) == 1:
         return program.module, []
     phases = split_phases(program)
+    if not phases.boundaries:
+        return program.module, []
     with torch.no_grad(), parameters[0].fake_mode:  # type: ignore[attr-defined]
         values = dict(zip(phases.boundaries, phases.unshard(*parameters), strict=True))
         more = [_Input(torch.empty_like(values[b], dtype=b.dtype), "gradients") if kind == "unreduced" else
@@ -183,7 +241,7 @@ class _Step:
         count = sum(not n.name.startswith("tangents") for n in places)
         left = self.forward.outputs
         outputs, saved = left[: len(left) - count], left[len(left) - count :]
-        self.saved = [b for b in dict.fromkeys(saved) if b is not None and b not in self.part]
+        self.saved = [b for b in dict.fromkeys(saved) if b is not None and self.part.get(b, "activations") == "activations"]
         for buffer in outputs:
             if buffer is not None:
                 buffer.freed = buffer.reusable = False
@@ -207,6 +265,15 @@ class _Step:
         if self.backward is not None:
             for kernel, live in timeline(self.backward, [*held, *self.tangents]):
                 yield "backward", kernel, live
+
+    def between(self) -> dict[str, int]:
+        """What is there between microbatches, by part."""
+        parts = {"optimizer": self.optimizer, "gradients": self.accumulated}
+        for buffer in self.given:
+            part = self.part[buffer]
+            if part in ("parameters", "gradients", "parameter copies"):
+                parts[part] = parts.get(part, 0) + buffer.bytes
+        return parts
 
     def peak(self) -> Peak:
         phase, where, most, live_then, workspace = "forward", "nothing runs", 0, list(self.given), 0

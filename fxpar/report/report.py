@@ -5,39 +5,46 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 from torch import fx, nn
 
 from fxpar.compiler import Captured, capture
 from fxpar.ops.collectives import typed
-from fxpar.passes.partition.phases import split_phases
+from fxpar.passes.partition.phases import once_a_step
+from fxpar.passes.strategies.stages import Stage, cut_stages
+from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan, Plans
 from fxpar.program import Program, module_path
 from fxpar.report.memory import Peak, predict
+from fxpar.report.pipeline import PipelineReport, describe, uses
+from fxpar.report.text import GIB, MIB, ranges, table
 from fxpar.sharding.layout import held_shape
-from fxpar.sharding.mesh import Mesh
-
-GIB = 2**30
+from fxpar.sharding.mesh import KIND, Mesh
 
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """name, global shape, layout as text, shape and bytes that one rank holds."""
+    """name, global shape, layout as text, shape and bytes that one rank holds, of those that hold it: under pp, ranks of the
+    stages that use it (where `stages` is empty, it is on all ranks)."""
 
     name: str
     shape: tuple[int, ...]
     layout: str
     local_shape: tuple[int, ...]
     local_bytes: int
+    stages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class CollectiveRow:
     """Collectives alike: kind ("all_gather", ...), axes, phase ("forward" or "backward"), the module they serve (layer
-    numbers replaced by ``*``), how many a step, and the bytes of their results on one rank, all together."""
+    numbers replaced by ``*``), how many a step, and the bytes of their results on one rank, all together.
+
+    stage: of a pipeline, whose ranks take part; None where all do. What is sent from stage to stage is in `Report.pipeline`.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -45,14 +52,18 @@ class CollectiveRow:
     where: str
     count: int
     bytes: int
+    stage: int | None = None
 
 
 @dataclass
 class Report:
     """What one rank holds, computes and communicates in one training step.
 
+    mesh: of the ranks that run one program; under pp there are as many meshes as pipeline ranks.
     memory: bytes that are there between steps: "parameters", "optimizer" (AdamW's two moments, in the parameters' dtypes); and
     "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward.
+    pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are each those of the
+    pipeline rank that has most.
     """
 
     plan: Plan
@@ -62,6 +73,7 @@ class Report:
     memory: dict[str, int]
     flops: int
     notes: list[str] = field(default_factory=list)
+    pipeline: PipelineReport | None = None
     predicted: Callable[[], Peak] = field(kw_only=True, repr=False, compare=False)
 
     @functools.cached_property
@@ -78,26 +90,52 @@ class Report:
         return self.peak.bytes
 
     def count(self, kind: str, phase: str | None = None, axes: tuple[str, ...] | None = None) -> int:
-        """How many collectives of a kind a step has."""
+        """How many collectives of a kind a step has; under pp, over all stages."""
         return sum(r.count for r in self.collectives if r.kind == kind and phase in (None, r.phase)
                    and axes in (None, r.axes))
 
     def __str__(self) -> str:
-        return "\n".join([f"plan {self.plan}   mesh {self.mesh}   world size {self.mesh.world_size}", "",
-                          *_table(("parameter", "shape", "layout", "a rank holds", "MiB"), _parameter_rows(self.parameters)), "",
-                          *_table(("collective", "over", "phase", "where", "count", "MiB"), [
-                              (r.kind, "+".join(r.axes), r.phase, r.where, str(r.count), f"{r.bytes / 2**20:.2f}")
-                              for r in self.collectives]), "",
+        peak, pipeline = self._peak(), self.pipeline
+        mesh = f"{KIND}={self.plan.pp} x {self.mesh}" if pipeline else str(self.mesh)
+        pipes = pipeline.lines(None if isinstance(peak, str) else pipeline.peaks) if pipeline else []
+        return "\n".join([f"plan {self.plan}   mesh {mesh}   world size {self.plan.world_size}", "",
+                          *self._parameters(), "", *self._collectives(), "", *pipes, *([""] if pipes else []),
                           "memory a rank: " + ", ".join(f"{k} {v / GIB:.3f} GiB" for k, v in self.memory.items()),
-                          f"peak memory a rank: {self._peak()}",
+                          f"peak memory a rank: {peak}",
                           f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",
                           *(f"note: {n}" for n in self.notes)])
 
-    def _peak(self) -> str:
+    def _peak(self) -> Peak | str:
         try:
-            return str(self.peak)
+            return self.peak
         except Exception as error:  # whatever stops Inductor must not hide the rest of the report
             return f"not predicted ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+
+    def _parameters(self) -> list[str]:
+        """Repeated layers share a line."""
+        lines: dict[tuple, list[ParameterRow]] = {}
+        for p in self.parameters:
+            lines.setdefault((re.sub(r"\b\d+\b", "*", p.name), p.shape, p.layout, p.local_shape), []).append(p)
+        rows = []
+        for (name, shape, layout, local), alike in lines.items():
+            size = sum(p.local_bytes for p in alike)
+            stages = ranges(sorted({s for p in alike for s in p.stages})) or "all"
+            rows.append((f"{name}{f'  (x{len(alike)})' if len(alike) > 1 else ''}", str(list(shape)), layout, str(list(local)),
+                         f"{size / MIB:.2f}", *([stages] if self.pipeline else [])))
+        head = ("parameter", "shape", "layout", "a rank holds", *(("MiB of all", "on stages") if self.pipeline else ("MiB",)))
+        return table(head, rows)
+
+    def _collectives(self) -> list[str]:
+        """Stages that have as many share a line."""
+        lines: dict[CollectiveRow, list[int | None]] = {}
+        for r in self.collectives:
+            lines.setdefault(replace(r, stage=None), []).append(r.stage)
+        rows = []
+        for r, stages in lines.items():
+            known = ranges(sorted(s for s in stages if s is not None)) or "all"
+            rows.append((r.kind, "+".join(r.axes), r.phase, r.where, str(r.count), f"{r.bytes / MIB:.2f}",
+                         *([known] if self.pipeline else [])))
+        return table(("collective", "over", "phase", "where", "count", "MiB", *(["stage"] if self.pipeline else [])), rows)
 
 
 @overload
@@ -123,89 +161,90 @@ def inspect(model: nn.Module | Captured, plan: Plan | str | Plans, example_input
 
 
 def _inspect(captured: Captured, plan: Plan | str) -> Report:
-    return report_of(captured.partition(plan))
+    program = captured.partition(plan)
+    pp = program.plan.pp
+    return report_of(program, cut_stages(program, pp * program.plan.virtual_stages) if pp > 1 else [])
 
 
-def report_of(program: Program) -> Report:
-    """The report of a partitioned program; of the whole step, where it is that of a microbatch."""
-    parameters = [_parameter(n, program.mesh) for n, s in program.source_of().items() if s.kind == "param"]
-    trained = [(n, s) for n, s in program.source_of().items() if s.kind == "param" and s.requires_grad]
-    gradients = sum(_local_numel(n, program.mesh) * n.meta["global"].element_size() for n, _ in trained)
-    memory = {"parameters": sum(p.local_bytes for p in parameters), "gradients": gradients, "optimizer": 2 * gradients}
-    count = 1 if program.microbatches is None else program.microbatches.count
-    forward = count * sum(n.meta.get("flops", 0) for n in program.graph.nodes)
-    return Report(program.plan, program.mesh, parameters, _collectives(program), memory,
-                  forward * (3 if program.training else 1), list(program.notes),
-                  predicted=functools.partial(predict, program))
+def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
+    """The report of a partitioned program. stages: what it is cut into, under a plan with pipeline parallelism."""
+    plan, mesh = program.plan, program.mesh
+    count = program.microbatches.count if program.microbatches is not None else 1
+    on = _users(stages)
+    parameters = [replace(_parameter(n, mesh), stages=on.get(s.name, ())) for n, s in program.source_of().items()
+                  if s.kind == "param"]
+    trained = {s.name for s in program.sources if s.kind == "param" and s.requires_grad}
+    sizes = {p.name: (p.local_bytes, p.local_bytes if p.name in trained else 0) for p in parameters}
+    if not stages:
+        size, gradients = (sum(each[i] for each in sizes.values()) for i in (0, 1))
+        memory = {"parameters": size, "gradients": gradients, "optimizer": 2 * gradients}
+        forward = count * sum(n.meta.get("flops", 0) for n in program.graph.nodes)
+        return Report(plan, mesh, parameters, _collectives(program, count), memory, forward * (3 if program.training else 1),
+                      list(program.notes), predicted=functools.partial(predict, program))
+    order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=count,
+                     unshard=plan.stores_parts)
+    held = {rank: {p.name for p in parameters if not p.stages or {*p.stages} & {*order.held(rank)}}
+            for rank in range(plan.pp)}
+    pipeline = describe(order, stages, held, sizes)
+    rows = [row for stage in stages for row in _collectives(stage.program, count, stage.index)]
+    rows += _sums_over_stages([p for p in parameters if p.name in trained and program.training], order.owner)
+    memory = max((rank.memory for rank in pipeline.ranks), key=lambda each: sum(each.values()))
+    flops = max(sum(pipeline.stages[s].flops for s in rank.stages) for rank in pipeline.ranks)
+    return Report(plan, mesh, parameters, rows, memory, flops, list(program.notes), pipeline,
+                  predicted=lambda: max(pipeline.peaks, key=lambda peak: peak.bytes))
 
 
-def _local_shape(node: fx.Node, mesh: Mesh) -> tuple[int, ...]:
-    return held_shape(node.meta["tiling"], mesh)
+def _users(stages: Sequence[Stage]) -> dict[str, tuple[int, ...]]:
+    """Name of a parameter -> the stages that use it."""
+    found: dict[str, tuple[int, ...]] = {}
+    for stage in stages:
+        for name in uses(stage):
+            found[name] = (*found.get(name, ()), stage.index)
+    return found
 
 
-def _local_numel(node: fx.Node, mesh: Mesh) -> int:
-    return math.prod(_local_shape(node, mesh))
+def _sums_over_stages(trained: Sequence[ParameterRow], owner: Sequence[int]) -> list[CollectiveRow]:
+    """The sums of gradients of parameters that several pipeline ranks hold, marked with each rank's first stage that has them."""
+    out = []
+    for p in trained:
+        firsts = {owner[s]: s for s in reversed(p.stages)}
+        if len(firsts) > 1:
+            where = re.sub(r"\b\d+\b", "*", p.name.rpartition(".")[0])
+            out += [CollectiveRow("all_reduce", (KIND,), "backward", where, 1, p.local_bytes, s) for s in sorted(firsts.values())]
+    return out
 
 
 def _parameter(node: fx.Node, mesh: Mesh) -> ParameterRow:
-    value = node.meta["global"]
-    return ParameterRow(node.meta["source"], tuple(value.shape), node.meta["shows"], _local_shape(node, mesh),
-                        _local_numel(node, mesh) * value.element_size())
+    value, shape = node.meta["global"], held_shape(node.meta["tiling"], mesh)
+    size = math.prod(shape) * value.element_size()
+    return ParameterRow(node.meta["source"], tuple(value.shape), node.meta["shows"], shape, size)
 
 
-def _collectives(program: Program) -> list[CollectiveRow]:
+def _collectives(program: Program, count: int, stage: int | None = None) -> list[CollectiveRow]:
+    """Those of a step of `count` microbatches, of which the program runs one. What all of them are passed is computed once; so are
+    unsharded parameters and the sums of gradients, as far as the plan keeps them (see `once_a_step`), where gradients are wanted and
+    in pipelines."""
     rows: dict[tuple, list[int]] = {}
 
     def add(kind: str, axes: tuple, phase: str, node: fx.Node, size: int, times: int) -> None:
         where = re.sub(r"\b\d+\b", "*", module_path(node))
         entry = rows.setdefault((kind, axes, phase, where), [0, 0])
         entry[0] += times
-        entry[1] += size * times
+        entry[1] += times * size
 
-    for graph, times, has_backward in _graphs(program):
-        for node in graph.nodes:
-            made = typed(node)
-            if made is None:
-                continue
-            size, back = node.meta.get("bytes", 0), made.backward if has_backward and node.meta.get("needs_grad") else None
-            if made.forward.comm is not None and made.unsharded is None:
-                add(made.forward.comm, made.axes, "forward", node, size, times)
-            if back is not None and back.comm is not None:
-                add(back.comm, made.axes, "backward", node, made.operand_bytes(size, program.mesh), times)
+    step, keeps = program.microbatches, count > 1 and (program.training or stage is not None)
+    once_forward, once_backward = once_a_step(program) if keeps else (set(), set())
+    before = [] if step is None or step.prologue is None else list(step.prologue.graph.nodes)
+    for node, times in [*((n, count) for n in program.graph.nodes), *((n, 1) for n in before)]:
+        made = typed(node)
+        if made is None:
+            continue
+        size = node.meta.get("bytes", 0)
+        if made.forward.comm is not None:
+            add(made.forward.comm, made.axes, "forward", node, size, 1 if node in once_forward else times)
+        if node.meta.get("needs_grad") and made.backward is not None and made.backward.comm is not None:
+            add(made.backward.comm, made.axes, "backward", node, made.operand_bytes(size, program.mesh),
+                1 if node in once_backward else times)
     ordered = sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))
-    return [CollectiveRow(kind, axes, phase, where, count, size)
+    return [CollectiveRow(kind, axes, phase, where, count, size, stage)
             for (kind, axes, phase, where), (count, size) in ordered]
-
-
-def _graphs(program: Program) -> list[tuple[fx.Graph, int, bool]]:
-    """What runs in one step: graphs, how often, and whether backward, too. Between microbatches parameters stay gathered, and
-    their gradients unsummed, as far as the plan keeps them whole (see `fxpar.passes.partition.phases`)."""
-    step = program.microbatches
-    if step is None:
-        return [(program.graph, 1, True)]
-    once = [] if step.prologue is None else [(step.prologue.graph, 1, False)]
-    if not program.training or program.plan.gathers_each_use or program.mesh.size(*program.mesh.axes("dp")) == 1:
-        return [(program.graph, step.count, True), *once]
-    phases = split_phases(program)
-    once.append((phases.unshard.graph, 1, False))
-    if program.plan.reduces_each_backward:
-        return [(phases.compute_and_reduce.module.graph, step.count, True), *once]
-    return [(phases.compute.module.graph, step.count - 1, True), (phases.compute_and_reduce.module.graph, 1, True), *once]
-
-
-def _parameter_rows(parameters: list[ParameterRow]) -> list[tuple[str, ...]]:
-    """Repeated layers share a line."""
-    lines: dict[tuple, list] = {}
-    for p in parameters:
-        key = (re.sub(r"\b\d+\b", "*", p.name), p.shape, p.layout, p.local_shape)
-        entry = lines.setdefault(key, [0, 0])
-        entry[0] += 1
-        entry[1] += p.local_bytes
-    return [(f"{name}{f'  (x{n})' if n > 1 else ''}", str(list(shape)), layout, str(list(local)), f"{size / 2**20:.2f}")
-            for (name, shape, layout, local), (n, size) in lines.items()]
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows]]
-    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

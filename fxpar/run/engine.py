@@ -166,6 +166,10 @@ class Engine:
         """The program that was captured last."""
         return list(self.programs.values())[-1]
 
+    def stages(self, program: Program) -> list[Stage]:
+        """What a program is cut into; nothing without a pipeline."""
+        return self._stages if program is self._first or self.plan.pp == 1 else cut_like(program, self._stages)
+
     def _batch_dims(self, named: dict[str, Any]) -> dict[str, int | None]:
         """Input path -> batch dim, as the newest program that takes these inputs has them; nothing where there is none."""
 
@@ -244,8 +248,7 @@ class Engine:
         self.store.runtime.prepare(program.module)
         feed = Feed(program, self.store.places, self._steps.gradients, self.device)
         if self.plan.pp > 1:
-            stages = self._stages if program is self._first else cut_like(program, self._stages)
-            pipeline = Pipeline(program, stages, self._schedule(), self.store, self._in_steps)
+            pipeline = Pipeline(program, self.stages(program), self._schedule(), self.store, self._in_steps)
             return Compiled(program, feed, _nothing, pipeline)
         if program.microbatches is not None:
             named = microbatches.parts(program, feed, named, 0, self.store.runtime)[0]

@@ -165,8 +165,9 @@ class ParallelModule(nn.Module):
         init_weights(self._model, seed, store.layouts, store.bound, self.device)
 
     def report(self) -> Report:
-        """What the newest program does: layouts, collectives, memory."""
-        return report_of(self._engine.newest())
+        """What the newest program does: layouts, collectives, memory, and the stages of a pipeline."""
+        program = self._engine.newest()
+        return report_of(program, self._engine.stages(program))
 
     def print_readable(self) -> str:
         """Print (and return) the newest local program as annotated Python."""

@@ -92,6 +92,23 @@ def split_phases(program: Program) -> Phases:
                   _values(program, found, wide=True))
 
 
+def once_a_step(program: Program) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The nodes of a partitioned program whose forward, and those whose backward, runs once in a step of several microbatches:
+    what unshards parameters, and what reduces their gradients, where the plan keeps the results."""
+    plan, mesh = program.plan, program.mesh
+    forward: set[fx.Node] = set()
+    backward: set[fx.Node] = set()
+    if mesh.size(*mesh.axes("dp")) == 1 or plan.gathers_each_use:
+        return forward, backward
+    for boundary in _boundaries(program):
+        for nodes, once in ((forward, boundary.gathers or not plan.reduces_each_backward),
+                            (backward, boundary.sums and not plan.reduces_each_backward)):
+            for node in reversed(boundary.chain[1:]):
+                if once and (node is boundary.node or all(u in nodes for u in node.users)):
+                    nodes.add(node)
+    return forward, backward
+
+
 def _boundaries(program: Program) -> list[Boundary]:
     params = {n: s for n, s in program.source_of().items() if s.kind == "param"}
     dp = tuple(a for a in program.mesh.axes("dp") if program.mesh.size(a) > 1)

@@ -28,10 +28,11 @@ import torch
 from torch import fx
 
 from fxpar.cost.operators import Costs, Value, measure
+from fxpar.cost.stages import recomputed
 from fxpar.errors import PlanError
 from fxpar.ops.collectives import GATHER, SAME, typed
 from fxpar.ops.vocabulary import RESHAPES, is_view
-from fxpar.program import Program, Sink, Source, block_path, copy_provenance, module_path
+from fxpar.program import Program, Sink, Source, copy_provenance, module_path
 from fxpar.sharding.layout import Piece, held_shape
 
 aten = torch.ops.aten
@@ -66,7 +67,8 @@ class Stage:
         used and sent on: the gradients of both uses are summed by autograd.
     outputs: which of the whole program's outputs it makes (positions in `Program.tensor_sinks`), in order, behind what it sends.
         Leaves of the model's output that are no tensors belong to no stage.
-    flops: of a step, forward and backward, and forward again where the plan recomputes it.
+    first, last: the modules that make its first and its last activation; "" for the model itself.
+    flops: of one microbatch, forward and backward, and forward again where the plan recomputes it.
     parameter_bytes: of the parameters that it uses, as they are stored on one rank; a tied one counts on each of its stages.
     """
 
@@ -75,13 +77,20 @@ class Stage:
     receives: tuple[Message, ...]
     sends: tuple[Message, ...]
     outputs: tuple[int, ...]
+    first: str
+    last: str
     flops: int
     parameter_bytes: int
 
     @property
     def bytes_sent(self) -> int:
-        """What crosses the cut behind it on one rank, forward."""
+        """What crosses the cut behind it on one rank, forward, for one microbatch."""
         return sum(m.bytes for m in self.sends)
+
+    @property
+    def bytes_returned(self) -> int:
+        """The same of gradients, which come back through it."""
+        return sum(m.bytes for m in self.sends if m.requires_grad)
 
 
 def cut_stages(program: Program, count: int, boundaries: Sequence[str | fx.Node] | None = None) -> list[Stage]:
@@ -188,17 +197,13 @@ class _Depth:
         return list(accumulate(map(self.flops, self.order), initial=0))
 
     def flops(self, node: fx.Node) -> int:
-        """Forward and backward; and forward again where that is recomputed: all of a block, or what a memory budget leaves
-        of it. (`selective` keeps all products.)"""
+        """Forward and backward; and forward again where the plan recomputes it."""
         cost = self.measured.costs.get(node)
         if cost is None:
             return 0
-        plan, again = self.program.plan, 0.0
         if not self.program.training:
             return cost.forward
-        if block_path(node):
-            again = 1.0 if plan.recompute == "full" else 0.0 if plan.memory_budget is None else 1 - plan.memory_budget
-        return cost.forward + int(again * cost.forward) + cost.backward
+        return cost.forward + int(recomputed(self.program, node) * cost.forward) + cost.backward
 
     def across(self, position: int) -> list[fx.Node]:
         """The activations that cross a cut in front of a position."""
@@ -391,7 +396,8 @@ def _stage(depth: _Depth, index: int, bounds: list[int]) -> Stage:
     made = replace(program, module=fx.GraphModule(program.module, graph), sources=sources, sinks=sinks, timings={},
                    notes=list(program.notes), placements=None)
     parameters = sum(depth.value(n).bytes for n in copies if n.op == "placeholder" and depth.sources[n].kind == "param")
-    return Stage(index, made, _messages(depth, received), _messages(depth, sent), tuple(mine),
+    ends = module_path(depth.order[begin]), module_path(depth.order[end - 1])
+    return Stage(index, made, _messages(depth, received), _messages(depth, sent), tuple(mine), *ends,
                  sum(depth.flops(n) for n in copies if n not in received), parameters)
 
 

@@ -75,7 +75,14 @@ def test_counts_are_positive_integers(field, value):
         ({"dp": 6, "dp_replicate": 4}, "dp_replicate", "dp_replicate=3"),
         ({"dp": 1, "ep": 10**30}, "ep", "ep=1"),
         ({"tp": 2, "ep": 2, "sequence_parallel": False}, "sequence_parallel", "sequence_parallel=true"),
-        ({"pp": 2, "virtual_stages": 2}, "schedule", "schedule=interleaved1f1b"),
+        ({"pp": 2, "virtual_stages": 2}, "virtual_stages", "virtual_stages=1, or schedule=interleaved1f1b"),
+        ({"pp": 2, "virtual_stages": 2, "schedule": "gpipe"}, "virtual_stages", "virtual_stages=1, or schedule=interleaved1f1b"),
+        ({"pp": 2, "schedule": "interleaved1f1b"}, "virtual_stages", "virtual_stages=2, or schedule=1f1b"),
+        ({"pp": 2, "schedule": "zbv"}, "virtual_stages", "virtual_stages=2, or schedule=zb1p"),
+        ({"pp": 2, "schedule": "zbv", "virtual_stages": 3}, "virtual_stages", "virtual_stages=2, or schedule=zb1p"),
+        ({"schedule": "gpipe"}, "schedule", "schedule=1f1b, or pp=2"),
+        ({"virtual_stages": 2}, "virtual_stages", "virtual_stages=1, or pp=2"),
+        ({"stage_boundaries": ("a",)}, "stage_boundaries", "stage_boundaries=none, or pp=2"),
         ({"zero": 5}, "zero", "zero=3"),
         ({"zero": -1}, "zero", "zero=0"),
         ({"zero": True}, "zero", "zero=0"),
@@ -83,7 +90,7 @@ def test_counts_are_positive_integers(field, value):
         ({"sequence_parallel": 1}, "sequence_parallel", "sequence_parallel=true"),
         ({"overlap_grad_reduce": None}, "overlap_grad_reduce", "overlap_grad_reduce=true"),
         ({"cp_comm": "all_gather"}, "cp_comm", "cp_comm=allgather"),
-        ({"schedule": "interleaved"}, "schedule", "schedule=interleaved1f1b"),
+        ({"pp": 2, "virtual_stages": 2, "schedule": "interleaved"}, "schedule", "schedule=interleaved1f1b"),
         ({"ep_dispatch": 3}, "ep_dispatch", "ep_dispatch=alltoall"),
         ({"outputs": "losses"}, "outputs", "outputs=loss"),
         ({"recompute": "some"}, "recompute", "recompute=full"),
@@ -100,7 +107,6 @@ def test_counts_are_positive_integers(field, value):
         ({"batch_dims": 1}, "batch_dims", "batch_dims=input_ids:0"),
         ({"batch_dims": [("x", [])]}, "batch_dims", "batch_dims=input_ids:0"),
         ({"pp": 3, "stage_boundaries": ("a", "b", "c")}, "stage_boundaries", "stage_boundaries=none"),
-        ({"stage_boundaries": ("a",)}, "stage_boundaries", "stage_boundaries=none"),
         ({"pp": 3, "stage_boundaries": ["a", "a"]}, "stage_boundaries", "stage_boundaries=none"),
         ({"pp": 2, "stage_boundaries": ["none"]}, "stage_boundaries", "stage_boundaries=none"),
         ({"pp": 3, "stage_boundaries": ["a", "b c"]}, "stage_boundaries", "stage_boundaries=none"),
@@ -112,9 +118,9 @@ def test_counts_are_positive_integers(field, value):
 )
 def test_refusals_name_the_field_and_suggest_what_works(fields, field, suggestion):
     error = refused(lambda: Plan(**fields), field, suggestion)
-    remedy = Plan.parse(f"dp=12,{suggestion}")
-    Plan(**{**fields, field: getattr(remedy, field)})
-    assert error.value == fields.get(field, "1f1b") or error.value is fields[field]
+    value = suggestion.partition("=")[2].partition(", or")[0]
+    Plan(**{**fields, field: int(value) if value.isdigit() else value == "true" or value})
+    assert error.value == fields.get(field, 1) or error.value is fields[field]
 
 
 def test_values_are_normalised():
@@ -123,7 +129,7 @@ def test_values_are_normalised():
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32
     )
     assert Plan(recompute=1).recompute == 1.0 and isinstance(Plan(recompute=1).recompute, float)
-    assert Plan(schedule="GPipe").schedule == "gpipe"
+    assert Plan(pp=2, schedule="GPipe").schedule == "gpipe"
     plan = Plan(batch_dims={"tgt": 1, "mask": None, "src": 1}, roles={"head.weight[0]": "none"})
     assert plan.batch_dims == (("mask", None), ("src", 1), ("tgt", 1))
     assert plan.roles == (("head.weight[0]", None),)
@@ -177,13 +183,9 @@ def test_require_supported():
 @pytest.mark.parametrize(
     "text, suggestion",
     [
-        ("pp=2", "pp=1"),
         ("cp=2", "cp=1"),
         ("dp=2,ep=2", "ep=1"),
         ("cp_comm=a2a", "cp_comm=p2p"),
-        ("schedule=gpipe", "schedule=1f1b"),
-        ("virtual_stages=2", "virtual_stages=1"),
-        ("pp=2,stage_boundaries=h.1", "pp=1"),
         ("ep_dispatch=allgather", "ep_dispatch=alltoall"),
         ("tp=2,tp_comm_overlap=true", "tp_comm_overlap=false"),
     ],
@@ -212,11 +214,12 @@ def plans(draw):
     switches = {
         name: draw(st.booleans()) for name in ("overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap")
     }
-    stages = draw(st.integers(1, 4))
-    schedules = ["interleaved1f1b", "zbv"] + ["gpipe", "1f1b", "zb1p"] * (stages == 1)
     budget = st.floats(0, 1, exclude_min=True)
     params = st.tuples(names, st.integers(0, 3)).map(lambda pair: f"{pair[0]}[{pair[1]}]")
     pp = draw(st.integers(1, 9))
+    stages = draw(st.integers(1, 4)) if pp > 1 else 1
+    schedules = {1: ["gpipe", "1f1b", "zb1p"], 2: ["interleaved1f1b", "zb1p", "zbv"]}.get(stages, ["interleaved1f1b", "zb1p"])
+    schedules = schedules if pp > 1 else ["1f1b"]
     later = pp * stages - 1
     return Plan(
         **switches, dp=dp, tp=tp, cp=cp, ep=ep, pp=pp, zero=draw(st.integers(0, 3)),
