@@ -30,7 +30,7 @@ from fxpar.passes.capture.grouped import GroupedProducts
 from fxpar.passes.capture.regions import inline_regions
 from fxpar.passes.capture.traced import Traced, host_draws
 from fxpar.plan import Plan
-from fxpar.program import Program, Sink, Source, user_line
+from fxpar.program import Program, Sink, Source, is_library_file, user_line
 from fxpar.sharding.mesh import Mesh
 
 aten = torch.ops.aten
@@ -253,11 +253,11 @@ def _user_frame(error: BaseException) -> str:
     where, tb = "", error.__traceback__
     while tb is not None:
         name = tb.tb_frame.f_code.co_filename
-        if not re.search(r"[/\\](torch|fxpar|passes|backends)[/\\]", name):
+        if not is_library_file(name) and not name.startswith(("<string>", "<eval_with_key>")):  # made by torch
             where = f"{name}:{tb.tb_lineno} in {tb.tb_frame.f_code.co_name}"
         tb = tb.tb_next
     found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', str(error))
-    mine = [f for f in found if not re.search(r"[/\\]torch[/\\]", f[0])]
+    mine = [f for f in found if not is_library_file(f[0])]
     return f"{mine[-1][0]}:{mine[-1][1]} in {mine[-1][2]}" if mine else where
 
 
