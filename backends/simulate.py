@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpar.ops import collectives
-from fxpar.ops.collectives import Collective, Place, Step, typed
+from fxpar.ops.collectives import Collective, Direction, Place, typed
 from fxpar.sharding.mesh import Axes, Mesh
 
 
@@ -35,7 +35,7 @@ class _Lockstep(torch.autograd.Function):
         return (None, None, *(y.to(ctx.dtype) for y in ys))
 
 
-def run_all(step: Step, mesh: Mesh, axes: Axes, place: Place, to: Place, xs: list[Tensor]) -> list[Tensor]:
+def run_all(step: Direction, mesh: Mesh, axes: Axes, place: Place, to: Place, xs: list[Tensor]) -> list[Tensor]:
     """One direction of a collective for all ranks; xs[r] is rank r's tensor."""
     n = mesh.size(*axes)
     ys = [step.before(x, place, to, n, mesh.index(r, axes)) for r, x in enumerate(xs)]

@@ -22,7 +22,7 @@ from fxpar.sharding.mesh import Mesh
 T = TypeVar("T")
 
 
-class Alone:
+class OneProcess:
     """The `Control` of a process that shares its model with no other."""
 
     world, group, rank, kinds = 1, None, 0, 1
@@ -34,7 +34,7 @@ class Alone:
         return 0
 
 
-Ranks = Control | Alone
+Ranks = Control | OneProcess
 
 
 def alike(ranks: Ranks, where: Path, function: Callable[[], T]) -> T:
@@ -84,7 +84,7 @@ class LocalModel:
         elif isinstance(module, nn.Module):
             self.model, self.mesh, self.rank = module, Mesh((), ()), 0
             self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
-            self.ranks, self._layouts = Alone(), {}
+            self.ranks, self._layouts = OneProcess(), {}
             self._owners, self.kind, self.elsewhere = {}, 0, set()
         else:
             raise TypeError(f"a checkpoint is of a torch.nn.Module, not {type(module).__name__}")

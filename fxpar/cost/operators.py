@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxpar.ops.attention import windowed_attention
-from fxpar.ops.collectives import Alone, use_runtime
+from fxpar.ops.collectives import LoneRuntime, use_runtime
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
 from fxpar.program import Program
@@ -101,7 +101,7 @@ def measure(program: Program) -> Costs:
     costs: dict[fx.Node, Cost] = {}
     known: dict[Any, tuple[Any, Cost]] = {}
     mesh, sources = program.mesh, program.source_of()
-    with use_runtime(Alone(dict(zip(mesh.names, mesh.sizes, strict=True)))), torch.enable_grad():
+    with use_runtime(LoneRuntime(dict(zip(mesh.names, mesh.sizes, strict=True)))), torch.enable_grad():
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 source = sources[node]

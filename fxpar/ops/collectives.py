@@ -53,7 +53,7 @@ class Runtime(Protocol):
     def all_to_all(self, x: Tensor, axes: Axes) -> Tensor: ...
 
 
-class Alone:
+class LoneRuntime:
     """A runtime of one rank whose partners hold what it holds: what a rank computes has its shapes, and needs no other rank."""
 
     def __init__(self, sizes: dict[str, int]):
@@ -117,7 +117,7 @@ def _back(y: Tensor, place: Place, ranks: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Step:
+class Direction:
     """One direction of a collective: prepare the local tensor, communicate, arrange the result.
 
     Kept apart so that a simulation can prepare all ranks, exchange, and then arrange all ranks.
@@ -132,9 +132,9 @@ class Step:
     op: str | None = None
     grows: int = 0
 
-    def flipped(self) -> Step:
+    def flipped(self) -> Direction:
         """The same with `place` and `to` exchanged."""
-        return Step(lambda x, p, t, n, i: self.before(x, t, p, n, i), self.comm, lambda y, p, t, n: self.after(y, t, p, n))
+        return Direction(lambda x, p, t, n, i: self.before(x, t, p, n, i), self.comm, lambda y, p, t, n: self.after(y, t, p, n))
 
 
 def _slice(x: Tensor, place: Place, to: Place, ranks: int, index: int) -> Tensor:
@@ -144,15 +144,15 @@ def _slice(x: Tensor, place: Place, to: Place, ranks: int, index: int) -> Tensor
     return y.select(dim + 1, index).reshape(*shape[:dim], shape[dim] // ranks, *shape[dim + 1 :])
 
 
-SAME = Step(lambda x, *_: x.view_as(x), None, lambda y, *_: y)
-SUM = Step(lambda x, *_: x.contiguous(), "all_reduce", lambda y, *_: y)
-MAX = Step(lambda x, *_: x.contiguous(), "all_reduce", lambda y, *_: y, op="max")
-MEAN = Step(lambda x, place, to, n, _: (x / n).contiguous(), "all_reduce", lambda y, *_: y)
-GATHER = Step(lambda x, place, *_: _front(x, place, 1), "all_gather", lambda y, place, _, n: _back(y, place, n), grows=1)
-SLICE = Step(_slice, None, lambda y, *_: y, grows=-1)
-SCATTER = Step(lambda x, place, to, n, _: _front(x, place, n), "reduce_scatter", lambda y, place, *_: _back(y, place, 1),
+SAME = Direction(lambda x, *_: x.view_as(x), None, lambda y, *_: y)
+SUM = Direction(lambda x, *_: x.contiguous(), "all_reduce", lambda y, *_: y)
+MAX = Direction(lambda x, *_: x.contiguous(), "all_reduce", lambda y, *_: y, op="max")
+MEAN = Direction(lambda x, place, to, n, _: (x / n).contiguous(), "all_reduce", lambda y, *_: y)
+GATHER = Direction(lambda x, place, *_: _front(x, place, 1), "all_gather", lambda y, place, _, n: _back(y, place, n), grows=1)
+SLICE = Direction(_slice, None, lambda y, *_: y, grows=-1)
+SCATTER = Direction(lambda x, place, to, n, _: _front(x, place, n), "reduce_scatter", lambda y, place, *_: _back(y, place, 1),
                grows=-1)
-EXCHANGE = Step(lambda x, place, to, n, _: _parts(x, to, n), "all_to_all", lambda y, place, to, n: _joined(y, place))
+EXCHANGE = Direction(lambda x, place, to, n, _: _parts(x, to, n), "all_to_all", lambda y, place, to, n: _joined(y, place))
 
 
 def _parts(x: Tensor, place: Place, ranks: int) -> Tensor:
@@ -172,7 +172,7 @@ def _joined(y: Tensor, place: Place) -> Tensor:
     return x.reshape(*shape[:dim], ranks * shape[dim], *shape[dim + 1 :])
 
 
-CONJUGATE: dict[str, tuple[Step, Step | None]] = {
+CONJUGATE: dict[str, tuple[Direction, Direction | None]] = {
     "psum": (SUM, SAME),
     "pmax": (MAX, None),
     "vary": (SAME, SUM),
@@ -187,7 +187,7 @@ CONJUGATE: dict[str, tuple[Step, Step | None]] = {
 them."""
 
 
-def run_step(step: Step, run: Runtime, x: Tensor, axes: Axes, place: Place, to: Place) -> Tensor:
+def run_direction(step: Direction, run: Runtime, x: Tensor, axes: Axes, place: Place, to: Place) -> Tensor:
     """One direction on this rank."""
     x = step.before(x, place, to, run.size(axes), run.index(axes))
     if step.comm is not None:
@@ -223,11 +223,11 @@ class Collective:
     unreduced: Any = None
 
     @property
-    def forward(self) -> Step:
+    def forward(self) -> Direction:
         return CONJUGATE[self.kind][0]
 
     @property
-    def backward(self) -> Step | None:
+    def backward(self) -> Direction | None:
         """None where no gradient flows."""
         return CONJUGATE[self.kind][1]
 
@@ -319,10 +319,10 @@ def differs_along(node: fx.Node) -> Axes | None:
     return made.axes if made is not None and made.differs else None
 
 
-def _perform(step: Step | None, made: Collective, run: Runtime, x: Tensor) -> Tensor:
+def _perform(step: Direction | None, made: Collective, run: Runtime, x: Tensor) -> Tensor:
     """One direction of a collective on this rank."""
     assert step is not None, f"no gradient flows through {made.kind}"
-    return run_step(step, run, x, made.axes, made.place, made.to)
+    return run_direction(step, run, x, made.axes, made.place, made.to)
 
 
 class _Transposed(torch.autograd.Function):

@@ -129,8 +129,8 @@ def _main(program: Program, local: bool) -> list[str]:
     call = "print([tuple(t.shape) for t in forward(*made_up_inputs())])"
     if local:
         sizes = dict(zip(program.mesh.names, program.mesh.sizes, strict=True))
-        lines += ["    from fxpar.ops.collectives import Alone, use_runtime", "",
-                  f"    with use_runtime(Alone({sizes})):", f"        {call}"]
+        lines += ["    from fxpar.ops.collectives import LoneRuntime, use_runtime", "",
+                  f"    with use_runtime(LoneRuntime({sizes})):", f"        {call}"]
     else:
         lines.append(f"    {call}")
     return lines

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 import fxpar
 from fxpar.backends import simulate
 from fxpar.ops import collectives
-from fxpar.ops.collectives import CONJUGATE, Alone, Collective, differs_along, make, typed, use_runtime
+from fxpar.ops.collectives import CONJUGATE, Collective, LoneRuntime, differs_along, make, typed, use_runtime
 from fxpar.sharding.mesh import Mesh
 from tests import zoo
 
@@ -136,7 +136,7 @@ def test_simulated_ranks_communicate_what_the_table_says(kind, sent):
         assert all(g.shape == x.shape for g, x in zip(grads, xs, strict=True))
 
 
-class Recorded(Alone):
+class Recorded(LoneRuntime):
     """A runtime of one rank that notes what it is asked to send."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from fxpar.backends.simulate import Lockstep
 from fxpar.compiler import compile_program
 from fxpar.errors import PlanError
 from fxpar.model.inputs import leaves
-from fxpar.ops.collectives import Alone, typed, use_runtime
+from fxpar.ops.collectives import LoneRuntime, typed, use_runtime
 from fxpar.passes.partition.phases import split_phases
 from fxpar.passes.strategies.stages import Stage, _Depth, _least_bound, _lightest_within, cut_stages
 from fxpar.plan import Plan
@@ -281,7 +281,7 @@ def test_passes_and_reports_take_a_stage():
     for stage in stages:
         namespace: dict[str, Any] = {"__name__": "a dump"}
         exec(readable(stage.program), namespace)
-        with use_runtime(Alone({"dp": 2})):
+        with use_runtime(LoneRuntime({"dp": 2})):
             outs = namespace["forward"](*namespace["made_up_inputs"]())
         assert [tuple(o.shape) for o in outs[: len(stage.sends)]] == [m.shape for m in stage.sends]
 
