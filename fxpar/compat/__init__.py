@@ -350,7 +350,8 @@ def after_backward(function: Callable[[], None]) -> None:
 
 def default_store() -> Any:
     """The store that the processes met at, through a connection of its own: one that waits holds up nobody else."""
-    return torch.distributed.distributed_c10d._get_default_store().clone()
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def backward_pass() -> int:

@@ -96,7 +96,7 @@ class Board:
 
 
 def _text(rank: int, text: str) -> str:
-    return (f"rank {rank} failed in the middle of a step, which ended it on all ranks: {text}; what ranks communicate over is cut: "
+    return (f"rank {rank} failed in the middle of a step, which ended it on all ranks: {text}; their communication is cut: "
             "start the processes again, from a checkpoint")
 
 

@@ -137,8 +137,8 @@ class Engine:
                              "labels, or wrap it in a module that returns the loss; eval_step runs the forward alone")
         wanted = next((s.name for s in program.sources if s.kind == "input" and s.requires_grad), None)
         if grad and wanted is not None:
-            raise InputError(f"input {wanted!r} wants a gradient, under a plan with pp={self.plan.pp}: a pipeline's backward runs within its "
-                             "forward, before that of what computed the input; detach() it, put what computes it into the "
+            raise InputError(f"input {wanted!r} wants a gradient, under pp={self.plan.pp}: a pipeline's backward runs within "
+                             "its forward, before that of what computed the input; detach() it, put what computes it into the "
                              "model, or use a plan without pp")
         with self._board.step():
             parts = self._parts(compiled, named, seed)

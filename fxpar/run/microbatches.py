@@ -106,4 +106,5 @@ def whole_tiling(program: Program, output: int) -> Tiling:
     step = program.microbatches
     if step is None or output not in step.output_rows:
         return program.outputs()[output].meta["tiling"]
-    return tuple(tuple(Piece(p.size, tuple(a for a in p.axes if a != MICROBATCH)) for p in dim) for dim in step.output_rows[output])
+    rows = step.output_rows[output]
+    return tuple(tuple(Piece(p.size, tuple(a for a in p.axes if a != MICROBATCH)) for p in dim) for dim in rows)

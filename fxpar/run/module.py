@@ -35,11 +35,11 @@ class ParallelModule(nn.Module):
     Parameters are DTensors on `mesh`, under the original names. `plan` and `mesh` (a `DeviceMesh`) are attributes.
 
     Under a plan with ``pp`` a rank has the parameters of its own pipeline stages (a tied one is on each stage that uses it), and
-    all buffers, which are the same everywhere after each call. In the place of other parameters its modules have None: `parameters`,
-    `named_parameters`, `state_dict` and an optimizer, made before or after, leave them out. `load_state_dict` takes this rank's
-    part of a full dict. ``torch.distributed.checkpoint.state_dict.get_model_state_dict`` with ``full_state_dict=True`` gives each rank
-    the full tensors of its own stages, and with ``cpu_offload=True`` rank 0 alone those of the first: `fxpar.save_checkpoint` and
-    `fxpar.export_safetensors` write the whole model. `mesh` is that of the ranks that hold the same stages.
+    all buffers, which are the same everywhere after each call. In the place of other parameters its modules have None:
+    `parameters`, `named_parameters`, `state_dict` and an optimizer, made before or after, leave them out. `load_state_dict`
+    passes over the names of other stages' parameters. `get_model_state_dict` of PyTorch, with ``full_state_dict=True``, gives
+    each rank the full tensors of its own stages, so that rank 0 has not the whole model: `fxpar.save_checkpoint` and
+    `fxpar.export_safetensors` write that. `mesh` is that of the ranks that hold the same stages.
 
     There `forward` runs the whole step, backward included, in the plan's microbatches, and returns the loss on every rank; other
     outputs are None, and without gradients (`eval_step`) they are on the ranks whose stage makes them. ``backward`` of the loss,

@@ -112,7 +112,8 @@ class Pipeline:
                 dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
                 self._graded[name] = bool(flag)
             if self._graded[name]:
-                total = grads[name].contiguous() if name in grads else torch.zeros_like(compat.local_part(self.store.tensor(name)))
+                none = torch.zeros_like(compat.local_part(self.store.tensor(name)))
+                total = grads[name].contiguous() if name in grads else none
                 dist.all_reduce(total, group=group)
                 grads[name] = total
 
@@ -129,17 +130,16 @@ class Pipeline:
 def _require_apart(program: Program, stages: Sequence[Stage]) -> None:
     stored = [s.name for s in program.sinks if s.kind == "attribute"]
     if stored:
-        raise CaptureError(f"a forward that stores a tensor in {stored[0]}, under a plan with pp={program.plan.pp}: one rank alone would "
-                           "have it, without a gradient", None, "return it from forward, add it to the loss there, or keep it in a "
-                           "buffer (register_buffer)")
+        raise CaptureError(f"a forward that stores a tensor in {stored[0]}, under pp={program.plan.pp}: one rank alone would have "
+                           "it, without a gradient", None, "return it, add it to the loss, or keep it in a buffer")
     in_order = program.microbatches.in_order if program.microbatches is not None else frozenset()
     for writer in stages:
         for name in {s.name for s in writer.program.sinks if s.kind == "buffer"} & in_order:
             reader = next((s for s in stages if s is not writer and any(
                 x.kind == "buffer" and x.name == name and n.users for n, x in s.program.source_of().items())), None)
             if reader is not None:
-                raise CaptureError(f"buffer {name}, which stage {writer.index} updates with every microbatch and stage {reader.index} reads",
-                                   None, "name other stage_boundaries, so that one stage does both, or use microbatches=1")
+                raise CaptureError(f"buffer {name}, which stage {writer.index} updates with every microbatch, and stage "
+                                   f"{reader.index} reads", None, "name stage_boundaries so that one stage does both")
 
 
 class _HandOut(torch.autograd.Function):

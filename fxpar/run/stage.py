@@ -65,7 +65,8 @@ class StageOfRank:
         feed = [x.detach().requires_grad_(s.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
                 for x, s in zip(self.feed(named, seed=self.seed), self.program.sources, strict=True)]
         # what the backward keeps of a buffer may not change when a later microbatch updates it
-        feed = [x.clone() if s.kind == "buffer" and s.name in self.updated else x for x, s in zip(feed, self.program.sources, strict=True)]
+        feed = [x.clone() if s.kind == "buffer" and s.name in self.updated else x
+                for x, s in zip(feed, self.program.sources, strict=True)]
         feed += [self._unsharded[b].detach().requires_grad_(kind == "detached") for kind, b in self.compute.extra]
         outs, self._saved[microbatch] = self._run("compute", self.compute.module, feed).forward(*feed)
         count = len(self.stage.sends)
