@@ -130,8 +130,8 @@ class Pipeline:
 def _require_apart(program: Program, stages: Sequence[Stage]) -> None:
     stored = [s.name for s in program.sinks if s.kind == "attribute"]
     if stored:
-        raise CaptureError(f"a forward that stores a tensor in {stored[0]}, under pp={program.plan.pp}: one rank alone would have "
-                           "it, without a gradient", None, "return it, add it to the loss, or keep it in a buffer")
+        raise CaptureError(f"a forward that stores a tensor in {stored[0]}, under pp={program.plan.pp}: one rank alone would "
+                           "have it, without a gradient", None, "return it, add it to the loss, or keep it in a buffer")
     in_order = program.microbatches.in_order if program.microbatches is not None else frozenset()
     for writer in stages:
         for name in {s.name for s in writer.program.sinks if s.kind == "buffer"} & in_order:

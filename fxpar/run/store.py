@@ -116,8 +116,8 @@ class ParameterStore:
             for name, this in held.items():
                 first, one = known.setdefault(name, (rank, this))
                 if one != this:
-                    raise MismatchError(f"parameter {name!r} is on ranks {first} and {rank}, with (dtype, requires_grad) {one[1:]} on "
-                                        f"the one and {this[1:]} on the other: change it on all ranks that hold it")
+                    raise MismatchError(f"parameter {name!r} is on ranks {first} and {rank}, with (dtype, requires_grad) "
+                                        f"{one[1:]} on the one and {this[1:]} on the other: change it on all ranks that hold it")
         for name in self._standing_in:
             _, (shape, dtype, requires_grad) = known[name]
             self._standing_in[name] = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad)
