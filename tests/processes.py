@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import io
 import multiprocessing
@@ -90,5 +91,6 @@ def _rank(rank: int, world: int, folder: str, pipe: Connection, timeout: float, 
         pipe.send_bytes(buffer.getvalue())
         pipe.close()
         if answer[0]:
-            dist.barrier()  # a peer may still be reading from this rank
+            with contextlib.suppress(RuntimeError):  # the group may have been cut
+                dist.barrier()  # a peer may still be reading from this rank
         os._exit(0)  # an orderly end would wait for peers that may have failed

@@ -51,6 +51,13 @@ def test_everything_is_tested():
     assert [n for n in sorted(public | set(compat.__all__)) if f"compat.{n}" not in text] == []
 
 
+def test_the_store_of_the_processes_has_a_second_connection():
+    one_rank_mesh()
+    store = compat.default_store()
+    store.set("fxpar/test", "x")
+    assert compat.default_store().get("fxpar/test") == b"x" and not store.check(["fxpar/none"])
+
+
 def test_fake_mode_computes_shapes_and_is_found_again():
     with compat.FakeTensorMode() as mode:
         x = torch.empty(1 << 40, dtype=torch.bfloat16)

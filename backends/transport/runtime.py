@@ -89,22 +89,22 @@ class Control:
         """The kind of a rank, by its number among all ranks."""
         return rank // (self.world // self.kinds)
 
-    def compare(self, number: int, of_kind: int = 0) -> Callable[[], bool]:
-        """Start one small CPU all-reduce. What is returned waits for it: whether every rank has the same `number`, and every
-        rank of this kind, and of each other, the same `of_kind` (63 bits)."""
+    def compare(self, number: int, of_kind: int = 0) -> Callable[[], tuple[int, ...] | None]:
+        """Start one small CPU all-reduce. What is returned waits for it: if every rank has the same `number`, and every rank of
+        this kind, and of each other, the same `of_kind` (63 bits), those of all kinds in order (of several); else None."""
         if self.group is None:
-            return lambda: True
+            return tuple
         pairs = array("q", (number, -number))
         for kind in range(self.kinds if self.kinds > 1 else 0):
             pairs.extend((of_kind, -of_kind) if kind == self.kind else (LEAST, LEAST))
         tensor = torch.frombuffer(pairs, dtype=torch.int64)
         work = self.group.allreduce([tensor], self._largest)  # as dist.all_reduce, without half of the time it takes to start
 
-        def equal() -> bool:
+        def numbers() -> tuple[int, ...] | None:
             work.wait()
-            return all(pairs[i] == -pairs[i + 1] for i in range(0, len(pairs), 2))
+            return tuple(pairs[2::2]) if all(pairs[i] == -pairs[i + 1] for i in range(0, len(pairs), 2)) else None
 
-        return equal
+        return numbers
 
     def exchange(self, thing: object) -> list:
         """Every rank's `thing`, by rank."""

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from fxpar import compat
 from fxpar.model.reads import CONTAINERS, MISSING, Reads, Slot, content, same
 
-PARTS = 3
-"""Where in the key of a program the number of the model's parts is."""
+TRAINED, PARTS = 2, 3
+"""Where in the key of a program it says which parameters are trained, and the number of the model's parts is."""
 
 KNOWN = 32
 """States of hooks and of attributes that are told apart from new ones."""

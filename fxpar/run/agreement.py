@@ -24,21 +24,22 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
-def agree_on_call(control: Control, key: tuple, names: Callable[[int], list[str]]) -> Callable[[], None]:
+def agree_on_call(control: Control, key: tuple, names: Callable[[int], list[str]]) -> Callable[[], tuple[int, ...]]:
     """Start comparing what each rank was called with. What is returned ends it: it raises `MismatchError` on every rank
-    unless all are the same; in what concerns parameters, all of its kind.
+    unless all are the same; in what concerns parameters, all of its kind. That it returns of each kind, where there are several,
+    as a fingerprint.
 
     key: in the order of `PARTS`. ``names(i)``: of what the values of part i, a tuple, belong to.
     """
     if control.kinds == 1:
-        equal = control.compare(digest(repr(key)))
+        numbers = control.compare(digest(repr(key)))
     else:
-        equal = control.compare(digest(repr([p for i, p in enumerate(key) if i not in OF_KIND])),
-                                digest(repr([key[i] for i in OF_KIND])))
+        numbers = control.compare(digest(repr([p for i, p in enumerate(key) if i not in OF_KIND])),
+                                  digest(repr([key[i] for i in OF_KIND])))
 
-    def settle() -> None:
-        if equal():
-            return
+    def settle() -> tuple[int, ...]:
+        if (of_kinds := numbers()) is not None:
+            return of_kinds
         everyone = control.exchange([[repr(x) for x in p] if i in (1, 2) else (p, *names(i)) if i in (3, 4, 5) else repr(p)
                                      for i, p in enumerate(key)])
         one, other, part = _difference(control, everyone)

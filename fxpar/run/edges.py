@@ -184,6 +184,10 @@ class Edges:
         return [_Leave.apply(out, crossing, kind) if sink.kind in ("output", "attribute") and out.requires_grad else out
                 for out, sink, kind in zip(outs, sinks, kinds, strict=True)]
 
+    def leave_loss(self, loss: Tensor) -> Tensor:
+        """A loss that no program's graph is behind, as the user gets it."""
+        return _Leave.apply(loss, Crossing(self), "loss") if len(self.parts) > 1 and loss.requires_grad else loss
+
     def drop(self, program: Program) -> None:
         """The program will not be run again."""
         self._programs.pop(id(program), None)

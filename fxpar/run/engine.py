@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -19,10 +20,10 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.base import copied_axes
-from fxpar.errors import CaptureError, UnsupportedOperator
+from fxpar.errors import CaptureError, InputError, UnsupportedOperator
 from fxpar.model import inputs as calls
 from fxpar.model.hugging_face import say
-from fxpar.model.state import PARTS, State
+from fxpar.model.state import PARTS, TRAINED, State
 from fxpar.passes.capture.attributes import Left, put_back
 from fxpar.passes.strategies.stages import Stage, cut_like, cut_stages
 from fxpar.pipeline.schedules import Schedule, schedule
@@ -30,6 +31,7 @@ from fxpar.plan import Plan
 from fxpar.program import Program
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
+from fxpar.run.board import Board
 from fxpar.run.edges import Edges, whole
 from fxpar.run.feed import Feed
 from fxpar.run.loss import loss_of
@@ -90,6 +92,7 @@ class Engine:
         self._steps = Steps(plan, store.mesh, self._lower, store.tensor)
         self._left = Left()
         self._said: set[int] = set()  # numbers of programs
+        self._board = Board(self._groups) if plan.pp > 1 else None
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its layouts of parameters as the ones that they are stored in."""
@@ -102,25 +105,57 @@ class Engine:
         self._depends = State(self.store.model)
         self._depends.add(program.reads)
         named, count = calls.leaves(call), program.microbatches.count if program.microbatches else 1
-        self._left.add(program, self._captured(named, count)[:-1])
-        self.programs[self._captured(named, count)] = program
+        key = self._captured(named, count)
+        of_kinds = agree_on_call(self.store.control, (*key, True), lambda part: self._depends.names(part - 1))()
+        self._left.add(program, _of_all(key, of_kinds)[:-1])
+        self.programs[_of_all(self._captured(named, count), of_kinds)] = program
         self._use_copy_engines()
         self.seeds.base = self.store.control.exchange(torch.initial_seed() & 0x7FFFFFFF)[0]
 
     def run(self, call: calls.Call, last: bool) -> Any:
         """The model's output for this replica's part of a batch. last: it is the last microbatch of its step."""
-        count = self.plan.microbatches if self.plan.pp > 1 else 1
-        self._require_divides(call, count)
-        named, compiled, settle = self._found(call, count)
+        if self._board is not None:
+            with self._board.watched():
+                return self._run_stages(call)
+        named, compiled, settle = self._found(call, 1)
         seed = self.seeds.next()
-        if compiled.pipeline is not None:
-            settle()
-            parts = self._parts(compiled, named, seed)
-            return (compiled.pipeline.train if torch.is_grad_enabled() else compiled.pipeline.evaluate)(parts, seed)
         outs = self._run(compiled, named, seed, last)
         settle()
         self.store.update_buffers(compiled.program, outs)
         return self._outputs(compiled.program, outs)
+
+    def _run_stages(self, call: calls.Call) -> Any:
+        """`run` under a plan with pipeline stages: forward and backward of the step's microbatches, or the forward alone."""
+        assert self._board is not None
+        self._require_divides(call, self.plan.microbatches)
+        named, compiled, settle = self._found(call, self.plan.microbatches)
+        settle()
+        program, pipeline, seed, grad = compiled.program, compiled.pipeline, self.seeds.next(), torch.is_grad_enabled()
+        assert pipeline is not None
+        if grad and pipeline.loss is None:
+            raise InputError("a pipeline runs forward and backward in one go, so the model has to compute its loss: pass it "
+                             "labels, or wrap it in a module that returns the loss; eval_step runs the forward alone")
+        wanted = next((s.name for s in program.sources if s.kind == "input" and s.requires_grad), None)
+        if grad and wanted is not None:
+            raise InputError(f"input {wanted!r} wants a gradient, under pp={self.plan.pp}: a pipeline's backward runs within "
+                             "its forward, before that of what computed the input; detach() it, put what computes it into the "
+                             "model, or use a plan without pp")
+        with self._board.step():
+            parts = self._parts(compiled, named, seed)
+            made = (pipeline.train if grad else pipeline.evaluate)(parts, seed)
+        if grad and pipeline.loss is not None:
+            made[pipeline.loss] = self._edges.leave_loss(made[pipeline.loss])
+        flat: list[Any] = []
+        numbers = iter(range(len(program.tensor_sinks())))
+        for sink in program.sinks:
+            if sink.kind == "literal":
+                flat.append(sink.constant)
+            elif (number := next(numbers)) in made and sink.kind == "output":
+                flat.append(self._as_output(made[number], microbatches.whole_tiling(program, number)))
+            elif sink.kind == "output":
+                flat.append(None)
+        put_back(program.writes, [])
+        return pytree.tree_unflatten(flat, program.out_spec)
 
     def train(self, call: calls.Call, last: bool) -> Tensor:
         """Forward and backward over the plan's microbatches; the loss of this replica's whole batch. last: gradients are reduced
@@ -180,7 +215,7 @@ class Engine:
 
     # ---- programs ----
 
-    def _found(self, call: calls.Call, count: int) -> tuple[dict[str, Any], Compiled, Callable[[], None]]:
+    def _found(self, call: calls.Call, count: int) -> tuple[dict[str, Any], Compiled, Callable[[], Any]]:
         """The leaves of a call as its program takes them, and what `_lookup` returns for it. count: of microbatches."""
         prepared = self._numbers.prepared(call)
         named = whole(calls.leaves(prepared))
@@ -191,7 +226,7 @@ class Engine:
                 raise
         return self._found(call, count)
 
-    def _lookup(self, call: calls.Call, named: dict[str, Any], count: int) -> tuple[Compiled, Callable[[], None]]:
+    def _lookup(self, call: calls.Call, named: dict[str, Any], count: int) -> tuple[Compiled, Callable[[], Any]]:
         """What runs this call, whose leaves are `named`, and what to call after it was started.
 
         That ends the comparison of what the ranks were called with. On a GPU, where starting communication does not block, it
@@ -201,20 +236,24 @@ class Engine:
         captured = self._captured(named, count)
         key = (*captured, torch.is_grad_enabled())
         settle = agree_on_call(control, key, lambda part: self._depends.names(part - 1))
-        if key not in self.compiled or self.device.type != "cuda":
-            settle()
-            settle = _nothing
+        of_kinds: tuple[int, ...] = ()
+        if control.kinds > 1 or key not in self.compiled or self.device.type != "cuda":
+            of_kinds = settle()
+            settle = tuple
+        captured = _of_all(captured, of_kinds)
+        key = (*captured, torch.is_grad_enabled())
         if key not in self.compiled:
             if captured not in self.programs:
                 if captured[PARTS] != next(reversed(self.programs))[PARTS]:
                     self.store.relocate()
+                self.store.describe_absent()
                 with agree_on_program(control) as made:
                     with self.store.all_parameters():
                         made.append(self._numbers.checked(self._compile_call(call, self.store.layouts, count)))
                     self._left.add(made[0], captured[:-1])
                 self._make_room(captured)
                 self._depends.add(made[0].reads)
-                captured = self._captured(named, count)
+                captured = _of_all(self._captured(named, count), of_kinds)
                 key = (*captured, torch.is_grad_enabled())
                 self.programs[captured] = made[0]
             self.compiled[key] = self._compile(self.programs[captured], named)
@@ -257,10 +296,15 @@ class Engine:
             gc.collect()  # what compiling leaves behind: now, and not in the middle of a step
         return Compiled(program, feed, run)
 
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """Those over which this rank communicates."""
+        group = self.store.control.group
+        return [*self.store.bound.made_groups(), *([group] if group is not None else [])]
+
     def _schedule(self) -> Schedule:
         plan = self.plan
         return schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=plan.microbatches,
-                        unshard=plan.stores_parts)
+                        unshard=plan.dp > 1)
 
     def _use_copy_engines(self) -> None:
         """Have parameters gathered and gradients scattered by copies between GPUs, where that can and may be."""
@@ -301,6 +345,11 @@ class Engine:
         device_mesh: DeviceMesh = self.store.bound.device_mesh
         return DTensor.from_local(out, device_mesh[tuple(within)] if len(within) < len(mesh.names) else device_mesh, places,
                                   run_check=False)
+
+
+def _of_all(captured: tuple, of_kinds: tuple[int, ...]) -> tuple:
+    """What a captured program depends on, with what is trained on ranks of all kinds, where there are several."""
+    return (*captured[:TRAINED], (captured[TRAINED], of_kinds), *captured[TRAINED + 1 :]) if of_kinds else captured
 
 
 def _nothing() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ SMALL = 2**20
 """Elements up to which a parameter's value from the constructor is kept while it is on meta."""
 
 
-def init_weights(model: nn.Module, seed: int, tilings: dict[str, Tiling], mesh: BoundMesh, device: torch.device) -> None:
+def init_weights(model: nn.Module, seed: int, tilings: dict[str, Tiling], mesh: BoundMesh, device: torch.device,
+                 elsewhere: Collection[str] = ()) -> None:
     """Fill `model`'s parameters (DTensors) and its meta buffers as ``torch.manual_seed(seed)`` and the model's own
     initialisation on a CPU would.
 
     Its own initialisation is: construction from its `config` for Hugging Face models; its `init_weights()` if it has
     one; else `reset_parameters()` of every submodule, in order. The caller's generator is left as it was.
+    elsewhere: parameters for which meta tensors stand, as other ranks hold them.
     Raises: ValueError for a parameter or buffer that it does not fill.
     """
     with torch.random.fork_rng(devices=[]):
@@ -40,6 +42,8 @@ def init_weights(model: nn.Module, seed: int, tilings: dict[str, Tiling], mesh: 
         tape = _Tape()
         fresh = _initialize(model, tape)
         for name, made in fresh.named_parameters():
+            if name in elsewhere:
+                continue
             slot = _slot(model, name)
             value = tape.play(made)
             if value is None or (value.is_floating_point() and value.isnan().any()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,19 @@ class ParallelModule(nn.Module):
     global objective, what `torch.autograd.grad` returns for it the derivative of the number that you gave (fxpar/run/edges.py).
 
     Parameters are DTensors on `mesh`, under the original names. `plan` and `mesh` (a `DeviceMesh`) are attributes.
+
+    Under a plan with ``pp`` a rank has the parameters of its own pipeline stages (a tied one is on each stage that uses it), and
+    all buffers, which are the same everywhere after each call. In the place of other parameters its modules have None:
+    `parameters`, `named_parameters`, `state_dict` and an optimizer, made before or after, leave them out. `load_state_dict`
+    passes over the names of other stages' parameters. `get_model_state_dict` of PyTorch, with ``full_state_dict=True``, gives
+    each rank the full tensors of its own stages, so that rank 0 has not the whole model: `fxpar.save_checkpoint` and
+    `fxpar.export_safetensors` write that. `mesh` is that of the ranks that hold the same stages.
+
+    There `forward` runs the whole step, backward included, in the plan's microbatches, and returns the loss on every rank; other
+    outputs are None, and without gradients (`eval_step`) they are on the ranks whose stage makes them. ``backward`` of the loss,
+    or of what is computed from it, scales the gradients that are there already and hands them out: hooks of parameters run once
+    a step, with the step's gradient. An error on one rank ends the step, on all ranks, with `FxparError`: those have to be
+    started again.
     """
 
     def __init__(self, store: ParameterStore, engine: Engine):
@@ -162,7 +175,13 @@ class ParallelModule(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill parameters (and buffers) that are on the meta device as the model's own initialisation would, from `seed`."""
         store = self.parameter_store
-        init_weights(self._model, seed, store.layouts, store.bound, self.device)
+        with store.all_parameters():
+            init_weights(self._model, seed, store.layouts, store.bound, self.device, store.elsewhere)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; what it has of parameters that other ranks' pipeline stages hold is left alone here."""
+        elsewhere = self.parameter_store.elsewhere
+        return super().load_state_dict({n: t for n, t in state_dict.items() if n not in elsewhere}, strict, assign)
 
     def report(self) -> Report:
         """What the newest program does: layouts, collectives, memory, and the stages of a pipeline."""

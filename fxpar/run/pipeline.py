@@ -8,15 +8,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.autograd.function import once_differentiable
 
 from fxpar import compat
-from fxpar.errors import InputError
+from fxpar.errors import CaptureError
 from fxpar.passes.strategies.stages import Stage
 from fxpar.pipeline.execute import Execution
 from fxpar.pipeline.schedules import Kind, Schedule
 from fxpar.program import Program
 from fxpar.run.loss import loss_among
+from fxpar.run.microbatches import whole
 from fxpar.run.post import GroupPost
 from fxpar.run.stage import InSteps, StageOfRank
 from fxpar.run.store import ParameterStore
@@ -29,91 +30,116 @@ class Pipeline:
     """Runs whole steps of a program on this rank of a pipeline.
 
     stages: of the whole program, in order. schedule: of as many stages, over as many ranks as there are kinds of ranks.
+    Raises: `CaptureError` for a program that stores tensors in attributes, or reads a buffer on another stage than the one where
+    microbatches update it.
     """
 
     def __init__(self, program: Program, stages: Sequence[Stage], schedule: Schedule, store: ParameterStore, in_steps: InSteps):
         assert store.bound.across is not None
+        _require_apart(program, stages)
         self.program, self.schedule, self.store = program, schedule, store
         self.across, self.rank = store.bound.across, store.bound.kind
         self.stages = {s: stages[s] for s in schedule.held(self.rank)}
         self.runners = {s: StageOfRank(stage, store, in_steps) for s, stage in self.stages.items()}
         self.loss = loss_among(program)
-        self.maker = next((stage.index for stage in stages if self.loss in stage.outputs), None)
+        self.makers = {output: stage.index for stage in stages for output in stage.outputs}
+        self._graded: dict[str, bool] = {}
 
-    def train(self, microbatches: list[dict[str, Any]], seed: int) -> Any:
-        """The loss of a step, with all other outputs None. Its backward hands out the gradients, which are made here.
-
-        microbatches: what each takes, by the names of the program's sources.
-        Raises: `InputError` for a program without a loss.
-        """
-        if self.maker is None:
-            raise InputError("a pipeline runs forward and backward in one go, so the model has to compute its loss: pass it "
-                             "labels, or wrap it in a module that returns the loss; eval_step runs the forward alone")
+    def train(self, microbatches: list[dict[str, Any]], seed: int) -> dict[int, Tensor]:
+        """The loss of a step, by its number. Its backward hands out the gradients, which are made here."""
         assert self.loss is not None
         self._run(microbatches, seed, tuple(Kind))
         grads: dict[str, Tensor] = {}
         for runner in self.runners.values():
             for name, grad in runner.grads.items():
                 grads[name] = grads[name] + grad if name in grads else grad
+        self._sum_shared(grads)
+        self._send_buffers()
         names = [n for n in self._parameters() if self.store.tensor(n).requires_grad]
-        self._sum_shared(names, grads)
-        loss = _HandOut.apply(self._loss(), torch.zeros((), requires_grad=True), [grads.get(n) for n in names],
-                              *(self.store.tensor(n) for n in names))
-        return self._outputs({self.loss: loss})
+        parameters = [self.store.tensor(n) for n in names]
+        compat.attach_hooks(parameters)
+        loss = _HandOut.apply(self._loss(), torch.zeros((), requires_grad=True), [grads.get(n) for n in names], *parameters)
+        return {self.loss: loss}
 
     @torch.no_grad()
-    def evaluate(self, microbatches: list[dict[str, Any]], seed: int) -> Any:
-        """The outputs of a forward: the loss on every rank, the others on the ranks whose stages make them, None elsewhere."""
+    def evaluate(self, microbatches: list[dict[str, Any]], seed: int) -> dict[int, Tensor]:
+        """The outputs of a forward, by their numbers: the loss on every rank, the others on the ranks whose stages make them."""
         self._run(microbatches, seed, FORWARD)
-        made = {k: torch.cat(parts) if parts[0].dim() else torch.stack(parts).sum(0) for stage, runner in self.runners.items()
-                for k, parts in zip(self.stages[stage].outputs, zip(*runner.outputs, strict=True), strict=True)}
-        if self.loss is not None:
-            made[self.loss] = self._loss()
-        return self._outputs(made)
+        made = {k: self._joined(k) for stage in self.stages.values() for k in stage.outputs}
+        self._send_buffers()
+        loss = self._loss()
+        return made if self.loss is None else made | {self.loss: loss}
 
     def _run(self, microbatches: list[dict[str, Any]], seed: int, kinds: tuple[Kind, ...]) -> None:
+        step = self.program.microbatches
         for stage, runner in self.runners.items():
             outputs = self.stages[stage].outputs
-            runner.begin(microbatches, seed, {outputs.index(self.loss): 1.0} if self.loss in outputs else {})
+            weight = 1.0 if step is None or self.loss is None else step.weight(self.loss)
+            runner.begin(microbatches, seed, {outputs.index(self.loss): weight} if self.loss in outputs else {})
         post = GroupPost(self.across, self.stages, self.store.device)
         with torch.no_grad():
             for _ in Execution(self.schedule, self.rank, self.runners, post, kinds).run():
                 raise AssertionError("a rank of its own waits until messages arrive")
             post.finish()
 
+    def _joined(self, output: int) -> Tensor:
+        """This rank's part of one of its outputs of the step."""
+        stage = self.makers[output]
+        at = self.stages[stage].outputs.index(output)
+        parts = [outputs[at] for outputs in self.runners[stage].outputs]
+        step = self.program.microbatches
+        return parts[0] if step is None else whole(step, output, parts)
+
     def _loss(self) -> Tensor:
-        assert self.maker is not None and self.loss is not None
-        if self.maker in self.runners:
-            at = self.stages[self.maker].outputs.index(self.loss)
-            loss = torch.stack([outputs[at] for outputs in self.runners[self.maker].outputs]).sum(0)
+        """The loss, on every rank, and 0 where there is none. It is there once all have done their part of the step."""
+        if self.loss is not None and self.makers[self.loss] in self.stages:
+            loss = self._joined(self.loss).detach().clone()
         else:
-            node = self.program.outputs()[self.loss]
-            loss = torch.empty((), dtype=node.meta["global"].dtype, device=self.store.device)
-        dist.broadcast(loss, group=self.across, group_src=self.schedule.owner[self.maker])
+            dtype = torch.float32 if self.loss is None else self.program.outputs()[self.loss].meta["global"].dtype
+            loss = torch.zeros((), dtype=dtype, device=self.store.device)
+        dist.all_reduce(loss, group=self.across)
         return loss
 
     def _parameters(self) -> list[str]:
         return list(dict.fromkeys(s.name for stage in self.stages.values() for s in stage.program.sources if s.kind == "param"))
 
-    def _sum_shared(self, names: list[str], grads: dict[str, Tensor]) -> None:
-        """Sum the gradients of parameters that ranks of several kinds hold, over those."""
-        for name, group in self.store.shared.items():
-            if name in names:
-                total = grads[name].contiguous() if name in grads else torch.zeros_like(compat.local_part(self.store.tensor(name)))
+    def _sum_shared(self, grads: dict[str, Tensor]) -> None:
+        """Sum the gradients of parameters that ranks of several kinds hold, over those, whichever use them here."""
+        held = {name: group for name, group in self.store.shared.items() if name not in self.store.elsewhere}
+        for name, group in held.items():
+            if name not in self._graded:
+                flag = torch.tensor(int(name in grads), device=self.store.device)
+                dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+                self._graded[name] = bool(flag)
+            if self._graded[name]:
+                none = torch.zeros_like(compat.local_part(self.store.tensor(name)))
+                total = grads[name].contiguous() if name in grads else none
                 dist.all_reduce(total, group=group)
                 grads[name] = total
 
-    def _outputs(self, made: dict[int, Tensor]) -> Any:
-        flat: list[Any] = []
-        numbers = iter(range(len(self.program.tensor_sinks())))
-        for sink in self.program.sinks:
-            if sink.kind == "literal":
-                flat.append(sink.constant)
-                continue
-            number = next(numbers)
-            if sink.kind == "output":
-                flat.append(made.get(number))
-        return pytree.tree_unflatten(flat, self.program.out_spec)
+    def _send_buffers(self) -> None:
+        """Give all ranks the buffers that a stage has updated: other stages may read them, now or in another mode."""
+        for number, sink in enumerate(self.program.tensor_sinks()):
+            if sink.kind == "buffer":
+                value = self.store.tensor(sink.name).detach()
+                flat = value.contiguous().view(-1).view(torch.uint8)
+                dist.broadcast(flat, group=self.across, group_src=self.schedule.owner[self.makers[number]])
+                value.copy_(flat.view(value.dtype).view(value.shape))
+
+
+def _require_apart(program: Program, stages: Sequence[Stage]) -> None:
+    stored = [s.name for s in program.sinks if s.kind == "attribute"]
+    if stored:
+        raise CaptureError(f"a forward that stores a tensor in {stored[0]}, under pp={program.plan.pp}: one rank alone would "
+                           "have it, without a gradient", None, "return it, add it to the loss, or keep it in a buffer")
+    in_order = program.microbatches.in_order if program.microbatches is not None else frozenset()
+    for writer in stages:
+        for name in {s.name for s in writer.program.sinks if s.kind == "buffer"} & in_order:
+            reader = next((s for s in stages if s is not writer and any(
+                x.kind == "buffer" and x.name == name and n.users for n, x in s.program.source_of().items())), None)
+            if reader is not None:
+                raise CaptureError(f"buffer {name}, which stage {writer.index} updates with every microbatch, and stage "
+                                   f"{reader.index} reads", None, "name stage_boundaries so that one stage does both")
 
 
 class _HandOut(torch.autograd.Function):
@@ -125,6 +151,7 @@ class _HandOut(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *scales: Tensor):
         (scale,) = scales
         pairs = zip(ctx.grads, ctx.parameters, strict=True)

@@ -39,7 +39,8 @@ class ParameterStore:
         self.places: dict[str, Place] = {}
         self.owners: dict[str, int] = {}
         self.elsewhere: set[str] = set()
-        self._absent: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self._absent: list[tuple[dict[str, Any], str, str]] = []
+        self._standing_in: dict[str, nn.Parameter] = {}
         self.shared: dict[str, dist.ProcessGroup] = {}
 
     def adopt(self, programs: Sequence[Sequence[Program]]) -> None:
@@ -62,7 +63,6 @@ class ParameterStore:
         self.shared = {name: self.bound.among(tuple(kinds)) for name, kinds in holders.items() if len(kinds) > 1}
         tied = programs[0][0].tied
         made: dict[int, tuple[nn.Parameter, nn.Parameter | None]] = {}
-        standing_in: dict[int, nn.Parameter] = {}
         for path, module in self.model.named_modules():
             for key, p in module._parameters.items():
                 if p is None:
@@ -75,10 +75,10 @@ class ParameterStore:
                 elif id(p) not in made:
                     self._help_others(p)
                     made[id(p)] = p, None
-                    standing_in[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+                    self._standing_in[first] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
                 if not mine:
                     self.elsewhere.add(name)
-                    self._absent.append((module._parameters, key, standing_in[id(p)]))
+                    self._absent.append((module._parameters, key, first))
                 module._parameters[key] = made[id(p)][1]
             for key, b in module._buffers.items():
                 if b is not None and not b.is_meta:
@@ -95,13 +95,32 @@ class ParameterStore:
     @contextlib.contextmanager
     def all_parameters(self) -> Iterator[None]:
         """Inside, meta tensors stand for the parameters that ranks of other kinds hold: the model can be traced."""
-        for table, key, parameter in self._absent:
-            table[key] = parameter
+        for table, key, name in self._absent:
+            table[key] = self._standing_in[name]
         try:
             yield
         finally:
             for table, key, _ in self._absent:
                 table[key] = None
+
+    def describe_absent(self) -> None:
+        """Have what stands for parameters that ranks of other kinds hold be of their dtype, and want gradients if they do.
+
+        Raises: `MismatchError` if ranks of several kinds hold a parameter, and differ in that.
+        """
+        if self.bound.kinds == 1:
+            return
+        known: dict[str, tuple[int, Any]] = {}
+        mine = {n: (p.shape, p.dtype, p.requires_grad) for n, p in self.model.named_parameters()}
+        for rank, held in enumerate(self.control.exchange(mine)):
+            for name, this in held.items():
+                first, one = known.setdefault(name, (rank, this))
+                if one != this:
+                    raise MismatchError(f"parameter {name!r} is on ranks {first} and {rank}, with (dtype, requires_grad) "
+                                        f"{one[1:]} on the one and {this[1:]} on the other: change it on all ranks that hold it")
+        for name in self._standing_in:
+            _, (shape, dtype, requires_grad) = known[name]
+            self._standing_in[name] = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad)
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of that name, as the model has it now."""

@@ -179,5 +179,10 @@ class BoundMesh:
             self._among[kinds] = made[self.rank]
         return self._among[kinds]
 
+    def made_groups(self) -> list[torch.distributed.ProcessGroup]:
+        """The process groups of this rank that were made so far."""
+        made = (self.across, *self._groups.values(), *self._among.values())
+        return [g for g in made if isinstance(g, torch.distributed.ProcessGroup)]  # it is no member of others
+
     def index(self, axes: Axes) -> int:
         return self.mesh.index(self.rank, axes)

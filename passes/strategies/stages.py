@@ -214,16 +214,20 @@ def cut_like(program: Program, stages: Sequence[Stage]) -> list[Stage]:
     """Cut another program of the same model (other shapes, another mode) so that each stage uses parameters that the one of
     `stages` uses, which hold them already.
 
-    A stage begins where a parameter is used first that no earlier stage uses.
+    A stage begins where a parameter is used first that no earlier stage uses; one that has none (a head that shares the table)
+    where one of its own is used after the last use of those that only earlier stages have.
     Raises: `PlanError` where that is no order, or a stage would use what it does not hold.
     """
     depth = _Depth(program)
     held = [_parameters(s.program) for s in stages]
-    first = _first_uses(depth)
+    uses = _uses(depth)
     at: list[int] = []
     for i in range(1, len(stages)):
         new = held[i] - set().union(*held[:i])
-        at.append(min((first[name] for name in new if name in first), default=-1))
+        others = set().union(*held[:i]) - held[i]
+        behind = -1 if new else max((uses[name][-1] for name in others if name in uses), default=-1)
+        mine = [place for name in new or held[i] for place in uses.get(name, ()) if place > behind]
+        at.append(min(mine, default=-1))
     bounds = [0, *at, len(depth.order)]
     made = [_stage(depth, i, bounds) for i in range(len(stages))] if all(a < b for a, b in pairwise(bounds)) else []
     if not made or not all(_parameters(s.program) <= have for s, have in zip(made, held, strict=True)):
@@ -236,10 +240,10 @@ def _parameters(program: Program) -> set[str]:
     return {s.name for n, s in program.source_of().items() if s.kind == "param" and n.users}
 
 
-def _first_uses(depth: _Depth) -> dict[str, int]:
-    """Name of a parameter -> the position of the first activation that uses it."""
+def _uses(depth: _Depth) -> dict[str, list[int]]:
+    """Name of a parameter -> the positions of the activations that use it."""
     behind: dict[fx.Node, frozenset[str]] = {}
-    first: dict[str, int] = {}
+    found: dict[str, list[int]] = {}
     for node in depth.number:
         if node.op == "output":
             continue
@@ -248,10 +252,10 @@ def _first_uses(depth: _Depth) -> dict[str, int]:
             *(behind.get(n, ()) for n in node.all_input_nodes))
         if depth.kind[node] == ACTIVATION:
             for name in names:
-                first.setdefault(name, depth.position[node])
+                found.setdefault(name, []).append(depth.position[node])
         elif names:
             behind[node] = names
-    return first
+    return found
 
 
 # ---- where to cut ----
