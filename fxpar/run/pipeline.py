@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
-from fxpar.errors import InputError
+from fxpar.errors import InputError, PlanError
 from fxpar.passes.strategies.stages import Stage
 from fxpar.pipeline.execute import Execution
 from fxpar.pipeline.schedules import Kind, Schedule
@@ -29,10 +29,15 @@ class Pipeline:
     """Runs whole steps of a program on this rank of a pipeline.
 
     stages: of the whole program, in order. schedule: of as many stages, over as many ranks as there are kinds of ranks.
+    Raises: `PlanError` for a forward that stores tensors in attributes.
     """
 
     def __init__(self, program: Program, stages: Sequence[Stage], schedule: Schedule, store: ParameterStore, in_steps: InSteps):
         assert store.bound.across is not None
+        stored = [s.name for s in program.sinks if s.kind == "attribute"]
+        if stored:
+            raise PlanError("pp", program.plan.pp, f"does not go with a forward that stores tensors in attributes ({stored[0]!r}): the "
+                            "ranks of one stage alone would have them", "a forward that returns them, or pp=1")
         self.program, self.schedule, self.store = program, schedule, store
         self.across, self.rank = store.bound.across, store.bound.kind
         self.stages = {s: stages[s] for s in schedule.held(self.rank)}
@@ -80,6 +85,8 @@ class Pipeline:
             for _ in Execution(self.schedule, self.rank, self.runners, post, kinds).run():
                 raise AssertionError("a rank of its own waits until messages arrive")
             post.finish()
+        for runner in self.runners.values():
+            runner.end()
 
     def _loss(self) -> Tensor:
         assert self.maker is not None and self.loss is not None

@@ -32,6 +32,7 @@ class StageOfRank:
         self.stage, self.program, self.store, self.in_steps = stage, stage.program, store, in_steps
         plan, mesh = self.program.plan, self.program.mesh
         keeps = mesh.size(*mesh.axes("dp")) > 1 and not plan.gathers_each_use
+        self.in_order = self.program.microbatches.in_order if self.program.microbatches is not None else frozenset()
         self.phases = split_phases(self.program) if keeps else None
         self.compute = Compute(self.program.module, [])
         if self.phases is not None and self.phases.boundaries:
@@ -52,6 +53,7 @@ class StageOfRank:
         self._unreduced: dict[Boundary, Tensor] = {}
         self._saved: dict[int, Saved] = {}
         self._left: dict[int, Left] = {}
+        self._last: list[Tensor] = []
 
     def unshard(self) -> None:
         if self.compute.extra and self.phases is not None:
@@ -63,12 +65,21 @@ class StageOfRank:
         named = {**self.named[microbatch], **dict(zip([m.name for m in self.stage.receives], received or [], strict=True))}
         feed = [x.detach().requires_grad_(s.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
                 for x, s in zip(self.feed(named, seed=self.seed), self.program.sources, strict=True)]
+        feed = [x.clone() if s.kind == "buffer" and s.name in self.in_order else x  # a backward may read it, written to meanwhile
+                for x, s in zip(feed, self.program.sources, strict=True)]
         feed += [self._unsharded[b].detach().requires_grad_(kind == "detached") for kind, b in self.compute.extra]
         outs, self._saved[microbatch] = self._run("compute", self.compute.module, feed).forward(*feed)
         count = len(self.stage.sends)
         self.outputs[microbatch] = outs[count:]
-        self.store.update_buffers(self.program, outs)
+        if self.in_order:
+            self.store.update_buffers(self.program, outs, last=False)
+        self._last = outs
         return outs[:count]
+
+    def end(self) -> None:
+        """All microbatches are through: buffers get their new values. Before, what several stages of a rank read stays as it was."""
+        self.store.update_buffers(self.program, self._last)
+        self._last = []
 
     def backward(self, microbatch: int, grads: list[Tensor] | None) -> list[Tensor]:
         made = self.input_gradients(microbatch, grads)

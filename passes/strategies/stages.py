@@ -31,13 +31,14 @@ from fxpar.cost.operators import Costs, Value, measure
 from fxpar.errors import PlanError
 from fxpar.ops.collectives import GATHER, SAME, typed
 from fxpar.ops.vocabulary import RESHAPES, is_view
-from fxpar.program import Program, Sink, Source, block_path, copy_provenance, module_path
+from fxpar.program import Program, Sink, Source, block_path, copy_provenance, module_path, user_line
 from fxpar.sharding.layout import Piece, held_shape
 
 aten = torch.ops.aten
 FREE, WEIGHT, ECHO, ACTIVATION = "free", "weight", "echo", "activation"
 COPIES = (*RESHAPES, aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default)
 """Operators that hold their operand's elements, in another shape, dtype or order."""
+IN_EVERY_CALL = "the names of modules that begin stages in every call"
 SLACK = 0.02
 """How much larger than it has to be the largest stage may become where fewer bytes are sent for it."""
 
@@ -65,7 +66,8 @@ class Stage:
         first outputs, with sinks of kind "sent", what it `sends` to the next. A value that it only relays is both, or received,
         used and sent on: the gradients of both uses are summed by autograd.
     outputs: which of the whole program's outputs it makes (positions in `Program.tensor_sinks`), in order, behind what it sends.
-        Leaves of the model's output that are no tensors belong to no stage.
+        Leaves of the model's output that are no tensors belong to no stage. The new value of a buffer that depends on no
+        activation (a counter's) is made by every stage that reads the buffer, as each has its own copy, and by the last.
     flops: of a step, forward and backward, and forward again where the plan recomputes it.
     parameter_bytes: of the parameters that it uses, as they are stored on one rank; a tied one counts on each of its stages.
     """
@@ -93,8 +95,10 @@ def cut_stages(program: Program, count: int, boundaries: Sequence[str | fx.Node]
 
     Afterwards: the stages' programs, run one after the other on what each sends to the next, compute what the whole program
     computes; their backwards, in the opposite order, its gradients, where those of a parameter on several stages are summed.
-    What depends on no activation is returned by the last stage.
-    Raises: `PlanError` where there are not enough places to cut, or a boundary is none.
+    What depends on no activation is returned by the last stage. A stage that reads a buffer which the program updates makes
+    its new value, too.
+    Raises: `PlanError` where there are not enough places to cut, a boundary is none, or a stage reads a buffer that another
+    updates.
     """
     depth = _Depth(program)
     wanted = (program.plan.stage_boundaries if boundaries is None else boundaries) if count > 1 else ()
@@ -210,7 +214,8 @@ def cut_like(program: Program, stages: Sequence[Stage]) -> list[Stage]:
     `stages` uses, which hold them already.
 
     A stage begins where a parameter is used first that no earlier stage uses.
-    Raises: `PlanError` where that is no order, or a stage would use what it does not hold.
+    Raises: `PlanError` where that is no order, or a stage would use a parameter that it does not hold, or read a buffer that
+    another one updates.
     """
     depth = _Depth(program)
     held = [_parameters(s.program) for s in stages]
@@ -223,12 +228,26 @@ def cut_like(program: Program, stages: Sequence[Stage]) -> list[Stage]:
     made = [_stage(depth, i, bounds) for i in range(len(stages))] if all(a < b for a, b in pairwise(bounds)) else []
     if not made or not all(_parameters(s.program) <= have for s, have in zip(made, held, strict=True)):
         _refuse((), "must say where stages begin: called like this the model uses its parameters in another order than it did "
-                "first, and they are on the ranks of their stages already", "the names of modules that begin stages in every call")
+                "first, and they are on the ranks of their stages already", IN_EVERY_CALL)
+    for each, others in ((stages, made), (made, stages)):
+        updated = set().union(*(_updated(s.program) for s in each))
+        for one, other in zip(each, others, strict=True):
+            for name in sorted((_read_buffers(other.program) & updated) - _updated(one.program)):
+                _refuse((), f"must say where stages begin: called like this the model has buffer {name!r} on another stage than "
+                        "it did first, and what the one makes of it the other does not have", IN_EVERY_CALL)
     return made
 
 
 def _parameters(program: Program) -> set[str]:
     return {s.name for n, s in program.source_of().items() if s.kind == "param" and n.users}
+
+
+def _read_buffers(program: Program) -> set[str]:
+    return {s.name for n, s in program.source_of().items() if s.kind == "buffer" and n.users}
+
+
+def _updated(program: Program) -> set[str]:
+    return {s.name for s in program.sinks if s.kind == "buffer"}
 
 
 def _first_uses(depth: _Depth) -> dict[str, int]:
@@ -375,6 +394,7 @@ def _stage(depth: _Depth, index: int, bounds: list[int]) -> Stage:
     outputs = program.outputs()
     mine = [i for i, n in enumerate(outputs)
             if (begin <= depth.position[depth.root[n]] < end if n in depth.root else final)]
+    mine = _with_buffers(depth, index, mine, sent, set(received))
     results = [*sent, *(outputs[i] for i in mine)]
     graph, copies = fx.Graph(), {}
     sources: list[Source] = []
@@ -393,6 +413,30 @@ def _stage(depth: _Depth, index: int, bounds: list[int]) -> Stage:
     parameters = sum(depth.value(n).bytes for n in copies if n.op == "placeholder" and depth.sources[n].kind == "param")
     return Stage(index, made, _messages(depth, received), _messages(depth, sent), tuple(mine),
                  sum(depth.flops(n) for n in copies if n not in received), parameters)
+
+
+def _with_buffers(depth: _Depth, index: int, mine: list[int], sent: list[fx.Node], received: set[fx.Node]) -> list[int]:
+    """The outputs `mine` of a stage, and the new values of the buffers that it reads."""
+    outputs = depth.program.outputs()
+    updates = {s.name: i for i, s in enumerate(depth.program.tensor_sinks()) if s.kind == "buffer"}
+    while True:
+        needed = _needed(depth, [*sent, *(outputs[i] for i in mine)], received)
+        read = {depth.sources[n].name: n for n in needed if n.op == "placeholder" and depth.sources[n].kind == "buffer"}
+        more = {updates[name]: n for name, n in read.items() if name in updates and updates[name] not in mine}
+        for i, n in more.items():
+            if outputs[i] in depth.root:
+                _refuse_buffer(depth, depth.sources[n].name, outputs[i], index, [u for u in n.users if u in needed])
+        if not more:
+            return sorted(mine)
+        mine = [*mine, *more]
+
+
+def _refuse_buffer(depth: _Depth, name: str, new: fx.Node, stage: int, readers: list[fx.Node]) -> NoReturn:
+    lines = [f" ({line})" if (line := user_line(n)) else "" for n in (readers[0], new)]
+    raise PlanError("stage_boundaries", depth.program.plan.stage_boundaries,
+                    f"must leave buffer {name!r} to one stage: stage {stage} reads it{lines[0]}, and another stage updates "
+                    f"it{lines[1]}, whose ranks alone would have its new value",
+                    "names of modules that begin stages so that both are in one stage, or fewer stages")
 
 
 def _needed(depth: _Depth, results: list[fx.Node], received: set[fx.Node]) -> list[fx.Node]:
