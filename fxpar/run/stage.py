@@ -65,7 +65,7 @@ class StageOfRank:
         named = {**self.named[microbatch], **dict(zip([m.name for m in self.stage.receives], received or [], strict=True))}
         feed = [x.detach().requires_grad_(s.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
                 for x, s in zip(self.feed(named, seed=self.seed), self.program.sources, strict=True)]
-        feed = [x.clone() if s.kind == "buffer" and s.name in self.in_order else x  # a backward may read it, written to meanwhile
+        feed = [x.clone() if s.kind == "buffer" and s.name in self.in_order else x  # a backward may read it later
                 for x, s in zip(feed, self.program.sources, strict=True)]
         feed += [self._unsharded[b].detach().requires_grad_(kind == "detached") for kind, b in self.compute.extra]
         outs, self._saved[microbatch] = self._run("compute", self.compute.module, feed).forward(*feed)
@@ -77,7 +77,7 @@ class StageOfRank:
         return outs[:count]
 
     def end(self) -> None:
-        """All microbatches are through: buffers get their new values. Before, what several stages of a rank read stays as it was."""
+        """All microbatches are through: buffers get their new values, which other stages of this rank did not see before."""
         self.store.update_buffers(self.program, self._last)
         self._last = []
 

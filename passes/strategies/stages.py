@@ -111,7 +111,8 @@ class _Depth:
     """A program seen as a line of activations, which may be cut between any two.
 
     order: the activations, in the order of the program. position: where each stands in it; the results of an operator that
-    has several all stand where it does. last: the position of the last operator that uses one, itself or an echo of it.
+    has several all stand where it does, and what only a buffer's new value is made of where the last of its operands does, since
+    that stage reads the buffer. last: the position of the last operator that uses one, itself or an echo of it.
     root: of an activation or echo, the activation. crossing: how many bytes cross a cut in front of each position. done: the cost
     of what comes before it.
     """
@@ -124,6 +125,7 @@ class _Depth:
         self.kind: dict[fx.Node, str] = {}
         self.root: dict[fx.Node, fx.Node] = {}
         self._of_batch: dict[fx.Node, bool] = {}
+        self._for_buffers = _for_buffers(program)
         self.order: list[fx.Node] = []
         self.position: dict[fx.Node, int] = {}
         self.last: dict[fx.Node, int] = {}
@@ -139,8 +141,9 @@ class _Depth:
         if self.kind[node] != ACTIVATION:
             return
         self.root[node] = node
-        if self._is_part(node):
-            self.position[node] = self.position[node.all_input_nodes[0]]
+        before = [self.position[self.root[n]] for n in node.all_input_nodes if n in self.root]
+        if before and (self._is_part(node) or node in self._for_buffers):
+            self.position[node] = max(before)
         else:
             self.position[node] = len(self.order)
             self.order.append(node)
@@ -413,6 +416,16 @@ def _stage(depth: _Depth, index: int, bounds: list[int]) -> Stage:
     parameters = sum(depth.value(n).bytes for n in copies if n.op == "placeholder" and depth.sources[n].kind == "param")
     return Stage(index, made, _messages(depth, received), _messages(depth, sent), tuple(mine),
                  sum(depth.flops(n) for n in copies if n not in received), parameters)
+
+
+def _for_buffers(program: Program) -> set[fx.Node]:
+    """What is made for new values of buffers, and for nothing else."""
+    found: set[fx.Node] = set()
+    others = {n for s, n in zip(program.tensor_sinks(), program.outputs(), strict=True) if s.kind != "buffer"}
+    for node in reversed(program.graph.nodes):
+        if node.op == "call_function" and node not in others and all(u.op == "output" or u in found for u in node.users):
+            found.add(node)
+    return found
 
 
 def _with_buffers(depth: _Depth, index: int, mine: list[int], sent: list[fx.Node], received: set[fx.Node]) -> list[int]:
