@@ -36,7 +36,7 @@ class Pipeline:
         assert store.bound.across is not None
         stored = [s.name for s in program.sinks if s.kind == "attribute"]
         if stored:
-            raise PlanError("pp", program.plan.pp, f"does not go with a forward that stores tensors in attributes ({stored[0]!r}): "
+            raise PlanError("pp", program.plan.pp, f"does not go with storing tensors in attributes ({stored[0]!r}): "
                             "the ranks of one stage alone would have them", "a forward that returns them, or pp=1")
         self.program, self.schedule, self.store = program, schedule, store
         self.across, self.rank = store.bound.across, store.bound.kind

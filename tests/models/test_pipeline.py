@@ -97,7 +97,7 @@ def test_every_family(name, layout, schedule, pp, recompute, dtype, microbatches
 
 # ---- what models do ----
 
-X, Y = torch.linspace(-1, 1, 48).view(8, 6).sin(), torch.arange(8) % 4
+X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
 
 
 class Deep(nn.Module):
