@@ -111,6 +111,11 @@ def _assert_equivalent(captured: Captured, plan: Plan, lowered: bool, backend: s
             if (problem := compare(result)) is not None and too_far(apart):
                 apart += [_apart(*draw(number)) for number in range(1, DRAWS)]
                 problem = too_far(apart)
+        if problem is not None and plan.pp > 1:
+            whole = replace(plan, pp=1, virtual_stages=1, stage_boundaries=(), schedule="1f1b")
+            _assert_equivalent(captured, whole, True, backend, transport, loss_tolerance, gradient_tolerance, seed)
+            raise EquivalenceError(f"{problem}; with pp=1 it agrees: the cut into stages or their schedule makes the "
+                                   f"difference; plan {plan}")
         if problem is not None and simulation.lowered:
             raise EquivalenceError(_explain_lowered(problem, simulation, seed, compare))
         if problem is not None and plan.microbatches > 1:

@@ -104,7 +104,8 @@ def _pass_in(program: Program, values: Values, step: Microbatches) -> dict[fx.No
     for node, places in zip(wanted, made.places, strict=True):
         shape, dtype = node.meta["held"]
         moved[node] = _placeholder(program, f"batch_{node.name}", torch.empty(shape, dtype=dtype, device="meta"))
-        moved[node].meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "dtype")})
+        described = DESCRIPTION if "tiling" in node.meta else ("dtype",)
+        moved[node].meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", *described)})
         step.passed[moved[node].name] = places
         node.replace_all_uses_with(moved[node])
     return moved

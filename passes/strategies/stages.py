@@ -32,13 +32,14 @@ from fxpar.cost.stages import recomputed
 from fxpar.errors import PlanError
 from fxpar.ops.collectives import GATHER, SAME, typed
 from fxpar.ops.vocabulary import RESHAPES, is_view
-from fxpar.program import Program, Sink, Source, copy_provenance, module_path
+from fxpar.program import Program, Sink, Source, copy_provenance, module_path, user_line
 from fxpar.sharding.layout import Piece, held_shape
 
 aten = torch.ops.aten
 FREE, WEIGHT, ECHO, ACTIVATION = "free", "weight", "echo", "activation"
 COPIES = (*RESHAPES, aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default)
 """Operators that hold their operand's elements, in another shape, dtype or order."""
+IN_EVERY_CALL = "the names of modules that begin stages in every call"
 SLACK = 0.02
 """How much larger than it has to be the largest stage may become where fewer bytes are sent for it."""
 
@@ -66,7 +67,8 @@ class Stage:
         first outputs, with sinks of kind "sent", what it `sends` to the next. A value that it only relays is both, or received,
         used and sent on: the gradients of both uses are summed by autograd.
     outputs: which of the whole program's outputs it makes (positions in `Program.tensor_sinks`), in order, behind what it sends.
-        Leaves of the model's output that are no tensors belong to no stage.
+        Leaves of the model's output that are no tensors belong to no stage. The new value of a buffer that depends on no
+        activation (a counter's) is made by every stage that reads the buffer, as each has its own copy, and by the last.
     first, last: the modules that make its first and its last activation; "" for the model itself.
     flops: of one microbatch, forward and backward, and forward again where the plan recomputes it.
     parameter_bytes: of the parameters that it uses, as they are stored on one rank; a tied one counts on each of its stages.
@@ -102,8 +104,10 @@ def cut_stages(program: Program, count: int, boundaries: Sequence[str | fx.Node]
 
     Afterwards: the stages' programs, run one after the other on what each sends to the next, compute what the whole program
     computes; their backwards, in the opposite order, its gradients, where those of a parameter on several stages are summed.
-    What depends on no activation is returned by the last stage.
-    Raises: `PlanError` where there are not enough places to cut, or a boundary is none.
+    What depends on no activation is returned by the last stage. A stage that reads a buffer which the program updates makes
+    its new value, too.
+    Raises: `PlanError` where there are not enough places to cut, a boundary is none, or a stage reads a buffer that another
+    updates.
     """
     depth = _Depth(program)
     wanted = (program.plan.stage_boundaries if boundaries is None else boundaries) if count > 1 else ()
@@ -116,7 +120,8 @@ class _Depth:
     """A program seen as a line of activations, which may be cut between any two.
 
     order: the activations, in the order of the program. position: where each stands in it; the results of an operator that
-    has several all stand where it does. last: the position of the last operator that uses one, itself or an echo of it.
+    has several all stand where it does, and what only a buffer's new value is made of where the last of its operands does, since
+    that stage reads the buffer. last: the position of the last operator that uses one, itself or an echo of it.
     root: of an activation or echo, the activation. crossing: how many bytes cross a cut in front of each position. done: the cost
     of what comes before it.
     """
@@ -129,6 +134,7 @@ class _Depth:
         self.kind: dict[fx.Node, str] = {}
         self.root: dict[fx.Node, fx.Node] = {}
         self._of_batch: dict[fx.Node, bool] = {}
+        self._for_buffers = _for_buffers(program)
         self.order: list[fx.Node] = []
         self.position: dict[fx.Node, int] = {}
         self.last: dict[fx.Node, int] = {}
@@ -144,8 +150,9 @@ class _Depth:
         if self.kind[node] != ACTIVATION:
             return
         self.root[node] = node
-        if self._is_part(node):
-            self.position[node] = self.position[node.all_input_nodes[0]]
+        before = [self.position[self.root[n]] for n in node.all_input_nodes if n in self.root]
+        if before and (self._is_part(node) or node in self._for_buffers):
+            self.position[node] = max(before)
         else:
             self.position[node] = len(self.order)
             self.order.append(node)
@@ -216,7 +223,8 @@ def cut_like(program: Program, stages: Sequence[Stage]) -> list[Stage]:
 
     A stage begins where a parameter is used first that no earlier stage uses; one that has none (a head that shares the table)
     where one of its own is used after the last use of those that only earlier stages have.
-    Raises: `PlanError` where that is no order, or a stage would use what it does not hold.
+    Raises: `PlanError` where that is no order, or a stage would use a parameter that it does not hold, or read a buffer that
+    another one updates.
     """
     depth = _Depth(program)
     held = [_parameters(s.program) for s in stages]
@@ -224,20 +232,34 @@ def cut_like(program: Program, stages: Sequence[Stage]) -> list[Stage]:
     at: list[int] = []
     for i in range(1, len(stages)):
         new = held[i] - set().union(*held[:i])
-        others = set().union(*held[:i]) - held[i]
-        behind = -1 if new else max((uses[name][-1] for name in others if name in uses), default=-1)
+        earlier = set().union(*held[:i]) - held[i]
+        behind = -1 if new else max((uses[name][-1] for name in earlier if name in uses), default=-1)
         mine = [place for name in new or held[i] for place in uses.get(name, ()) if place > behind]
         at.append(min(mine, default=-1))
     bounds = [0, *at, len(depth.order)]
     made = [_stage(depth, i, bounds) for i in range(len(stages))] if all(a < b for a, b in pairwise(bounds)) else []
     if not made or not all(_parameters(s.program) <= have for s, have in zip(made, held, strict=True)):
         _refuse((), "must say where stages begin: called like this the model uses its parameters in another order than it did "
-                "first, and they are on the ranks of their stages already", "the names of modules that begin stages in every call")
+                "first, and they are on the ranks of their stages already", IN_EVERY_CALL)
+    for each, others in ((stages, made), (made, stages)):
+        updated = set().union(*(_updated(s.program) for s in each))
+        for one, other in zip(each, others, strict=True):
+            for name in sorted((_read_buffers(other.program) & updated) - _updated(one.program)):
+                _refuse((), f"must say where stages begin: called like this the model has buffer {name!r} on another stage than "
+                        "it did first, and what the one makes of it the other does not have", IN_EVERY_CALL)
     return made
 
 
 def _parameters(program: Program) -> set[str]:
     return {s.name for n, s in program.source_of().items() if s.kind == "param" and n.users}
+
+
+def _read_buffers(program: Program) -> set[str]:
+    return {s.name for n, s in program.source_of().items() if s.kind == "buffer" and n.users}
+
+
+def _updated(program: Program) -> set[str]:
+    return {s.name for s in program.sinks if s.kind == "buffer"}
 
 
 def _uses(depth: _Depth) -> dict[str, list[int]]:
@@ -384,6 +406,7 @@ def _stage(depth: _Depth, index: int, bounds: list[int]) -> Stage:
     outputs = program.outputs()
     mine = [i for i, n in enumerate(outputs)
             if (begin <= depth.position[depth.root[n]] < end if n in depth.root else final)]
+    mine = _with_buffers(depth, index, mine, sent, set(received))
     results = [*sent, *(outputs[i] for i in mine)]
     graph, copies = fx.Graph(), {}
     sources: list[Source] = []
@@ -403,6 +426,40 @@ def _stage(depth: _Depth, index: int, bounds: list[int]) -> Stage:
     ends = module_path(depth.order[begin]), module_path(depth.order[end - 1])
     return Stage(index, made, _messages(depth, received), _messages(depth, sent), tuple(mine), *ends,
                  sum(depth.flops(n) for n in copies if n not in received), parameters)
+
+
+def _for_buffers(program: Program) -> set[fx.Node]:
+    """What is made for new values of buffers, and for nothing else."""
+    found: set[fx.Node] = set()
+    others = {n for s, n in zip(program.tensor_sinks(), program.outputs(), strict=True) if s.kind != "buffer"}
+    for node in reversed(program.graph.nodes):
+        if node.op == "call_function" and node not in others and all(u.op == "output" or u in found for u in node.users):
+            found.add(node)
+    return found
+
+
+def _with_buffers(depth: _Depth, index: int, mine: list[int], sent: list[fx.Node], received: set[fx.Node]) -> list[int]:
+    """The outputs `mine` of a stage, and the new values of the buffers that it reads."""
+    outputs = depth.program.outputs()
+    updates = {s.name: i for i, s in enumerate(depth.program.tensor_sinks()) if s.kind == "buffer"}
+    while True:
+        needed = _needed(depth, [*sent, *(outputs[i] for i in mine)], received)
+        read = {depth.sources[n].name: n for n in needed if n.op == "placeholder" and depth.sources[n].kind == "buffer"}
+        more = {updates[name]: n for name, n in read.items() if name in updates and updates[name] not in mine}
+        for i, n in more.items():
+            if outputs[i] in depth.root:
+                _refuse_buffer(depth, depth.sources[n].name, outputs[i], index, [u for u in n.users if u in needed])
+        if not more:
+            return sorted(mine)
+        mine = [*mine, *more]
+
+
+def _refuse_buffer(depth: _Depth, name: str, new: fx.Node, stage: int, readers: list[fx.Node]) -> NoReturn:
+    lines = [f" ({line})" if (line := user_line(n)) else "" for n in (readers[0], new)]
+    raise PlanError("stage_boundaries", depth.program.plan.stage_boundaries,
+                    f"must leave buffer {name!r} to one stage: stage {stage} reads it{lines[0]}, and another stage updates "
+                    f"it{lines[1]}, whose ranks alone would have its new value",
+                    "names of modules that begin stages so that both are in one stage, or fewer stages")
 
 
 def _needed(depth: _Depth, results: list[fx.Node], received: set[fx.Node]) -> list[fx.Node]:
