@@ -221,9 +221,9 @@ def _parameter(node: fx.Node, mesh: Mesh) -> ParameterRow:
 
 
 def _collectives(program: Program, count: int, stage: int | None = None) -> list[CollectiveRow]:
-    """Those of a step of `count` microbatches, of which the program runs one. What all of them are passed is computed once; so are
-    unsharded parameters and the sums of gradients, as far as the plan keeps them (see `once_a_step`), where gradients are wanted and
-    in pipelines."""
+    """Those of a step of `count` microbatches, of which the program runs one. What all of them are passed is computed once; so
+    are unsharded parameters and the sums of gradients, as far as the plan keeps them (see `once_a_step`), where gradients are
+    wanted and in pipelines."""
     rows: dict[tuple, list[int]] = {}
 
     def add(kind: str, axes: tuple, phase: str, node: fx.Node, size: int, times: int) -> None:

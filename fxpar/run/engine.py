@@ -70,9 +70,9 @@ class DropoutSeeds:
 class Engine:
     """Runs a model's programs on one rank.
 
-    compile_call: ``(call, layouts, microbatches)`` -> the program of this rank, for parameters stored so. backend: a module of `fxpar.backends`,
-    with its `lower` and `stepped`. transport: see `fxpar.parallelize`. programs: those that are kept, by what they depend on,
-    newest last.
+    compile_call: ``(call, layouts, microbatches)`` -> the program of this rank, for parameters stored so. backend: a module of
+    `fxpar.backends`, with its `lower` and `stepped`. transport: see `fxpar.parallelize`. programs: those that are kept, by what
+    they depend on, newest last.
     """
 
     def __init__(self, store: ParameterStore, plan: Plan, compile_call: Callable[[calls.Call, dict[str, Tiling], int], Program],

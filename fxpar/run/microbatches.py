@@ -67,7 +67,8 @@ def train(program: Program, microbatches: list[dict[str, Any]], forward: Callabl
           loss_in: Callable[[list[Tensor]], Tensor]) -> Tensor:
     """Forward and backward of every microbatch; returns the loss of the whole batch.
 
-    forward(microbatch, whether it is the last): the program's outputs. loss_in(outputs): which of them is the loss. What the forward stores in attributes is afterwards that of the whole batch.
+    forward(microbatch, whether it is the last): the program's outputs. loss_in(outputs): which of them is the loss. What
+    the forward stores in attributes is afterwards that of the whole batch.
     """
     step = program.microbatches
     assert step is not None

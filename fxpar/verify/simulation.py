@@ -42,7 +42,8 @@ class Simulation:
             raise PlanError("model", type(model).__name__, "has forward hooks of its own, which run around a parallel module's "
                             "program and not in a simulation", "the model without them")
         self.model, self.observe = model, observe
-        self.lowered, self.backend, self.transport, self.passes = lowered or backend == "inductor" or self.plan.pp > 1, backend, transport, passes
+        self.lowered = lowered or backend == "inductor" or self.plan.pp > 1
+        self.backend, self.transport, self.passes = backend, transport, passes
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.watch: simulate_backend.Watch | None = None
         self._depends = State(model)
@@ -100,9 +101,9 @@ def simulate(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any 
 
     The simulation's ``step(**global_batch)`` gives the loss, the outputs and the full gradients, by the same local
     programs and collectives that real ranks would run. lowered: through the forward and backward graphs as the inductor
-    backend hands them over (see `fxpar.backends.inductor.lowered`), as stages of a pipeline always go. backend: "eager", or "inductor", which compiles those graphs.
-    transport, of lowered graphs: "auto" has parameters and gradients go by copy engines, as on GPUs of one host, where the
-    plan stores parameters in parts; "nccl" as between hosts.
+    backend hands them over (see `fxpar.backends.inductor.lowered`), as stages of a pipeline always go. backend: "eager", or
+    "inductor", which compiles those graphs. transport, of lowered graphs: "auto" has parameters and gradients go by copy engines,
+    as on GPUs of one host, where the plan stores parameters in parts; "nccl" as between hosts.
     Raises: as `fxpar.parallelize`; `EquivalenceError` where ranks would hang.
     """
     return Simulation(model, plan, example_inputs, lowered=lowered, backend=backend, transport=transport)

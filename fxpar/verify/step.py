@@ -235,7 +235,8 @@ class Step:
         """Number of a source -> rank by rank its gradient of one microbatch."""
         n, last = range(self.mesh.world_size), i == self.count - 1
         roots = [[out[k] for k in cotangents if out[k].requires_grad] for out in outs]
-        seeds = [[self.cotangent(k, grad, rank, i) for k, grad in cotangents.items() if outs[rank][k].requires_grad] for rank in n]
+        seeds = [[self.cotangent(k, grad, rank, i) for k, grad in cotangents.items() if outs[rank][k].requires_grad]
+                 for rank in n]
         if not any(roots):
             return {}
         wants = [k for k, s in enumerate(self.program.sources) if s.requires_grad]
