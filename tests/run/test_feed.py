@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -107,8 +107,20 @@ def change(what: str, model: nn.Module, seed: int) -> None:
             model(*pair(seed))
 
 
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(CHANGES), max_size=7))
 def test_parameters_are_seen_as_they_are(changes):
+    seen_as_they_are(changes)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(st.lists(st.sampled_from(CHANGES), max_size=12))
+def test_parameters_are_seen_as_they_are_slow(changes):
+    seen_as_they_are(changes)
+
+
+def seen_as_they_are(changes: list[str]) -> None:
     plain, module = made()
     for seed, what in enumerate([*changes, "call"]):
         for model in (plain, module):

@@ -119,7 +119,7 @@ def held_by_ranks(rank: int, plan: str) -> dict[str, dict[str, dict[str, Tensor]
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("plan", ["dp=2,tp=2,zero=3", "tp=4", "dp=2,tp=2,zero=1"])
+@pytest.mark.parametrize("plan", ["dp=2,tp=2,zero=3", "tp=4", pytest.param("dp=2,tp=2,zero=1", marks=pytest.mark.slow)])
 def test_whatever_is_held_of_fused_weights_can_be_gathered(plan):
     ranks = launch(4, held_by_ranks, plan)
     for name in FUSED:
