@@ -104,6 +104,10 @@ class Schedule:
             raise ValueError(f"{action} communicates with no rank of the pipeline")
         return self.owner[action.stage + (1 if action.kind in (Kind.SEND_F, Kind.RECV_B) else -1)]
 
+    def splits(self, stage: int) -> bool:
+        """Whether a stage's backward is run in two halves, for some microbatch."""
+        return any(action.kind is Kind.I and action.stage == stage for action in self.actions[self.owner[stage]])
+
     def alive(self) -> tuple[int, ...]:
         """For each stage, the most microbatches whose forward has begun and whose backward (B or W) has not ended."""
         one = [1.0] * self.stages

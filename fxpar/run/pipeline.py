@@ -40,7 +40,7 @@ class Pipeline:
         self.program, self.schedule, self.store = program, schedule, store
         self.across, self.rank = store.bound.across, store.bound.kind
         self.stages = {s: stages[s] for s in schedule.held(self.rank)}
-        self.runners = {s: StageOfRank(stage, store, in_steps) for s, stage in self.stages.items()}
+        self.runners = {s: StageOfRank(stage, store, in_steps, schedule.splits(s)) for s, stage in self.stages.items()}
         self.loss = loss_among(program)
         self.makers = {output: stage.index for stage in stages for output in stage.outputs}
         self._graded: dict[str, bool] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class _Stage:
         self.lowered, self.threads = step.ranks, step.ranks.threads
         numbers = {id(s): k for k, s in enumerate(step.program.sources)}
         self.places = [numbers.get(id(s)) for s in stage.program.sources]
-        self.early = [i for i, s in enumerate(stage.program.sources) if s.kind == "received"]
+        self.received = [i for i, s in enumerate(stage.program.sources) if s.kind == "received"]
         self.made: list[Stepped] = []
         self.saved: dict[int, list[Saved]] = {}
         self.left: dict[int, list[Left]] = {}
@@ -78,7 +79,8 @@ class _Stage:
                   *(self.step.value(s, r, microbatch, self.passed) for s in self.stage.program.sources if s.kind != "received")]
                  for r in n]
         if not self.made:
-            self.made = self.lowered.stepped(self.stage.program.module, feeds, self.early)
+            early = self.received if self.step.schedule.splits(self.stage.index) else range(len(self.places))
+            self.made = self.lowered.stepped(self.stage.program.module, feeds, early)
         found = self.threads.run(lambda rank: self.made[rank].forward(*feeds[rank]))
         self.saved[microbatch] = [saved for _, saved in found]
         count = len(self.stage.sends)
@@ -97,14 +99,21 @@ class _Stage:
         seeds = [self._seeds(rank, microbatch, grads[rank] if grads else []) for rank in range(len(saved))]
         found = self.threads.run(lambda rank: self.made[rank].input_gradients(saved[rank], seeds[rank]))
         self.left[microbatch] = [left for _, left in found]
-        return [[torch.zeros(m.shape, dtype=m.dtype) if g is None else g
-                 for m, g in zip(self.stage.receives, early, strict=True) if m.requires_grad] for early, _ in found]
+        made = [early for early, _ in found]
+        self._add_up(microbatch, self.made[0].early, made)
+        of = [dict(zip(self.made[0].early, early, strict=True)) for early in made]
+        return [[torch.zeros(m.shape, dtype=m.dtype) if (g := grads_of[i]) is None else g
+                 for i, m in zip(self.received, self.stage.receives, strict=True) if m.requires_grad] for grads_of in of]
 
     def weight_gradients(self, microbatch: int) -> None:
         left = self.left.pop(microbatch)
         found = self.threads.run(lambda rank: self.made[rank].weight_gradients(left[rank]))
-        for k, i in enumerate(self.made[0].late):
-            parts, place = [late[k] for late in found], self.places[i]
+        self._add_up(microbatch, self.made[0].late, found)
+
+    def _add_up(self, microbatch: int, inputs: Sequence[int], found: list[list[Tensor | None]]) -> None:
+        """Keep the gradients of parameters and inputs that one microbatch made, rank by rank."""
+        for k, i in enumerate(inputs):
+            parts, place = [grads[k] for grads in found], self.places[i]
             if place is not None and any(p is not None for p in parts):
                 like = next(p for p in parts if p is not None)
                 self.grads[microbatch, place] = [torch.zeros_like(like) if p is None else p for p in parts]

@@ -70,6 +70,14 @@ def test_backwards_of_the_first_stage_are_whole():
         assert all({Kind.I, Kind.W} <= found for stage, found in kinds.items() if stage > 0)
 
 
+@pytest.mark.parametrize("name, virtual_stages, split", [
+    ("gpipe", 1, []), ("1f1b", 1, []), ("interleaved1f1b", 2, []), ("zb1p", 1, [1, 2]), ("zbv", 2, [1, 2, 3, 4, 5]),
+])
+def test_stages_whose_backward_is_in_halves(name: str, virtual_stages: int, split: list[int]):
+    table = schedule(name, ranks=3, virtual_stages=virtual_stages, microbatches=6)
+    assert [s for s in range(table.stages) if table.splits(s)] == split
+
+
 def test_zbv_has_the_last_stage_on_the_first_rank():
     table = schedule("zbv", ranks=3, virtual_stages=2, microbatches=5)
     assert table.owner == (0, 1, 2, 2, 1, 0)
