@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fxpar import compat, ops
 from fxpar.backends import remat
-from fxpar.backends.inductor import buckets, overlap, prefetch, products, widen
+from fxpar.backends.inductor import buckets, overlap, prefetch, products, reductions, widen
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
@@ -37,6 +37,7 @@ def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = Fals
     """
     bind = functools.partial
     return [
+        (reductions, bind(reductions.drop_kept_dims)),
         (widen, bind(widen.widen_products, as_on_gpu=as_on_gpu)),
         (products, bind(products.join_products, transport=transport)),
         (overlap, bind(overlap.overlap_communication)),
