@@ -19,10 +19,10 @@ from fxpar.errors import InputError
 
 Kind = Literal["saved", "given", "made"]
 Running = Callable[[], AbstractContextManager[Any]]
-Trace = Callable[[fx.GraphModule, list[Tensor], compat.Cut], compat.Traced]
+Trace = Callable[[fx.GraphModule, list[Tensor], compat.Cut], compat.TracedForward]
 
 
-class Kept:
+class UsedOnce:
     """Tensors that one microbatch keeps from one call of a `Stepped` to the next, which takes them: once."""
 
     def __init__(self, owner: Stepped, tensors: list[Tensor]):
@@ -39,11 +39,11 @@ class Kept:
         return tensors
 
 
-class Saved(Kept):
+class SavedForBackward(UsedOnce):
     """What a forward keeps for the backward."""
 
 
-class Left(Kept):
+class SavedForWeightGradients(UsedOnce):
     """What the input gradients leave for the weight gradients."""
 
 
@@ -113,24 +113,25 @@ class Stepped:
     wants no gradient.
     """
 
-    def __init__(self, early: Sequence[int], late: Sequence[int], keep: list[int], outputs: int, forward: compat.Traced,
+    def __init__(self, early: Sequence[int], late: Sequence[int], keep: list[int], outputs: int, forward: compat.TracedForward,
                  backward: _Backward, running: Running):
         self.early, self.late, self.roots = tuple(early), tuple(late), tuple(forward.seeds)
         self._keep, self._outputs, self._running = keep, outputs, running
         self._forward, self._backward = forward, backward
 
-    def forward(self, *inputs: Any) -> tuple[list[Any], Saved]:
+    def forward(self, *inputs: Any) -> tuple[list[Any], SavedForBackward]:
         """The outputs for the flat local inputs, and what the backward needs. Autograd records nothing of it."""
         made = self._call(self._forward.run, [inputs[i] for i in self._keep])
-        return made[: self._outputs], Saved(self, made[self._outputs :])
+        return made[: self._outputs], SavedForBackward(self, made[self._outputs :])
 
-    def backward(self, saved: Saved, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def backward(self, saved: SavedForBackward, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of all inputs. grads: those of the outputs, None where there is none. `saved` is used up."""
         early, left = self.input_gradients(saved, grads)
         found = dict(zip(self.early, early, strict=True)) | dict(zip(self.late, self.weight_gradients(left), strict=True))
         return [found[i] for i in range(len(found))]
 
-    def input_gradients(self, saved: Saved, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Left]:
+    def input_gradients(self, saved: SavedForBackward, grads: Sequence[Tensor | None]
+                        ) -> tuple[list[Tensor | None], SavedForWeightGradients]:
         """The gradients of the `early` inputs, and what those of the others need. `saved` is used up."""
         first, second = self._backward.first, self._backward.second
         seeds = self._seeds(grads)
@@ -139,9 +140,9 @@ class Stepped:
         given = [values[i] for i in first.reads] if first else []
         del values, seeds  # what the first half alone reads is freed while it runs
         found, carried = self._run(first, given, self.early)
-        return found, Left(self, left + carried)
+        return found, SavedForWeightGradients(self, left + carried)
 
-    def weight_gradients(self, left: Left) -> list[Tensor | None]:
+    def weight_gradients(self, left: SavedForWeightGradients) -> list[Tensor | None]:
         """The gradients of the `late` inputs. `left` is used up."""
         return self._run(self._backward.second, left.take(self), self.late)[0]
 
@@ -222,7 +223,7 @@ def _carried(halves: Halves, saved: int) -> list[Carried]:
 
 
 def _make_halves(backward: _Backward, halves: Halves, like: list[Tensor], donated: list[int], make: compat.Make) -> None:
-    """Make both halves ready. like: what the whole backward takes; donated: what of it the whole may overwrite."""
+    """Make both halves ready. like: what the whole backward takes; donated: what of that it may overwrite."""
     first, second = halves.first, halves.second
     made: list[Tensor] = []
     if first is not None:

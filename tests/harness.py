@@ -261,24 +261,24 @@ def check(build: Build, r: Random, mesh: Mesh, values: bool = True) -> Program:
 
 
 def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool = True) -> Program:
-    """Infer, lay out, partition, run on all ranks; compare outputs and gradients with the whole program.
+    """Infer, lay out, partition, run on all ranks; compare outputs and gradients with the program on one device.
 
     feeds: the value of each placeholder. values: False where the program leaves elements undefined (`empty`):
     then shapes and dtypes alone.
     """
     mesh = program.mesh
-    wholes = _whole(program, feeds)
+    full = _on_one_device(program, feeds)
     cotangents = [
         torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(i)) if w.requires_grad else None
-        for i, w in enumerate(wholes[0])
+        for i, w in enumerate(full[0])
     ]
-    expected = _gradients([wholes[0]], wholes[1], [cotangents])
+    expected = _gradients([full[0]], full[1], [cotangents])
     program = partition(lay_out(infer(program), r))
     text = _describe(program)
     nodes = program.placeholders()
     locals_ = [
         [
-            take(x, n.meta["tiling"], mesh, rank).clone().requires_grad_(s.requires_grad)
+            take(x, n.meta["sharding"], mesh, rank).clone().requires_grad_(s.requires_grad)
             for x, n, s in zip(feeds, nodes, program.sources, strict=True)
         ]
         for rank in range(mesh.world_size)
@@ -286,15 +286,15 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     results = simulate.run(program.module, mesh, locals_)
     parts = [
         [
-            None if c is None else take(c, n.meta["tiling"], mesh, rank).contiguous()
+            None if c is None else take(c, n.meta["sharding"], mesh, rank).contiguous()
             for c, n in zip(cotangents, program.outputs(), strict=True)
         ]
         for rank in range(mesh.world_size)
     ]
     for rank, mine in enumerate(results):
-        for i, (node, whole, have) in enumerate(zip(program.outputs(), wholes[0], mine, strict=True)):
-            want = take(whole, node.meta["tiling"], mesh, rank)
-            _compare(f"output {i} on rank {rank}", have, want, whole, VALUES, text, values)
+        for i, (node, total, have) in enumerate(zip(program.outputs(), full[0], mine, strict=True)):
+            want = take(total, node.meta["sharding"], mesh, rank)
+            _compare(f"output {i} on rank {rank}", have, want, total, VALUES, text, values)
     if not values:
         return program
     wants = [i for i, s in enumerate(program.sources) if s.requires_grad]
@@ -303,7 +303,7 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     for rank in range(mesh.world_size):
         for k, i in enumerate(wants):
             have = found[rank * len(wants) + k]
-            want = take(expected[k], nodes[i].meta["tiling"], mesh, rank)
+            want = take(expected[k], nodes[i].meta["sharding"], mesh, rank)
             _compare(
                 f"the gradient of {nodes[i].name} on rank {rank}",
                 have,
@@ -316,7 +316,7 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     return program
 
 
-def _whole(program: Program, feeds: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _on_one_device(program: Program, feeds: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The program on one device: its outputs, and the inputs to differentiate them by."""
     own = [x.detach().clone().requires_grad_(s.requires_grad) for x, s in zip(feeds, program.sources, strict=True)]
     outs = fx.Interpreter(program.module).run(*own)
@@ -336,14 +336,14 @@ def _gradients(outs: list[list[Tensor]], wants: list[Tensor], cotangents: list[l
     return [torch.zeros_like(w) if g is None else g for w, g in zip(wants, found, strict=True)]
 
 
-def _compare(what: str, have: Tensor, want: Tensor, whole: Tensor, tolerance: dict, text: str, values: bool) -> None:
+def _compare(what: str, have: Tensor, want: Tensor, total: Tensor, tolerance: dict, text: str, values: bool) -> None:
     assert have.dtype == want.dtype, f"{what}: {have.dtype} instead of {want.dtype}\n{text}"
     assert have.shape == want.shape, f"{what}: shape {list(have.shape)} instead of {list(want.shape)}\n{text}"
     if not values:
         return
     have, want = have.detach(), want.detach()
     if have.dtype in tolerance:
-        finite = whole.detach()[whole.detach().isfinite()]
+        finite = total.detach()[total.detach().isfinite()]
         scale = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
         off = torch.where(have == want, 0.0, (have - want).abs())
         off = torch.where(have.isnan() & want.isnan(), 0.0, off)
@@ -356,5 +356,5 @@ def _compare(what: str, have: Tensor, want: Tensor, whole: Tensor, tolerance: di
 def _describe(program: Program) -> str:
     lines = [f"mesh {program.mesh}"]
     for node in program.graph.nodes:
-        lines.append(f"  {node.format_node()}  {node.meta.get('shows', '')}")
+        lines.append(f"  {node.format_node()}  {node.meta.get('layout_text', '')}")
     return "\n".join(lines)

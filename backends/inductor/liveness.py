@@ -382,18 +382,18 @@ def _ordered(kernels: list[Kernel]) -> list[Kernel]:
 # ---- time ----
 
 
-def timeline(lowering: Lowering, held: list[Buffer]) -> Iterator[tuple[Kernel, dict[Buffer, None]]]:
+def timeline(lowering: Lowering, resident: list[Buffer]) -> Iterator[tuple[Kernel, dict[Buffer, None]]]:
     """Every kernel, with the buffers that are held while it runs (the dict is the same object each time).
 
-    held: what is there at the beginning. At the end, what the graph returns and what is never freed is left.
+    resident: what is there at the beginning. At the end, what the graph returns and what is never freed is left.
     """
     kernels = lowering.kernels
     last: dict[Buffer, int] = {}
     for i, kernel in enumerate(kernels):
         last.update(dict.fromkeys([*kernel.writes, *kernel.reads], i))
     kept = {b for b in lowering.outputs if b is not None}
-    live = dict.fromkeys(held)
-    for b in held:
+    live = dict.fromkeys(resident)
+    for b in resident:
         if b not in last and b.freed and b not in kept:
             del live[b]
     for i, kernel in enumerate(kernels):

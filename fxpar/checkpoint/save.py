@@ -92,7 +92,7 @@ def save_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
         return _collect(model, optimizer, target)
 
     parts, summary = alike(model.ranks, target, collect)
-    described = [(key, part.shape, part.local.dtype, part.tiles) for key, part in parts.items()]
+    described = [(key, part.shape, part.local.dtype, part.sharding) for key, part in parts.items()]
     same(model.ranks, target, "what they save", (os.fspath(path), asynchronous, optimizer is None, described))
     if optimizer is not None:
         summary["optimizer"] = merged(model.ranks.exchange(summary["optimizer"]))

@@ -23,7 +23,7 @@ from fxpar.ops.collectives import LoneRuntime, use_runtime
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
 from fxpar.program import Program
-from fxpar.sharding.layout import held_shape
+from fxpar.sharding.layout import shard_shape
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -108,9 +108,9 @@ def measure(program: Program) -> Costs:
                 if not isinstance(source.value, Tensor):
                     values[node] = source.value
                     continue
-                held = node.meta.get("global", source.value)
-                shape = held_shape(node.meta["tiling"], mesh) if "tiling" in node.meta else held.shape
-                values[node] = Value.of(torch.empty(shape, dtype=held.dtype, device=META, requires_grad=source.requires_grad))
+                full = node.meta.get("global", source.value)
+                shape = shard_shape(node.meta["sharding"], mesh) if "sharding" in node.meta else full.shape
+                values[node] = Value.of(torch.empty(shape, dtype=full.dtype, device=META, requires_grad=source.requires_grad))
             elif node.op == "get_attr":
                 values[node] = _described(getattr(program.module, node.target))
             elif node.op == "call_function":

@@ -94,7 +94,7 @@ def use_runtime(runtime: Runtime) -> Iterator[None]:
 def _front(x: Tensor, place: Place, ranks: int) -> Tensor:
     """Bring what ranks exchange to the front: all ranks' parts along dim 0, one after the other, contiguous.
 
-    A whole dim is only moved there, so that whoever makes the tensor can write it in that order at once; a run inside a
+    A dim in one piece is only moved there, so that whoever makes the tensor can write it in that order at once; a run inside a
     dim (``outer > 1``) is ``[..., outer, ranks, inner, ...] -> [ranks * outer * inner, ...]``.
     """
     dim, outer = place
@@ -233,7 +233,7 @@ class Collective:
 
     @property
     def gathers(self) -> bool:
-        """Whether its result is the whole of what ranks hold parts of."""
+        """Whether its result is the full tensor that ranks hold parts of."""
         return self.forward is GATHER
 
     @property

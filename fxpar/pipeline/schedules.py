@@ -94,7 +94,7 @@ class Schedule:
     def stages(self) -> int:
         return len(self.owner)
 
-    def held(self, rank: int) -> tuple[int, ...]:
+    def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank holds."""
         return tuple(stage for stage, owner in enumerate(self.owner) if owner == rank)
 
@@ -119,7 +119,7 @@ class Schedule:
         left = kept if kept_for_weights is None else kept_for_weights
         if not len(kept) == len(left) == self.stages:
             raise ValueError(f"a schedule of {self.stages} stages needs as many sizes, not {len(kept)} and {len(left)}")
-        return tuple(self._peak(set(self.held(rank)), kept, left) for rank in range(self.ranks))
+        return tuple(self._peak(set(self.stages_of(rank)), kept, left) for rank in range(self.ranks))
 
     def _peak(self, stages: set[int], kept: Sequence[float], left: Sequence[float]) -> float:
         """The most that is held for these stages, all of one rank."""
@@ -198,14 +198,14 @@ def _looped(rank: int, ranks: int, virtual_stages: int, microbatches: int, warm_
 
     split: whether a backward is I, with W after `delay` further ones.
     """
-    held = [rank + ranks * i for i in range(virtual_stages)]
+    own = [rank + ranks * i for i in range(virtual_stages)]
     forwards: deque[tuple[int, int]] = deque()
     backwards: list[tuple[int, int]] = []
     begin = 0
     for size in _rounds(ranks, microbatches):
         members = range(begin, begin + size)
-        forwards.extend((stage, microbatch) for stage in held for microbatch in members)
-        backwards.extend((stage, microbatch) for stage in reversed(held) for microbatch in members)
+        forwards.extend((stage, microbatch) for stage in own for microbatch in members)
+        backwards.extend((stage, microbatch) for stage in reversed(own) for microbatch in members)
         begin += size
     order = [_action(Kind.F, forwards.popleft()) for _ in range(min(warm_up, len(forwards)))]
     for i, at in enumerate(backwards):

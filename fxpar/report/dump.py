@@ -33,7 +33,7 @@ class Dumper:
 
 def readable(program: Program, stage: str = "replicas") -> str:
     """The program as a Python module: `forward` on flat inputs, and a main that runs it on made-up ones."""
-    local = any("tiling" in n.meta for n in program.placeholders())
+    local = any("sharding" in n.meta for n in program.placeholders())
     modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})
     lines = [f'"""After pass {stage!r}. Plan {program.plan}; mesh {program.mesh}; '
              f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch",
@@ -94,8 +94,8 @@ def _text(value: Any) -> str:
 
 def _comment(node: fx.Node, extra: str = "") -> str:
     parts = [extra] if extra else []
-    if "shows" in node.meta:
-        parts.append(node.meta["shows"])
+    if "layout_text" in node.meta:
+        parts.append(node.meta["layout_text"])
     elif "dims" in node.meta and isinstance(node.meta["dims"], tuple):
         parts.append(f"[{', '.join(' '.join(_factor(f) for f in leaves(d)) or '1' for d in node.meta['dims'])}]")
     elif isinstance(node.meta.get("val"), torch.Tensor):
@@ -120,9 +120,9 @@ def _main(program: Program, local: bool) -> list[str]:
             lines.append("        None,")
             continue
         shape = list(value.shape)
-        if local and "tiling" in node.meta:
+        if local and "sharding" in node.meta:
             size = program.mesh.size
-            shape = [math.prod(p.size // size(*p.axes) for p in dim) for dim in node.meta["tiling"]]
+            shape = [math.prod(p.size // size(*p.axes) for p in dim) for dim in node.meta["sharding"]]
         make = "torch.rand" if value.is_floating_point() else "torch.zeros"
         lines.append(f"        {make}({shape}, dtype={value.dtype}),  # {source.name}")
     lines += ["    ]", "", "", 'if __name__ == "__main__":']

@@ -21,7 +21,7 @@ from fxpar.program import Program, module_path
 from fxpar.report.memory import Peak, predict
 from fxpar.report.pipeline import PipelineReport, describe, uses
 from fxpar.report.text import GIB, MIB, ranges, table
-from fxpar.sharding.layout import held_shape
+from fxpar.sharding.layout import shard_shape
 from fxpar.sharding.mesh import KIND, Mesh
 
 
@@ -183,9 +183,9 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
                       list(program.notes), predicted=functools.partial(predict, program))
     order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=count,
                      unshard=plan.stores_parts)
-    held = {rank: {p.name for p in parameters if not p.stages or {*p.stages} & {*order.held(rank)}}
+    on_rank = {rank: {p.name for p in parameters if not p.stages or {*p.stages} & {*order.stages_of(rank)}}
             for rank in range(plan.pp)}
-    pipeline = describe(order, stages, held, sizes)
+    pipeline = describe(order, stages, on_rank, sizes)
     rows = [row for stage in stages for row in _collectives(stage.program, count, stage.index)]
     rows += _sums_over_stages([p for p in parameters if p.name in trained and program.training], order.owner)
     memory = max((rank.memory for rank in pipeline.ranks), key=lambda each: sum(each.values()))
@@ -215,9 +215,9 @@ def _sums_over_stages(trained: Sequence[ParameterRow], owner: Sequence[int]) -> 
 
 
 def _parameter(node: fx.Node, mesh: Mesh) -> ParameterRow:
-    value, shape = node.meta["global"], held_shape(node.meta["tiling"], mesh)
+    value, shape = node.meta["global"], shard_shape(node.meta["sharding"], mesh)
     size = math.prod(shape) * value.element_size()
-    return ParameterRow(node.meta["source"], tuple(value.shape), node.meta["shows"], shape, size)
+    return ParameterRow(node.meta["source"], tuple(value.shape), node.meta["layout_text"], shape, size)
 
 
 def _collectives(program: Program, count: int, stage: int | None = None) -> list[CollectiveRow]:

@@ -195,7 +195,8 @@ class Edges:
     def _of(self, program: Program) -> tuple[dict[str, bool], tuple[Kind, ...]]:
         """Which inputs of a program are split over replicas, and the kinds of its outputs."""
         if id(program) not in self._programs:
-            inputs = {s.name: self._split(n) for n, s in program.source_of().items() if s.kind == "input" and "tiling" in n.meta}
+            inputs = {s.name: self._split(n) for n, s in program.source_of().items()
+                      if s.kind == "input" and "sharding" in n.meta}
             fed = {n for n, s in program.source_of().items() if s.kind == "input"}
             for node in program.graph.nodes:
                 if any(n in fed for n in node.all_input_nodes):
@@ -208,7 +209,7 @@ class Edges:
         return self._programs[id(program)][1:]
 
     def _split(self, node: Any) -> bool:
-        return any(a in self.axes for dim in node.meta["tiling"] for part in dim for a in part.axes)
+        return any(a in self.axes for dim in node.meta["sharding"] for part in dim for a in part.axes)
 
     def _checked(self, origin: _Origin, split: bool) -> _Origin:
         for node in origin.outputs:
@@ -233,8 +234,8 @@ class Edges:
         return origin
 
 
-def whole(named: dict[str, Any]) -> dict[str, Any]:
-    """Outputs of parallel modules that tp splits, whole again."""
+def with_full_outputs(named: dict[str, Any]) -> dict[str, Any]:
+    """Outputs of parallel modules that tp splits, as full tensors."""
     if not any(isinstance(leaf, DTensor) for leaf in named.values()):
         return named
     return {path: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for path, leaf in named.items()}

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from fxpar.backends.inductor.lowered import Lowered
-from fxpar.backends.stepped import Left, Saved, Stepped
+from fxpar.backends.stepped import SavedForBackward, SavedForWeightGradients, Stepped
 from fxpar.passes.strategies.stages import Stage
 from fxpar.pipeline.execute import Execution, Mailbox, run_together
 from fxpar.pipeline.schedules import Schedule
 from fxpar.program import Program
-from fxpar.verify.step import Step
+from fxpar.verify.step import SimulatedStep
 
 Values = list[list[Tensor]]
 """What crosses a cut: rank by rank of a stage's mesh, message by message."""
 
 
-class PipelinedStep(Step):
+class SimulatedPipelinedStep(SimulatedStep):
     """One step of a program that is cut into stages. Each stage runs behind AOTAutograd, its backward split where the schedule
     asks for it, with all ranks of its mesh as threads."""
 
@@ -32,7 +32,7 @@ class PipelinedStep(Step):
         cotangents = self._of_a_loss() or self._cotangents(self._forwards(passed))
         runners = [_Stage(self, stage, passed, cotangents) for stage in self.stages]
         post: Mailbox[Values] = Mailbox()
-        run_together([Execution(self.schedule, rank, {s: runners[s] for s in self.schedule.held(rank)}, post)
+        run_together([Execution(self.schedule, rank, {s: runners[s] for s in self.schedule.stages_of(rank)}, post)
                       for rank in range(self.schedule.ranks)])
         outs: list[list[list[Tensor]]] = [[[torch.empty(0)] * len(self.nodes) for _ in range(self.mesh.world_size)]
                                           for _ in range(self.count)]
@@ -54,7 +54,8 @@ class _Stage:
     source) -> rank by rank.
     """
 
-    def __init__(self, step: PipelinedStep, stage: Stage, passed: dict[str, list[list[Tensor]]], cotangents: dict[int, Tensor]):
+    def __init__(self, step: SimulatedPipelinedStep, stage: Stage, passed: dict[str, list[list[Tensor]]],
+                 cotangents: dict[int, Tensor]):
         assert isinstance(step.ranks, Lowered)
         self.step, self.stage, self.passed, self.cotangents = step, stage, passed, cotangents
         self.lowered, self.threads = step.ranks, step.ranks.threads
@@ -62,8 +63,8 @@ class _Stage:
         self.places = [numbers.get(id(s)) for s in stage.program.sources]
         self.early = [i for i, s in enumerate(stage.program.sources) if s.kind == "received"]
         self.made: list[Stepped] = []
-        self.saved: dict[int, list[Saved]] = {}
-        self.left: dict[int, list[Left]] = {}
+        self.saved: dict[int, list[SavedForBackward]] = {}
+        self.left: dict[int, list[SavedForWeightGradients]] = {}
         self.outputs: dict[tuple[int, int], list[Tensor]] = {}
         self.grads: dict[tuple[int, int], list[Tensor]] = {}
 

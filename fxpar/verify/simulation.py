@@ -20,9 +20,9 @@ from fxpar.passes.strategies.stages import cut_stages
 from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan, require_one_of
 from fxpar.program import Program
-from fxpar.sharding.layout import Tiling
-from fxpar.verify.pipelined import PipelinedStep
-from fxpar.verify.step import Ranks, Step, StepResult
+from fxpar.sharding.layout import Sharding
+from fxpar.verify.pipelined import SimulatedPipelinedStep
+from fxpar.verify.step import Ranks, SimulatedStep, StepResult
 
 BACKENDS = ("eager", "inductor")
 
@@ -48,7 +48,7 @@ class Simulation:
         self.watch: simulate_backend.Watch | None = None
         self._depends = State(model)
         self._programs: dict[tuple, Program] = {}
-        self._stored: dict[str, Tiling] = {}  # the parameters' storage, which the first program decides
+        self._stored: dict[str, Sharding] = {}  # the parameters' storage, which the first program decides
         self._ranks: dict[int, Ranks] = {}
         self.program = self._compile(self.captured.call)
 
@@ -67,7 +67,7 @@ class Simulation:
             self._depends.add(self._programs[key].reads)
             for node, source in self._programs[key].source_of().items():
                 if source.kind == "param":
-                    self._stored.setdefault(source.name, node.meta["tiling"])
+                    self._stored.setdefault(source.name, node.meta["sharding"])
         return self._programs[key]
 
     def _ranks_of(self, program: Program) -> Ranks:
@@ -86,12 +86,12 @@ class Simulation:
         program = self.program = self._compile(call)
         ranks, named = self._ranks_of(program), leaves(call)
         if self.plan.pp == 1:
-            return Step(self.model, program, ranks, named, seed, self.watch).run()
+            return SimulatedStep(self.model, program, ranks, named, seed, self.watch).run()
         assert isinstance(ranks, Lowered)
         plan = self.plan
         order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=plan.microbatches)
         stages = cut_stages(program, order.stages)
-        return PipelinedStep(self.model, program, ranks, named, seed, stages, order).run()
+        return SimulatedPipelinedStep(self.model, program, ranks, named, seed, stages, order).run()
 
 
 def simulate(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any = None, *, lowered: bool = False,

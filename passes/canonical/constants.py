@@ -277,13 +277,13 @@ def _pointwise(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | N
     if target.overloadpacket in _COMPARISONS | _DIFFERENCES and len(values) == len(args) == 2 and not kwargs:
         data = bands.of_ranges(target, values[0], values[1], rows, columns)
     if data is None:
-        held: dict[int, Tensor] = {}
+        lines: dict[int, Tensor] = {}
         for value in values:
             line = bands.diagonals(value, rows, columns)
             if line is None:
                 return None
-            held[id(value)] = line
-        data = _call(target, args, kwargs, lambda v: held[id(v)])
+            lines[id(value)] = line
+        data = _call(target, args, kwargs, lambda v: lines[id(v)])
     return bands.from_diagonals(tuple(out.shape), data)
 
 

@@ -14,17 +14,17 @@ from fxpar.passes.infer.roles import assign_roles
 from fxpar.passes.infer.rules.registry import find, spec_for
 from fxpar.program import Program, user_line
 from fxpar.sharding.factors import Dims, Factors
-from fxpar.sharding.layout import Tiling
+from fxpar.sharding.layout import Sharding
 
 
-def infer(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
+def infer(program: Program, pinned: dict[str, Sharding] | None = None) -> Program:
     """Find the factors of every value by one walk over the graph.
 
     Takes: a canonical program. pinned: how parameters are already stored (a module that was parallelized before);
     their dims start from those pieces, so that they can be expressed again.
     Afterwards: ``node.meta["dims"]`` holds the factors of every tensor (a list of them for several outputs),
     ``node.meta["spec"]`` what the operator's rule said, ``node.meta["needs_grad"]`` whether a gradient flows to it,
-    and each factor its role. Operators without a rule are noted: they run whole.
+    and each factor its role. Operators without a rule are noted: they run replicated.
     Raises: `UnsupportedOperator` for random operators, whose result would depend on the plan.
     """
     factors = Factors()
@@ -34,9 +34,9 @@ def infer(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
             source = sources[node]
             node.meta["needs_grad"], node.meta["is_param"] = source.requires_grad, source.kind == "param"
             if isinstance(node.meta["val"], torch.Tensor):
-                tiles = (pinned or {}).get(source.name) if source.kind == "param" else None
+                sharding = (pinned or {}).get(source.name) if source.kind == "param" else None
                 node.meta["dims"] = factors.beside(
-                    _pinned(factors, tiles) if tiles is not None else factors.fresh(node.meta["val"].shape)
+                    _pinned(factors, sharding) if sharding is not None else factors.fresh(node.meta["val"].shape)
                 )
         elif node.op == "call_function":
             _infer_call(program, node, factors)
@@ -44,8 +44,8 @@ def infer(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
     return program
 
 
-def _pinned(factors: Factors, tiles: Tiling) -> Dims:
-    return tuple(tuple(f for piece in dim for f in factors.new(piece.size)) for dim in tiles)
+def _pinned(factors: Factors, sharding: Sharding) -> Dims:
+    return tuple(tuple(f for piece in dim for f in factors.new(piece.size)) for dim in sharding)
 
 
 def _infer_call(program: Program, node: fx.Node, factors: Factors) -> None:
@@ -67,7 +67,7 @@ def _infer_call(program: Program, node: fx.Node, factors: Factors) -> None:
     spec = spec_for(node, factors)
     node.meta["spec"] = spec
     if spec.unknown and spec.operands:
-        program.note(f"no rule for {node.target}: it runs whole on every rank ({user_line(node)})")
+        program.note(f"no rule for {node.target}: it runs replicated, on full operands ({user_line(node)})")
     for dims in spec.outs:
         factors.beside(dims)
     node.meta["dims"] = spec.outs[0] if isinstance(value, torch.Tensor) else spec.outs

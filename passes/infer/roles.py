@@ -223,7 +223,7 @@ def _weights(program: Program, in_params: set[Factor], one_head: set[Factor]) ->
             made.update(f for f in flat if f not in sums)
         else:
             reduced |= sums
-        reduced |= {f for s in (*spec.whole, *spec.inner, *spec.maxes) for f in s.leaves()}
+        reduced |= {f for s in (*spec.replicated, *spec.inner, *spec.maxes) for f in s.leaves()}
     for f in in_params:
         if f.role is None and made[f] and contracted[f] and f not in reduced:
             f.role = "head_dim" if f in one_head else "ffn"

@@ -19,7 +19,7 @@ from fxpar.passes.place.cost import forward_flops
 from fxpar.passes.place.place import fits
 from fxpar.program import Program, copy_provenance
 from fxpar.sharding.factors import Dim, Dims, Factor, leaves
-from fxpar.sharding.layout import Layout, local_extent, local_shape, place_of, show, tiling
+from fxpar.sharding.layout import Layout, local_extent, local_shape, place_of, sharding_of, show
 from fxpar.sharding.mesh import Axes
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ def partition(program: Program) -> Program:
     """Build the local program.
 
     Takes: a placed program, whose graph it leaves as it is.
-    Afterwards: `program.module` computes on local tensors; ``meta["tiling"]`` of every placeholder and output says which
+    Afterwards: `program.module` computes on local tensors; ``meta["sharding"]`` of every placeholder and output says which
     part of the global tensor it is, ``meta["global"]`` its global shape and dtype; ``meta["for"]`` of every collective names
     the operator that it was inserted for, ``meta["bytes"]`` the size of its result on one rank. Outputs that hold a batch are
     this replica's part.
@@ -72,8 +72,8 @@ class _Partitioner:
             dims = old.meta["dims"] if dims is None else dims
             layout = self.placed.storage(old) if layout is None else layout
             new.meta.update(
-                tiling=tiling(dims, layout, self.mesh),
-                shows=show(dims, layout, self.mesh),
+                sharding=sharding_of(dims, layout, self.mesh),
+                layout_text=show(dims, layout, self.mesh),
                 needs_grad=old.meta.get("needs_grad", False),
                 dtype=value.dtype,
             )
@@ -109,7 +109,7 @@ class _Partitioner:
             if axis not in layout and batch is not None and self.mesh.size(axis) > 1:
                 want[axis] = batch
         new = self.reshard.to(self.local[node], dims, layout, {**layout, **want}, node)
-        return self._describe(new, node, {**layout, **want}) if want or "tiling" not in new.meta else new
+        return self._describe(new, node, {**layout, **want}) if want or "sharding" not in new.meta else new
 
 
 class Local:
@@ -135,7 +135,7 @@ class Local:
         return fx.map_arg(tree, lambda n: None if n in skipped else self._operands.get(n, self.owner.local[n]))
 
     def _bring(self, operand: Operand, at: Layout) -> fx.Node:
-        """The operand in the layout the operator runs in: split like it, or whole; varying where the op is split.
+        """The operand in the layout the operator runs in: split like it, or replicated; varying where the op is split.
 
         What is made from a parameter as it is stored takes it as it is stored."""
         if self.node in self.owner.placed.stored:
@@ -237,7 +237,7 @@ class Local:
         return self.mesh.size(*self.axes(factors))
 
     def offset(self, dim: Dim) -> fx.Node | None:
-        """Where this rank's (contiguous) part of a dim begins; None if the dim is whole."""
+        """Where this rank's (contiguous) part of a dim begins; None if the dim is not split."""
         axes = self.axes(dim)
         if not axes:
             return None
@@ -257,7 +257,7 @@ class Local:
         return tuple(out)
 
     def exchanged_dim(self) -> int | None:
-        """The dim along which the first operand was just gathered, or else the output will be scattered, if it is whole."""
+        """The dim along which the first operand was just gathered, or else the output will be scattered, if it is not split."""
         first = typed(self.operand(0))
         if first is not None and first.gathers:
             dim, outer = first.place

@@ -21,7 +21,7 @@ from fxpar.sharding.layout import Layout, local_shape, place_of
 from fxpar.sharding.mesh import Axes, Mesh
 
 Want = Mapping[str, "Factor | bool"]
-"""axis -> the factor to split there; True: whole, but used differently on every rank; absent: whole and the same."""
+"""axis -> the factor to split there; True: replicated, but used differently on every rank; absent: replicated and used alike."""
 
 
 class Resharder:
@@ -176,8 +176,8 @@ class Resharder:
 def measure(node: fx.Node, value: fx.Node, dims: Dims, layout: Layout, mesh: Mesh) -> None:
     """Record shape and dtype of the result that one rank holds, and its bytes (what the report counts). value: the global value,
     or what it is made of."""
-    held = value.meta.get("val", value.meta.get("global"))
-    if isinstance(held, torch.Tensor):
-        dtype = node.meta.get("dtype") or value.meta.get("dtype") or held.dtype
+    known = value.meta.get("val", value.meta.get("global"))
+    if isinstance(known, torch.Tensor):
+        dtype = node.meta.get("dtype") or value.meta.get("dtype") or known.dtype
         shape = local_shape(dims, layout, mesh)
-        node.meta["held"], node.meta["bytes"] = (shape, dtype), math.prod(shape) * dtype.itemsize
+        node.meta["local"], node.meta["bytes"] = (shape, dtype), math.prod(shape) * dtype.itemsize

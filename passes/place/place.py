@@ -22,7 +22,7 @@ from fxpar.passes.infer.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Source
 from fxpar.sharding.factors import Dims, Factor, leaves
-from fxpar.sharding.layout import Layout, Tiling, restrict
+from fxpar.sharding.layout import Layout, Sharding, restrict
 from fxpar.sharding.mesh import MICROBATCH, Mesh
 from fxpar.sharding.placement import Placement, Placements
 
@@ -48,7 +48,7 @@ def preferences(plan: Plan) -> list[Preference]:
     return [*out, Preference("batch", "dp")]
 
 
-def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
+def place(program: Program, pinned: dict[str, Sharding] | None = None) -> Program:
     """Give every operator its `Placement` and every value its layout.
 
     Takes: an inferred program, whose graph it leaves as it is. pinned: parameters whose storage is given.
@@ -57,7 +57,7 @@ def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
     Raises: `PlanError` if a batch does not divide by dp.
     """
     placed = program.placements = Placements()
-    walk = _Walk(program, placed, pinned or {})
+    walk = _Placer(program, placed, pinned or {})
     for node in program.graph.nodes:
         if node.op == "placeholder":
             walk.source(node, walk.sources[node])
@@ -69,13 +69,13 @@ def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
             if "spec" in node.meta:
                 placed.operators[node] = Placement({}, [{} for _ in node.meta["spec"].outs])
     for chain in {id(c): c for c in walk.chains.values()}.values():
-        _settle_differences(chain[1:], placed)
+        _set_varies(chain[1:], placed)
     _note_unsplit(program, placed, walk.prefs)
     return program
 
 
-class _Walk:
-    def __init__(self, program: Program, placed: Placements, pinned: dict[str, Tiling]):
+class _Placer:
+    def __init__(self, program: Program, placed: Placements, pinned: dict[str, Sharding]):
         self.program, self.mesh, self.pinned = program, program.mesh, pinned
         self.layouts, self.operators, self.preferred = placed.layouts, placed.operators, placed.preferred
         self.prefs = preferences(program.plan)
@@ -137,7 +137,7 @@ class _Walk:
         at = self._assign(node, spec)
         for operand in spec.operands:
             if self.layouts[operand.node] is None:
-                self._settle(operand.node, at, operand.gathered)
+                self._decide_use(operand.node, at, operand.gathered)
         placement = self._outcome(spec, at)
         self.operators[node] = placement
         self.layouts[node] = placement.layouts[0] if isinstance(node.meta["val"], torch.Tensor) else placement.layouts
@@ -145,7 +145,7 @@ class _Walk:
     def _flexible_root(self, node: fx.Node, spec: Spec) -> fx.Node | None:
         """The parameter that an operator only casts or rearranges, which stays undecided until something uses it, unless its
         storage is given."""
-        if len(spec.operands) != 1 or spec.sums or spec.maxes or spec.inner or spec.whole or len(spec.outs) != 1:
+        if len(spec.operands) != 1 or spec.sums or spec.maxes or spec.inner or spec.replicated or len(spec.outs) != 1:
             return None
         source = spec.operands[0].node
         return source if source in self.chains and (self.layouts[source] is None or self._is_given(source)) else None
@@ -153,7 +153,7 @@ class _Walk:
     def _is_given(self, node: fx.Node) -> bool:
         return self.sources[self.chains[node][0]].name in self.pinned
 
-    def _settle(self, node: fx.Node, at: Layout, gathered: Iterable[Factor]) -> None:
+    def _decide_use(self, node: fx.Node, at: Layout, gathered: Iterable[Factor]) -> None:
         """The first use decides how a parameter (and what was made from it alone) is used, and what it would have it stored
         like (`Placements.preferred`)."""
         zero = self.mesh.axes("zero")
@@ -169,7 +169,7 @@ class _Walk:
     def _assign(self, node: fx.Node, spec: Spec) -> Layout:
         """The rule of this module, for one operator. The axes of one strategy go to factors of one role."""
         order = _candidates(spec)
-        held = {(a, f) for o in spec.operands for a, f in (self.layouts[o.node] or {}).items()}
+        inherited = {(a, f) for o in spec.operands for a, f in (self.layouts[o.node] or {}).items()}
         roles = {f.role for o in spec.operands for d in o.dims for f in leaves(d)}
         roles |= {f.role for d in spec.outs[0] for f in leaves(d)} if spec.outs else set()
         at: Layout = {}
@@ -181,12 +181,12 @@ class _Walk:
                 continue
             for axis in axes:
                 wanting = [f for f in order if f.role == pref.role and not (pref.lookup and f in at.values())]
-                wanting.sort(key=lambda f: (axis, f) not in held)
+                wanting.sort(key=lambda f: (axis, f) not in inherited)
                 self._take(at, axis, wanting)
                 if pref.beside and axis not in at:
                     self._note_indivisible(wanting, pref, axis)
         for axis in self.mesh.names:
-            self._take(at, axis, [f for f in order if (axis, f) in held])
+            self._take(at, axis, [f for f in order if (axis, f) in inherited])
         return at
 
     def _take(self, at: Layout, axis: str, wanting: list[Factor]) -> None:
@@ -201,7 +201,7 @@ class _Walk:
         n = self.mesh.size(axis)
         for leaf in wanting:
             if n > 1 and leaf.size % n:
-                self.program.note(f"{pref.role} {leaf.size} does not divide by {axis}={n}: left whole")
+                self.program.note(f"{pref.role} {leaf.size} does not divide by {axis}={n}: left replicated")
 
     def _outcome(self, spec: Spec, at: Layout) -> Placement:
         sums = {f for s in spec.sums for f in s.leaves()}
@@ -240,7 +240,7 @@ def _looks_up_few(node: fx.Node) -> bool:
     return args[1].meta["val"].numel() <= args[0].meta["val"].shape[0]
 
 
-def _settle_differences(chain: list[fx.Node], placed: Placements) -> None:
+def _set_varies(chain: list[fx.Node], placed: Placements) -> None:
     """Fill in `Placement.varies` of the operators that rearrange one parameter, in their order.
 
     Not of its cast: its gradient is summed in a dtype of its own, and where it is used.
@@ -263,13 +263,13 @@ def _different_for(user: fx.Node, node: fx.Node, placed: Placements) -> tuple[st
     return (*(a for a, f in placement.at.items() if f not in own), *placement.varies)
 
 
-def pinned_layout(dims: Dims, tiles: Tiling, mesh: Mesh) -> Layout:
-    """The layout that stores a parameter as `tiles`; a piece's axes lie on the major factor of what it became.
+def pinned_layout(dims: Dims, sharding: Sharding, mesh: Mesh) -> Layout:
+    """The layout that stores a parameter as `sharding`; a piece's axes lie on the major factor of what it became.
 
     Raises: `PlanError` if that factor has become too small for them.
     """
     layout: Layout = {}
-    for dim, pieces in zip(dims, tiles, strict=True):
+    for dim, pieces in zip(dims, sharding, strict=True):
         flat = leaves(dim)
         for piece in pieces:
             size = 1
@@ -301,8 +301,8 @@ def scatterable(spec: Spec) -> list[Factor]:
     """The output's factors that a pending sum may be scattered onto: all, or those that what is added later shares."""
     flat = [f for d in spec.outs[0] for f in leaves(d)]
     if any(o.deferred for o in spec.operands):
-        whole = {f for s in spec.whole for f in s.leaves()}
-        return [f for f in flat if f not in whole]
+        replicated = {f for s in spec.replicated for f in s.leaves()}
+        return [f for f in flat if f not in replicated]
     return flat
 
 
@@ -314,7 +314,7 @@ def appends(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
 
 def _candidates(spec: Spec) -> list[Factor]:
     """The factors that may be split at this operator, in the order they occur."""
-    barred = {f for s in spec.whole for f in s.leaves()}
+    barred = {f for s in spec.replicated for f in s.leaves()}
     barred |= {f for d in spec.leading for f in leaves(d)[1:]}
     reduced = {f for s in (*spec.sums, *spec.maxes, *spec.inner) for f in s.leaves()}
     outs = [{f for d in dims for f in leaves(d)} for dims in spec.outs]
@@ -337,5 +337,5 @@ def _note_unsplit(program: Program, placed: Placements, prefs: list[Preference])
                 if n > 1 and leaf.size % n and leaf not in placed.layouts[node].values() and leaf.size > 1:
                     program.note(
                         f"{pref.role} {leaf.size} (dim {i} of {source.name}) does not divide by "
-                        f"{pref.strategy}={n}: left whole"
+                        f"{pref.strategy}={n}: left replicated"
                     )

@@ -2,10 +2,10 @@
 
 A value is, along the axis of microbatches,
 
-    alike       whole, and the same for every microbatch: made of parameters, constants, and sums that a prologue computes
+    alike       replicated, the same for every microbatch: made of parameters, constants, and sums that a prologue computes
     split       this microbatch's own: its rows, what is made of them, or its part of a sum over the batch
     part        its sum over microbatches is the value: a sum over the batch of what depends on parameters, what is linear in one
-    estimate    stands for a value that is whole, but was computed from `count` times this microbatch's part of a sum
+    estimate    stands for a replicated value, but was computed from `count` times this microbatch's part of a sum
 
 A loss is a part as a rule: a sum over the batch, divided by a count that is alike. What is alike and added to it (a penalty on
 parameters) is divided by the number of microbatches, so that it counts once.
@@ -56,9 +56,9 @@ class Values:
     """What `classify` finds. kinds: of every value. outside: collectives over microbatches that a prologue computes.
 
     alone: sums over microbatches of what is the same for all of them: so many times that. sliced: where a microbatch takes its
-    slice of a value that is whole. divided: (node, its operand or the place of a number among its arguments) for what is
-    added to a part. whole: (node, operand) where a part is used in a way that is not linear. in_order: buffers whose new value is
-    an estimate. inexact: values that are computed from an estimate.
+    slice of a replicated value. divided: (node, its operand or the place of a number among its arguments) for what is
+    added to a part. nonlinear: (node, operand) where a part is used in a way that is not linear. in_order: buffers whose new
+    value is an estimate. inexact: values that are computed from an estimate.
     """
 
     kinds: dict[fx.Node, Kind] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Values:
     alone: list[fx.Node] = field(default_factory=list)
     sliced: list[fx.Node] = field(default_factory=list)
     divided: list[tuple[fx.Node, fx.Node | int]] = field(default_factory=list)
-    whole: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    nonlinear: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     in_order: frozenset[str] = frozenset()
     inexact: set[fx.Node] = field(default_factory=set)
 
@@ -79,7 +79,7 @@ def classify(program: Program) -> Values:
     """
     in_order: frozenset[str] = frozenset()
     while True:
-        values = _Walk(program, in_order).run()
+        values = _Classifier(program, in_order).run()
         found = in_order | {s.name for s, n in zip(program.tensor_sinks(), program.outputs(), strict=True)
                             if s.kind == "buffer" and values.kinds[n] in ("part", "estimate")}
         if found == in_order:
@@ -89,11 +89,11 @@ def classify(program: Program) -> Values:
 
 def along_microbatches(node: fx.Node) -> bool | None:
     """Whether a value is laid out along the axis of microbatches; None where its layout is not known."""
-    tiles = node.meta.get("tiling")
-    return None if tiles is None else any(MICROBATCH in piece.axes for dim in tiles for piece in dim)
+    sharding = node.meta.get("sharding")
+    return None if sharding is None else any(MICROBATCH in piece.axes for dim in sharding for piece in dim)
 
 
-class _Walk:
+class _Classifier:
     def __init__(self, program: Program, in_order: frozenset[str]):
         self.program, self.sources = program, program.source_of()
         self.found = Values(in_order=in_order)
@@ -146,9 +146,9 @@ class _Walk:
             self.found.outside.append(node)
             return "split" if made.kind in ("shard", "reduce_scatter", "all_to_all") else "alike"
         varies = made.value in self.varying
-        if made.kind == "shard":  # of what is whole here: this microbatch's slice
+        if made.kind == "shard":  # of a replicated value: this microbatch's slice
             self.found.sliced.append(node)
-            self.found.whole += [(node, made.value)] if kind == "part" else []
+            self.found.nonlinear += [(node, made.value)] if kind == "part" else []
             self.found.inexact.update([node] if kind == "part" else [])
             return "split"
         if made.kind == "psum" and not varies:
@@ -169,7 +169,7 @@ class _Walk:
         if parts and divided is not None:
             self.found.divided += [(node, what) for what in divided]
             return "part"
-        self.found.whole += [(node, n) for n in parts]
+        self.found.nonlinear += [(node, n) for n in parts]
         self.found.inexact.update([node] if parts else [])
         return "split" if split else "estimate" if parts or any(kinds[n] == "estimate" for n in operands) else "alike"
 

@@ -16,13 +16,13 @@ from fxpar.ops.collectives import axis_index, typed
 from fxpar.passes.strategies.linear import Values, along_microbatches, classify
 from fxpar.passes.strategies.prologue import prologue, rank_index
 from fxpar.program import Join, Microbatches, Program, Source, copy_provenance, user_line
-from fxpar.sharding.layout import Piece, Tiling
+from fxpar.sharding.layout import Piece, Sharding
 from fxpar.sharding.mesh import MICROBATCH, Mesh, of_ranks
 
 aten = torch.ops.aten
 JOINS: dict[str, Join] = {"part": "sum", "estimate": "mean", "alike": "same", "split": "rows"}
 
-DESCRIPTION = ("tiling", "shows", "needs_grad", "dtype", "global", "of", "varied")
+DESCRIPTION = ("sharding", "layout_text", "needs_grad", "dtype", "global", "of", "varied")
 """What `partition` writes on a value that is the local part of a global one."""
 
 
@@ -66,8 +66,8 @@ def take_out_time(program: Program) -> Program:
     return program
 
 
-def _rows(nodes: dict[Any, fx.Node], mesh: Mesh) -> dict[Any, Tiling]:
-    return {key: tuple(tuple(_replica_first(piece, mesh) for piece in dim) for dim in node.meta["tiling"])
+def _rows(nodes: dict[Any, fx.Node], mesh: Mesh) -> dict[Any, Sharding]:
+    return {key: tuple(tuple(_replica_first(piece, mesh) for piece in dim) for dim in node.meta["sharding"])
             for key, node in nodes.items() if along_microbatches(node)}
 
 
@@ -81,7 +81,7 @@ def _replica_first(piece: Piece, mesh: Mesh) -> Piece:
 
 def _note_estimates(program: Program, values: Values, count: int) -> None:
     """Say what is not linear in microbatches, by the lines of the model."""
-    lines = list(dict.fromkeys(user_line(n) or n.name for n, _ in values.whole if n.users))
+    lines = list(dict.fromkeys(user_line(n) or n.name for n, _ in values.nonlinear if n.users))
     buffers = sorted(values.in_order)
     if lines:
         more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
@@ -102,9 +102,9 @@ def _pass_in(program: Program, values: Values, step: Microbatches) -> dict[fx.No
     step.prologue, step.prologue_inputs = made.module, made.inputs
     moved: dict[fx.Node, fx.Node] = {}
     for node, places in zip(wanted, made.places, strict=True):
-        shape, dtype = node.meta["held"]
+        shape, dtype = node.meta["local"]
         moved[node] = _placeholder(program, f"batch_{node.name}", torch.empty(shape, dtype=dtype, device="meta"))
-        described = DESCRIPTION if "tiling" in node.meta else ("dtype",)
+        described = DESCRIPTION if "sharding" in node.meta else ("dtype",)
         moved[node].meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", *described)})
         step.passed[moved[node].name] = places
         node.replace_all_uses_with(moved[node])
@@ -149,17 +149,17 @@ def _estimate(program: Program, values: Values, count: int) -> None:
     """Where a part is not used linearly, its sum over microbatches is taken to be `count` times this one's."""
     times: dict[fx.Node, fx.Node] = {}
 
-    def whole(part: fx.Node, user: fx.Node) -> fx.Node:
+    def estimated(part: fx.Node, user: fx.Node) -> fx.Node:
         if part not in times:
             with program.graph.inserting_after(part):
                 times[part] = program.graph.call_function(aten.mul.Tensor, (part, count))
             _describe(times[part], part, user)
         return times[part]
 
-    for node, part in values.whole:
-        node.replace_input_with(part, whole(part, node))
+    for node, part in values.nonlinear:
+        node.replace_input_with(part, estimated(part, node))
     output = program.graph.output_node()
-    outs = [whole(n, n) if sink.kind == "buffer" and values.kinds[n] == "part" else n
+    outs = [estimated(n, n) if sink.kind == "buffer" and values.kinds[n] == "part" else n
             for sink, n in zip(program.tensor_sinks(), program.outputs(), strict=True)]
     output.args = (tuple(outs),)
 
@@ -191,21 +191,21 @@ def _take_out_collectives(graph: fx.Graph, values: Values, count: int) -> None:
 
 
 def _take_out_slices(program: Program, values: Values, index: fx.Node) -> None:
-    """What a microbatch takes of a value that is whole on this rank: of each replica's rows, those of its number."""
+    """What a microbatch takes of a value that is replicated over them: of each replica's rows, those of its number."""
     graph, mesh = program.graph, program.mesh
     count = mesh.size(MICROBATCH)
     replicas = mesh.size(*mesh.axes("dp")) // count
     for node in values.sliced:
         made = typed(node)
         assert made is not None
-        (dim, outer), (held, _) = made.place, node.meta["held"]
+        (dim, outer), (local, _) = made.place, node.meta["local"]
         outer *= replicas
-        apart = [*held[:dim], outer, count, held[dim] // outer, *held[dim + 1 :]]
+        apart = [*local[:dim], outer, count, local[dim] // outer, *local[dim + 1 :]]
         with graph.inserting_before(node):
             value = graph.call_function(aten.reshape.default, (made.value, apart))
             number = graph.call_function(aten.reshape.default, (index, [1]))
             mine = graph.call_function(aten.index_select.default, (value, dim + 1, number))
-            mine = graph.call_function(aten.reshape.default, (mine, list(held)))
+            mine = graph.call_function(aten.reshape.default, (mine, list(local)))
         _describe(mine, node, node)
         node.replace_all_uses_with(mine)
 
@@ -233,10 +233,10 @@ def _without_time(program: Program, count: int) -> None:
     """Layouts of what one microbatch holds."""
     for node in program.graph.nodes:
         if along_microbatches(node):
-            tiles = node.meta["tiling"]
-            node.meta["tiling"] = tuple(tuple(_piece(p, count) for p in dim) for dim in tiles)
+            sharding = node.meta["sharding"]
+            node.meta["sharding"] = tuple(tuple(_piece(p, count) for p in dim) for dim in sharding)
             shape = [n // (count if any(MICROBATCH in p.axes for p in dim) else 1)
-                     for n, dim in zip(node.meta["global"].shape, tiles, strict=True)]
+                     for n, dim in zip(node.meta["global"].shape, sharding, strict=True)]
             node.meta["global"] = node.meta["global"].new_empty(shape)
         made = typed(node) if node.op == "call_function" else None
         assert made is None or MICROBATCH not in made.axes, f"{node.name} communicates over microbatches"

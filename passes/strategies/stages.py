@@ -5,7 +5,7 @@ stage's mesh, and collectives stay within a stage. A node of the program is one 
 
 - *free*: depends on no parameter and on no input that wants a gradient (positions, masks, label counts);
 - *weight*: depends on parameters, and on nothing of the batch (gathered or cast parameters, relative positions);
-- *echo*: one activation in another form that takes as many bytes or more (gathered, marked as varying, widened, viewed);
+- *echo*: one activation in another form that takes as many bytes or more (gathered, marked as varying, cast up, viewed);
 - *activation*: everything else.
 
 Activations are made by one stage, and sent to later ones that use them, through the stages between. The other kinds are made
@@ -33,7 +33,7 @@ from fxpar.errors import PlanError
 from fxpar.ops.collectives import GATHER, SAME, typed
 from fxpar.ops.vocabulary import RESHAPES, is_view
 from fxpar.program import Program, Sink, Source, copy_provenance, module_path, user_line
-from fxpar.sharding.layout import Piece, held_shape
+from fxpar.sharding.layout import Piece, shard_shape
 
 aten = torch.ops.aten
 FREE, WEIGHT, ECHO, ACTIVATION = "free", "weight", "echo", "activation"
@@ -227,18 +227,18 @@ def cut_like(program: Program, stages: Sequence[Stage]) -> list[Stage]:
     another one updates.
     """
     depth = _Depth(program)
-    held = [_parameters(s.program) for s in stages]
+    parameters = [_parameters(s.program) for s in stages]
     uses = _uses(depth)
     at: list[int] = []
     for i in range(1, len(stages)):
-        new = held[i] - set().union(*held[:i])
-        earlier = set().union(*held[:i]) - held[i]
+        new = parameters[i] - set().union(*parameters[:i])
+        earlier = set().union(*parameters[:i]) - parameters[i]
         behind = -1 if new else max((uses[name][-1] for name in earlier if name in uses), default=-1)
-        mine = [place for name in new or held[i] for place in uses.get(name, ()) if place > behind]
+        mine = [place for name in new or parameters[i] for place in uses.get(name, ()) if place > behind]
         at.append(min(mine, default=-1))
     bounds = [0, *at, len(depth.order)]
     made = [_stage(depth, i, bounds) for i in range(len(stages))] if all(a < b for a, b in pairwise(bounds)) else []
-    if not made or not all(_parameters(s.program) <= have for s, have in zip(made, held, strict=True)):
+    if not made or not all(_parameters(s.program) <= have for s, have in zip(made, parameters, strict=True)):
         _refuse((), "must say where stages begin: called like this the model uses its parameters in another order than it did "
                 "first, and they are on the ranks of their stages already", IN_EVERY_CALL)
     for each, others in ((stages, made), (made, stages)):
@@ -479,10 +479,10 @@ def _receive(depth: _Depth, graph: fx.Graph, node: fx.Node) -> fx.Node:
     new, value = graph.placeholder(node.name), depth.value(node)
     copy_provenance(new, node)
     new.meta.update(source=node.name, needs_grad=value.requires_grad, dtype=value.dtype)
-    if "tiling" in node.meta and held_shape(node.meta["tiling"], depth.program.mesh) == value.shape:
-        new.meta.update({k: node.meta[k] for k in ("tiling", "shows", "global", "of") if k in node.meta})
+    if "sharding" in node.meta and shard_shape(node.meta["sharding"], depth.program.mesh) == value.shape:
+        new.meta.update({k: node.meta[k] for k in ("sharding", "layout_text", "global", "of") if k in node.meta})
     else:
-        new.meta.update(tiling=tuple((Piece(n),) for n in value.shape), shows=str(list(value.shape)))
+        new.meta.update(sharding=tuple((Piece(n),) for n in value.shape), layout_text=str(list(value.shape)))
         new.meta["global"] = value.empty().detach()
     return new
 

@@ -86,7 +86,7 @@ def test_values_are_those_of_a_run(name, plan):
     for node, source in program.source_of().items():
         value: Any = torch.tensor(0) if source.kind == "seed" else known.get(source.kind, {}).get(source.name, source.value)
         for rank, feed in enumerate(feeds):
-            feed.append(take(value.detach(), node.meta["tiling"], program.mesh, rank).contiguous().requires_grad_(
+            feed.append(take(value.detach(), node.meta["sharding"], program.mesh, rank).contiguous().requires_grad_(
                 source.requires_grad) if isinstance(value, Tensor) else value)
 
     def check(have: Any, want: Any) -> None:

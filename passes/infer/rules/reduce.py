@@ -1,4 +1,4 @@
-"""Rules of reductions, and of operators that need a whole dimension (softmax, norms, sorts, scans)."""
+"""Rules of reductions, and of operators that need a dimension in full (softmax, norms, sorts, scans)."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def _emit_mean(local):
 
 @rule(aten.amax, aten.max.default, aten.max.dim)
 def maximum(op: Op) -> Spec:
-    """A pending maximum, where no gradient flows and no index is asked for; else the dim stays whole."""
+    """A pending maximum, where no gradient flows and no index is asked for; else the dim stays replicated."""
     spec = _reduction(op)
     (x,) = op.tensors()
     reduced = {f for i in _reduced(op)[0] for f in op.dim(x, i)}
     if op.needs_grad() or len(op.outs()) > 1:
-        spec.whole = reduced
+        spec.replicated = reduced
     else:
         spec.maxes = reduced
     return spec
@@ -65,10 +65,10 @@ def maximum(op: Op) -> Spec:
 @rule(aten.amin, aten.min.default, aten.min.dim, aten.any, aten.all, aten.prod, aten.argmax, aten.argmin, aten.std,
       aten.var, aten.std_mean, aten.var_mean, aten.linalg_vector_norm, aten.norm, aten.median, aten.nanmedian,
       aten.mode, aten.aminmax, aten.count_nonzero, aten.kthvalue)  # fmt: skip
-def whole_reduction(op: Op) -> Spec:
+def replicated_reduction(op: Op) -> Spec:
     spec = _reduction(op)
     (x,) = op.tensors()
-    spec.whole = {f for i in _reduced(op)[0] for f in op.dim(x, i)}
+    spec.replicated = {f for i in _reduced(op)[0] for f in op.dim(x, i)}
     return spec
 
 
@@ -80,7 +80,7 @@ def logsumexp(op: Op) -> Spec:
     if len(dims) == 1:
         spec.emit, spec.inner = _emit_logsumexp, set(op.dim(op.tensors()[0], dims[0]))
     else:
-        spec.whole = {f for i in dims for f in op.dim(op.tensors()[0], i)}
+        spec.replicated = {f for i in dims for f in op.dim(op.tensors()[0], i)}
     return spec
 
 
@@ -141,7 +141,7 @@ def _at_least_float32(local, x):
 @rule(aten.cumsum, aten.cumprod, aten.sort, aten.argsort, aten.topk, aten.logcumsumexp, aten.cummax, aten.cummin,
       aten.flip, aten.roll)  # fmt: skip
 def along(op: Op) -> Spec:
-    """Works along some dims, which stay whole. A place in a sorted dim is not one of the dim that was sorted."""
+    """Works along some dims, which stay replicated. A place in a sorted dim is not one of the dim that was sorted."""
     x = op.tensors()[0]
     rank = len(op.dims(x))
     dim = op["dim"] if "dim" in op.args else op["dims"]
@@ -151,7 +151,7 @@ def along(op: Op) -> Spec:
     if getattr(op.target, "overloadpacket", None) in (aten.sort, aten.argsort, aten.topk):
         made = {d: op.factors.new(int(op.outs()[0].shape[d])) for d in dims}
         spec.outs = [tuple(made.get(j, d) for j, d in enumerate(out)) for out in spec.outs]
-        spec.whole.update(f for d in made.values() for f in d)
+        spec.replicated.update(f for d in made.values() for f in d)
     return spec
 
 
@@ -170,8 +170,8 @@ def histogram(op: Op) -> Spec:
     made = op.factors.fresh(op.out.shape)
     everything, bins = {f for d in op.dims(x) for f in d}, {f for d in made for f in d}
     if op["min"] == op["max"]:
-        return Spec(op.operands(), [made], whole=everything | bins)
-    return Spec(op.operands(), [made], sums=everything, whole=bins)
+        return Spec(op.operands(), [made], replicated=everything | bins)
+    return Spec(op.operands(), [made], sums=everything, replicated=bins)
 
 
 @rule(aten.diff.default)
@@ -179,43 +179,43 @@ def diff(op: Op) -> Spec:
     (x, *more) = op.tensors()
     at = op["dim"] % len(op.dims(x))
     dims = list(op.dims(x))
-    whole = {f for node in op.tensors() for f in op.dim(node, at)}
+    replicated = {f for node in op.tensors() for f in op.dim(node, at)}
     for node in more:
         for i, d in enumerate(op.dims(node)):
             if i != at and not op.factors.align(dims[i], d):
-                whole.update(d, dims[i])
+                replicated.update(d, dims[i])
     dims[at] = op.factors.new(int(op.out.shape[at]))
-    return Spec(op.operands(), [tuple(dims)], whole=whole | set(dims[at]))
+    return Spec(op.operands(), [tuple(dims)], replicated=replicated | set(dims[at]))
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default)
 def layer_norm(op: Op) -> Spec:
-    """Normalises over the last dims, which stay whole; weights lie along them."""
+    """Normalises over the last dims, which stay replicated; weights lie along them."""
     x = op["input"]
     own = op.dims(x)
     last = len(op["normalized_shape"])
-    whole = {f for d in own[len(own) - last :] for f in d}
+    replicated = {f for d in own[len(own) - last :] for f in d}
     for node in op.tensors():
         if node is not x:
             for d, n in zip(own[len(own) - last :], op.dims(node), strict=True):
                 op.factors.align(d, n)
-            whole.update(f for d in op.dims(node) for f in d)
+            replicated.update(f for d in op.dims(node) for f in d)
     reduced = (*own[: len(own) - last], *([()] * last))
     outs = [reduced if i else own for i in range(len(op.outs()))]
-    return Spec(op.operands(), outs, whole=whole)
+    return Spec(op.operands(), outs, replicated=replicated)
 
 
 @rule(aten.group_norm.default, aten.instance_norm.default)
 def group_norm(op: Op) -> Spec:
-    """The batch is parallel; channels and space stay whole."""
+    """The batch is parallel; channels and space stay replicated."""
     x = op["input"]
     own = op.dims(x)
-    whole = {f for d in own[1:] for f in d}
+    replicated = {f for d in own[1:] for f in d}
     for node in op.tensors():
         if node is not x:
             op.factors.align(own[1], op.dim(node, 0))
-            whole.update(op.dim(node, 0))
-    return Spec(op.operands(), [own], whole=whole)
+            replicated.update(op.dim(node, 0))
+    return Spec(op.operands(), [own], replicated=replicated)
 
 
 @rule(aten.batch_norm.default)
@@ -224,8 +224,8 @@ def batch_norm_eval(op: Op) -> Spec:
     x = op["input"]
     spec = Spec(op.operands(), [op.dims(x)])
     if op["training"]:
-        spec.whole = {f for i, d in enumerate(op.dims(x)) if i != 1 for f in d}
+        spec.replicated = {f for i, d in enumerate(op.dims(x)) if i != 1 for f in d}
     for node in op.tensors():
         if node is not x and not op.factors.align(op.dim(x, 1), op.dim(node, 0)):
-            spec.whole.update(leaves(op.dim(x, 1)), op.dim(node, 0))
+            spec.replicated.update(leaves(op.dim(x, 1)), op.dim(node, 0))
     return spec

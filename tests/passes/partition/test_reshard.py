@@ -11,7 +11,7 @@ from fxpar.backends import simulate
 from fxpar.ops import collectives
 from fxpar.passes.partition.reshard import Resharder
 from fxpar.sharding.factors import Factor, Factors, leaves
-from fxpar.sharding.layout import local_shape, take, tiling
+from fxpar.sharding.layout import local_shape, sharding_of, take
 from fxpar.sharding.mesh import Mesh
 from tests.harness import MESHES, RANDOM, random_dims, random_layout
 
@@ -35,13 +35,13 @@ class Exchange:
     def run(self, outputs):
         self.graph.output(tuple(outputs))
         self.module = fx.GraphModule(torch.nn.Module(), self.graph)
-        tiles = tiling(self.dims, self.layout, self.mesh)
-        self.inputs = [take(self.x, tiles, self.mesh, r).clone().requires_grad_() for r in range(self.mesh.world_size)]
+        sharding = sharding_of(self.dims, self.layout, self.mesh)
+        self.inputs = [take(self.x, sharding, self.mesh, r).clone().requires_grad_() for r in range(self.mesh.world_size)]
         return simulate.run(self.module, self.mesh, [[x] for x in self.inputs])
 
     def part(self, want, rank, x=None):
         split = {a: f for a, f in want.items() if isinstance(f, Factor)}
-        return take(self.x if x is None else x, tiling(self.dims, split, self.mesh), self.mesh, rank)
+        return take(self.x if x is None else x, sharding_of(self.dims, split, self.mesh), self.mesh, rank)
 
 
 def example(r: Random, varying=True):
@@ -246,7 +246,7 @@ def test_collectives(layout, want, kinds):
     assert issued(named(layout), named(want), dims) == kinds
 
 
-# ---- collectives that reshards of whole values do not use ----
+# ---- collectives that reshards of replicated values do not use ----
 
 
 def partials(kind, *args, axes=("a",), mesh=MESH):
@@ -284,14 +284,14 @@ def test_reduce_scatter_is_a_slice_of_the_sum(dim, outer):
     if outer > 1:
         factors.split(dims[dim][0], outer)
     layout = {"a": leaves(dims[dim])[-1]}
-    tiles = tiling(dims, layout, MESH)
+    sharding = sharding_of(dims, layout, MESH)
     for group in MESH.groups(("a",)):
         total = sum(xs[r] for r in group)
         cotangent = torch.randn(sizes, dtype=torch.float64)
-        parts = [take(cotangent, tiles, MESH, r).contiguous() for r in group]
+        parts = [take(cotangent, sharding, MESH, r).contiguous() for r in group]
         for r in group:
             assert list(ys[r].shape) == local_shape(dims, layout, MESH)
-            assert torch.allclose(ys[r], take(total, tiles, MESH, r))
+            assert torch.allclose(ys[r], take(total, sharding, MESH, r))
         found = torch.autograd.grad([ys[r] for r in group], [xs[r] for r in group], parts, retain_graph=True)
         assert all(torch.equal(g, cotangent) for g in found)
 
