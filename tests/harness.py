@@ -24,6 +24,7 @@ from fxpar.passes.place.place import _candidates, appends, fits, scatterable
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
 from fxpar.sharding.factors import Dims, Factor, Factors, leaves
+from fxpar.sharding.facts import dims_of, global_value, local_value, sharding_at
 from fxpar.sharding.layout import Layout, restrict, take
 from fxpar.sharding.mesh import Mesh
 from fxpar.sharding.placement import Placement, Placements
@@ -209,12 +210,12 @@ def lay_out(program: Program, r: Random) -> Program:
     mesh = program.mesh
     placed = program.placements = Placements()
     for node in program.graph.nodes:
-        if node.op == "placeholder" and "dims" in node.meta:
-            placed.layouts[node] = random_layout(r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6)
+        if node.op == "placeholder" and global_value(node).dims is not None:
+            placed.layouts[node] = random_layout(r, [f for d in dims_of(node) for f in leaves(d)], mesh, 0.6)
         elif node.target is operator.getitem:
-            placed.layouts[node] = dict(placed.operators[node.args[0]].layouts[node.meta["position"]])
-        elif "spec" in node.meta:
-            placement = placed.operators[node] = _placement(node.meta["spec"], r, mesh)
+            placed.layouts[node] = dict(placed.operators[node.args[0]].layouts[global_value(node).position])
+        elif global_value(node).spec is not None:
+            placement = placed.operators[node] = _placement(global_value(node).spec, r, mesh)
             single = isinstance(node.meta["val"], Tensor)
             placed.layouts[node] = placement.layouts[0] if single else placement.layouts
     return program
@@ -278,7 +279,7 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     nodes = program.placeholders()
     locals_ = [
         [
-            take(x, n.meta["sharding"], mesh, rank).clone().requires_grad_(s.requires_grad)
+            take(x, sharding_at(n), mesh, rank).clone().requires_grad_(s.requires_grad)
             for x, n, s in zip(feeds, nodes, program.sources, strict=True)
         ]
         for rank in range(mesh.world_size)
@@ -286,14 +287,14 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     results = simulate.run(program.module, mesh, locals_)
     parts = [
         [
-            None if c is None else take(c, n.meta["sharding"], mesh, rank).contiguous()
+            None if c is None else take(c, sharding_at(n), mesh, rank).contiguous()
             for c, n in zip(cotangents, program.outputs(), strict=True)
         ]
         for rank in range(mesh.world_size)
     ]
     for rank, mine in enumerate(results):
         for i, (node, total, have) in enumerate(zip(program.outputs(), full[0], mine, strict=True)):
-            want = take(total, node.meta["sharding"], mesh, rank)
+            want = take(total, sharding_at(node), mesh, rank)
             _compare(f"output {i} on rank {rank}", have, want, total, VALUES, text, values)
     if not values:
         return program
@@ -303,7 +304,7 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     for rank in range(mesh.world_size):
         for k, i in enumerate(wants):
             have = found[rank * len(wants) + k]
-            want = take(expected[k], nodes[i].meta["sharding"], mesh, rank)
+            want = take(expected[k], sharding_at(nodes[i]), mesh, rank)
             _compare(
                 f"the gradient of {nodes[i].name} on rank {rank}",
                 have,
@@ -356,5 +357,5 @@ def _compare(what: str, have: Tensor, want: Tensor, total: Tensor, tolerance: di
 def _describe(program: Program) -> str:
     lines = [f"mesh {program.mesh}"]
     for node in program.graph.nodes:
-        lines.append(f"  {node.format_node()}  {node.meta.get('layout_text', '')}")
+        lines.append(f"  {node.format_node()}  {local_value(node).layout_text}")
     return "\n".join(lines)

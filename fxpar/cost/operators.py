@@ -23,6 +23,7 @@ from fxpar.ops.collectives import LoneRuntime, use_runtime
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
 from fxpar.program import Program
+from fxpar.sharding.facts import local_value
 from fxpar.sharding.layout import shard_shape
 
 aten = torch.ops.aten
@@ -108,8 +109,9 @@ def measure(program: Program) -> Costs:
                 if not isinstance(source.value, Tensor):
                     values[node] = source.value
                     continue
-                full = node.meta.get("global", source.value)
-                shape = shard_shape(node.meta["sharding"], mesh) if "sharding" in node.meta else full.shape
+                local = local_value(node)
+                full = source.value if local.full is None else local.full
+                shape = full.shape if local.sharding is None else shard_shape(local.sharding, mesh)
                 values[node] = Value.of(torch.empty(shape, dtype=full.dtype, device=META, requires_grad=source.requires_grad))
             elif node.op == "get_attr":
                 values[node] = _described(getattr(program.module, node.target))

@@ -29,6 +29,7 @@ from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
 from fxpar.pipeline.schedules import Schedule
 from fxpar.program import Program, module_path
+from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.layout import shard_shape
 from fxpar.sharding.mesh import Axes, Mesh
 
@@ -98,7 +99,7 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak
 def _output_bytes(program: Program) -> int:
     """Bytes of what a stage returns to the user, scalars left out."""
     pairs = zip(program.tensor_sinks(), program.outputs(), strict=True)
-    found = [(shard_shape(n.meta["sharding"], program.mesh), n.meta["global"].dtype)
+    found = [(shard_shape(sharding_at(n), program.mesh), full_value(n).dtype)
              for sink, n in pairs if sink.kind == "output"]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in found if shape)
 
@@ -110,7 +111,7 @@ def _counted_twice(programs: Sequence[Program]) -> dict[str, int]:
     for program in programs:
         for node, source in program.source_of().items():
             if source.kind == "param" and source.name in seen:
-                size = size_of(torch.empty(shard_shape(node.meta["sharding"], program.mesh), dtype=node.meta["global"].dtype,
+                size = size_of(torch.empty(shard_shape(sharding_at(node), program.mesh), dtype=full_value(node).dtype,
                                            device="meta"))
                 twice["parameters"] += size
                 twice["optimizer"] += 2 * size if source.requires_grad and program.training else 0
@@ -173,8 +174,9 @@ def trace(program: Program) -> tuple[list[fx.Graph], list[_Input]]:
 def _local(mode: Any, node: fx.Node, value: Any, mesh: Mesh, requires_grad: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
-    full = node.meta.get("global", value)
-    shape = tuple(full.shape) if "sharding" not in node.meta else shard_shape(node.meta["sharding"], mesh)
+    known = local_value(node)
+    full = value if known.full is None else known.full
+    shape = tuple(full.shape) if known.sharding is None else shard_shape(known.sharding, mesh)
     with mode:
         return torch.empty(shape, dtype=full.dtype, requires_grad=requires_grad)
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from fxpar.cost.clusters import Cluster, cluster
 from fxpar.cost.stages import StageLoad, step_on
 from fxpar.errors import PlanError
@@ -20,6 +18,7 @@ from fxpar.pipeline.schedules import Schedule
 from fxpar.pipeline.timeline import Timeline
 from fxpar.report.memory import Peak, predict_stages
 from fxpar.report.text import GIB, MIB, ranges, table
+from fxpar.sharding.facts import full_value
 
 CLUSTER = "dgx-h100"
 """What times are given for, where nobody says another one."""
@@ -146,4 +145,4 @@ def uses(stage: Stage) -> dict[str, Any]:
 
 
 def _numbers(stage: Stage) -> int:
-    return sum(math.prod(n.meta["global"].shape) for n in uses(stage).values() if isinstance(n.meta["global"], Tensor))
+    return sum(math.prod(full_value(n).shape) for n in uses(stage).values())

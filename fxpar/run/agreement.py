@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from fxpar.backends.transport.runtime import Control
 from fxpar.errors import FxparError, MismatchError
 from fxpar.program import Program
+from fxpar.sharding.facts import local_value
 
 PARTS = ("their inputs", "the mode (training) of submodule {}", "whether parameter {} wants gradients",
          "the parts of the model ({})", "hooks ({})", "attributes that the forward reads ({})", "autocast",
@@ -107,5 +108,5 @@ def fingerprint(program: Program) -> str:
     text = [str(program.plan), str(program.mesh)]
     for node in program.graph.nodes:
         target = getattr(node.target, "__name__", str(node.target))
-        text.append(f"{node.op} {node.name} {target} {node.args} {node.kwargs} {node.meta.get('layout_text', '')}")
+        text.append(f"{node.op} {node.name} {target} {node.args} {node.kwargs} {local_value(node).layout_text}")
     return hashlib.sha256(re.sub(r", index=\d+|(?<=cuda):\d+", "", "\n".join(text)).encode()).hexdigest()

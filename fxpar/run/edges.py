@@ -34,6 +34,7 @@ from fxpar.errors import InputError
 from fxpar.ops.collectives import Runtime
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.mesh import BoundMesh
 
 Kind = Literal["part", "alike", "loss"]
@@ -196,12 +197,12 @@ class Edges:
         """Which inputs of a program are split over replicas, and the kinds of its outputs."""
         if id(program) not in self._programs:
             inputs = {s.name: self._split(n) for n, s in program.source_of().items()
-                      if s.kind == "input" and "sharding" in n.meta}
+                      if s.kind == "input" and local_value(n).sharding is not None}
             fed = {n for n, s in program.source_of().items() if s.kind == "input"}
             for node in program.graph.nodes:
                 if any(n in fed for n in node.all_input_nodes):
                     fed.add(node)
-            kinds: list[Kind] = ["part" if self._split(n) else "loss" if n in fed and n.meta["global"].dim() == 0 else "alike"
+            kinds: list[Kind] = ["part" if self._split(n) else "loss" if n in fed and full_value(n).dim() == 0 else "alike"
                                  for n in program.outputs()]
             if self.axes:
                 self._bound.group(self.axes)
@@ -209,7 +210,7 @@ class Edges:
         return self._programs[id(program)][1:]
 
     def _split(self, node: Any) -> bool:
-        return any(a in self.axes for dim in node.meta["sharding"] for part in dim for a in part.axes)
+        return any(a in self.axes for dim in sharding_at(node) for part in dim for a in part.axes)
 
     def _checked(self, origin: _Origin, split: bool) -> _Origin:
         for node in origin.outputs:

@@ -39,6 +39,7 @@ from fxpar.run.numbers import Numbers
 from fxpar.run.pipeline import Pipeline
 from fxpar.run.steps import Steps
 from fxpar.run.store import ParameterStore
+from fxpar.sharding.facts import local_value, sharding_at
 from fxpar.sharding.layout import Sharding
 
 
@@ -209,7 +210,7 @@ class Engine:
         """Input path -> batch dim, as the newest program that takes these inputs has them; nothing where there is none."""
 
         def dims(program: Program) -> dict[str, int | None]:
-            return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
+            return {s.name: local_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
 
         return next((d for p in reversed(list(self.programs.values())) if (d := dims(p)).keys() == named.keys()), {})
 
@@ -330,7 +331,7 @@ class Engine:
                 continue
             out, node = next(made)
             if sink.kind != "buffer":
-                (flat if sink.kind == "output" else stored).append(self._as_output(out, node.meta["sharding"]))
+                (flat if sink.kind == "output" else stored).append(self._as_output(out, sharding_at(node)))
         put_back(program.writes, stored)
         return pytree.tree_unflatten(flat, program.out_spec)
 

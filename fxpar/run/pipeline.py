@@ -21,6 +21,7 @@ from fxpar.run.microbatches import step_output
 from fxpar.run.post import GroupPost
 from fxpar.run.stage import InSteps, StageOfRank
 from fxpar.run.store import ParameterStore
+from fxpar.sharding.facts import full_value
 
 FORWARD = (Kind.UNSHARD, Kind.F, Kind.SEND_F, Kind.RECV_F)
 """The actions of an evaluation."""
@@ -95,7 +96,7 @@ class Pipeline:
         if self.loss is not None and self.makers[self.loss] in self.stages:
             loss = self._joined(self.loss).detach().clone()
         else:
-            dtype = torch.float32 if self.loss is None else self.program.outputs()[self.loss].meta["global"].dtype
+            dtype = torch.float32 if self.loss is None else full_value(self.program.outputs()[self.loss]).dtype
             loss = torch.zeros((), dtype=dtype, device=self.store.device)
         dist.all_reduce(loss, group=self.across)
         return loss

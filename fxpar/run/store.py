@@ -17,6 +17,7 @@ from fxpar.model import identity
 from fxpar.program import Program
 from fxpar.run import storage
 from fxpar.run.feed import Place
+from fxpar.sharding.facts import full_value, sharding_at
 from fxpar.sharding.layout import Sharding
 from fxpar.sharding.mesh import BoundMesh
 
@@ -55,7 +56,7 @@ class ParameterStore:
         for kind, program in ((kind, program) for kind, its in enumerate(programs) for program in its):
             for node, source in program.source_of().items():
                 if source.kind == "param":
-                    self.layouts[source.name] = node.meta["sharding"]
+                    self.layouts[source.name] = sharding_at(node)
                     if node.users and kind not in holders.setdefault(source.name, []):
                         holders[source.name].append(kind)
             self.owners |= {s.name: kind for s in program.sinks if s.kind == "buffer"}
@@ -168,9 +169,9 @@ class ParameterStore:
         in_order = program.microbatches.in_order if program.microbatches is not None and not last else None
         for sink, out, node in zip(program.tensor_sinks(), outs, program.outputs(), strict=True):
             if sink.kind == "buffer" and (in_order is None or sink.name in in_order):
-                sharding = node.meta["sharding"]
+                sharding = sharding_at(node)
                 split = any(piece.axes for dim in sharding for piece in dim)
-                self.tensor(sink.name).copy_(self.unsharded(out, node.meta["global"].shape, sharding) if split else out)
+                self.tensor(sink.name).copy_(self.unsharded(out, full_value(node).shape, sharding) if split else out)
 
     def _parameter(self, name: str, p: nn.Parameter, sharding: Sharding) -> nn.Parameter:
         def part(full: Tensor) -> DTensor:

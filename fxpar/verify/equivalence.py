@@ -26,6 +26,7 @@ from fxpar.ops.rng import dropout_mask
 from fxpar.passes.strategies.prologue import joined, part_of
 from fxpar.plan import Plan, Plans
 from fxpar.program import Program, user_line
+from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.layout import Piece, Sharding, put
 from fxpar.verify.simulation import Simulation
 from fxpar.verify.step import SimulatedStep, StepResult, scalar_of, unflatten
@@ -176,7 +177,7 @@ def _is_estimated(program: Program) -> bool:
     step, sinks = program.microbatches, program.tensor_sinks()
     if step is None:
         return False
-    outputs = [torch.zeros(n.meta["global"].shape, dtype=n.meta["global"].dtype) for n in program.outputs()]
+    outputs = [torch.zeros(full_value(n).shape, dtype=full_value(n).dtype) for n in program.outputs()]
     loss = scalar_of(unflatten(program, outputs))
     own = [k for k, out in enumerate(outputs) if out is loss] or range(len(outputs))
     return not all(step.exact[k] for k, sink in enumerate(sinks) if k in own or sink.kind == "buffer")
@@ -395,14 +396,14 @@ def _explain(problem: str, model: nn.Module, simulation: Simulation, stages: lis
     mesh = simulation.program.mesh
 
     def watch(node: fx.Node, values: list[Any]) -> None:
-        made = node.meta.get("of")
+        made = local_value(node).global_name
         if found or made not in expected or not isinstance(values[0], Tensor) or node.op == "placeholder":
             return
         want = expected[made]
-        have = put([v.detach() for v in values], node.meta["sharding"], want.shape, mesh)
+        have = put([v.detach() for v in values], sharding_at(node), want.shape, mesh)
         floats = want.is_floating_point()
         if not (_relative(*_finite(have, want)) <= 1e-5 if floats else torch.equal(have, want)):
-            found.append(f"first value that differs: {made} {node.meta['layout_text']} ({user_line(node)})")
+            found.append(f"first value that differs: {made} {local_value(node).layout_text} ({user_line(node)})")
 
     simulation.watch = watch
     simulation.step(*call[0], **call[1], seed=seed)

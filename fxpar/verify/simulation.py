@@ -20,6 +20,7 @@ from fxpar.passes.strategies.stages import cut_stages
 from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan, require_one_of
 from fxpar.program import Program
+from fxpar.sharding.facts import sharding_at
 from fxpar.sharding.layout import Sharding
 from fxpar.verify.pipelined import SimulatedPipelinedStep
 from fxpar.verify.step import Ranks, SimulatedStep, StepResult
@@ -67,7 +68,7 @@ class Simulation:
             self._depends.add(self._programs[key].reads)
             for node, source in self._programs[key].source_of().items():
                 if source.kind == "param":
-                    self._stored.setdefault(source.name, node.meta["sharding"])
+                    self._stored.setdefault(source.name, sharding_at(node))
         return self._programs[key]
 
     def _ranks_of(self, program: Program) -> Ranks:

@@ -15,6 +15,7 @@ from fxpar.backends.inductor.lowered import Lowered
 from fxpar.errors import EquivalenceError, FxparError
 from fxpar.passes.partition.phases import Boundary, Compute, split_phases
 from fxpar.program import Program, Source
+from fxpar.sharding.facts import full_value, sharding_at
 from fxpar.sharding.layout import Sharding, put, take
 from fxpar.sharding.mesh import MICROBATCH, Mesh
 
@@ -130,10 +131,10 @@ class SimulatedStep:
         if not isinstance(value, Tensor):
             return value
         node = self.placeholder[id(source)]
-        sharding, mesh, at = self._rows(source, node.meta["sharding"], rank, i)
+        sharding, mesh, at = self._rows(source, sharding_at(node), rank, i)
         part = take(value.detach(), sharding, mesh, at).clone()
         if source.kind == "param":
-            part = part.to(node.meta["global"].dtype)
+            part = part.to(full_value(node).dtype)
         return part.contiguous().requires_grad_(source.requires_grad)
 
     def _rows(self, source: Source, sharding: Sharding, rank: int, i: int) -> tuple[Sharding, Mesh, int]:
@@ -165,7 +166,7 @@ class SimulatedStep:
         """If output k, of which the ranks made these parts, is a buffer that the next microbatch takes from this one, keep it."""
         sink, node = self.sinks[k], self.nodes[k]
         if self.microbatches is not None and sink.kind == "buffer" and sink.name in self.microbatches.in_order:
-            full = put([p.detach() for p in parts], node.meta["sharding"], node.meta["global"].shape, self.mesh)
+            full = put([p.detach() for p in parts], sharding_at(node), full_value(node).shape, self.mesh)
             self.known["buffer"][sink.name] = full
 
     # ---- forward ----
@@ -197,10 +198,10 @@ class SimulatedStep:
             if step is not None and k in step.output_rows:
                 sharding = step.output_rows[k]
                 sizes = [n * (self.count if along else 1) for n, along in zip(
-                    node.meta["global"].shape, (any(MICROBATCH in p.axes for p in dim) for dim in sharding), strict=True)]
+                    full_value(node).shape, (any(MICROBATCH in p.axes for p in dim) for dim in sharding), strict=True)]
                 full.append(put([mine[k] for made in outs for mine in made], sharding, torch.Size(sizes), step.mesh))
                 continue
-            parts = [put([mine[k] for mine in made], node.meta["sharding"], node.meta["global"].shape, self.mesh)
+            parts = [put([mine[k] for mine in made], sharding_at(node), full_value(node).shape, self.mesh)
                      for made in outs]
             full.append(parts[0] if step is None else step.joined(k, parts))
         return full
@@ -210,7 +211,7 @@ class SimulatedStep:
     def _of_a_loss(self) -> dict[int, Tensor]:
         """The derivative by the outputs where the loss is one of them: known before anything runs. Else nothing."""
         device = next((p.device for p in self.model.parameters()), None)
-        outputs = [torch.zeros(n.meta["global"].shape, dtype=n.meta["global"].dtype, device=device) for n in self.nodes]
+        outputs = [torch.zeros(full_value(n).shape, dtype=full_value(n).dtype, device=device) for n in self.nodes]
         loss = scalar_of(unflatten(self.program, outputs))
         return {k: torch.ones_like(loss) for k, out in enumerate(outputs) if out is loss}
 
@@ -228,7 +229,7 @@ class SimulatedStep:
         step = self.microbatches
         if step is not None and k in step.output_rows:
             return take(grad, step.output_rows[k], step.mesh, i * self.mesh.world_size + rank).contiguous()
-        part = take(grad, self.nodes[k].meta["sharding"], self.mesh, rank).contiguous()
+        part = take(grad, sharding_at(self.nodes[k]), self.mesh, rank).contiguous()
         return part if step is None else part * step.weight(k)
 
     def _backward(self, feeds: list[list[Any]], outs: list[list[Tensor]], cotangents: dict[int, Tensor], i: int,
@@ -260,7 +261,7 @@ class SimulatedStep:
             if source.kind != kind or not each:
                 continue
             node, step = self.placeholder[id(source)], self.microbatches
-            sharding, shape = node.meta["sharding"], node.meta["global"].shape
+            sharding, shape = sharding_at(node), full_value(node).shape
             if step is not None and (source.kind, source.name) in step.rows:
                 sharding, shape = step.rows[source.kind, source.name], self.known["input"][source.name].shape
                 grads[source.name] = put([part for parts in each for part in parts], sharding, shape, step.mesh)

@@ -21,6 +21,7 @@ from fxpar import compat
 from fxpar.errors import CaptureError
 from fxpar.passes.capture.traced import TraceGuard
 from fxpar.program import Program
+from fxpar.sharding.facts import sharding_at
 
 SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 OWN = {"_parameters", "_buffers", "_modules", "forward"}
@@ -171,7 +172,7 @@ class AttributeStates:
         which ranks hold parts.
         """
         parts = {s.name for s, n in zip(program.tensor_sinks(), program.outputs(), strict=True)
-                 if s.kind == "attribute" and any(p.axes for dim in n.meta["sharding"] for p in dim)}
+                 if s.kind == "attribute" and any(p.axes for dim in sharding_at(n) for p in dim)}
         for write in program.writes:
             place = id(write.holder), write.key
             if write.read:

@@ -22,6 +22,7 @@ from fxpar.passes.infer.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Source
 from fxpar.sharding.factors import Dims, Factor, leaves
+from fxpar.sharding.facts import dims_of, global_value
 from fxpar.sharding.layout import Layout, Sharding, restrict
 from fxpar.sharding.mesh import MICROBATCH, Mesh
 from fxpar.sharding.placement import Placement, Placements
@@ -64,10 +65,11 @@ def place(program: Program, pinned: dict[str, Sharding] | None = None) -> Progra
         elif node.op == "call_function":
             walk.call(node)
     for node in program.graph.nodes:
-        if placed.layouts.get(node) is None and "dims" in node.meta:
+        known = global_value(node)
+        if placed.layouts.get(node) is None and (known.dims is not None or known.spec is not None):
             placed.layouts[node] = {}
-            if "spec" in node.meta:
-                placed.operators[node] = Placement({}, [{} for _ in node.meta["spec"].outs])
+            if known.spec is not None:
+                placed.operators[node] = Placement({}, [{} for _ in known.spec.outs])
     for chain in {id(c): c for c in walk.chains.values()}.values():
         _set_varies(chain[1:], placed)
     _note_unsplit(program, placed, walk.prefs)
@@ -87,7 +89,7 @@ class _Placer:
             self.layouts[node] = None
             self.chains[node] = [node]
             return
-        dims: Dims = node.meta.get("dims", ())
+        dims: Dims = global_value(node).dims or ()
         layout: Layout = {}
         if source.kind == "param":
             stored = pinned_layout(dims, self.pinned[source.name], self.mesh)
@@ -120,9 +122,9 @@ class _Placer:
     def call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
             made = self.operators.get(node.all_input_nodes[0])
-            self.layouts[node] = dict(made.layouts[node.meta["position"]]) if made else {}
+            self.layouts[node] = dict(made.layouts[global_value(node).position]) if made else {}
             return
-        spec: Spec | None = node.meta.get("spec")
+        spec: Spec | None = global_value(node).spec
         if spec is None:
             return
         root = self._flexible_root(node, spec)
@@ -130,7 +132,7 @@ class _Placer:
             self.chains[root].append(node)
             self.chains[node] = self.chains[root]
             given: Layout | None = self.layouts[root]
-            self.layouts[node] = None if given is None else restrict(given, node.meta["dims"], ())
+            self.layouts[node] = None if given is None else restrict(given, dims_of(node), ())
             if given is not None:
                 self.operators[node] = Placement(dict(self.layouts[node]), [self.layouts[node]])
             return
@@ -158,12 +160,12 @@ class _Placer:
         like (`Placements.preferred`)."""
         zero = self.mesh.axes("zero")
         param = self.chains[node][0]
-        self.preferred[param] = {a: f for a, f in restrict(at, param.meta["dims"], gathered).items() if a in zero}
+        self.preferred[param] = {a: f for a, f in restrict(at, dims_of(param), gathered).items() if a in zero}
         at = _used(at, zero)
         for link in self.chains[node]:
-            layout = restrict(at, link.meta["dims"], gathered)
+            layout = restrict(at, dims_of(link), gathered)
             self.layouts[link] = layout
-            if "spec" in link.meta:
+            if global_value(link).spec is not None:
                 self.operators[link] = Placement(dict(layout), [layout])
 
     def _assign(self, node: fx.Node, spec: Spec) -> Layout:
@@ -245,7 +247,7 @@ def _set_varies(chain: list[fx.Node], placed: Placements) -> None:
 
     Not of its cast: its gradient is summed in a dtype of its own, and where it is used.
     """
-    for node in reversed([n for n in chain if "reduce_dtype" not in n.meta]):
+    for node in reversed([n for n in chain if global_value(n).reduce_dtype is None]):
         different = [_different_for(user, node, placed) for user in node.users]
         placement = placed.operators[node]
         placement.varies = tuple(a for a in different[0] if all(a in d for d in different)) if different else ()
@@ -253,10 +255,10 @@ def _set_varies(chain: list[fx.Node], placed: Placements) -> None:
 
 def _different_for(user: fx.Node, node: fx.Node, placed: Placements) -> tuple[str, ...]:
     """The axes along which `user` runs differently on every rank, although `node` is not split there."""
-    placement = placed.operators.get(user)
-    if placement is None or "spec" not in user.meta:
+    placement, spec = placed.operators.get(user), global_value(user).spec
+    if placement is None or spec is None:
         return ()
-    operand = next(o for o in user.meta["spec"].operands if o.node is node)
+    operand = next(o for o in spec.operands if o.node is node)
     if operand.deferred:
         return ()
     own = {f for d in operand.dims for f in leaves(d)} - {g for f in operand.gathered for g in f.leaves()}
@@ -329,7 +331,7 @@ def _note_unsplit(program: Program, placed: Placements, prefs: list[Preference])
     for node, source in program.source_of().items():
         if source.kind != "param":
             continue
-        for i, dim in enumerate(node.meta["dims"]):
+        for i, dim in enumerate(dims_of(node)):
             for leaf in leaves(dim):
                 pref = next((p for p in prefs if p.role == leaf.role and not p.beside), None)
                 axes = program.mesh.axes(pref.strategy) if pref else ()

@@ -24,6 +24,7 @@ from torch import fx
 from fxpar.errors import PlanError
 from fxpar.ops.collectives import axis_index, typed
 from fxpar.program import Program, Source, user_line
+from fxpar.sharding.facts import local_value
 from fxpar.sharding.mesh import MICROBATCH
 
 aten = torch.ops.aten
@@ -89,7 +90,7 @@ def classify(program: Program) -> Values:
 
 def along_microbatches(node: fx.Node) -> bool | None:
     """Whether a value is laid out along the axis of microbatches; None where its layout is not known."""
-    sharding = node.meta.get("sharding")
+    sharding = local_value(node).sharding
     return None if sharding is None else any(MICROBATCH in piece.axes for dim in sharding for piece in dim)
 
 
@@ -216,7 +217,7 @@ def linear(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | N
 
 
 def _floats(node: fx.Node) -> bool:
-    dtype = node.meta.get("dtype")
+    dtype = local_value(node).dtype
     return dtype is None or dtype.is_floating_point or dtype.is_complex
 
 
@@ -268,7 +269,7 @@ _TESTS: tuple[tuple[frozenset[Any], Test], ...] = (
 
 def _refusal(program: Program, node: fx.Node, why: str) -> PlanError:
     made = typed(node)
-    name = node.meta.get("for", node.name) if made is not None else node.name
+    name = node.name if made is None else local_value(node).made_for or node.name
     line = user_line(node)
     where = f"operator {name}" + (f" ({line})" if line else "")
     count = program.mesh.size(MICROBATCH)

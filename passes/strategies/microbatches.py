@@ -16,13 +16,14 @@ from fxpar.ops.collectives import axis_index, typed
 from fxpar.passes.strategies.linear import Values, along_microbatches, classify
 from fxpar.passes.strategies.prologue import prologue, rank_index
 from fxpar.program import Join, Microbatches, Program, Source, copy_provenance, user_line
+from fxpar.sharding.facts import UNKNOWN, describe_local, full_value, local_value, sharding_at
 from fxpar.sharding.layout import Piece, Sharding
 from fxpar.sharding.mesh import MICROBATCH, Mesh, of_ranks
 
 aten = torch.ops.aten
 JOINS: dict[str, Join] = {"part": "sum", "estimate": "mean", "alike": "same", "split": "rows"}
 
-DESCRIPTION = ("sharding", "layout_text", "needs_grad", "dtype", "global", "of", "varied")
+DESCRIPTION = ("full", "sharding", "layout_text", "global_name", "needs_grad", "dtype", "varied")
 """What `partition` writes on a value that is the local part of a global one."""
 
 
@@ -67,7 +68,7 @@ def take_out_time(program: Program) -> Program:
 
 
 def _rows(nodes: dict[Any, fx.Node], mesh: Mesh) -> dict[Any, Sharding]:
-    return {key: tuple(tuple(_replica_first(piece, mesh) for piece in dim) for dim in node.meta["sharding"])
+    return {key: tuple(tuple(_replica_first(piece, mesh) for piece in dim) for dim in sharding_at(node))
             for key, node in nodes.items() if along_microbatches(node)}
 
 
@@ -102,10 +103,12 @@ def _pass_in(program: Program, values: Values, step: Microbatches) -> dict[fx.No
     step.prologue, step.prologue_inputs = made.module, made.inputs
     moved: dict[fx.Node, fx.Node] = {}
     for node, places in zip(wanted, made.places, strict=True):
-        shape, dtype = node.meta["local"]
+        known = local_value(node)
+        assert known.result is not None
+        shape, dtype = known.result
         moved[node] = _placeholder(program, f"batch_{node.name}", torch.empty(shape, dtype=dtype, device="meta"))
-        described = DESCRIPTION if "sharding" in node.meta else ("dtype",)
-        moved[node].meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", *described)})
+        copy_provenance(moved[node], node)
+        describe_local(moved[node], **(_description(node) if known.sharding is not None else {"dtype": known.dtype}))
         step.passed[moved[node].name] = places
         node.replace_all_uses_with(moved[node])
     return moved
@@ -126,7 +129,7 @@ def _frontier(program: Program, outside: set[fx.Node]) -> list[fx.Node]:
 def _placeholder(program: Program, name: str, value: torch.Tensor) -> fx.Node:
     with program.graph.inserting_after(program.placeholders()[-1]):
         node = program.graph.placeholder(name)
-    node.meta["global"] = value
+    describe_local(node, full=value)
     program.sources.append(Source("microbatch", node.name, value))
     return node
 
@@ -166,8 +169,13 @@ def _estimate(program: Program, values: Values, count: int) -> None:
 
 def _describe(new: fx.Node, old: fx.Node, at: fx.Node) -> None:
     """`new` is laid out as `old`, and was inserted for what `at` does."""
-    new.meta.update({k: v for k, v in old.meta.items() if k in DESCRIPTION})
+    describe_local(new, **_description(old))
     copy_provenance(new, at)
+
+
+def _description(node: fx.Node) -> dict[str, Any]:
+    known = local_value(node)
+    return {name: getattr(known, name) for name in DESCRIPTION}
 
 
 def _take_out_collectives(graph: fx.Graph, values: Values, count: int) -> None:
@@ -186,7 +194,9 @@ def _take_out_collectives(graph: fx.Graph, values: Values, count: int) -> None:
             node.args, node.kwargs = replace(made, axes=axes).args, {}
         else:
             value = made.value
-            value.meta.update({k: v for k, v in node.meta.items() if k not in value.meta and k in DESCRIPTION})
+            known = local_value(value)
+            unknown = [name for name in DESCRIPTION if getattr(known, name) is getattr(UNKNOWN, name)]
+            describe_local(value, **{name: getattr(local_value(node), name) for name in unknown})
             node.replace_all_uses_with(value)
 
 
@@ -197,8 +207,9 @@ def _take_out_slices(program: Program, values: Values, index: fx.Node) -> None:
     replicas = mesh.size(*mesh.axes("dp")) // count
     for node in values.sliced:
         made = typed(node)
-        assert made is not None
-        (dim, outer), (local, _) = made.place, node.meta["local"]
+        result = local_value(node).result
+        assert made is not None and result is not None
+        (dim, outer), local = made.place, result[0]
         outer *= replicas
         apart = [*local[:dim], outer, count, local[dim] // outer, *local[dim + 1 :]]
         with graph.inserting_before(node):
@@ -233,11 +244,11 @@ def _without_time(program: Program, count: int) -> None:
     """Layouts of what one microbatch holds."""
     for node in program.graph.nodes:
         if along_microbatches(node):
-            sharding = node.meta["sharding"]
-            node.meta["sharding"] = tuple(tuple(_piece(p, count) for p in dim) for dim in sharding)
+            sharding = sharding_at(node)
             shape = [n // (count if any(MICROBATCH in p.axes for p in dim) else 1)
-                     for n, dim in zip(node.meta["global"].shape, sharding, strict=True)]
-            node.meta["global"] = node.meta["global"].new_empty(shape)
+                     for n, dim in zip(full_value(node).shape, sharding, strict=True)]
+            describe_local(node, full=full_value(node).new_empty(shape),
+                           sharding=tuple(tuple(_piece(p, count) for p in dim) for dim in sharding))
         made = typed(node) if node.op == "call_function" else None
         assert made is None or MICROBATCH not in made.axes, f"{node.name} communicates over microbatches"
 

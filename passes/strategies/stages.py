@@ -33,6 +33,7 @@ from fxpar.errors import PlanError
 from fxpar.ops.collectives import GATHER, SAME, typed
 from fxpar.ops.vocabulary import RESHAPES, is_view
 from fxpar.program import Program, Sink, Source, copy_provenance, module_path, user_line
+from fxpar.sharding.facts import describe_local, local_value
 from fxpar.sharding.layout import Piece, shard_shape
 
 aten = torch.ops.aten
@@ -478,12 +479,14 @@ def _receive(depth: _Depth, graph: fx.Graph, node: fx.Node) -> fx.Node:
     part of no global one (a sum before it is complete, a part between two reshardings) as its local self."""
     new, value = graph.placeholder(node.name), depth.value(node)
     copy_provenance(new, node)
-    new.meta.update(source=node.name, needs_grad=value.requires_grad, dtype=value.dtype)
-    if "sharding" in node.meta and shard_shape(node.meta["sharding"], depth.program.mesh) == value.shape:
-        new.meta.update({k: node.meta[k] for k in ("sharding", "layout_text", "global", "of") if k in node.meta})
+    describe_local(new, source=node.name, needs_grad=value.requires_grad, dtype=value.dtype)
+    known = local_value(node)
+    if known.sharding is not None and shard_shape(known.sharding, depth.program.mesh) == value.shape:
+        describe_local(new, full=known.full, sharding=known.sharding, layout_text=known.layout_text,
+                       global_name=known.global_name)
     else:
-        new.meta.update(sharding=tuple((Piece(n),) for n in value.shape), layout_text=str(list(value.shape)))
-        new.meta["global"] = value.empty().detach()
+        describe_local(new, full=value.empty().detach(), sharding=tuple((Piece(n),) for n in value.shape),
+                       layout_text=str(list(value.shape)))
     return new
 
 

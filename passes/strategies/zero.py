@@ -13,6 +13,7 @@ from torch import fx
 from fxpar.passes.place.place import pinned_layout
 from fxpar.program import Program
 from fxpar.sharding.factors import Dims, Factor, leaves
+from fxpar.sharding.facts import dims_of, global_value
 from fxpar.sharding.layout import Layout, Sharding, place_of
 from fxpar.sharding.mesh import Mesh
 
@@ -35,15 +36,15 @@ def shard_storage(program: Program, pinned: dict[str, Sharding] | None = None) -
             continue
         used: Layout = placed.layouts[node]
         if pinned and source.name in pinned:
-            stored = pinned_layout(node.meta["dims"], pinned[source.name], program.mesh)
+            stored = pinned_layout(dims_of(node), pinned[source.name], program.mesh)
         else:
-            stored = _with_axes(node.meta["dims"], {**used, **placed.preferred.get(node, {})}, axes, program.mesh)
+            stored = _with_axes(dims_of(node), {**used, **placed.preferred.get(node, {})}, axes, program.mesh)
         if not set(axes) & stored.keys():
             unsharded.append(source.name)
             continue
         placed.stored[node] = stored
         for cast in node.users:
-            if "reduce_dtype" in cast.meta:
+            if global_value(cast).reduce_dtype is not None:
                 placed.stored[cast] = stored
     _note_unsharded(program, unsharded)
     return program

@@ -18,6 +18,7 @@ from fxpar.cost import operators
 from fxpar.cost.operators import Cost, Value, measure
 from fxpar.model.inputs import leaves
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.sharding.facts import sharding_at
 from fxpar.sharding.layout import take
 from tests import zoo
 
@@ -86,7 +87,7 @@ def test_values_are_those_of_a_run(name, plan):
     for node, source in program.source_of().items():
         value: Any = torch.tensor(0) if source.kind == "seed" else known.get(source.kind, {}).get(source.name, source.value)
         for rank, feed in enumerate(feeds):
-            feed.append(take(value.detach(), node.meta["sharding"], program.mesh, rank).contiguous().requires_grad_(
+            feed.append(take(value.detach(), sharding_at(node), program.mesh, rank).contiguous().requires_grad_(
                 source.requires_grad) if isinstance(value, Tensor) else value)
 
     def check(have: Any, want: Any) -> None:

@@ -17,6 +17,7 @@ from fxpar.passes.infer.rules.registry import notation, rule
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, einsum, unknown
 from fxpar.program import user_line
 from fxpar.sharding.factors import Dim, Factor, extent
+from fxpar.sharding.facts import local_value
 
 aten = torch.ops.aten
 
@@ -121,7 +122,7 @@ def _inner(op: Op, dim: Dim, size: int) -> set[Factor]:
 def _emit_grouped(local):
     """The kernels want rows of 16 bytes: what a gather left transposed is copied, and so is such a cotangent."""
     x, weights, *rest = (
-        local.call(aten.contiguous.default, a) if isinstance(a, fx.Node) and a.meta.get("resharded") else a
+        local.call(aten.contiguous.default, a) if isinstance(a, fx.Node) and local_value(a).resharded else a
         for a in local.args
     )
     made = local.call(local.op.target, x, weights, *rest, **local.kwargs)

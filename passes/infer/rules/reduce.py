@@ -8,6 +8,7 @@ from fxpar.ops.logsumexp import known_logsumexp
 from fxpar.passes.infer.rules.registry import rule
 from fxpar.passes.infer.rules.spec import Op, Spec, untouched
 from fxpar.sharding.factors import leaves
+from fxpar.sharding.facts import local_value
 
 aten = torch.ops.aten
 
@@ -118,7 +119,7 @@ def _emit_softmax(local):
         return local.default()
     x, log = local.args[0], "log" in str(op.target)
     dtype = op.out.dtype
-    if x.meta.get("dtype", dtype) is not dtype:
+    if (local_value(x).dtype or dtype) is not dtype:
         x = local.call(aten.to.dtype, x, dtype)
     x = _at_least_float32(local, x)
     top = local.reduce(local.call(aten.amax.default, local.call(aten.detach.default, x), [dim], True), axes, "max")
@@ -134,7 +135,7 @@ def _emit_softmax(local):
 
 def _at_least_float32(local, x):
     """A 16-bit operand in float32: what kernels for it do inside of one rank, sums over ranks need, too."""
-    dtype = x.meta.get("dtype", local.op.out.dtype)
+    dtype = local_value(x).dtype or local.op.out.dtype
     return local.call(aten.to.dtype, x, torch.float32) if dtype.itemsize < 4 else x
 
 

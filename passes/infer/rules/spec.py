@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from fxpar.sharding.factors import Dim, Dims, Factor, Factors, extent, leaves
+from fxpar.sharding.facts import dims_of, global_value
 
 
 @dataclass
@@ -77,10 +78,10 @@ class Op:
         return self.args.get(name)
 
     def dims(self, node: fx.Node) -> Dims:
-        return node.meta["dims"]
+        return dims_of(node)
 
     def dim(self, node: fx.Node, index: int) -> Dim:
-        return node.meta["dims"][index]
+        return dims_of(node)[index]
 
     @property
     def out(self) -> Any:
@@ -101,7 +102,7 @@ class Op:
         return [int(n) for n in node.meta["val"].shape]
 
     def needs_grad(self) -> bool:
-        return any(n.meta.get("needs_grad", False) for n in self.tensors())
+        return any(global_value(n).needs_grad for n in self.tensors())
 
 
 def bind(node: fx.Node) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxpar
 from fxpar.sharding.factors import leaves
+from fxpar.sharding.facts import dims_of
 from fxpar.testing import assert_equivalent
 from tests import zoo
 from tests.processes import launch
@@ -112,7 +113,7 @@ def roles(model: nn.Module, batch: Any) -> dict[str, list[list[str | None]]]:
 
     def observe(name: str, program: fxpar.Program) -> None:
         if name == "infer":
-            found.update({re.sub(r"^.*attn\.|_proj", "", s.name): [[f.role for f in leaves(d)] for d in n.meta["dims"]]
+            found.update({re.sub(r"^.*attn\.|_proj", "", s.name): [[f.role for f in leaves(d)] for d in dims_of(n)]
                           for n, s in program.source_of().items() if s.kind == "param"})
 
     fxpar.compile_program(model, "tp=2", batch, observe=observe)

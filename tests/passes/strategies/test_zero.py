@@ -20,6 +20,7 @@ from fxpar.plan import Plan
 from fxpar.program import Program, Source
 from fxpar.sharding import mesh
 from fxpar.sharding.factors import Factors, leaves
+from fxpar.sharding.facts import describe_global, dims_of, sharding_at
 from fxpar.sharding.layout import local_shape, put, sharding_of, take
 from fxpar.sharding.mesh import Mesh
 from fxpar.sharding.placement import Placements
@@ -42,7 +43,8 @@ def program_of(on: Mesh, parameters: list) -> Program:
         node = graph.placeholder(f"p{i}")
         shape = [math.prod(f.size for f in d) for d in dims]
         value = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
-        node.meta.update(dims=dims, val=value)
+        node.meta["val"] = value
+        describe_global(node, dims=dims)
         placed.layouts[node] = layout
         sources.append(Source("param", node.name, value, requires_grad=True))
     graph.output(())
@@ -69,7 +71,7 @@ def test_what_can_be_is_stored_in_parts_and_the_rest_is_noted(r):
     (axis,), on = program.mesh.strategies["zero"], program.mesh
     unsharded = []
     for node, source in program.source_of().items():
-        dims, used, stored = node.meta["dims"], program.placements.layouts[node], stored_of(program, node)
+        dims, used, stored = dims_of(node), program.placements.layouts[node], stored_of(program, node)
         assert {a: f for a, f in stored.items() if a != axis} == used
         free = {f for d in dims if not set(leaves(d)) & set(used.values()) for f in leaves(d)}
         if any(f.size % on.size(axis) == 0 for f in free):
@@ -90,9 +92,9 @@ def test_parts_make_up_the_full_tensor(r):
     program = shard_storage(example(r))
     on = program.mesh
     for node, source in program.source_of().items():
-        sharding = sharding_of(node.meta["dims"], stored_of(program, node), on)
+        sharding = sharding_of(dims_of(node), stored_of(program, node), on)
         parts = [take(source.value, sharding, on, rank) for rank in range(on.world_size)]
-        assert all(list(p.shape) == local_shape(node.meta["dims"], stored_of(program, node), on) for p in parts)
+        assert all(list(p.shape) == local_shape(dims_of(node), stored_of(program, node), on) for p in parts)
         assert torch.equal(put(parts, sharding, source.value.shape, on), source.value)
         copies = torch.cat([p.reshape(-1) for p in parts]).long().bincount(minlength=source.value.numel())
         assert (copies == on.world_size // on.size(*stored_of(program, node))).all()
@@ -102,11 +104,11 @@ def test_parts_make_up_the_full_tensor(r):
 def test_storage_that_is_given_is_kept(r):
     seed = r.getrandbits(32)
     first, second = (example(Random(seed)) for _ in range(2))
-    sharding = {s.name: sharding_of(n.meta["dims"], stored_of(first, n), first.mesh)
+    sharding = {s.name: sharding_of(dims_of(n), stored_of(first, n), first.mesh)
              for n, s in shard_storage(first).source_of().items()}
     shard_storage(second, sharding)
     for node, source in second.source_of().items():
-        assert sharding_of(node.meta["dims"], stored_of(second, node), second.mesh) == sharding[source.name]
+        assert sharding_of(dims_of(node), stored_of(second, node), second.mesh) == sharding[source.name]
 
 
 def test_without_zero_nothing_is_stored_apart():
@@ -154,7 +156,7 @@ def test_the_axes_of_a_plan(plan, names, zero):
 
 
 def shardings(program: Program) -> dict:
-    return {s.name: n.meta["sharding"] for n, s in program.source_of().items() if s.kind == "param"}
+    return {s.name: sharding_at(n) for n, s in program.source_of().items() if s.kind == "param"}
 
 
 @pytest.mark.parametrize("plan, parts", [("dp=2,zero=1", 2), ("dp=4,zero=3", 4), ("dp=4,dp_replicate=2,zero=3", 2)])
@@ -164,7 +166,7 @@ def test_every_weight_of_a_model_is_stored_in_parts(plan, parts):
     assert not any("ZeRO" in note for note in program.notes)
     for node, source in program.source_of().items():
         if source.kind == "param":
-            assert take(source.value, node.meta["sharding"], program.mesh, 0).numel() * parts == source.value.numel()
+            assert take(source.value, sharding_at(node), program.mesh, 0).numel() * parts == source.value.numel()
 
 
 def test_the_stages_store_and_compute_alike():
