@@ -17,7 +17,7 @@ from fxpar import compat
 from fxpar.backends.split import Halves, split_backward
 from fxpar.errors import InputError
 
-Kind = Literal["saved", "given", "made"]
+CarriedKind = Literal["saved", "given", "made"]
 Running = Callable[[], AbstractContextManager[Any]]
 Trace = Callable[[fx.GraphModule, list[Tensor], compat.Cut], compat.TracedForward]
 
@@ -55,7 +55,7 @@ class Carried:
     output, or "made" by the input gradients. name: that of its node in the backward graph.
     """
 
-    kind: Kind
+    kind: CarriedKind
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -84,7 +84,7 @@ class _Like:
 
 
 @dataclass
-class _Part:
+class _HalfBackward:
     """A half of the backward (see `Half`), ready to run."""
 
     reads: list[int]
@@ -96,8 +96,8 @@ class _Part:
 class _Backward:
     """Both halves, None where there is nothing to do, and what they take from outside."""
 
-    first: _Part | None = None
-    second: _Part | None = None
+    first: _HalfBackward | None = None
+    second: _HalfBackward | None = None
     seeds: list[_Like] = field(default_factory=list)
     carried: list[Carried] = field(default_factory=list)
 
@@ -158,7 +158,8 @@ class Stepped:
                 raise InputError(f"output {i} depends on no input that wants a gradient, and was given one: pass None")
         return [like.of(grads[i], i) for i, like in zip(self.roots, self._backward.seeds, strict=True)]
 
-    def _run(self, part: _Part | None, given: list[Tensor], inputs: Sequence[int]) -> tuple[list[Tensor | None], list[Tensor]]:
+    def _run(self, part: _HalfBackward | None, given: list[Tensor], inputs: Sequence[int]
+             ) -> tuple[list[Tensor | None], list[Tensor]]:
         """A half's gradients, for `inputs`, and what it made besides."""
         if part is None:
             return [None] * len(inputs), []
@@ -216,7 +217,7 @@ def _carried(halves: Halves, saved: int) -> list[Carried]:
     if halves.second is None:
         return []
     reads, inputs = halves.second.reads, halves.second.module.graph.find_nodes(op="placeholder")
-    kinds: list[Kind] = ["saved" if i < saved else "given" for i in reads]
+    kinds: list[CarriedKind] = ["saved" if i < saved else "given" for i in reads]
     kinds += ["made"] * len(halves.carried)
     values = [n.meta["val"] for n in inputs]
     return [Carried(kind, n.name, tuple(x.shape), x.dtype, x.nbytes) for kind, n, x in zip(kinds, inputs, values, strict=True)]
@@ -231,8 +232,8 @@ def _make_halves(backward: _Backward, halves: Halves, like: list[Tensor], donate
         still = {compat.storage_of(x) for x in [*carried, *(like[i] for i in (second.reads if second else []))]}
         free = [k for k, i in enumerate(first.reads) if i in donated and compat.storage_of(like[i]) not in still]
         run, values = make(first.module, [like[i] for i in first.reads], free, len(first.makes))
-        backward.first, made = _Part(first.reads, first.makes, run), values[len(first.makes) :]
+        backward.first, made = _HalfBackward(first.reads, first.makes, run), values[len(first.makes) :]
     if second is not None:
         free = [k for k, i in enumerate(second.reads) if i in donated]
         run, _ = make(second.module, [*(like[i] for i in second.reads), *made], free, len(second.makes))
-        backward.second = _Part(second.reads, second.makes, run)
+        backward.second = _HalfBackward(second.reads, second.makes, run)

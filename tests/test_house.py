@@ -134,3 +134,13 @@ x = [m.meta.setdefault(KEY, 1) for m in g if "f" not in m.meta]
 other["g"], n.meta.update(m.meta), n.meta.items()
 """
     assert sorted(key for _, key in keys(ast.parse(text))) == ["KEY", "a", "b", "c", "d", "e", "f"]
+
+
+def test_no_two_classes_have_one_name():
+    seen: dict[str, str] = {}
+    for _, file in files():
+        inner = file.relative_to(ROOT).as_posix()
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                other = seen.setdefault(node.name.lstrip("_"), inner)
+                assert other == inner, f"{inner} has a class {node.name}, and so has {other}: say what sets them apart"

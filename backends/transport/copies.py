@@ -141,7 +141,7 @@ class CopyGroup(dist.ProcessGroup):
         super().__init__(slots.rank, slots.size)  # type: ignore[call-arg]
         self.slots, self.stream = slots, stream
         self._turn = {GATHERS: 0, SCATTERS: 0}
-        self._users: dict[int, _Done] = {}
+        self._users: dict[int, _CopyWork] = {}
         self._barriers = 0
         self._passed: deque[tuple[int, torch.cuda.Event]] = deque(maxlen=8)
         self._seen: dict[tuple, list[Tensor]] = {}
@@ -152,7 +152,7 @@ class CopyGroup(dist.ProcessGroup):
         full = [y.view(n, -1).unbind() for y in outputs]
         mine = [y[me] for y in full]
         turns = _layout(mine, self.slots.of(me, GATHERS[0]).numel())
-        done = _Done(self)
+        done = _CopyWork(self)
         if len(turns) > 1:
             torch._foreach_copy_(mine, [x.reshape(-1) for x in inputs])
         for parts in turns:
@@ -176,7 +176,7 @@ class CopyGroup(dist.ProcessGroup):
         flat, full = [y.view(-1) for y in outputs], [x.view(n, -1).unbind() for x in inputs]
         region = self.slots.of(me, SCATTERS[0]).numel() // max(n - 1, 1) // ALIGNED * ALIGNED
         turns = _layout(outputs, region)
-        done = _Done(self, inputs)
+        done = _CopyWork(self, inputs)
         arrived: list[list[Tensor]] = []
         for first in range(0, len(turns), len(SCATTERS)):
             now = [(self._take(SCATTERS, done)[0], parts) for parts in turns[first : first + len(SCATTERS)]]
@@ -199,7 +199,7 @@ class CopyGroup(dist.ProcessGroup):
         done.sum = functools.partial(_sum, flat, own, arrived if done.in_slots else [flat])
         return done.started()
 
-    def _take(self, kind: range, user: _Done) -> tuple[int, int]:
+    def _take(self, kind: range, user: _CopyWork) -> tuple[int, int]:
         """The next slot of a kind, and the number of the barrier after which it is free."""
         which = kind[self._turn[kind] % len(kind)]
         self._turn[kind] += 1
@@ -256,7 +256,7 @@ class CopyGroup(dist.ProcessGroup):
             yield
 
 
-class _Done(dist.Work):
+class _CopyWork(dist.Work):
     """Waiting makes the current stream wait, not the host.
 
     sum: what is left to do then; in_slots: whether it reads them. operands: are kept until then. used: how many barriers there
@@ -271,7 +271,7 @@ class _Done(dist.Work):
         self.event: torch.cuda.Event | None = None
         self.used = 0
 
-    def started(self) -> _Done:
+    def started(self) -> _CopyWork:
         self.used = self.group._barriers
         self.event = self.group.stream.record_event() if self.group.stream is not None else None
         return self

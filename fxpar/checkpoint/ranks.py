@@ -34,10 +34,10 @@ class OneProcess:
         return 0
 
 
-Ranks = Control | OneProcess
+RankControl = Control | OneProcess
 
 
-def alike(ranks: Ranks, where: Path, function: Callable[[], T]) -> T:
+def alike(ranks: RankControl, where: Path, function: Callable[[], T]) -> T:
     """What `function` returns on this rank. If it failed on any, the failure of the first of those is raised on all,
     as a `CheckpointError`."""
     error: CheckpointError | None = None
@@ -57,7 +57,7 @@ def alike(ranks: Ranks, where: Path, function: Callable[[], T]) -> T:
     return made
 
 
-def same(ranks: Ranks, where: Path, what: str, thing: Any) -> None:
+def same(ranks: RankControl, where: Path, what: str, thing: Any) -> None:
     """Raise on every rank unless all of a kind have the same `thing` (by its repr)."""
     everyone = {(ranks.kind_of(rank), found) for rank, found in enumerate(ranks.exchange(digest(repr(thing))))}
     if len(everyone) > ranks.kinds:
@@ -78,7 +78,7 @@ class LocalModel:
             store = module.parameter_store
             self.model: nn.Module = store.model
             self.mesh, self.rank, self.device = store.mesh, store.rank, store.device
-            self.ranks: Ranks = store.control
+            self.ranks: RankControl = store.control
             self._layouts: dict[str, Sharding] = store.layouts
             self._owners, self.kind, self.elsewhere = store.owners, store.bound.kind, store.elsewhere
         elif isinstance(module, nn.Module):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxpar.cost.clusters import Cluster, Link
-from fxpar.cost.operators import Value, measure
+from fxpar.cost.operators import TensorSpec, measure
 from fxpar.ops.collectives import typed
 from fxpar.pipeline.schedules import Schedule
 from fxpar.pipeline.timeline import StageTimes, Timeline, timeline
@@ -95,7 +95,7 @@ class _OperatorTimes:
 
     def wants_gradient(self, node: fx.Node) -> bool:
         value = self.values[node]
-        return any(isinstance(v, Value) and v.requires_grad for v in (value if isinstance(value, tuple) else [value]))
+        return any(isinstance(v, TensorSpec) and v.requires_grad for v in (value if isinstance(value, tuple) else [value]))
 
     def early_part(self, node: fx.Node) -> float:
         """The part of a node's backward that the gradients of what the stage receives take."""

@@ -284,7 +284,7 @@ def _unshard(order: _Order) -> _Order:
 
 
 _UNITS = {Kind.F: 1, Kind.B: 2, Kind.I: 1, Kind.W: 1}
-Value = tuple[int, bool, int | None]
+Transfer = tuple[int, bool, int | None]
 """What travels between stages: (the stage that makes it, whether its forward does, microbatch)."""
 
 
@@ -293,7 +293,7 @@ def _communicate(orders: Sequence[_Order], owner: Sequence[int]) -> list[_Order]
     waiting = [deque(order) for order in orders]
     lists: list[_Order] = [[] for _ in orders]
     running: dict[int, tuple[Action, int]] = {}
-    made: set[Value] = set()
+    made: set[Transfer] = set()
     now = 0
     while any(waiting):
         for rank, (action, end) in sorted(running.items()):
@@ -314,12 +314,12 @@ def _communicate(orders: Sequence[_Order], owner: Sequence[int]) -> list[_Order]
     return lists
 
 
-def makes(action: Action) -> set[Value]:
+def makes(action: Action) -> set[Transfer]:
     """What a computation makes for other stages, or for its own backward."""
     return set() if action.kind is Kind.W else {(action.stage, action.kind is Kind.F, action.microbatch)}
 
 
-def needs(action: Action, stages: int) -> set[Value]:
+def needs(action: Action, stages: int) -> set[Transfer]:
     """What must have been made before a rank can go on with an action that is next in its list."""
     if action.kind is Kind.F and action.stage > 0:
         return {(action.stage - 1, True, action.microbatch)}

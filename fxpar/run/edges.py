@@ -37,7 +37,7 @@ from fxpar.program import Program
 from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.mesh import BoundMesh
 
-Kind = Literal["part", "alike", "loss"]
+OutputKind = Literal["part", "alike", "loss"]
 """Of an output: this replica's part; the same on all replicas; the same, and a number computed from the batch."""
 
 
@@ -61,7 +61,7 @@ class _Leave(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, out: Tensor, crossing: Crossing, kind: Kind) -> Tensor:
+    def forward(ctx, out: Tensor, crossing: Crossing, kind: OutputKind) -> Tensor:
         ctx.crossing, ctx.kind = crossing, kind
         return out.detach()
 
@@ -110,7 +110,7 @@ class Crossing:
             self._seeds = now, set()
         return self._seeds[1]
 
-    def back(self, kind: Kind, grad: Tensor) -> Tensor:
+    def back(self, kind: OutputKind, grad: Tensor) -> Tensor:
         """The gradient of an output, from outside to inside."""
         edges = self.edges
         self.seeds.add("part" if kind == "part" else "loss")
@@ -156,7 +156,7 @@ class Edges:
         self.axes = tuple(a for a in dp if mesh.size(a) > 1)
         self.replicas = mesh.size(*dp)
         self.parts = tuple(mesh.index(rank, dp) for rank in range(mesh.world_size))
-        self._programs: dict[int, tuple[Program, dict[str, bool], tuple[Kind, ...]]] = {}
+        self._programs: dict[int, tuple[Program, dict[str, bool], tuple[OutputKind, ...]]] = {}
         self._warned = False
 
     def enter(self, program: Program, named: dict[str, Any]) -> tuple[dict[str, Any], Crossing]:
@@ -193,7 +193,7 @@ class Edges:
         """The program will not be run again."""
         self._programs.pop(id(program), None)
 
-    def _of(self, program: Program) -> tuple[dict[str, bool], tuple[Kind, ...]]:
+    def _of(self, program: Program) -> tuple[dict[str, bool], tuple[OutputKind, ...]]:
         """Which inputs of a program are split over replicas, and the kinds of its outputs."""
         if id(program) not in self._programs:
             inputs = {s.name: self._split(n) for n, s in program.source_of().items()
@@ -202,7 +202,7 @@ class Edges:
             for node in program.graph.nodes:
                 if any(n in fed for n in node.all_input_nodes):
                     fed.add(node)
-            kinds: list[Kind] = ["part" if self._split(n) else "loss" if n in fed and full_value(n).dim() == 0 else "alike"
+            kinds: list[OutputKind] = ["part" if self._split(n) else "loss" if n in fed and full_value(n).dim() == 0 else "alike"
                                  for n in program.outputs()]
             if self.axes:
                 self._bound.group(self.axes)

@@ -16,7 +16,7 @@ from fxpar.errors import InputError, MismatchError
 from fxpar.model import identity
 from fxpar.program import Program
 from fxpar.run import storage
-from fxpar.run.feed import Place
+from fxpar.run.feed import ModuleSlot
 from fxpar.sharding.facts import full_value, sharding_at
 from fxpar.sharding.layout import Sharding
 from fxpar.sharding.mesh import BoundMesh
@@ -37,7 +37,7 @@ class ParameterStore:
         self.mesh, self.rank = bound.mesh, bound.rank
         self.runtime = GroupRuntime(bound)
         self.layouts: dict[str, Sharding] = {}
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, ModuleSlot] = {}
         self.owners: dict[str, int] = {}
         self.elsewhere: set[str] = set()
         self._absent: list[tuple[dict[str, Any], str, str]] = []
@@ -135,7 +135,7 @@ class ParameterStore:
         """
         names = {id(table[key]): name for name, (table, key) in self.places.items()
                  if name in self.layouts and isinstance(table.get(key), DTensor)}
-        found: dict[str, Place] = {}
+        found: dict[str, ModuleSlot] = {}
         for path, module in self.model.named_modules():
             for key, p in module._parameters.items():
                 name = _name(path, key)

@@ -15,7 +15,7 @@ from fxpar.pipeline.schedules import Schedule
 from fxpar.program import Program
 from fxpar.verify.step import SimulatedStep
 
-Values = list[list[Tensor]]
+CutValues = list[list[Tensor]]
 """What crosses a cut: rank by rank of a stage's mesh, message by message."""
 
 
@@ -30,8 +30,8 @@ class SimulatedPipelinedStep(SimulatedStep):
 
     def passes(self, passed: dict[str, list[list[Tensor]]]) -> tuple[list[list[list[Tensor]]], list[dict[int, list[Tensor]]]]:
         cotangents = self._of_a_loss() or self._cotangents(self._forwards(passed))
-        runners = [_Stage(self, stage, passed, cotangents) for stage in self.stages]
-        post: Mailbox[Values] = Mailbox()
+        runners = [_SimulatedStage(self, stage, passed, cotangents) for stage in self.stages]
+        post: Mailbox[CutValues] = Mailbox()
         run_together([Execution(self.schedule, rank, {s: runners[s] for s in self.schedule.stages_of(rank)}, post)
                       for rank in range(self.schedule.ranks)])
         outs: list[list[list[Tensor]]] = [[[torch.empty(0)] * len(self.nodes) for _ in range(self.mesh.world_size)]
@@ -47,7 +47,7 @@ class SimulatedPipelinedStep(SimulatedStep):
         return outs, grads
 
 
-class _Stage:
+class _SimulatedStage:
     """A stage on all ranks of its mesh; see `fxpar.pipeline.execute.Runner`.
 
     outputs: (microbatch, number of the whole program's output) -> rank by rank. grads: (microbatch, number of the whole program's
@@ -72,7 +72,7 @@ class _Stage:
 
     def reduce(self) -> None: ...
 
-    def forward(self, microbatch: int, received: Values | None) -> Values:
+    def forward(self, microbatch: int, received: CutValues | None) -> CutValues:
         n = range(self.step.mesh.world_size)
         messages = received or [[] for _ in n]
         feeds = [[*(t.detach().requires_grad_(m.requires_grad) for t, m in zip(messages[r], self.stage.receives, strict=True)),
@@ -88,12 +88,12 @@ class _Stage:
             self.step.keep_buffer(output, self.outputs[microbatch, output])
         return [outs[:count] for outs, _ in found]
 
-    def backward(self, microbatch: int, grads: Values | None) -> Values:
+    def backward(self, microbatch: int, grads: CutValues | None) -> CutValues:
         made = self.input_gradients(microbatch, grads)
         self.weight_gradients(microbatch)
         return made
 
-    def input_gradients(self, microbatch: int, grads: Values | None) -> Values:
+    def input_gradients(self, microbatch: int, grads: CutValues | None) -> CutValues:
         saved = self.saved.pop(microbatch)
         seeds = [self._seeds(rank, microbatch, grads[rank] if grads else []) for rank in range(len(saved))]
         found = self.threads.run(lambda rank: self.made[rank].input_gradients(saved[rank], seeds[rank]))

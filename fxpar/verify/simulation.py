@@ -23,7 +23,7 @@ from fxpar.program import Program
 from fxpar.sharding.facts import sharding_at
 from fxpar.sharding.layout import Sharding
 from fxpar.verify.pipelined import SimulatedPipelinedStep
-from fxpar.verify.step import Ranks, SimulatedStep, StepResult
+from fxpar.verify.step import SimulatedRanks, SimulatedStep, StepResult
 
 BACKENDS = ("eager", "inductor")
 
@@ -50,7 +50,7 @@ class Simulation:
         self._depends = State(model)
         self._programs: dict[tuple, Program] = {}
         self._stored: dict[str, Sharding] = {}  # the parameters' storage, which the first program decides
-        self._ranks: dict[int, Ranks] = {}
+        self._ranks: dict[int, SimulatedRanks] = {}
         self.program = self._compile(self.captured.call)
 
     def _compile(self, call: Call) -> Program:
@@ -71,7 +71,7 @@ class Simulation:
                     self._stored.setdefault(source.name, sharding_at(node))
         return self._programs[key]
 
-    def _ranks_of(self, program: Program) -> Ranks:
+    def _ranks_of(self, program: Program) -> SimulatedRanks:
         if id(program) not in self._ranks:
             self._ranks[id(program)] = Lowered(
                 program.mesh, self.plan, self.backend == "inductor", self.transport, self.passes

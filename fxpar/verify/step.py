@@ -56,7 +56,7 @@ def scalar_of(outputs: Any) -> Tensor:
     return sum(distances[1:], distances[0])
 
 
-Ranks = Lowered | simulate_backend.Lockstep
+SimulatedRanks = Lowered | simulate_backend.Lockstep
 
 
 class SimulatedStep:
@@ -65,7 +65,7 @@ class SimulatedStep:
     named: the global batch, by paths. seed: what dropout draws from.
     """
 
-    def __init__(self, model: nn.Module, program: Program, ranks: Ranks, named: dict[str, Any], seed: int,
+    def __init__(self, model: nn.Module, program: Program, ranks: SimulatedRanks, named: dict[str, Any], seed: int,
                  watch: simulate_backend.Watch | None = None):
         self.model, self.program, self.ranks, self.watch = model, program, ranks, watch
         self.mesh, self.microbatches = program.mesh, program.microbatches
@@ -283,7 +283,7 @@ class BetweenMicrobatches:
     feeds: local inputs of the program. detached: rank -> the inputs of the last graph whose gradients are kept.
     """
 
-    def __init__(self, program: Program, ranks: Ranks, feeds: list[list[Any]]):
+    def __init__(self, program: Program, ranks: SimulatedRanks, feeds: list[list[Any]]):
         self.plan, self.phases = program.plan, split_phases(program)
         parameters = [i for i, s in enumerate(program.sources) if s.kind == "param"]
         with torch.no_grad():

@@ -30,7 +30,7 @@ DEPTH = 3
 WAY_OUT = "return it from forward, or keep a tensor in a buffer (register_buffer)"
 
 Holder = dict | list
-Place = tuple[Holder, Any]
+AttributePlace = tuple[Holder, Any]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Recorded:
 
     writes: list[Write] = field(default_factory=list)
     names: list[str | None] = field(default_factory=list)
-    places: dict[int, Place] = field(default_factory=dict)
+    places: dict[int, AttributePlace] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -157,7 +157,7 @@ class AttributeStates:
     """The places that the forwards of a model write or read besides parameters and buffers, as far as its programs show."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[int, Any], Place] = {}
+        self._places: dict[tuple[int, Any], AttributePlace] = {}
         self._split: dict[tuple[int, Any], str] = {}
         self._numbers: dict[tuple, Any] = {}
 

@@ -28,7 +28,7 @@ from fxpar.sharding.facts import local_value
 from fxpar.sharding.mesh import MICROBATCH
 
 aten = torch.ops.aten
-Kind = Literal["alike", "split", "part", "estimate"]
+MicrobatchKind = Literal["alike", "split", "part", "estimate"]
 
 MOVES = (
     aten.neg, aten.positive, aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.squeeze, aten.unsqueeze, aten.expand,
@@ -53,7 +53,7 @@ _MOVES, _ADDS, _PRODUCTS, _CHOICES, _SHAPES, _QUOTIENTS = map(
 
 
 @dataclass
-class Values:
+class Classification:
     """What `classify` finds. kinds: of every value. outside: collectives over microbatches that a prologue computes.
 
     alone: sums over microbatches of what is the same for all of them: so many times that. sliced: where a microbatch takes its
@@ -62,7 +62,7 @@ class Values:
     value is an estimate. inexact: values that are computed from an estimate.
     """
 
-    kinds: dict[fx.Node, Kind] = field(default_factory=dict)
+    kinds: dict[fx.Node, MicrobatchKind] = field(default_factory=dict)
     outside: list[fx.Node] = field(default_factory=list)
     alone: list[fx.Node] = field(default_factory=list)
     sliced: list[fx.Node] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Values:
     inexact: set[fx.Node] = field(default_factory=set)
 
 
-def classify(program: Program) -> Values:
+def classify(program: Program) -> Classification:
     """The kind of every value of a partitioned program whose mesh has an axis of microbatches; the program stays as it is.
 
     Raises: `PlanError` for what microbatches cannot compute: a value that depends on parameters and on rows of several of them in
@@ -97,11 +97,11 @@ def along_microbatches(node: fx.Node) -> bool | None:
 class _Classifier:
     def __init__(self, program: Program, in_order: frozenset[str]):
         self.program, self.sources = program, program.source_of()
-        self.found = Values(in_order=in_order)
+        self.found = Classification(in_order=in_order)
         self.free: set[fx.Node] = set()
         self.varying: set[fx.Node] = set()
 
-    def run(self) -> Values:
+    def run(self) -> Classification:
         for node in self.program.graph.nodes:
             if node.op == "output":
                 continue
@@ -125,7 +125,7 @@ class _Classifier:
             return source.kind != "param" and not source.requires_grad and source.name not in self.found.in_order
         return all(n in self.free for n in node.all_input_nodes)
 
-    def _source(self, node: fx.Node) -> Kind:
+    def _source(self, node: fx.Node) -> MicrobatchKind:
         source: Source | None = self.sources.get(node)
         if source is not None and source.kind == "param" and along_microbatches(node):
             raise _refusal(self.program, next(iter(node.users), node), f"a dim of parameter {source.name!r} is that of the batch")
@@ -133,7 +133,7 @@ class _Classifier:
             return "split"
         return "estimate" if source is not None and source.kind == "buffer" and source.name in self.found.in_order else "alike"
 
-    def _call(self, node: fx.Node) -> Kind:
+    def _call(self, node: fx.Node) -> MicrobatchKind:
         if node.target is axis_index:
             axes: Any = node.args[0]
             return "split" if MICROBATCH in axes else "alike"
@@ -161,7 +161,7 @@ class _Classifier:
             return "alike"
         raise _refusal(self.program, node, "its value takes rows of all microbatches together, and depends on parameters")
 
-    def _local(self, node: fx.Node) -> Kind:
+    def _local(self, node: fx.Node) -> MicrobatchKind:
         kinds = self.found.kinds
         operands = _read(node)
         parts = [n for n in operands if kinds[n] == "part"]
@@ -200,7 +200,7 @@ def _only_inside_of_split(node: fx.Node) -> bool:
     return bool(known) and all(_only_inside_of_split(user) if split is None else split for user, split in known)
 
 
-def linear(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def linear(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     """Of an operator on parts: what must be divided by the number of microbatches for its result to be a part, an operand or the
     place of a number among its arguments; None if it is not linear in its parts."""
     target: Any = node.target
@@ -221,32 +221,32 @@ def _floats(node: fx.Node) -> bool:
     return dtype is None or dtype.is_floating_point or dtype.is_complex
 
 
-def _moved(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _moved(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     """An operator that is linear in all of its operands together."""
     if not _floats(node) and all(_floats(n) for n in node.all_input_nodes):
         return None
     return [n for n in node.all_input_nodes if kinds[n] != "part"]
 
 
-def _added(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _added(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     terms = node.args[:2]
     return [n if isinstance(n, fx.Node) else i for i, n in enumerate(terms) if not _is_part(n, kinds)]
 
 
-def _scaled(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _scaled(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     one, other = node.args[:2]
     if _is_part(one, kinds) == _is_part(other, kinds):
         return None
     return [] if _is_alike(other if _is_part(one, kinds) else one, kinds) else None
 
 
-def _divided(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _divided(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     if node.kwargs.get("rounding_mode") is not None or not _is_part(node.args[0], kinds):
         return None
     return [] if _is_alike(node.args[1], kinds) else None
 
 
-def _chosen(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _chosen(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     """One or the other, by a condition that is the same for all microbatches."""
     at = 1 if node.target in _overloads(aten.masked_fill) else 0
     if len(node.args) != 3 or not _is_alike(node.args[at], kinds):
@@ -254,15 +254,15 @@ def _chosen(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | 
     return [n if isinstance(n, fx.Node) else i for i, n in enumerate(node.args) if i != at and not _is_part(n, kinds)]
 
 
-def _is_part(value: Any, kinds: dict[fx.Node, Kind]) -> bool:
+def _is_part(value: Any, kinds: dict[fx.Node, MicrobatchKind]) -> bool:
     return isinstance(value, fx.Node) and kinds[value] == "part"
 
 
-def _is_alike(value: Any, kinds: dict[fx.Node, Kind]) -> bool:
+def _is_alike(value: Any, kinds: dict[fx.Node, MicrobatchKind]) -> bool:
     return not isinstance(value, fx.Node) or kinds[value] == "alike"
 
 
-Test = Callable[[fx.Node, dict[fx.Node, Kind]], list[fx.Node | int] | None]
+Test = Callable[[fx.Node, dict[fx.Node, MicrobatchKind]], list[fx.Node | int] | None]
 _TESTS: tuple[tuple[frozenset[Any], Test], ...] = (
     (_MOVES, _moved), (_ADDS, _added), (_PRODUCTS, _scaled), (_QUOTIENTS, _divided), (_CHOICES, _chosen))
 

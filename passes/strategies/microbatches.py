@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxpar.ops.collectives import axis_index, typed
-from fxpar.passes.strategies.linear import Values, along_microbatches, classify
+from fxpar.passes.strategies.linear import Classification, along_microbatches, classify
 from fxpar.passes.strategies.prologue import prologue, rank_index
 from fxpar.program import Join, Microbatches, Program, Source, copy_provenance, user_line
 from fxpar.sharding.facts import UNKNOWN, describe_local, full_value, local_value, sharding_at
@@ -80,7 +80,7 @@ def _replica_first(piece: Piece, mesh: Mesh) -> Piece:
     return Piece(piece.size, (*dp, MICROBATCH, *(a for a in piece.axes if a != MICROBATCH and a not in dp)))
 
 
-def _note_estimates(program: Program, values: Values, count: int) -> None:
+def _note_estimates(program: Program, values: Classification, count: int) -> None:
     """Say what is not linear in microbatches, by the lines of the model."""
     lines = list(dict.fromkeys(user_line(n) or n.name for n, _ in values.nonlinear if n.users))
     buffers = sorted(values.in_order)
@@ -94,7 +94,7 @@ def _note_estimates(program: Program, values: Values, count: int) -> None:
                      f"its own rows")
 
 
-def _pass_in(program: Program, values: Values, step: Microbatches) -> dict[fx.Node, fx.Node]:
+def _pass_in(program: Program, values: Classification, step: Microbatches) -> dict[fx.Node, fx.Node]:
     """Have collectives over microbatches of what depends on no parameter passed in; returns what took their place."""
     wanted = _frontier(program, set(values.outside))
     if not wanted:
@@ -134,7 +134,7 @@ def _placeholder(program: Program, name: str, value: torch.Tensor) -> fx.Node:
     return node
 
 
-def _divide(program: Program, values: Values, moved: dict[fx.Node, fx.Node], count: int) -> None:
+def _divide(program: Program, values: Classification, moved: dict[fx.Node, fx.Node], count: int) -> None:
     """What is added to a part, and is not one, counts once in the sum over microbatches."""
     for node, what in values.divided:
         if isinstance(what, int):
@@ -148,7 +148,7 @@ def _divide(program: Program, values: Values, moved: dict[fx.Node, fx.Node], cou
         node.replace_input_with(operand, share)
 
 
-def _estimate(program: Program, values: Values, count: int) -> None:
+def _estimate(program: Program, values: Classification, count: int) -> None:
     """Where a part is not used linearly, its sum over microbatches is taken to be `count` times this one's."""
     times: dict[fx.Node, fx.Node] = {}
 
@@ -178,7 +178,7 @@ def _description(node: fx.Node) -> dict[str, Any]:
     return {name: getattr(known, name) for name in DESCRIPTION}
 
 
-def _take_out_collectives(graph: fx.Graph, values: Values, count: int) -> None:
+def _take_out_collectives(graph: fx.Graph, values: Classification, count: int) -> None:
     for node in list(graph.nodes):
         made = typed(node) if node.op == "call_function" else None
         if made is None or MICROBATCH not in made.axes or not node.users:
@@ -200,7 +200,7 @@ def _take_out_collectives(graph: fx.Graph, values: Values, count: int) -> None:
             node.replace_all_uses_with(value)
 
 
-def _take_out_slices(program: Program, values: Values, index: fx.Node) -> None:
+def _take_out_slices(program: Program, values: Classification, index: fx.Node) -> None:
     """What a microbatch takes of a value that is replicated over them: of each replica's rows, those of its number."""
     graph, mesh = program.graph, program.mesh
     count = mesh.size(MICROBATCH)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxpar.cost.operators import Costs, Value, measure
+from fxpar.cost.operators import Costs, TensorSpec, measure
 from fxpar.cost.stages import recomputed
 from fxpar.errors import PlanError
 from fxpar.ops.collectives import GATHER, SAME, typed
@@ -187,7 +187,7 @@ class _Depth:
             return False
         made, before, after = typed(node), self.value(node.all_input_nodes[0]), self.value(node)
         moves = made.forward in (GATHER, SAME) if made is not None else is_view(node) or node.target in COPIES
-        return (moves and isinstance(before, Value) and isinstance(after, Value) and before.bytes <= after.bytes
+        return (moves and isinstance(before, TensorSpec) and isinstance(after, TensorSpec) and before.bytes <= after.bytes
                 and before.requires_grad == after.requires_grad)
 
     def value(self, node: fx.Node) -> Any:

@@ -15,7 +15,7 @@ import fxpar
 from fxpar.backends import simulate
 from fxpar.compiler import compile_program
 from fxpar.cost import operators
-from fxpar.cost.operators import Cost, Value, measure
+from fxpar.cost.operators import Cost, TensorSpec, measure
 from fxpar.model.inputs import leaves
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.sharding.facts import sharding_at
@@ -119,4 +119,4 @@ def test_equal_operators_are_looked_at_once(monkeypatch):
 
 def test_a_value_makes_a_tensor_like_it():
     tensor = torch.randn(3, 4, dtype=torch.float64, requires_grad=True).t()
-    assert Value.of(Value.of(tensor).empty()) == Value.of(tensor) and Value.of(tensor).empty().is_meta
+    assert TensorSpec.of(TensorSpec.of(tensor).empty()) == TensorSpec.of(tensor) and TensorSpec.of(tensor).empty().is_meta
