@@ -16,7 +16,7 @@ from fxpar.passes.pipeline import TRACED_FIELDS, Observer, back, front, passes, 
 from fxpar.plan import Plan
 from fxpar.program import Program
 from fxpar.sharding import mesh as meshes
-from fxpar.sharding.facts import local_value
+from fxpar.sharding.facts import global_value
 from fxpar.sharding.layout import Sharding
 
 
@@ -103,7 +103,7 @@ def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe:
     for _ in range(3):
         program = _start(model, plan, globalize(call, plan, mesh, batch), device, observe, microbatches)
         program = run(program, front(pinned), observe)
-        found = {s.name: local_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
+        found = {s.name: global_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
         if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):
             return run(program, back(pinned), observe)
         batch = found
