@@ -13,7 +13,7 @@ from torch import fx
 from fxpar.ops.collectives import typed
 from fxpar.program import Program, user_line
 from fxpar.sharding.factors import Factor, leaves
-from fxpar.sharding.facts import global_value, local_value, sharding_at
+from fxpar.sharding.facts import global_value, if_local, sharding_at
 
 _BINARY = {operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//"}
 
@@ -34,7 +34,7 @@ class Dumper:
 
 def readable(program: Program, stage: str = "replicas") -> str:
     """The program as a Python module: `forward` on flat inputs, and a main that runs it on made-up ones."""
-    local = any(local_value(n).sharding is not None for n in program.placeholders())
+    local = any(if_local(n).sharding is not None for n in program.placeholders())
     modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})
     lines = [f'"""After pass {stage!r}. Plan {program.plan}; mesh {program.mesh}; '
              f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch",
@@ -96,8 +96,8 @@ def _text(value: Any) -> str:
 def _comment(node: fx.Node, extra: str = "") -> str:
     parts = [extra] if extra else []
     dims = global_value(node).dims
-    if local_value(node).layout_text:
-        parts.append(local_value(node).layout_text)
+    if if_local(node).layout_text:
+        parts.append(if_local(node).layout_text)
     elif dims is not None:
         parts.append(f"[{', '.join(' '.join(_factor(f) for f in leaves(d)) or '1' for d in dims)}]")
     elif isinstance(node.meta.get("val"), torch.Tensor):
@@ -105,7 +105,7 @@ def _comment(node: fx.Node, extra: str = "") -> str:
         parts.append(f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
     made = typed(node)
     if made is not None:
-        parts.append(f"{made.label} over {', '.join(made.axes)} for {local_value(node).made_for}")
+        parts.append(f"{made.label} over {', '.join(made.axes)} for {if_local(node).made_for}")
     return f"  # {'; '.join(parts)}" if parts else ""
 
 
@@ -117,13 +117,13 @@ def _main(program: Program, local: bool) -> list[str]:
     """Runs the program on made-up inputs; a local one as a rank whose partners all hold the same."""
     lines = ["def made_up_inputs():", "    return ["]
     for node, source in zip(program.placeholders(), program.sources, strict=True):
-        known = local_value(node).full
+        known = if_local(node).full
         value = node.meta.get("val") if known is None else known
         if not isinstance(value, torch.Tensor):
             lines.append("        None,")
             continue
         shape = list(value.shape)
-        if local and local_value(node).sharding is not None:
+        if local and if_local(node).sharding is not None:
             size = program.mesh.size
             shape = [math.prod(p.size // size(*p.axes) for p in dim) for dim in sharding_at(node)]
         make = "torch.rand" if value.is_floating_point() else "torch.zeros"

@@ -104,7 +104,13 @@ def describe_global(node: fx.Node, **facts: Any) -> None:
 
 
 def local_value(node: fx.Node) -> LocalValue:
-    """What is known of a node of a local program."""
+    """What is known of a node of a local program; a node of a global one is a mistake of the caller's."""
+    assert _LOCAL in node.meta or _GLOBAL not in node.meta, f"{node.name} is of a global program"
+    return node.meta.get(_LOCAL, UNKNOWN)
+
+
+def if_local(node: fx.Node) -> LocalValue:
+    """The same of a node of either program: of a global one, nothing."""
     return node.meta.get(_LOCAL, UNKNOWN)
 
 

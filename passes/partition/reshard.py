@@ -16,7 +16,7 @@ from torch import fx
 from fxpar.ops.collectives import Collective, make, typed
 from fxpar.program import copy_provenance
 from fxpar.sharding.factors import Dims, Factor
-from fxpar.sharding.facts import UNKNOWN, describe_local, local_value
+from fxpar.sharding.facts import UNKNOWN, describe_local, if_local, local_value
 from fxpar.sharding.layout import Layout, local_shape, place_of
 from fxpar.sharding.mesh import Axes, Mesh
 
@@ -177,7 +177,7 @@ class Resharder:
 
 def measure(node: fx.Node, value: fx.Node, dims: Dims, layout: Layout, mesh: Mesh) -> None:
     """Record shape and dtype of the result that one rank has. value: the global value, or what it is made of."""
-    known = value.meta.get("val", local_value(value).full)
+    known = value.meta.get("val", if_local(value).full)
     if isinstance(known, torch.Tensor):
-        dtype = local_value(node).dtype or local_value(value).dtype or known.dtype
+        dtype = local_value(node).dtype or if_local(value).dtype or known.dtype
         describe_local(node, result=(tuple(local_shape(dims, layout, mesh)), dtype))
