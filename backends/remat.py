@@ -19,6 +19,7 @@ from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
 from fxpar.plan import Plan
 from fxpar.program import block_path
+from fxpar.sharding.facts import local_value
 
 aten = torch.ops.aten
 SAVE, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
@@ -34,7 +35,7 @@ from where it is stored."""
 def mark(node: fx.Node) -> dict[str, Any]:
     """What this module has to know about a node of a partitioned program, as ``meta["custom"]`` of its copy."""
     custom: dict[str, Any] = {BLOCK: block_path(node)}
-    if node.meta.get("unshard"):
+    if local_value(node).unshard:
         custom[UNSHARD] = True
     return custom
 

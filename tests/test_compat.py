@@ -203,10 +203,10 @@ def test_strided_shards_that_say_no_order_are_gathered_whatever_made_them():
 
 def test_checkpoints_of_torch_refuse_parts_of_several_pieces(tmp_path):
     mesh, inside = one_rank_mesh(), [compat.strided_shard(0, 3)]
-    whole = DTensor.from_local(torch.ones(12), mesh, inside)
+    tensor = DTensor.from_local(torch.ones(12), mesh, inside)
     part = DTensor.from_local(torch.ones(6), mesh, inside, shape=torch.Size([12]), stride=(1,))
-    dist.checkpoint.save({"p": whole}, checkpoint_id=tmp_path / "c")
-    dist.checkpoint.load({"p": whole}, checkpoint_id=tmp_path / "c")
+    dist.checkpoint.save({"p": tensor}, checkpoint_id=tmp_path / "c")
+    dist.checkpoint.load({"p": tensor}, checkpoint_id=tmp_path / "c")
     for run in (dist.checkpoint.save, dist.checkpoint.load):
         with pytest.raises(dist.checkpoint.api.CheckpointException, match=r"several pieces; use fxpar.save_checkpoint"):
             run({"p": part}, checkpoint_id=tmp_path / "c")
@@ -299,7 +299,7 @@ def test_interpreted_graphs_compute_what_compiled_ones_do():
 
 @pytest.mark.parametrize("way", ["trace", "interpret", "compile"])
 def test_steps_are_handed_over_ready_to_run(way):
-    """`compat.trace_steps`, `compat.interpret_steps`, `compat.compile_steps`: a `compat.Traced`, what a `compat.Cut` made."""
+    """`compat.trace_steps`, `compat.interpret_steps`, `compat.compile_steps`: a `compat.TracedForward`, by a `compat.Cut`."""
     x, w = torch.randn(3, 4).requires_grad_(), torch.randn(4, 2).requires_grad_()
     ready: list = []
 
@@ -307,7 +307,7 @@ def test_steps_are_handed_over_ready_to_run(way):
         assert len(like) == saved + 1 and (way == "trace" or donated)
         ready.append(make(graph, like, donated, 2))
 
-    def steps(function) -> compat.Traced:
+    def steps(function) -> compat.TracedForward:
         graph, config = fx.symbolic_trace(function), {"reorder_for_peak_memory": False}
         kept: compat.Cut = cut
         return {"trace": lambda: compat.trace_steps(graph, [x, w], lambda joint: None, kept),

@@ -27,9 +27,9 @@ def _mix(h: Tensor) -> Tensor:
 def coordinates(runs, device: torch.device) -> Tensor:
     """The global coordinates of a dim's local elements, from its runs of (local size, offset, global size)."""
     at = torch.zeros((), dtype=torch.int64, device=device)
-    for local, offset, whole in runs:
+    for local, offset, full in runs:
         here = torch.arange(local, dtype=torch.int64, device=device) + offset
-        at = (at.unsqueeze(-1) * whole + here) if at.dim() else here
+        at = (at.unsqueeze(-1) * full + here) if at.dim() else here
         at = at.reshape(-1)
     return at
 
@@ -42,8 +42,8 @@ def global_index(shape, grid, device: torch.device) -> Tensor:
     for back, runs in enumerate(reversed(list(grid))):
         at = coordinates(runs, device) if runs else torch.zeros(1, dtype=torch.int64, device=device)
         index = index + at.reshape(-1, *([1] * back)) * stride
-        for _, _, whole in runs:
-            stride *= whole
+        for _, _, full in runs:
+            stride *= full
     return index
 
 
@@ -51,7 +51,7 @@ def dropout_mask(x: Tensor, seed: Tensor, *, p: float, site: int, shape=None, gr
     """A boolean tensor like `x`: True with probability ``1 - p``, the same whatever part of the tensor this is.
 
     seed: int64 scalar; site: which random operator of the model this is. shape: the mask's shape, where it is not
-    `x`'s (dropout of whole channels). grid: where the local elements lie in the global tensor (default: x is whole).
+    `x`'s (dropout of whole channels). grid: where the local elements lie in the global tensor (default: x is the full tensor).
     """
     index = global_index(x.shape if shape is None else shape, grid, x.device)
     h = _mix((index & _MASK) ^ ((seed * 0x9E3779B1 + site * 0x632BE5AB) & _MASK))

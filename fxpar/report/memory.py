@@ -29,7 +29,8 @@ from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
 from fxpar.pipeline.schedules import Schedule
 from fxpar.program import Program, module_path
-from fxpar.sharding.layout import held_shape
+from fxpar.sharding.facts import full_value, local_value, sharding_at
+from fxpar.sharding.layout import shard_shape
 from fxpar.sharding.mesh import Axes, Mesh
 
 aten = torch.ops.aten
@@ -75,13 +76,13 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak
     """
     steps = [_Step(p, *trace(p)) for p in programs]
     peaks = [step.peak() for step in steps]
-    held, alive = schedule.memory([peak.kept for peak in peaks]), schedule.alive()
+    activations, alive = schedule.memory([peak.kept for peak in peaks]), schedule.alive()
     out = []
     for rank in range(schedule.ranks):
-        stages = schedule.held(rank)
+        stages = schedule.stages_of(rank)
         outputs = sum((schedule.microbatches - (alive[s] if programs[s].training else 1)) * _output_bytes(programs[s])
                       for s in stages)
-        twice = _held_twice([programs[s] for s in stages])
+        twice = _counted_twice([programs[s] for s in stages])
         together = []
         for s in stages:
             parts = dict(peaks[s].parts)
@@ -89,8 +90,8 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak
                 parts[part] += size
             for part, size in twice.items():
                 parts[part] -= size
-            parts["activations"] += outputs + (int(held[rank]) - peaks[s].kept if programs[s].training else 0)
-            together.append(replace(peaks[s], bytes=sum(parts.values()), parts=parts, kept=int(held[rank])))
+            parts["activations"] += outputs + (int(activations[rank]) - peaks[s].kept if programs[s].training else 0)
+            together.append(replace(peaks[s], bytes=sum(parts.values()), parts=parts, kept=int(activations[rank])))
         out.append(max(together, key=lambda peak: peak.bytes))
     return out
 
@@ -98,18 +99,19 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak
 def _output_bytes(program: Program) -> int:
     """Bytes of what a stage returns to the user, scalars left out."""
     pairs = zip(program.tensor_sinks(), program.outputs(), strict=True)
-    found = [(held_shape(n.meta["tiling"], program.mesh), n.meta["global"].dtype) for sink, n in pairs if sink.kind == "output"]
+    found = [(shard_shape(sharding_at(n), program.mesh), full_value(n).dtype)
+             for sink, n in pairs if sink.kind == "output"]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in found if shape)
 
 
-def _held_twice(programs: Sequence[Program]) -> dict[str, int]:
+def _counted_twice(programs: Sequence[Program]) -> dict[str, int]:
     """What was counted too often of parameters that several stages of one rank use."""
     seen: set[str] = set()
     twice = {"parameters": 0, "optimizer": 0}
     for program in programs:
         for node, source in program.source_of().items():
             if source.kind == "param" and source.name in seen:
-                size = size_of(torch.empty(held_shape(node.meta["tiling"], program.mesh), dtype=node.meta["global"].dtype,
+                size = size_of(torch.empty(shard_shape(sharding_at(node), program.mesh), dtype=full_value(node).dtype,
                                            device="meta"))
                 twice["parameters"] += size
                 twice["optimizer"] += 2 * size if source.requires_grad and program.training else 0
@@ -172,10 +174,11 @@ def trace(program: Program) -> tuple[list[fx.Graph], list[_Input]]:
 def _local(mode: Any, node: fx.Node, value: Any, mesh: Mesh, requires_grad: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
-    held = node.meta.get("global", value)
-    shape = tuple(held.shape) if "tiling" not in node.meta else held_shape(node.meta["tiling"], mesh)
+    known = local_value(node)
+    full = value if known.full is None else known.full
+    shape = tuple(full.shape) if known.sharding is None else shard_shape(known.sharding, mesh)
     with mode:
-        return torch.empty(shape, dtype=held.dtype, requires_grad=requires_grad)
+        return torch.empty(shape, dtype=full.dtype, requires_grad=requires_grad)
 
 
 def _last_microbatch(program: Program, parameters: list[Tensor]) -> tuple[fx.GraphModule, list[_Input]]:
@@ -258,12 +261,12 @@ class _Step:
                 self.part |= {b: "parameter copies" for b in kernel.writes if self.part.get(b) != "gradients"}
 
     def _moments(self) -> Iterator[tuple[str, Kernel, dict[Buffer, None]]]:
-        held = dict.fromkeys(self.given)
-        for kernel, live in timeline(self.forward, list(held)):
-            held = live
+        resident = dict.fromkeys(self.given)
+        for kernel, live in timeline(self.forward, list(resident)):
+            resident = live
             yield "forward", kernel, live
         if self.backward is not None:
-            for kernel, live in timeline(self.backward, [*held, *self.tangents]):
+            for kernel, live in timeline(self.backward, [*resident, *self.tangents]):
                 yield "backward", kernel, live
 
     def between(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpar import compat
-from fxpar.backends.stepped import Left, Saved, Stepped
+from fxpar.backends.stepped import SavedForBackward, SavedForWeightGradients, Stepped
 from fxpar.passes.partition.phases import Boundary, Compute, split_phases
 from fxpar.passes.strategies.stages import Stage
 from fxpar.run.feed import Feed
@@ -53,8 +53,8 @@ class StageOfRank:
         self.grads = {}
         self._unsharded: dict[Boundary, Tensor] = {}
         self._unreduced: dict[Boundary, Tensor] = {}
-        self._saved: dict[int, Saved] = {}
-        self._left: dict[int, Left] = {}
+        self._saved: dict[int, SavedForBackward] = {}
+        self._left: dict[int, SavedForWeightGradients] = {}
 
     def unshard(self) -> None:
         if self.compute.extra and self.phases is not None:

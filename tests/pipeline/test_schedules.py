@@ -31,8 +31,8 @@ def test_tables_of_production(name: str):
 
 def written(table: Schedule, rank: int) -> str:
     """What a rank computes, as in "F0 B0", or "F0.0 F1.0" where it holds several stages."""
-    held = table.held(rank)
-    return " ".join(a.kind.value + (f"{held.index(a.stage)}." if len(held) > 1 else "") + str(a.microbatch)
+    own = table.stages_of(rank)
+    return " ".join(a.kind.value + (f"{own.index(a.stage)}." if len(own) > 1 else "") + str(a.microbatch)
                     for a in table.actions[rank] if a.kind.computes)
 
 
@@ -81,7 +81,7 @@ def test_stages_whose_backward_is_in_halves(name: str, virtual_stages: int, spli
 def test_zbv_has_the_last_stage_on_the_first_rank():
     table = schedule("zbv", ranks=3, virtual_stages=2, microbatches=5)
     assert table.owner == (0, 1, 2, 2, 1, 0)
-    assert table.held(0) == (0, 5)
+    assert table.stages_of(0) == (0, 5)
     assert not any(a.kind.is_message and a.stage == 2 and table.peer(a) != 1 for a in table.actions[2])
 
 
@@ -122,7 +122,7 @@ def test_no_promise_is_larger_than_what_a_rank_comes_to_hold(table: Schedule):
 
 def test_memory_is_that_of_all_stages_of_a_rank_at_one_time():
     table = schedule("zbv", ranks=2, virtual_stages=2, microbatches=6)
-    assert table.held(0) == (0, 3) and table.alive() == (4, 3, 2, 1)
+    assert table.stages_of(0) == (0, 3) and table.alive() == (4, 3, 2, 1)
     assert table.memory([1, 1, 1, 1]) == (4, 4)
 
 
