@@ -6,4 +6,5 @@ simulate   every rank of a plan in lock step, with gradients
 transport/ who moves parameters and gradients: process groups, or copy engines
 trace      a program with tensor inputs alone, for AOTAutograd (with tables: embedding gradients)
 remat      what the backward recomputes
+repeats    runs of equal blocks in a graph, made shorter or longer
 """
