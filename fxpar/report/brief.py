@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -116,10 +117,13 @@ def _lengthened(graphs: list[fx.GraphModule], few: list[Input], missing: int) ->
         results, saved = outputs[: len(outputs) - len(places)], outputs[len(outputs) - len(places) :]
         kept = dict(zip(places, saved, strict=True))
         repeats.align(forward, backward, kept)
+    bases = {n: _base(n) for module in graphs for n in module.graph.nodes}
     made = repeats.lengthen(forward, missing)
+    bases |= {new: bases[old] for (old, _), new in made.items()}
     fills |= {new: fills[old] for (old, _), new in made.items() if old in fills}
     if backward is not None:
         for (old, r), new in repeats.lengthen(backward, missing).items():
+            bases[new] = bases[old]
             if old in kept:
                 family, _ = forward.place[kept[old]]
                 kept[new] = made[forward.families[family][forward.split(family)], missing + 1 - r]
@@ -127,7 +131,35 @@ def _lengthened(graphs: list[fx.GraphModule], few: list[Input], missing: int) ->
         graphs[0].graph.output_node().args = ((*results, *(kept[n] for n in places)),)
     for module in graphs:
         module.graph.lint()
+        _own_values(module.graph, bases)
     return [fills[n] for n in graphs[0].graph.find_nodes(op="placeholder")]
+
+
+def _base(node: fx.Node) -> int | None:
+    """Which of its inputs a node's value is a view of."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        for i, x in enumerate(node.all_input_nodes):
+            other = x.meta.get("val")
+            if isinstance(other, Tensor) and other.untyped_storage()._cdata == value.untyped_storage()._cdata:
+                return i
+    return None
+
+
+def _own_values(graph: fx.Graph, bases: dict[fx.Node, int | None]) -> None:
+    """Give every node a value of its own in ``meta``, or a view of its input's: Inductor reads from shared memory what may be
+    written in place, and a copied node has the memory of what it was copied from."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.target is operator.getitem:
+            node.meta["val"] = node.args[0].meta["val"][node.args[1]]
+        elif isinstance(value, Tensor) and (i := bases[node]) is not None:
+            base = node.all_input_nodes[i].meta["val"]
+            if base.dtype != value.dtype:
+                raise repeats.NotEqual
+            node.meta["val"] = base.as_strided(value.shape, value.stride(), value.storage_offset())
+        elif value is not None:
+            node.meta["val"] = pytree.tree_map_only(Tensor, lambda v: v.new_empty_strided(v.shape, v.stride()), value)
 
 
 def _shapes(node: fx.Node) -> Hashable:
