@@ -21,6 +21,7 @@ from torch.utils import flop_counter
 
 from fxpar import compat
 from fxpar.backends.transport.copies import CopyGroup
+from fxpar.compat import stages
 from tests.slots import Alone
 
 aten = torch.ops.aten
@@ -274,6 +275,27 @@ def test_lowered_graphs_are_those_of_forward_and_backward():
     assert [n.name for n in backward.graph.nodes if n.op == "placeholder"][-1] == "tangents_1"
     with torch.no_grad():
         assert len(compat.lowered_graphs(graph, [x, w], {})) == 1
+
+
+def test_graph_passes_in_two_parts_are_those_in_one():
+    """`stages.graphs_before` and `stages.apply_graph_passes`."""
+    graph = fx.symbolic_trace(lambda x, w: (torch.tanh(x @ w),))
+    with compat.FakeTensorMode():
+        x, w = torch.empty(3, 4), torch.empty(4, 2, requires_grad=True)
+    seen = []
+    config = {"post_grad_custom_post_pass": compat.graph_pass(seen.append, __file__)}
+    decided: list[stages.Decision] = []
+    parts = stages.graphs_before(graph, [x, w], config, decided.append)
+    assert len(parts) == 2 and not seen
+    [decision] = decided
+    assert decision.forward < set(decision.graph.nodes) and not decision.by_chains
+    kept = {n.name: n.target for n in decision.saved}
+    assert aten.tanh.default in kept.values()
+    assert all(decision.network[f"{name}_in"][f"{name}_out"]["capacity"] > 0 for name in kept)
+    made = [stages.apply_graph_passes(g, config) for g in parts]
+    assert [g.graph for g in made] == seen
+    whole = compat.lowered_graphs(graph, [x, w], config)
+    assert [[n.target for n in g.graph.nodes] for g in made] == [[n.target for n in g.graph.nodes] for g in whole]
 
 
 def test_interpreted_graphs_compute_what_compiled_ones_do():

@@ -18,7 +18,7 @@ FLOORS = (
     {"passes.canonical", "passes.place"},
     {"passes.capture", "passes.strategies", "passes.partition"},
     {"passes.pipeline"},
-    {"backends.transport", "backends.simulate", "backends.tables", "backends.remat"},
+    {"backends.transport", "backends.simulate", "backends.tables", "backends.remat", "backends.repeats"},
     {"backends.trace", "backends.split"},
     {"backends.stepped"},
     {"backends.eager", "backends.inductor"},

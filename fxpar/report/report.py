@@ -78,7 +78,8 @@ class Report:
 
     @functools.cached_property
     def peak(self) -> Peak:
-        """When a step of the Inductor backend holds most, and what. Traced when it is first asked for: about a second a layer.
+        """When a step of the Inductor backend holds most, and what. Traced when it is first asked for (or the report is printed):
+        about a second a layer; of many equal layers, a few are traced.
 
         Raises what PyTorch raises for a model that Inductor cannot compile.
         """

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fxpar
+import fxpar.report.report
+from fxpar.report.memory import Peak
 from tests import zoo
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama_tp2.txt"
@@ -116,6 +118,16 @@ def test_bytes_of_collectives_are_those_of_their_results():
 
 
 # ---- memory and compute ----
+
+
+def test_the_peak_is_predicted_when_it_is_asked_for(monkeypatch):
+    asked = []
+    peak = Peak(2**30, "forward", "", {}, 0)
+    monkeypatch.setattr(fxpar.report.report, "predict", lambda program: asked.append(program) or peak)
+    made = fxpar.inspect(Mlp(), "dp=2", (torch.empty(8, 16),))
+    assert made.memory and made.flops and made.count("all_reduce") and repr(made) and not asked
+    assert "peak memory a rank: 1.000 GiB" in str(made) and made.peak_memory == 2**30
+    assert len(asked) == 1
 
 
 class Mlp(nn.Module):
