@@ -10,7 +10,7 @@ whatever is special about the first blocks and the last ones remains as it is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,17 @@ def _periods(tokens: list[int]) -> list[int]:
         last[token] = i
     found = [d for d, n in votes.most_common(CANDIDATES) if n > 2]
     return sorted({*found, *(2 * d for d in found)})
+
+
+def written(graph: fx.Graph, facts: Facts) -> tuple[Hashable, dict[fx.Node, int]]:
+    """A text that is equal for graphs of equal operators, with equal connections, in equal order; and the number that each node has
+    in it. Placeholders, which may stand in any order, have theirs by their first use. The output is not in it."""
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    number = {n: i for i, n in enumerate(nodes)}
+    for node in [r for n in nodes for r in _references(n)] + graph.find_nodes(op="placeholder"):
+        number.setdefault(node, len(number))
+    lines = [(n.op, n.target, _frozen(n.args), _frozen(n.kwargs), tuple(number[r] for r in _references(n)), facts(n)) for n in nodes]
+    return (*lines, *(facts(n) for n in list(number)[len(nodes):])), number
 
 
 def _references(node: fx.Node) -> list[fx.Node]:
@@ -430,16 +441,29 @@ def _at_an_end(repeats: Repeats, node: fx.Node) -> bool:
     return min(q - min(numbers), max(numbers) - q) <= ENDS
 
 
+def check_names(repeats: Repeats) -> None:
+    """Raise `NotEqual` unless the modules that the periods stand for are numbered as `lengthen` would number them."""
+    for members in repeats.families[: repeats.region]:
+        for q, key, stack in _names(members):
+            if [path for path, *_ in members[q].meta.get(key, {}).values()] != [path for path, *_ in stack.values()]:
+                raise NotEqual
+
+
 def _name(members: dict[int, fx.Node]) -> None:
     """Number the modules that the members stand for from the first to the last, whose numbers are right."""
+    for q, key, stack in list(_names(members)):
+        members[q].meta[key] = stack
+
+
+def _names(members: dict[int, fx.Node]) -> Iterator[tuple[int, str, dict[str, tuple]]]:
     low, high = min(members), max(members)
     for key in STACKS:
         first, last = members[low].meta.get(key), members[high].meta.get(key)
         if not first or not last or len(first) != len(last):
             continue
-        for q, node in members.items():
-            node.meta[key] = {k: (_between(a[0], b[0], q - low, high - low), *a[1:])
-                              for (k, a), b in zip(first.items(), last.values(), strict=True)}
+        for q in members:
+            yield q, key, {k: (_between(a[0], b[0], q - low, high - low), *a[1:])
+                           for (k, a), b in zip(first.items(), last.values(), strict=True)}
 
 
 def _between(a: str, b: str, step: int, steps: int) -> str:

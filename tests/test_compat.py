@@ -288,7 +288,8 @@ def test_graph_passes_in_two_parts_are_those_in_one():
     parts = stages.graphs_before(graph, [x, w], config, decided.append)
     assert len(parts) == 2 and not seen
     [decision] = decided
-    assert decision.forward < set(decision.graph.nodes) and not decision.by_chains
+    assert decision.forward < set(decision.graph.nodes) and decision.banned <= decision.forward
+    assert {n.target for n in decision.fusible if n.op == "call_function"} >= {aten.tanh.default} and not decision.joins
     kept = {n.name: n.target for n in decision.saved}
     assert aten.tanh.default in kept.values()
     assert all(decision.network[f"{name}_in"][f"{name}_out"]["capacity"] > 0 for name in kept)

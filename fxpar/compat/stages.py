@@ -16,26 +16,32 @@ from fxpar.compat import graph_pass, lowered_graphs
 
 @dataclass
 class Decision:
-    """What AOTAutograd's partitioner has the forward pass keep, and the flow network of which that is the minimum cut.
+    """What AOTAutograd's partitioner has the forward pass keep, and what it decided that by.
 
-    graph: the joint graph. network: a networkx.DiGraph; of an operator ``x`` the nodes "x_in" and "x_out", the capacity between
-    them is the price of keeping it; what hangs at "source" is not made again, what hangs at "sink" is needed in the backward.
-    forward: what the forward pass computes, and its inputs. by_chains: whether other values would have been kept without the
-    partitioner's limit on chains of operators that are made again.
+    graph: the joint graph. saved: what is kept. forward: what the forward pass computes, and its inputs.
+    network: a networkx.DiGraph; of an operator ``x`` the nodes "x_in" and "x_out", the capacity between them is the price of
+    keeping it; what hangs at "source" is not made again, what hangs at "sink" is needed in the backward. `saved` is its minimum
+    cut, once all that is `banned` hangs at "source"; it shows what is banned for its own sake. Whether the rest is depends on
+    chains of operators: a value may follow another in one kernel if both are `fusible`, or it is one of `joins`; no ban concerns
+    `exempt`.
     """
 
     graph: fx.Graph
     network: Any
     saved: set[fx.Node]
     forward: set[fx.Node]
-    by_chains: bool
+    banned: set[fx.Node]
+    fusible: set[fx.Node]
+    joins: set[fx.Node]
+    exempt: set[fx.Node]
 
 
 def graphs_before(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
                   decided: Callable[[Decision], None] = lambda decision: None) -> list[fx.GraphModule]:
     """As `lowered_graphs`, but as they are before the pass "post_grad_custom_post_pass" of `config`.
 
-    decided: called with the partitioner's decision, if there is a backward pass.
+    decided: called with the partitioner's decision, if there is a backward pass; not where a `Decision` does not tell it all
+    (of several networks, as for a memory budget; with operators of higher order).
     """
     found: list[fx.GraphModule] = []
 
@@ -54,19 +60,20 @@ def _observed(decided: Callable[[Decision], None]) -> Any:
     import networkx
     from torch._functorch import partitioners
 
-    solve, cut = partitioners.solve_min_cut, networkx.minimum_cut
+    solve = partitioners.solve_min_cut
 
-    def observed(graph: fx.Graph, info: Any, options: Any, *rest: Any) -> Any:
-        networks: list[Any] = []
-
-        def keep(network: Any, *ends: Any) -> Any:
-            networks.append(network)
-            return cut(network, *ends)
-
-        with mock.patch.object(networkx, "minimum_cut", keep):
-            result = solve(graph, info, options, *rest)
-        free, _ = solve(graph, info, dataclasses.replace(options, ban_if_long_fusible_chains=False), *rest)
-        decided(Decision(graph, networks[0], set(result[0]), set(info.required_fw_nodes), set(free) != set(result[0])))
+    def observed(graph: fx.Graph, info: Any, options: Any, *rest: Any, **more: Any) -> Any:
+        result = solve(graph, info, options, *rest, **more)
+        if not rest and not more and not any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in graph.nodes):
+            alone = dataclasses.replace(options, ban_if_long_fusible_chains=False, ban_if_used_far_apart=False)
+            networks: list[Any] = []
+            with mock.patch.object(networkx, "minimum_cut", lambda network, *ends: networks.append(network) or (0, (set(), set()))):
+                solve(graph, info, alone)
+            kinds, nodes = partitioners.get_default_op_list(), [n for n in graph.nodes if n.op != "output"]
+            decided(Decision(graph, networks[0], set(result[0]), set(info.required_fw_nodes), set(result[1]),
+                             fusible={n for n in nodes if kinds.is_fusible(n)},
+                             joins={n for n in nodes if partitioners.get_aten_target(n) == torch.ops.aten.cat},
+                             exempt={n for n in nodes if kinds.is_view(n) or partitioners.must_recompute(n)}))
         return result
 
     return mock.patch.object(partitioners, "solve_min_cut", observed)

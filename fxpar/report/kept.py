@@ -2,13 +2,15 @@
 
 AOTAutograd's partitioner decides that for all of a joint graph at once: values that the backward pass needs are kept or made
 again from others, as costs least. Its answer is a minimum cut of a flow network; here the network gets the missing blocks, and
-is cut again.
+is cut again. Before it cuts, it bans values from being made again by rules that follow chains of operators through the graph;
+these rules are written down here again, must say of the few blocks what the partitioner said, and then are asked about all.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import networkx
 from torch import fx
@@ -16,8 +18,8 @@ from torch import fx
 from fxpar.backends import repeats
 from fxpar.compat.stages import Decision
 
-HORIZON = 200
-"""Values that a traced forward pass has to have, so that the partitioner's limit on chains (100) shows where it decides."""
+CHAIN = 100
+"""The partitioner does not make again what ends a chain of operators that goes on for longer than this."""
 Point = tuple[fx.Node, bool]
 """Where a value is made (False), or made and at hand (True)."""
 
@@ -27,16 +29,16 @@ def confirm(decision: Decision, missing: int, inputs: int, least: int) -> None:
 
     inputs: how many the longer program takes. least: how many blocks of the network must be equal.
     """
-    if decision.by_chains or len(decision.forward) < HORIZON:
-        raise repeats.NotEqual
-    graph = _priced(decision)
+    graph, copies = _priced(decision)
+    if _banned(graph) != {copies[n] for n in decision.banned}:
+        raise repeats.NotEqual  # the rules are others in this version of PyTorch
     run = repeats.find(graph, lambda n: tuple(n.meta.values()), least)
     if run is None:
         raise repeats.NotEqual
     repeats.lengthen(run, missing)
     if len(graph.find_nodes(op="placeholder")) != inputs:
         raise repeats.NotEqual
-    sink = _sink_side(graph)
+    sink = _sink_side(graph, _banned(graph))
     for node in _values(graph):
         if node.meta["saved"] != ((node, False) not in sink and (node, True) in sink):
             raise repeats.NotEqual
@@ -46,11 +48,12 @@ def _values(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op != "output"]
 
 
-def _priced(decision: Decision) -> fx.Graph:
-    """A graph of the values that the partitioner decides about, each with what concerns it of the network.
+def _priced(decision: Decision) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A graph of the values that the partitioner decides about, each with what concerns it of the network; and what stands for
+    each of the decision's nodes.
 
-    ``meta``: the price of keeping it; whether it may not be made again; whether the backward pass has to make it, or to have it;
-    whether it is kept.
+    ``meta``: the price of keeping it; whether it may for its own sake not be made again; whether the backward pass has to make
+    it, or to have it; whether it is kept; and what `_banned` asks for.
     """
     network, graph = decision.network, fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -67,13 +70,66 @@ def _priced(decision: Decision) -> fx.Graph:
         after = network.successors(leaves) if own else ()
         needed = any(n == "sink" or (n not in points and network.has_edge(n, "sink")) for n in after)
         new.meta = dict(price=network[enters][leaves]["capacity"] if own else 0, fixed=network.has_edge("source", enters),
-                        made=network.has_edge(enters, "sink"), needed=needed, saved=node in decision.saved)
+                        made=network.has_edge(enters, "sink"), needed=needed, saved=node in decision.saved,
+                        forward=node in decision.forward, fusible=node in decision.fusible, joins=node in decision.joins,
+                        exempt=node in decision.exempt)
         copies[node] = new
     graph.output(())
-    return graph
+    return graph, copies
 
 
-def _sink_side(graph: fx.Graph) -> set[Point]:
+def _banned(graph: fx.Graph) -> set[fx.Node]:
+    """What may not be made again: for its own sake, because it is used far behind something that no kernel can hold together with
+    what is used before, or because it ends a long chain."""
+    forward = [n for n in _values(graph) if n.meta["forward"]]
+    order = {n: i for i, n in enumerate(forward)}
+    banned = {n for n in _values(graph) if n.meta["fixed"]}
+    users = {n: [u for u in n.users if u in order] for n in forward}
+    for node in forward:
+        first = _first_alone(users[node], users, order)
+        banned |= {u for u in users[node] if order[u] > first and _together(node, u) and not u.meta["exempt"]}
+    visited: set[fx.Node] = set()
+    for start in forward:
+        chain = [(order[start], start)]
+        while chain:
+            at, node = heapq.heappop(chain)
+            if node in visited:
+                continue
+            visited.add(node)
+            if at > order[start] + CHAIN and not chain:
+                banned |= {node} if not node.meta["exempt"] else set()
+                break
+            for user in users[node]:
+                if _together(node, user) and user not in banned:
+                    heapq.heappush(chain, (order[user], user))
+    return banned
+
+
+def _first_alone(starts: Sequence[fx.Node], users: dict[fx.Node, list[fx.Node]], order: dict[fx.Node, int]) -> int:
+    """The number of the first node behind `starts` that needs a kernel other than what comes before it; that of the last of
+    `starts`, if that comes first."""
+    last = max((order[n] for n in starts), default=0)
+    pending = [(order[n], n, True) for n in starts]
+    heapq.heapify(pending)
+    seen = set(pending)
+    while pending:
+        at, node, joined = heapq.heappop(pending)
+        if not joined:
+            return at
+        for user in users[node]:
+            following = order[user], user, _together(node, user)
+            if order[user] <= last and following not in seen:
+                seen.add(following)
+                heapq.heappush(pending, following)
+    return last
+
+
+def _together(node: fx.Node, user: fx.Node) -> bool:
+    """Whether one kernel may compute both."""
+    return user.meta["joins"] or (node.meta["fusible"] and user.meta["fusible"])
+
+
+def _sink_side(graph: fx.Graph, banned: set[fx.Node]) -> set[Point]:
     """The points on the side of the backward pass in the minimum cut that has the fewest of them there."""
     values = _values(graph)
     after: dict[Point, list[Point]] = {}
@@ -85,7 +141,7 @@ def _sink_side(graph: fx.Graph) -> set[Point]:
         for q in others:
             before[q].append(p)
     sink = _closure([*((n, False) for n in values if n.meta["made"]), *((n, True) for n in values if n.meta["needed"])], before)
-    source = _closure([(n, False) for n in values if n.meta["fixed"]], after)
+    source = _closure([(n, False) for n in values if n in banned], after)
     if sink & source:
         raise repeats.NotEqual
     network = networkx.DiGraph()

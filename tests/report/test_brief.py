@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx
 import pytest
 import torch
@@ -98,7 +100,6 @@ class Small(nn.Module):
 @pytest.mark.parametrize("residual, train, taken", [(False, True, True), (True, True, False), (True, False, True)])
 def test_a_prediction_of_small_blocks(residual, train, taken, monkeypatch):
     """Of residual blocks the partitioner treats the first ones otherwise than the rest: these five do not stand for ten."""
-    monkeypatch.setattr(kept, "HORIZON", 0)
     seen = []
     lowered = brief.lowered
     monkeypatch.setattr(brief, "lowered", lambda *args: seen.append(lowered(*args)) or seen[-1])
@@ -112,39 +113,54 @@ def test_a_prediction_of_small_blocks(residual, train, taken, monkeypatch):
 # ---- what is kept ----
 
 
-def decision(blocks: int, price: float, by_chains: bool = False) -> Decision:
+def decision(blocks: int, price: float) -> Decision:
     """Each block is a product, which is kept, scaled by what all blocks share. The backward pass needs that, too: kept in each
     block at a price of 1, or made again from what is shared, if that is kept, at `price`."""
-    graph, network = fx.Graph(), networkx.DiGraph()
+    graph = fx.Graph()
     x, shared = graph.placeholder("x"), graph.placeholder("shared")
     weights = [graph.placeholder(f"w{i}") for i in range(blocks)]
     products, scaled = [], []
     for w in weights:
         products.append(graph.call_function(torch.matmul, (products[-1] if products else x, w)))
         scaled.append(graph.call_function(torch.mul, (products[-1], shared)))
+    return decided(graph, {shared: price}, {*products, *(scaled if blocks < price else [shared])}, set(graph.nodes) - {*scaled})
+
+
+def pointwise(blocks: int) -> Decision:
+    """Each block is one operator, made again from what it reads: all of them from the model's input, if the chain is short."""
+    graph = fx.Graph()
+    x = made = graph.placeholder("x")
+    for _ in range(blocks):
+        made = graph.call_function(torch.sin, (made,))
+    return decided(graph, {x: 0.5}, {x}, {x}, fusible=set(graph.nodes) - {x})
+
+
+def decided(graph: fx.Graph, prices: dict[fx.Node, float], saved: set[fx.Node], banned: set[fx.Node],
+            fusible: set[fx.Node] = frozenset()) -> Decision:
+    """The backward pass needs what every operator makes."""
+    network = networkx.DiGraph()
     for node in graph.nodes:
-        network.add_edge(f"{node.name}_in", f"{node.name}_out", capacity=price if node is shared else 1)
+        network.add_edge(f"{node.name}_in", f"{node.name}_out", capacity=prices.get(node, 1))
         for user in node.users:
             network.add_edge(f"{node.name}_out", f"{user.name}_in", capacity=float("inf"))
         if node.op == "call_function":
             network.add_edge(f"{node.name}_out", "sink", capacity=float("inf"))
-        if node not in scaled:
+        if node in banned:
             network.add_edge("source", f"{node.name}_in", capacity=float("inf"))
-    return Decision(graph, network, {*products, *(scaled if blocks < price else [shared])}, set(graph.nodes), by_chains)
+    return Decision(graph, network, saved, set(graph.nodes), banned, fusible, joins=set(), exempt=set())
 
 
-def test_what_few_blocks_keep_all_blocks_keep(monkeypatch):
-    monkeypatch.setattr(kept, "HORIZON", 0)
-    kept.confirm(decision(5, price=20), missing=7, inputs=14, least=3)
+@pytest.mark.parametrize("few, missing, inputs", [(decision(5, price=20), 7, 14), (pointwise(5), 90, 1)])
+def test_what_few_blocks_keep_all_blocks_keep(few, missing, inputs):
+    kept.confirm(few, missing, inputs, least=3)
 
 
-@pytest.mark.parametrize("few, missing, inputs, horizon", [
-    pytest.param(decision(5, price=9), 7, 14, 0, id="it costs less to keep what twelve share"),
-    pytest.param(decision(5, price=20), 7, 15, 0, id="other blocks than those of the program"),
-    pytest.param(decision(5, price=20, by_chains=True), 7, 14, 0, id="the limit on chains decides"),
-    pytest.param(decision(5, price=20), 7, 14, 20, id="too short for the limit on chains to show"),
+@pytest.mark.parametrize("few, missing, inputs", [
+    pytest.param(decision(5, price=9), 7, 14, id="it costs less to keep what twelve share"),
+    pytest.param(decision(5, price=20), 7, 15, id="other blocks than those of the program"),
+    pytest.param(pointwise(5), 120, 1, id="a chain gets too long"),
+    pytest.param(replace(decision(5, price=20), banned=set()), 7, 14, id="values are banned by other rules"),
 ])
-def test_what_is_not_proved_is_refused(few, missing, inputs, horizon, monkeypatch):
-    monkeypatch.setattr(kept, "HORIZON", horizon)
+def test_what_is_not_proved_is_refused(few, missing, inputs):
     with pytest.raises(repeats.NotEqual):
         kept.confirm(few, missing, inputs, least=3)
