@@ -97,14 +97,31 @@ class Small(nn.Module):
         return x.square().sum()
 
 
-@pytest.mark.parametrize("residual, train, taken", [(False, True, True), (True, True, False), (True, False, True)])
-def test_a_prediction_of_small_blocks(residual, train, taken, monkeypatch):
-    """Of residual blocks the partitioner treats the first ones otherwise than the rest: these five do not stand for ten."""
+class Pointwise(nn.Module):
+    """One chain of operators that all fit into one kernel, longer than the partitioner makes again; six blocks are shorter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(torch.ones(32) for _ in range(60))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for scale in self.scales:
+            x = torch.sin(x) * scale
+        return x.square().sum()
+
+
+@pytest.mark.parametrize("make, train, taken", [
+    pytest.param(lambda: Small(False), True, True, id="bent"),
+    pytest.param(lambda: Small(True), True, True, id="residual"),
+    pytest.param(lambda: Small(True), False, True, id="no backward"),
+    pytest.param(Pointwise, True, False, id="a long chain"),
+])
+def test_a_prediction_of_small_blocks(make, train, taken, monkeypatch):
     seen = []
     lowered = brief.lowered
     monkeypatch.setattr(brief, "lowered", lambda *args: seen.append(lowered(*args)) or seen[-1])
     with torch.device("meta"):
-        model, x = Small(residual).train(train), torch.zeros(64, 32)
+        model, x = make().train(train), torch.zeros(64, 32)
     program = fxpar.compile_program(model, Plan.parse("dp=2"), (x,))
     assert memory.predict(program) == memory.predict(program, briefly=False)
     assert (seen != [None]) == taken
