@@ -67,7 +67,12 @@ def _observed(decided: Callable[[Decision], None]) -> Any:
         if not rest and not more and not any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in graph.nodes):
             alone = dataclasses.replace(options, ban_if_long_fusible_chains=False, ban_if_used_far_apart=False)
             networks: list[Any] = []
-            with mock.patch.object(networkx, "minimum_cut", lambda network, *ends: networks.append(network) or (0, (set(), set()))):
+
+            def keep(network: Any, *ends: Any) -> Any:
+                networks.append(network)
+                return 0, (set(), set())
+
+            with mock.patch.object(networkx, "minimum_cut", keep):
                 solve(graph, info, alone)
             kinds, nodes = partitioners.get_default_op_list(), [n for n in graph.nodes if n.op != "output"]
             decided(Decision(graph, networks[0], set(result[0]), set(info.required_fw_nodes), set(result[1]),

@@ -18,8 +18,8 @@ from fxpar.compat import stages
 from fxpar.plan import Plan
 from fxpar.report import kept
 
-KEPT, WORTH, STEADY = 5, 3, 3
-"""Of a run of equal blocks, how many are traced (and once more, with one block more); how many more than those there have to be for
+KEPT, WORTH, STEADY = 5, 10, 3
+"""Of a run of equal blocks: how many are traced, and once more with one block more; how many more than `KEPT` there have to be for
 that to gain anything; how many of those that are traced have to have equal traces."""
 
 
@@ -78,8 +78,8 @@ def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan) -> tuple[list
     Proved, by operators and their connections: that the blocks are equal; that their traces are, in the middle; that the trace of
     one block more is the trace of the few with a copy of a block; that what the few keep is what the partitioner would have all
     blocks keep. Then the traces get the other blocks back, before the passes of Inductor and ours that look at all of a graph.
-    None where one of these cannot be proved: no long run of equal blocks; traces that do not repeat as blocks do; a memory budget,
-    which is for all blocks together.
+    None where one of these cannot be proved: no long run of equal blocks; traces that do not repeat as blocks do; a memory
+    budget, which is for all blocks together.
     """
     if plan.memory_budget is not None:
         return None

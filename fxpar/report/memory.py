@@ -152,10 +152,9 @@ def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[
         value = _local(mode, node, source.value, program.mesh, source.requires_grad)
         trained = source.kind == "param" and source.requires_grad
         inputs.append(Input(value, part, trained) if isinstance(value, Tensor) else None)
-    module = program.module
-    plan = program.plan
+    module, plan = program.module, program.plan
     with use_runtime(_Shapes(program.mesh)), compat.memory_budget(plan.memory_budget):
-        if program.training and program.plan.microbatches > 1:
+        if program.training and plan.microbatches > 1:
             module, more = _last_microbatch(program, [i.value for i in inputs if i is not None and i.part == "parameters"])
             inputs += more
         values = [None if i is None else i.value for i in inputs]

@@ -41,6 +41,11 @@ def uneven() -> nn.Module:
     return model
 
 
+@pytest.fixture(autouse=True)
+def _whether_it_gains_anything_or_not(monkeypatch):
+    monkeypatch.setattr(brief, "WORTH", 2)
+
+
 def both(make, plan: str, monkeypatch) -> tuple[memory.Peak, memory.Peak, bool]:
     taken: list[bool] = []
     lowered = brief.lowered
