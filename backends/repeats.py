@@ -104,13 +104,14 @@ def _periods(tokens: list[int]) -> list[int]:
 
 
 def written(graph: fx.Graph, facts: Facts) -> tuple[Hashable, dict[fx.Node, int]]:
-    """A text that is equal for graphs of equal operators, with equal connections, in equal order; and the number that each node has
-    in it. Placeholders, which may stand in any order, have theirs by their first use. The output is not in it."""
+    """A text that is equal for graphs of equal operators, with equal connections, in equal order; and the number that each node
+    has in it. Placeholders, which may stand in any order, have theirs by their first use. The output is not in it."""
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     number = {n: i for i, n in enumerate(nodes)}
     for node in [r for n in nodes for r in _references(n)] + graph.find_nodes(op="placeholder"):
         number.setdefault(node, len(number))
-    lines = [(n.op, n.target, _frozen(n.args), _frozen(n.kwargs), tuple(number[r] for r in _references(n)), facts(n)) for n in nodes]
+    lines = [(n.op, n.target, _frozen(n.args), _frozen(n.kwargs), tuple(number[r] for r in _references(n)), facts(n))
+             for n in nodes]
     return (*lines, *(facts(n) for n in list(number)[len(nodes):])), number
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._inductor import config as inductor_config
 from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
 
@@ -174,6 +175,14 @@ def test_graph_passes_in_two_parts_are_those_in_one():
     whole = compat.lowered_graphs(graph, [x, w], config)
     assert [[n.target for n in g.graph.nodes] for g in made] == [[n.target for n in g.graph.nodes] for g in whole]
 
+
+
+@pytest.mark.parametrize("name", stages.UNBOUNDED)
+def test_passes_are_local_unless_others_are_turned_on(name):
+    assert stages.passes_are_local() and hasattr(inductor_config, name)
+    with inductor_config.patch({name: True}):
+        assert not stages.passes_are_local()
+    assert stages.passes_are_local()
 
 
 def test_interpreted_graphs_compute_what_compiled_ones_do():

@@ -13,6 +13,17 @@ from torch import fx
 
 from fxpar.compat import graph_pass, lowered_graphs
 
+UNBOUNDED = ("pre_grad_custom_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass", "pre_grad_fusion_options",
+             "post_grad_fusion_options", "b2b_gemm_pass", "_micro_pipeline_tp", "_fuse_ddp_communication")
+"""Settings of Inductor, all off, that turn on passes which may look at all of a graph before "post_grad_custom_post_pass"."""
+
+
+def passes_are_local() -> bool:
+    """Whether what Inductor does to an operator before that pass depends on operators near it alone."""
+    from torch._inductor import config as settings
+
+    return not any(getattr(settings, name, None) for name in UNBOUNDED)
+
 
 @dataclass
 class Decision:

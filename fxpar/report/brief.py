@@ -19,8 +19,8 @@ from fxpar.plan import Plan
 from fxpar.report import kept
 
 KEPT, WORTH, STEADY = 5, 10, 3
-"""Of a run of equal blocks: how many are traced, and once more with one block more; how many more than `KEPT` there have to be for
-that to gain anything; how many of those that are traced have to have equal traces."""
+"""Of a run of equal blocks: how many are traced, and once more with one block more; how many more than `KEPT` there have to be
+for that to gain anything; how many of those that are traced have to have equal traces."""
 
 
 @dataclass
@@ -79,9 +79,9 @@ def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan) -> tuple[list
     one block more is the trace of the few with a copy of a block; that what the few keep is what the partitioner would have all
     blocks keep. Then the traces get the other blocks back, before the passes of Inductor and ours that look at all of a graph.
     None where one of these cannot be proved: no long run of equal blocks; traces that do not repeat as blocks do; a memory
-    budget, which is for all blocks together.
+    budget, which is for all blocks together; passes of Inductor that somebody turned on and that may look at all blocks.
     """
-    if plan.memory_budget is not None:
+    if plan.memory_budget is not None or not stages.passes_are_local():
         return None
     run = _run(plain, taken, KEPT + WORTH)
     if run is None:
