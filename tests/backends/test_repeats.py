@@ -57,3 +57,30 @@ def test_a_block_that_is_read_elsewhere_is_not_taken_out():
     assert run is not None
     with pytest.raises(repeats.NotEqual):
         repeats.shorten(run, 4)
+
+
+def test_what_is_written_of_a_graph_does_not_depend_on_the_order_of_placeholders():
+    graph = tower(3)
+    first, second = graph.find_nodes(op="placeholder")[1:3]
+    second.append(first)
+    made, numbers = repeats.written(graph, lambda n: None)
+    assert made == repeats.written(tower(3), lambda n: None)[0] and numbers[first] < numbers[second]
+    assert made != repeats.written(tower(4), lambda n: None)[0]
+    swapped = tower(3)
+    a, b = swapped.find_nodes(op="call_method", target="double")[:2]
+    a.replace_all_uses_with(b)
+    assert made != repeats.written(swapped, lambda n: None)[0]
+
+
+@pytest.mark.parametrize("numbers, even", [(range(9), True), ([*range(8), 18], False)])
+def test_blocks_are_numbered_evenly_or_not_put_back(numbers, even):
+    graph = tower(9)
+    for i, node in zip(numbers, graph.find_nodes(op="call_function", target=torch.relu), strict=True):
+        node.meta["nn_module_stack"] = {"key": (f"layers.{i}", torch.nn.ReLU)}
+    run = repeats.find(graph, lambda n: None, 5)
+    assert run is not None
+    if even:
+        repeats.check_names(run)
+    else:
+        with pytest.raises(repeats.NotEqual):
+            repeats.check_names(run)
