@@ -1,6 +1,6 @@
 """Every private torch API that fxpar touches, in one place, so that a torch release breaks one folder.
 
-Supported: torch 2.11 to 2.15. tests/test_compat.py has a test per entry.
+Supported: torch 2.11 to 2.15. tests/test_compat*.py have a test per entry.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class PipelineReport:
     @functools.cached_property
     def peaks(self) -> list[Peak]:
         """The predicted peak of each pipeline rank (see `fxpar.report.memory.predict_stages`). Traced when it is first asked for:
-        about a second a layer. Raises as `Report.peak`."""
+        about a second a layer; of many equal layers, a few are traced. Raises as `Report.peak`."""
         return predict_stages([stage.program for stage in self._cut], self.schedule)
 
     @property

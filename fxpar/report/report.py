@@ -12,6 +12,7 @@ from typing import Any, overload
 from torch import fx, nn
 
 from fxpar.compiler import Captured, capture
+from fxpar.cost.operators import measure
 from fxpar.ops.collectives import typed
 from fxpar.passes.partition.phases import once_a_step
 from fxpar.passes.strategies.stages import Stage, cut_stages
@@ -62,7 +63,8 @@ class Report:
 
     mesh: of the ranks that run one program; under pp there are as many meshes as pipeline ranks.
     memory: bytes that are there between steps: "parameters", "optimizer" (AdamW's two moments, in the parameters' dtypes); and
-    "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward.
+    "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward (see
+    `fxpar.cost.operators`); a gradient that nothing asks for, such as that of the model's input, counts nothing.
     pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are each those of the
     pipeline rank that has most.
     """
@@ -79,7 +81,8 @@ class Report:
 
     @functools.cached_property
     def peak(self) -> Peak:
-        """When a step of the Inductor backend holds most, and what. Traced when it is first asked for: about a second a layer.
+        """When a step of the Inductor backend holds most, and what. Traced when it is first asked for (or the report is printed):
+        about a second a layer; of many equal layers, a few are traced.
 
         Raises what PyTorch raises for a model that Inductor cannot compile.
         """
@@ -179,9 +182,10 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
     if not stages:
         size, gradients = (sum(each[i] for each in sizes.values()) for i in (0, 1))
         memory = {"parameters": size, "gradients": gradients, "optimizer": 2 * gradients}
-        forward = count * sum(local_value(n).flops for n in program.graph.nodes)
-        return Report(plan, mesh, parameters, _collectives(program, count), memory, forward * (3 if program.training else 1),
-                      list(program.notes), predicted=functools.partial(predict, program))
+        costs = measure(program).costs.values()
+        flops = count * sum(cost.forward + (cost.backward if program.training else 0) for cost in costs)
+        return Report(plan, mesh, parameters, _collectives(program, count), memory, flops, list(program.notes),
+                      predicted=functools.partial(predict, program))
     order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=count,
                      unshard=plan.stores_parts)
     on_rank = {rank: {p.name for p in parameters if not p.stages or {*p.stages} & {*order.stages_of(rank)}}

@@ -51,8 +51,8 @@ class LocalValue:
     batch_dim, reduce_dtype: those of that node. stored: of a parameter, and of the cast that follows it, the layout that it is
     stored in, where it is used in another.
 
-    What it is itself: dtype. result: of a collective, the shape and dtype of what one rank has of its result. flops: the
-    floating-point operations of its operator on one rank. needs_grad: whether a gradient flows to it.
+    What it is itself: dtype. result: of a collective, the shape and dtype of what one rank has of its result. needs_grad:
+    whether a gradient flows to it.
 
     What it is for: made_for: of a collective, the operator that it was inserted for. resharded: whether it was inserted to bring
     a value from one layout to another. unshard: whether it gathers the parts in which a parameter is stored. varied: axes
@@ -69,7 +69,6 @@ class LocalValue:
     stored: Layout | None = None
     dtype: torch.dtype | None = None
     result: tuple[tuple[int, ...], torch.dtype] | None = None
-    flops: int = 0
     needs_grad: bool = False
     made_for: str = ""
     resharded: bool = False

@@ -15,7 +15,6 @@ from torch import fx
 from fxpar.ops.collectives import Collective, axis_index, make, typed
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec
 from fxpar.passes.partition.reshard import Resharder, measure
-from fxpar.passes.place.cost import forward_flops
 from fxpar.passes.place.place import fits
 from fxpar.program import Program, copy_provenance
 from fxpar.sharding.factors import Dim, Dims, Factor, leaves
@@ -152,8 +151,6 @@ class Local:
 
     def build(self) -> Any:
         made = self.spec.emit(self) if self.spec.emit is not None else self.default()
-        if isinstance(made, fx.Node):
-            describe_local(made, flops=forward_flops(self.node, self.spec, self.at, self.mesh))
         if isinstance(self.node.meta["val"], torch.Tensor):
             made = self._resolve(made)
             if made in self._operands.values():
