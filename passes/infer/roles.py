@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxpar.errors import PlanError
+from fxpar.ops.experts import expert_product
 from fxpar.ops.pick import pick
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.rules.matmul import grouped_product
@@ -199,7 +200,7 @@ def _vocab(program: Program) -> None:
                 _give(table.meta["dims"][0], "vocab")
         elif node.target is pick:
             _give(node.args[0].meta["dims"][-1], "vocab")
-        elif find(node.target) is grouped_product and "spec" in node.meta:
+        elif node.target is expert_product or (find(node.target) is grouped_product and "spec" in node.meta):
             _give(node.args[1].meta["dims"][0], "experts")
 
 

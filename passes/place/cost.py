@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxpar.ops.attention import windowed_attention
+from fxpar.ops.experts import expert_product
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.rules.spec import Spec
@@ -17,7 +18,7 @@ from fxpar.sharding.layout import Layout, local_shape
 from fxpar.sharding.mesh import Mesh
 
 LOOKUPS = (torch.ops.aten.embedding.default,)
-GROUPED = (torch.ops.aten._grouped_mm.default, grouped_mm)
+GROUPED = (torch.ops.aten._grouped_mm.default, grouped_mm, expert_product)
 
 
 def forward_flops(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh) -> int:

@@ -36,8 +36,8 @@ RECOMPUTE = ("none", "selective", "full", "0.5")
 DTYPES = ("", "param_dtype=bf16")
 GROUP = 6
 """How many cases share a process group."""
-WHOLE = ("clip", "mixtral", "qwen3_moe", "gpt_oss")
-"""They are refused in microbatches: they compare rows with each other, or sort tokens of all rows."""
+WHOLE = ("clip",)
+"""It is refused in microbatches: it compares rows with each other."""
 CASES = {gpus: [(*case, 1 if case[0] in WHOLE else count)
                 for *case, count in pairwise(FAMILIES, plans, RECOMPUTE, DTYPES, (1, 2))] for gpus, plans in PLANS.items()}
 
