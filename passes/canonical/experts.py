@@ -139,7 +139,7 @@ class _Region:
         self.times[node] = self.times[first]
         return "token"
 
-    def _counts(self, node: fx.Node, a: dict[str, Any]) -> None:
+    def _counts(self, node: fx.Node, a: dict[str, Any]) -> str | None:
         """How many rows each number has, which is no matter of their order."""
         _need((a["min"], a["max"]) == (0, len(node.meta["val"]) - 1))
 
@@ -148,6 +148,7 @@ class _Region:
             return r.call(aten.histc.default, ids, a["bins"], a["min"], a["max"])
 
         self.made[node] = make
+        return None
 
     def _product(self, node: fx.Node, a: dict[str, Any]) -> str:
         ends = _uncast(a["ends"])
@@ -164,7 +165,8 @@ class _Region:
     def _scattered(self, node: fx.Node, a: dict[str, Any]) -> str | None:
         """``x[order] = ...``: of numbers in their order it makes the inverse, of rows what was before the sort."""
         into, values = a["self"].meta["val"], a["values"]
-        _need(not a["accumulate"] and len(into) == self.rows and a["self"] not in self.kinds and isinstance(values, fx.Node))
+        _need(not a["accumulate"] and len(into) == self.rows and isinstance(values, fx.Node))
+        _need(a["self"] not in self.kinds or a["self"].target in LIKE)
         if values.target is aten.arange.default and values.meta["val"].shape == into.shape:
             return "inverse"
         _need(self._is(values, "rows", "ids") and values.meta["val"].shape == into.shape)
@@ -186,7 +188,7 @@ class _Region:
         self.made[node] = lambda r, a: r.call(take_rows, a["self"], self.order, times)
         return "rows"
 
-    def _added(self, node: fx.Node, a: dict[str, Any]) -> None:
+    def _added(self, node: fx.Node, a: dict[str, Any]) -> str | None:
         """Rows that are added up where they came from."""
         into, source, times = a["self"], "src" if "src" in a else "source", self.times.get(a["index"], 1)
         shape = list(into.meta["val"].shape)
@@ -200,6 +202,7 @@ class _Region:
             return r.call(aten.add.Tensor, a["self"], back)
 
         self.left, self.made[node] = True, make
+        return None
 
     def _by_row(self, node: fx.Node, a: dict[str, Any]) -> str:
         """Whether the rule of an operator keeps rows apart, in the first dim, and takes no others beside them."""

@@ -7,6 +7,8 @@ rows. So of them the batch alone may be split, and it is at all of these operato
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from fxpar.ops.experts import expert_product, group_ends, order_of, put_back, take_rows
@@ -26,7 +28,8 @@ def order(op: Op) -> Spec:
 @rule(take_rows)
 def take(op: Op) -> Spec:
     """Each row of the operand stands for as many as `times` says."""
-    x, places, times = op.node.args
+    args: Any = op.node.args
+    x, places, times = args
     rows, own = op.dim(places, 0), op.dims(x)
     spec = Spec(op.operands(), [(rows, *own[1:])])
     if not op.factors.align((*own[0], *op.factors.new(times)), rows):
@@ -61,8 +64,8 @@ def _emit_product(local):
 
 
 def _ordered(spec: Spec, op: Op, places: fx.Node) -> Spec:
-    """An operator on rows in the order `places`. What it cannot split of them is whole at every operator on such rows; so are all,
-    where it is not known what they were sorted by."""
+    """An operator on rows in the order `places`. What it cannot split of them is whole at every operator on such rows; so are
+    all, where it is not known what they were sorted by."""
     rows = op.dim(places, 0)
     if places.target is not order_of:
         spec.whole.update(rows)

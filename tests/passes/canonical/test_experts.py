@@ -105,6 +105,10 @@ def test_a_part_of_the_tokens_is_a_part_of_the_result(mix, plan):
     assert_equivalent(Mixture(mix), plan, {"x": torch.randn(B, S, H)})
 
 
+def test_compiled_and_in_stages():
+    assert_equivalent(Mixture(by_inverse), "pp=2,microbatches=2", {"x": torch.randn(B, S, H)}, lowered=True)
+
+
 def test_each_replica_has_its_own_tokens_alone():
     program = fxpar.compile_program(Mixture(by_inverse), "dp=2", {"x": torch.randn(B, S, H)})
     made = [typed(node) for node in program.graph.nodes if node.op == "call_function"]
@@ -167,12 +171,10 @@ def test_a_sort_from_the_last_is_left_alone():
 
 
 @pytest.mark.parametrize("name, plan, lowered", [
-    ("mixtral", "microbatches=2", True),
-    ("gpt_oss", "dp=2,pp=2,microbatches=2,schedule=zb1p", False),
     ("qwen3_moe", "dp=2,tp=2,zero=3,microbatches=2,recompute=full", False),
     *(pytest.param(name, plan, lowered, marks=pytest.mark.slow)
       for name in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen2_moe") for lowered in (False, True)
-      for plan in ("dp=2,microbatches=2", "pp=2,microbatches=2,recompute=selective", "dp=2,tp=2,zero=3,microbatches=2")),
+      for plan in ("dp=2,microbatches=2", "dp=2,pp=2,microbatches=2,schedule=zb1p", "dp=2,tp=2,zero=3,microbatches=2")),
 ])
 def test_model(name, plan, lowered):
     model, inputs = zoo.build(name)

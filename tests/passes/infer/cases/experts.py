@@ -1,4 +1,4 @@
-"""Random arguments for rows in the order of their experts. By themselves the operators do not know what an order was made from."""
+"""Random arguments for rows in the order of their experts. By itself an operator does not know what an order was made from."""
 
 from __future__ import annotations
 
