@@ -133,6 +133,11 @@ class Stepped:
         found = dict(zip(self.early, early, strict=True)) | dict(zip(self.late, self.weight_gradients(left), strict=True))
         return [found[i] for i in range(len(found))]
 
+    def pull_back(self, inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of all inputs, as `backward` gives them. A program that saves nothing (a linear one) is not run for them."""
+        saved = self.forward(*inputs)[1] if self._forward.saved else Saved(self, [])
+        return self.backward(saved, grads)
+
     def input_gradients(self, saved: Saved, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Left]:
         """The gradients of the `early` inputs, and what those of the others need. `saved` is used up."""
         first, second = self._backward.first, self._backward.second

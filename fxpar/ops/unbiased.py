@@ -8,8 +8,8 @@ from torch import Tensor
 _library = torch.library.Library("fxpar", "FRAGMENT")  # operators exist as long as this does
 _library.define("unbiased(Tensor variance, int count) -> Tensor")
 unbiased = torch.ops.fxpar.unbiased.default
-"""variance, count -> ``variance * correction(count)``. An operator of its own, which no trace takes apart, for as long as it is not
-known how many rows are computed at once. It has no derivative."""
+"""variance, count -> ``variance * correction(count)``. An operator of its own, which no trace takes apart, for as long as it is
+not known how many rows are computed at once. It has no derivative."""
 
 
 def correction(count: int) -> float:

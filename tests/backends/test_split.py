@@ -189,6 +189,18 @@ def test_a_backward_that_cannot_be_split_is_whole_where_the_schedule_lets_it(kin
 
 
 @pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.parametrize("function, runs", [(lambda x: [x[0].double().t() * 2], 0), (lambda x: [x[0].double().t() ** 2], 1)])
+def test_what_saves_nothing_is_not_run_to_be_pulled_back(kind, function, runs, monkeypatch):
+    ran: list[int] = []
+    forward = Stepped.forward
+    monkeypatch.setattr(Stepped, "forward", lambda self, *inputs: (ran.append(1), forward(self, *inputs))[1])
+    inputs, given = [wants(3, 2)], torch.randn(2, 3, dtype=torch.float64)
+    found = in_steps(kind, function, inputs, []).pull_back(inputs, [given])
+    torch.testing.assert_close(found, plain(function, inputs, [given])[1])
+    assert len(ran) == runs
+
+
+@pytest.mark.parametrize("kind", COMPILED)
 def test_a_program_that_writes_to_its_inputs_is_refused(kind):
     def function(x: list[Any]) -> list[Any]:
         return [torch.ops.aten.add_.Tensor(x[1], x[0])]
