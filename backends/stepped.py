@@ -134,7 +134,7 @@ class Stepped:
         return [found[i] for i in range(len(found))]
 
     def pull_back(self, inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of all inputs, as `backward` gives them. A program that saves nothing (a linear one) is not run for them."""
+        """The gradients of all inputs, as `backward` gives them. A program that saves nothing (it is linear) is not run."""
         saved = self.forward(*inputs)[1] if self._forward.saved else Saved(self, [])
         return self.backward(saved, grads)
 
