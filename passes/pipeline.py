@@ -16,6 +16,7 @@ from fxpar.passes.infer.infer import infer
 from fxpar.passes.partition.partition import partition
 from fxpar.passes.place.axes import refine_axes
 from fxpar.passes.place.place import place
+from fxpar.passes.strategies.context import check_sequences
 from fxpar.passes.strategies.microbatches import take_out_time
 from fxpar.passes.strategies.replicas import average_replicas
 from fxpar.passes.strategies.zero import shard_storage
@@ -45,6 +46,7 @@ def front(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
 def back(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
     """The passes that make the program of one rank under a plan, in order."""
     return [
+        ("context", check_sequences),
         ("axes", refine_axes),
         ("place", lambda p: place(p, pinned)),
         ("zero", lambda p: shard_storage(p, pinned)),

@@ -23,9 +23,7 @@ from fxpar.plan.megatron import ZERO_NAMES, plan_fields
 
 # Field -> the one value of it that this version can run. Fields that are not here are available in full.
 _ONLY_YET: dict[str, object] = {
-    "cp": 1,
     "ep": 1,
-    "cp_comm": "p2p",
     "ep_dispatch": "alltoall",
     "tp_comm_overlap": False,
 }

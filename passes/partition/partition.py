@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpar.ops.collectives import Collective, axis_index, make, typed
+from fxpar.ops.collectives import Collective, Place, axis_index, make, typed
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec
 from fxpar.passes.partition.reshard import Resharder, measure
 from fxpar.passes.place.cost import forward_flops
 from fxpar.passes.place.place import fits
 from fxpar.program import Program, copy_provenance
 from fxpar.sharding.factors import Dim, Dims, Factor, leaves
-from fxpar.sharding.layout import Layout, local_extent, local_shape, place_of, show, tiling
+from fxpar.sharding.layout import (
+    Layout, axes_on, dealt_to, in_order, is_dealt, local_extent, local_shape, place_of, show, tiling,
+)  # fmt: skip
 from fxpar.sharding.mesh import Axes
 
 aten = torch.ops.aten
@@ -93,7 +95,7 @@ class _Partitioner:
         return Local(self, node).build()
 
     def _output(self, node: fx.Node) -> fx.Node:
-        """An output's batch goes to dp, as its inputs' did; elsewhere it stays as it is."""
+        """An output's batch goes to dp, as its inputs' did; what is dealt is split in its order; elsewhere it stays as it is."""
         layout, dims = dict(self.placed.layouts.get(node) or {}), node.meta.get("dims", ())
         want: Layout = {}
         for axis in self.mesh.axes("dp"):
@@ -108,8 +110,19 @@ class _Partitioner:
             )
             if axis not in layout and batch is not None and self.mesh.size(axis) > 1:
                 want[axis] = batch
-        new = self.reshard.to(self.local[node], dims, layout, {**layout, **want}, node)
-        return self._describe(new, node, {**layout, **want}) if want or "tiling" not in new.meta else new
+        want = {**layout, **want}
+        dealt = {a: f for a, f in want.items() if is_dealt(f, a, self.mesh)}
+        within = [a for a, f in want.items() if f in dealt.values() and a not in dealt]
+        if not dealt:
+            new = self.reshard.to(self.local[node], dims, layout, want, node)
+            return self._describe(new, node, want) if want != layout or "tiling" not in new.meta else new
+        want = {a: f for a, f in want.items() if a not in dealt and a not in within}
+        new = self.reshard.to(self.local[node], dims, layout, want, node)
+        for axis in (a for a in self.mesh.names if a in dealt):
+            new = self.reshard.shard(new, dims, want, axis, dealt[axis], node, dealt=False)
+        new = self._describe(new, node, want)
+        new.meta["tiling"] = in_order(new.meta["tiling"])
+        return new
 
 
 class Local:
@@ -173,7 +186,8 @@ class Local:
         for axis in self.mesh.names:
             leaf = self.placement.scatter.get(axis)
             if leaf is not None:
-                made = Collective("reduce_scatter", value, (axis,), place_of(dims, done, self.mesh, leaf))
+                place = Place(*place_of(dims, done, self.mesh, leaf), is_dealt(leaf, axis, self.mesh))
+                made = Collective("reduce_scatter", value, (axis,), place)
                 done[axis] = leaf
                 value = self._measured(made, done)
         if self.skip_deferred:
@@ -237,22 +251,26 @@ class Local:
         return self.mesh.size(*self.axes(factors))
 
     def offset(self, dim: Dim) -> fx.Node | None:
-        """Where this rank's (contiguous) part of a dim begins; None if the dim is whole."""
+        """Where this rank's (contiguous) part of a dim begins, of which the first factor alone may be split; None if the dim is
+        whole."""
         axes = self.axes(dim)
         if not axes:
             return None
+        assert dealt_to(leaves(dim)[0], self.at, self.mesh) == 1, f"{self.node}: a dealt part is no range"
+        axes = axes_on(leaves(dim)[0], self.at, self.mesh)
         return self.call(operator.mul, self.call(axis_index, axes), self.extent(dim))
 
     def grid(self, dims: Dims) -> tuple:
-        """Per dim, runs of (local size, global offset, global size): see `fxpar.ops.rng`."""
+        """Where this rank's elements lie: see `fxpar.ops.rng.Grid`."""
         out = []
         for dim in dims:
             runs = []
             for leaf in leaves(dim):
-                axes = self.axes((leaf,))
+                axes = axes_on(leaf, self.at, self.mesh)
                 local = leaf.size // self.mesh.size(*axes)
                 offset = self.call(operator.mul, self.call(axis_index, axes), local) if axes else 0
-                runs.append((local, offset, leaf.size))
+                ranks = dealt_to(leaf, self.at, self.mesh)
+                runs.append((local, offset, leaf.size, *([ranks] if ranks > 1 else [])))
             out.append(tuple(runs))
         return tuple(out)
 
@@ -260,7 +278,7 @@ class Local:
         """The dim along which the first operand was just gathered, or else the output will be scattered, if it is whole."""
         first = typed(self.operand(0))
         if first is not None and first.gathers:
-            dim, outer = first.place
+            dim, outer, _ = first.place
             return dim if outer == 1 else None
         for leaf in self.placement.scatter.values():
             dim, outer = place_of(self.spec.outs[0], self.at, self.mesh, leaf)

@@ -18,11 +18,12 @@ import torch
 from torch import fx
 
 from fxpar.errors import PlanError
+from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Source
 from fxpar.sharding.factors import Dims, Factor, leaves
-from fxpar.sharding.layout import Layout, Tiling, restrict
+from fxpar.sharding.layout import Layout, Tiling, axes_on, restrict
 from fxpar.sharding.mesh import MICROBATCH, Mesh
 from fxpar.sharding.placement import Placement, Placements
 
@@ -30,12 +31,13 @@ from fxpar.sharding.placement import Placement, Placements
 @dataclass(frozen=True)
 class Preference:
     """``role -> strategy``; `beside`: only where a factor of that role occurs too; `lookup`: only at a lookup in a table that
-    has more rows than are looked up, so that these are less to communicate than the table."""
+    has more rows than are looked up, so that these are less to communicate than the table; `attention`: only at attention."""
 
     role: str
     strategy: str
     beside: str | None = None
     lookup: bool = False
+    attention: bool = False
 
 
 def preferences(plan: Plan) -> list[Preference]:
@@ -45,7 +47,8 @@ def preferences(plan: Plan) -> list[Preference]:
         out.append(Preference("seq", "tp", beside="hidden"))
     if plan.gathers_each_use:  # else the table is gathered once a step, however many microbatches look it up
         out.append(Preference("vocab", "zero", lookup=True))
-    return [*out, Preference("batch", "dp")]
+    return [*out, Preference("batch", "dp"), Preference("heads", "a2a", attention=True), Preference("seq", "ring"),
+            Preference("seq", "a2a")]
 
 
 def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
@@ -91,7 +94,7 @@ class _Walk:
         layout: Layout = {}
         if source.kind == "param":
             stored = pinned_layout(dims, self.pinned[source.name], self.mesh)
-            layout = _used(stored, self.mesh.axes("zero"))
+            layout = _used(stored, self.mesh)
             self.chains[node] = [node]
         elif source.kind == "input":
             layout = self._input(source, dims)
@@ -158,8 +161,9 @@ class _Walk:
         like (`Placements.preferred`)."""
         zero = self.mesh.axes("zero")
         param = self.chains[node][0]
-        self.preferred[param] = {a: f for a, f in restrict(at, param.meta["dims"], gathered).items() if a in zero}
-        at = _used(at, zero)
+        self.preferred[param] = {a: f for a, f in restrict(at, param.meta["dims"], gathered).items()
+                                 if a in zero and f.role != "seq"}
+        at = _used(at, self.mesh)
         for link in self.chains[node]:
             layout = restrict(at, link.meta["dims"], gathered)
             self.layouts[link] = layout
@@ -175,6 +179,8 @@ class _Walk:
         at: Layout = {}
         for pref in self.prefs:
             if (pref.beside and pref.beside not in roles) or (pref.lookup and not _looks_up_few(node)):
+                continue
+            if pref.attention and node.target not in ATTENTION:
                 continue
             axes = self.mesh.axes(pref.strategy)
             if any(a in at and at[a].role != pref.role for a in axes):
@@ -228,9 +234,11 @@ class _Walk:
         return None
 
 
-def _used(layout: Layout, zero: tuple[str, ...]) -> Layout:
-    """A parameter's layout without the axes over which it is merely stored in parts."""
-    return {a: f for a, f in layout.items() if a not in zero or f.role == "batch"}
+def _used(layout: Layout, mesh: Mesh) -> Layout:
+    """A parameter's layout without the axes over which it is merely stored in parts, and those of cp: what has a sequence is
+    stored in its order."""
+    apart = {*mesh.axes("zero"), *mesh.axes("cp")}
+    return {a: f for a, f in layout.items() if a not in apart or f.role == "batch"}
 
 
 def _looks_up_few(node: fx.Node) -> bool:
@@ -308,8 +316,7 @@ def scatterable(spec: Spec) -> list[Factor]:
 
 def appends(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
     """Whether `axis` can split the parts of `leaf` that `layout` leaves: it fits, and is more minor than those there."""
-    later = mesh.names[mesh.names.index(axis) :]
-    return fits(layout, leaf, axis, mesh) and not any(layout.get(a) is leaf for a in later)
+    return fits(layout, leaf, axis, mesh) and axes_on(leaf, {**layout, axis: leaf}, mesh)[-1] == axis
 
 
 def _candidates(spec: Spec) -> list[Factor]:

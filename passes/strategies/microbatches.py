@@ -198,7 +198,7 @@ def _take_out_slices(program: Program, values: Values, index: fx.Node) -> None:
     for node in values.sliced:
         made = typed(node)
         assert made is not None
-        (dim, outer), (held, _) = made.place, node.meta["held"]
+        (dim, outer, _), (held, _) = made.place, node.meta["held"]
         outer *= replicas
         apart = [*held[:dim], outer, count, held[dim] // outer, *held[dim + 1 :]]
         with graph.inserting_before(node):

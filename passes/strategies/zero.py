@@ -22,9 +22,9 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
 
     Takes: a placed program. pinned: parameters whose storage is given. Afterwards: where a parameter is stored in more parts
     than it is used in, ``program.placements.stored`` has that layout, for its placeholder and for the cast that follows it: the
-    one of its use with each axis of the mesh's "zero" strategy on one more factor: the one its first use prefers; else, one that
-    divides in a dim that is not split yet, if there is one; of those, the one whose parts are contiguous, else the
-    largest. A parameter without one stays as it is, and the report says so.
+    one of its use with the axes of the mesh's "zero" strategy on one more factor, all together or, where none divides by them
+    all, each on one: the one its first use prefers; else, one that divides in a dim that is not split yet, if there is one; of
+    those, the one whose parts are contiguous, else the largest. A parameter without one stays as it is, and the report says so.
     """
     axes = program.mesh.axes("zero")
     whole: list[str] = []
@@ -51,11 +51,12 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
 
 def _with_axes(dims: Dims, used: Layout, axes: tuple[str, ...], mesh: Mesh) -> Layout:
     stored = dict(used)
-    for axis in axes:
+    for together in (axes, *((a,) for a in axes)):
         whole = [d for d in dims if not set(leaves(d)) & set(stored.values())]
-        free = [f for d in whole for f in leaves(d) if f.size and f.size % mesh.size(axis) == 0]
-        if axis not in stored and free:
-            stored[axis] = min(free, key=lambda f: _cost(dims, stored, mesh, f))
+        free = [f for d in whole for f in leaves(d) if f.size and f.size % mesh.size(*together) == 0]
+        if not set(together) & stored.keys() and free:
+            leaf = min(free, key=lambda f: _cost(dims, stored, mesh, f))
+            stored.update(dict.fromkeys(together, leaf))
     return stored
 
 

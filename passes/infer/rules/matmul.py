@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxpar.errors import UnsupportedOperator
-from fxpar.ops.attention import windowed_attention
+from fxpar.ops.attention import attention_of_rows, windowed_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.pick import pick
 from fxpar.ops.vocabulary import ATTENTION
@@ -221,26 +221,36 @@ def _emit_pick(local):
 
 @rule(*ATTENTION)
 def attention(op: Op) -> Spec:
-    """Batch and heads are parallel; so is the query length where no implicit (causal) mask ties it to the keys."""
+    """Batch, heads and queries are parallel; keys and values are gathered where they are of the queries' sequence."""
     args: Any = op.node.args
     q, k, v = args[:3]
     mask = op["attn_mask"] if op.target is not windowed_attention else None
-    tied = op.target is windowed_attention or bool(op["is_causal"])
     grouped = bool(op["enable_gqa"]) and op.shape(q)[-3] != op.shape(k)[-3]
     if len(op.dims(q)) != 4 or len(op.dims(k)) != 4 or len(op.dims(v)) != 4:
         return _attention_any_rank(op, q, k, v, mask)
-    length = "q!" if tied else "q"
     if not grouped:
-        spec = einsum(op, f"b h {length} d!, b h k! d!, b h k! e -> b h q e", [q, k, v])
+        spec = einsum(op, "b h q d!, b h k! d!, b h k! e -> b h q e", [q, k, v])
     else:
-        spec = einsum(op, f"b h {length} d!, b j k! d!, b j k! e -> b h q e", [q, k, v])
+        spec = einsum(op, "b h q d!, b j k! d!, b j k! e -> b h q e", [q, k, v])
         spec.sums.clear()
         spec.maxes.clear()
         _group_heads(op, spec, q, k)
     spec.sums.clear()
+    spec.emit = _emit_attention
     if isinstance(mask, fx.Node):
         _mask_operand(op, spec, mask)
     return spec
+
+
+def _emit_attention(local):
+    """A causal mask depends on where in the sequence this rank's queries are."""
+    a, queries = local.op, local.spec.outs[0][-2]
+    window = a["window"] if a.target is windowed_attention else None
+    if not local.axes(queries) or not (window or a["is_causal"]):
+        return local.default()
+    (rows,) = local.grid((queries,))
+    return local.call(attention_of_rows, *local.args[:3], rows=rows, window=window, scale=a["scale"],
+                      enable_gqa=bool(a["enable_gqa"]))
 
 
 def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
@@ -252,17 +262,18 @@ def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
 
 
 def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:
-    """An explicit mask broadcasts to [..., q, k]."""
-    dims, keys, rows = op.dims(mask), spec.operands[1].dims[-2], spec.outs[0][:-1]
-    for have, want in zip(reversed(dims), (keys, *reversed(rows)), strict=False):
+    """An explicit mask broadcasts to [..., q, k], and is gathered along k."""
+    dims, rows = op.dims(mask), spec.outs[0][:-1]
+    for have, want in zip(reversed(dims[:-1]), reversed(rows), strict=False):
         if have and not op.factors.align(want, have):
             spec.whole.update(have, want)
-    spec.operands.append(Operand(mask, dims))
+    spec.operands.append(Operand(mask, dims, gathered=set(dims[-1]) if dims else set()))
 
 
 def _attention_any_rank(op: Op, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> Spec:
-    spec = einsum(op, "... q! d!, ... k! d!, ... k! e -> ... q e", [q, k, v])
+    spec = einsum(op, "... q d!, ... k! d!, ... k! e -> ... q e", [q, k, v])
     spec.sums.clear()
+    spec.emit = _emit_attention
     if isinstance(mask, fx.Node):
         _mask_operand(op, spec, mask)
     return spec
