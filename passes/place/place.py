@@ -185,8 +185,9 @@ class _Walk:
             axes = self.mesh.axes(pref.strategy)
             if any(a in at and at[a].role != pref.role for a in axes):
                 continue
+            taken = set(at.values()) if pref.lookup else set()
             for axis in axes:
-                wanting = [f for f in order if f.role == pref.role and not (pref.lookup and f in at.values())]
+                wanting = [f for f in order if f.role == pref.role and f not in taken]
                 wanting.sort(key=lambda f: (axis, f) not in held)
                 self._take(at, axis, wanting)
                 if pref.beside and axis not in at:
