@@ -183,7 +183,7 @@ class _Walk:
             if pref.attention and node.target not in ATTENTION:
                 continue
             axes = self.mesh.axes(pref.strategy)
-            if any(a in at and at[a].role != pref.role for a in axes):
+            if pref.strategy != "a2a" and any(a in at and at[a].role != pref.role for a in axes):
                 continue
             taken = set(at.values()) if pref.lookup else set()
             for axis in axes:
