@@ -13,7 +13,7 @@ from torch import fx
 from fxpar.passes.place.place import pinned_layout
 from fxpar.program import Program
 from fxpar.sharding.factors import Dims, Factor, leaves
-from fxpar.sharding.layout import Layout, Tiling, place_of
+from fxpar.sharding.layout import Layout, Tiling, is_dealt, place_of
 from fxpar.sharding.mesh import Mesh
 
 
@@ -24,7 +24,8 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
     than it is used in, ``program.placements.stored`` has that layout, for its placeholder and for the cast that follows it: the
     one of its use with the axes of the mesh's "zero" strategy on one more factor, all together or, where none divides by them
     all, each on one: the one its first use prefers; else, one that divides in a dim that is not split yet, if there is one; of
-    those, the one whose parts are contiguous, else the largest. A parameter without one stays as it is, and the report says so.
+    those, the one whose parts are contiguous, else the largest; none that they would deal, as parameters are stored in their
+    order. A parameter without one stays as it is, and the report says so.
     """
     axes = program.mesh.axes("zero")
     whole: list[str] = []
@@ -53,7 +54,8 @@ def _with_axes(dims: Dims, used: Layout, axes: tuple[str, ...], mesh: Mesh) -> L
     stored = dict(used)
     for together in (axes, *((a,) for a in axes)):
         whole = [d for d in dims if not set(leaves(d)) & set(stored.values())]
-        free = [f for d in whole for f in leaves(d) if f.size and f.size % mesh.size(*together) == 0]
+        free = [f for d in whole for f in leaves(d) if f.size and f.size % mesh.size(*together) == 0
+                and not any(is_dealt(f, a, mesh) for a in together)]
         if not set(together) & stored.keys() and free:
             leaf = min(free, key=lambda f: _cost(dims, stored, mesh, f))
             stored.update(dict.fromkeys(together, leaf))
