@@ -11,6 +11,7 @@ from fxpar.passes.canonical.losses import expand_losses
 from fxpar.passes.canonical.masks import fold_masks
 from fxpar.passes.canonical.outputs import keep_loss
 from fxpar.passes.canonical.precision import cast_parameters
+from fxpar.passes.canonical.shift import label_all_tokens
 from fxpar.passes.canonical.simplify import simplify
 from fxpar.passes.infer.infer import infer
 from fxpar.passes.partition.partition import partition
@@ -37,6 +38,7 @@ def front(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
         ("precision", cast_parameters),
         ("masks", fold_masks),
         ("gqa", fold_repeat_kv),
+        ("shift", label_all_tokens),
         ("losses", expand_losses),
         ("dropout", counter_dropout),
         ("infer", lambda p: infer(p, pinned)),
