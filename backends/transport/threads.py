@@ -239,17 +239,21 @@ class ThreadGroup(dist.ProcessGroup):
     def alltoall_base(self, output: Tensor, given: Tensor, out_splits: list[int], in_splits: list[int],
                       _: Any = None) -> dist.Work:
         if len({*out_splits, *in_splits}) > 1:
-            return self._exchange("all_to_all of parts", given.split(in_splits), output.split(out_splits), _part, alike=False)
+            received = output.split(out_splits)
+
+            def part(i: int, everyones: list[list[Tensor]], me: int) -> Tensor:
+                sent = everyones[i][me]
+                if sent.shape != received[i].shape:
+                    raise EquivalenceError(f"rank {me} of {self.registered} expects {list(received[i].shape)} of rank {i}, which "
+                                           f"sends {list(sent.shape)}")
+                return sent.clone()
+
+            return self._exchange("all_to_all of parts", given.split(in_splits), received, part, alike=False)
         return self._exchange("all_to_all", [given], [output],
                               lambda i, everyones, me: torch.cat([x.chunk(len(everyones))[me] for x, in everyones]))
 
     def getBackendName(self) -> str:
         return "fxpar-threads"
-
-
-def _part(i: int, given: list[list[Tensor]], me: int) -> Tensor:
-    """What rank i of a group sends to me."""
-    return given[i][me].clone()
 
 
 def _wait(barrier: threading.Barrier, text: str) -> None:

@@ -91,7 +91,7 @@ def forward(rank: Rank) -> Asking[tuple[Tensor, Tensor]]:
 
 
 def backward(rank: Rank, grad: Tensor, out: Tensor, lse: Tensor) -> Asking[Grads]:
-    """From the cotangent of out, and the whole out and lse: the gradients of the rank's q, k and v, wide."""
+    """From the cotangent of out, out itself (both in the dtype of q) and lse: the gradients of the rank's q, k and v, wide."""
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     dq = _zeros(rank.q)
 
