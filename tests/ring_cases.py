@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxpar.ops.ring.algorithm import Rank
+from fxpar.ops.ring.algorithm import Rank, backward, forward
+from fxpar.ops.ring.drive import lock_step
 from fxpar.ops.ring.operator import rank_of
 from fxpar.ops.ring.schedule import Schedule
 from fxpar.ops.ring.sight import Ids
@@ -81,15 +82,24 @@ class Case:
             seen &= self.ids["kv_valid"][:, None, None, :]
         return seen
 
-    def whole(self) -> list[Tensor]:
-        """The result on one device, and the gradients of q, k and v, in float64."""
-        q, k, v = (x.double().requires_grad_() for x in (self.q, self.k, self.v))
+    def whole(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """The result on one device, and the gradients of q, k and v, by plain products in `dtype`."""
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v))
         groups, seen = q.shape[1] // k.shape[1], self.seen()
         scale = self.settings.get("scale") or q.shape[3] ** -0.5
         scores = (q @ k.repeat_interleave(groups, 1).mT * scale).masked_fill(~seen, -math.inf)
         weights = scores.masked_fill(~seen.any(-1, keepdim=True), 0).softmax(-1) * seen
         out = weights @ v.repeat_interleave(groups, 1)
-        return [out.detach(), *torch.autograd.grad(out, (q, k, v), self.grad.double())]
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), self.grad.to(dtype))]
+
+
+def in_lock_step(case: Case) -> list[Tensor]:
+    """The result of all ranks and the gradients of q, k and v."""
+    ranks = [case.rank(r) for r in range(case.ranks)]
+    found = lock_step([forward(rank) for rank in ranks])
+    grads = lock_step([backward(rank, case.cut(case.grad, r), found[r][0].to(case.q.dtype), found[r][1])
+                       for r, rank in enumerate(ranks)])
+    return [case.glued(parts) for parts in ([out for out, _ in found], *zip(*grads, strict=True))]
 
 
 def random_case(r: Random, dtype: torch.dtype = torch.float32) -> Case:
@@ -118,8 +128,9 @@ def random_case(r: Random, dtype: torch.dtype = torch.float32) -> Case:
     return Case(ranks, random(heads, length, d), random(kv, keys, d), random(kv, keys, e), ids, settings)
 
 
-def off(have: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest distance of a tensor from another, as a part of the largest norm of the others; NaN is infinitely far."""
+def off(have: Sequence[Tensor], want: Sequence[Tensor], of: Sequence[Tensor] | None = None) -> float:
+    """The largest distance of a tensor from another, as a part of the largest norm of the others (or of `of`, of which they are
+    parts); NaN is infinitely far."""
     distances = [(a.double() - b.double()).norm() for a, b in zip(have, want, strict=True)]
-    size = max(b.double().norm().item() for b in want)
+    size = max(b.double().norm().item() for b in of or want)
     return max(math.inf if d.isnan() else d.item() for d in distances) / (size or 1)

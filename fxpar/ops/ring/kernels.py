@@ -59,14 +59,19 @@ def choose(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float) -> Kernel:
         return MATH
     if seen.band is not None:
         return FLASH
-    if seen.mask is None:
-        q, k, v = (padded(x) for x in (q, k, v))
-        choice = SDPBackend(aten._fused_sdp_choice.default(q, k, v, None, 0.0, seen.causal, scale=scale,
-                                                           enable_gqa=q.shape[1] != k.shape[1]))
-        found = {SDPBackend.FLASH_ATTENTION: FLASH, SDPBackend.CUDNN_ATTENTION: CUDNN}.get(choice)
-        if found is not None:
-            return found
+    found = _preferred(padded(q), padded(k), padded(v), seen.causal, scale) if seen.mask is None else None
+    if found is not None:
+        return found
     return EFFICIENT if torch.backends.cuda.mem_efficient_sdp_enabled() else MATH
+
+
+def _preferred(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Kernel | None:
+    """What `scaled_dot_product_attention` would take, if it is one of those that take fewer heads of keys."""
+    try:
+        choice = aten._fused_sdp_choice.default(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    except RuntimeError:  # users allow no kernel that it could take
+        return None
+    return {SDPBackend.FLASH_ATTENTION.value: FLASH, SDPBackend.CUDNN_ATTENTION.value: CUDNN}.get(choice)
 
 
 def takes_bands(q: Tensor, v: Tensor) -> bool:

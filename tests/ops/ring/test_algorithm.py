@@ -7,37 +7,27 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 
 from fxpar.ops.ring import blocks
 from fxpar.ops.ring.algorithm import backward, forward
 from fxpar.ops.ring.drive import Transfer, lock_step
 from fxpar.ops.ring.kernels import CPU, EFFICIENT, MATH, Kernel, Seen
 from tests.harness import RANDOM
-from tests.ring_cases import Case, off, random_case
-
-
-def run(case: Case) -> list[Tensor]:
-    """The result of all ranks and the gradients of q, k and v."""
-    ranks = [case.rank(r) for r in range(case.ranks)]
-    found = lock_step([forward(rank) for rank in ranks])
-    grads = lock_step([backward(rank, case.cut(case.grad, r), found[r][0].to(case.q.dtype), found[r][1])
-                       for r, rank in enumerate(ranks)])
-    return [case.glued(parts) for parts in ([out for out, _ in found], *zip(*grads, strict=True))]
+from tests.ring_cases import Case, in_lock_step, off, random_case
 
 
 @settings(max_examples=120)
 @given(RANDOM)
 def test_equals_one_device(r):
     case = random_case(r)
-    assert off(run(case), case.whole()) < 1e-6
+    assert off(in_lock_step(case), case.whole()) < 1e-6
 
 
 @settings(max_examples=40)
 @given(RANDOM)
 def test_equals_one_device_in_float64(r):
     case = random_case(r, torch.float64)
-    assert off(run(case), case.whole()) < 1e-13
+    assert off(in_lock_step(case), case.whole()) < 1e-13
 
 
 @settings(max_examples=25)
@@ -47,7 +37,7 @@ def test_masks_in_tiles(r):
         patch.setattr(blocks, "TILE", r.choice([1, 8, 20]))
         patch.setattr(blocks, "ROWS", r.choice([1, 3]))
         case = random_case(r)
-        assert off(run(case), case.whole()) < 1e-6
+        assert off(in_lock_step(case), case.whole()) < 1e-6
 
 
 @settings(max_examples=25)
@@ -57,7 +47,7 @@ def test_plain_products(r):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "choose", lambda *_: MATH)
         case = random_case(r)
-        assert off(run(case), case.whole()) < 1e-6
+        assert off(in_lock_step(case), case.whole()) < 1e-6
 
 
 @pytest.mark.slow
@@ -72,7 +62,7 @@ def test_equals_one_device_many_times(r):
 def test_in_bf16_little_is_lost_to_the_merge(r):
     """Not more than what a kernel of the whole sequence loses, and a little."""
     case = random_case(r, torch.bfloat16)
-    assert off(run(case), case.whole()) < 8e-3
+    assert off(in_lock_step(case), case.whole()) < 8e-3
 
 
 def test_a_rank_that_sees_nothing_of_another():
@@ -81,13 +71,13 @@ def test_a_rank_that_sees_nothing_of_another():
         q, k, v = (torch.randn(2, 2, 32, 8) for _ in range(3))
         documents = torch.arange(32)[None] // 8
         case = Case(4, q, k, v, {"q_segments": documents, "kv_segments": documents}, {"causal": True, "zigzag": zigzag})
-        assert off(run(case), case.whole()) < 1e-6
+        assert off(in_lock_step(case), case.whole()) < 1e-6
 
 
 def test_queries_without_keys():
     valid = torch.zeros(1, 16, dtype=torch.bool)
     case = Case(4, *(torch.randn(1, 2, 16, 8) for _ in range(3)), {"kv_valid": valid}, {"causal": True, "zigzag": True})
-    assert all(not x.any() for x in run(case))
+    assert all(not x.any() for x in in_lock_step(case))
     found = lock_step([forward(case.rank(r)) for r in range(4)])
     assert all((lse == -math.inf).all() for _, lse in found)
 
@@ -167,7 +157,8 @@ def test_memory_efficient_attention_repeats_heads_and_adds_their_gradients(monke
 
     def backwards(grad, q, k, v, bias, out, lse, *_, scale):
         assert lse.shape[2] % 32 == 0
-        return *MATH.backward(grad, q, k, v, out, lse[..., : q.shape[2]], Seen(mask=None if bias is None else bias == 0), scale), None
+        seen = Seen(mask=None if bias is None else bias == 0)
+        return *MATH.backward(grad, q, k, v, out, lse[..., : q.shape[2]], seen, scale), None
 
     aten = torch.ops.aten
     monkeypatch.setattr(aten._scaled_dot_product_efficient_attention, "default", forwards, raising=False)
