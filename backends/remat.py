@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.ring.operator import FORWARD as RING
 from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
 from fxpar.plan import Plan
 from fxpar.program import block_path
@@ -110,7 +111,7 @@ def _packet(node: fx.Node) -> Any:
 
 def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
     packet = _packet(node)
-    attention = packet is not None and packet.__name__.startswith(ATTENTION_KERNEL)
+    attention = packet is not None and (packet is RING.overloadpacket or packet.__name__.startswith(ATTENTION_KERNEL))
     if packet in PRODUCTS or attention or node.target is WAIT:
         return SAVE
     return AGAIN if _block(_made_by(node)) else None

@@ -57,10 +57,15 @@ class Runtime(Protocol):
 
     def size(self, axes: Axes) -> int: ...
     def index(self, axes: Axes) -> int: ...
+    def name(self, axes: Axes) -> str: ...
     def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor: ...
     def all_gather(self, x: Tensor, axes: Axes) -> Tensor: ...
     def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor: ...
     def all_to_all(self, x: Tensor, axes: Axes) -> Tensor: ...
+
+
+LONE = "fxpar-lone"
+"""The name of every group of a `LoneRuntime`."""
 
 
 class LoneRuntime:
@@ -74,6 +79,9 @@ class LoneRuntime:
 
     def index(self, axes: Axes) -> int:
         return 0
+
+    def name(self, axes: Axes) -> str:
+        return LONE
 
     def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
         return x * self.size(axes) if op == "sum" else x.clone()
@@ -473,3 +481,9 @@ def all_to_all(x: Tensor, axes: Axes, dim: int, outer: int, to_dim: int, to_oute
 def axis_index(axes: Axes) -> int:
     """This rank's index along `axes`."""
     return _active.get().index(axes)
+
+
+def group_of(axes: Axes) -> tuple[str, int]:
+    """The name of this rank's group over `axes`, by which an operator that communicates finds it, and how many ranks it has."""
+    run = _active.get()
+    return run.name(axes), run.size(axes)
