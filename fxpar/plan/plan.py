@@ -121,6 +121,11 @@ class Plan:
         return self.zero == 3
 
     @property
+    def sends_around(self) -> bool:
+        """Whether attention has keys and values go round along the axes of cp that its queries stay split on."""
+        return self.cp_comm in ("p2p", "a2a+p2p")
+
+    @property
     def memory_budget(self) -> float | None:
         """The fraction of activations that may be kept, where `recompute` says one."""
         return self.recompute if isinstance(self.recompute, float) else None

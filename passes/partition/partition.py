@@ -136,6 +136,7 @@ class Local:
         self.at = self.placement.at
         self.op = Op(node, None)  # type: ignore[arg-type]
         self.skip_deferred = bool(self.placement.pending) and any(o.deferred for o in self.spec.operands)
+        self.ring = self._ring()
         self._operands = {
             o.node: self._bring(o, self.at) for o in self.spec.operands if not (o.deferred and self.skip_deferred)
         }
@@ -153,11 +154,21 @@ class Local:
         What is made from a parameter as it is stored takes it as it is stored."""
         if self.node in self.owner.placed.stored:
             return self.owner.local[operand.node]
-        own = {f for d in operand.dims for f in leaves(d)} - {g for f in operand.gathered for g in f.leaves()}
+        gathered = () if self.ring else operand.gathered
+        own = {f for d in operand.dims for f in leaves(d)} - {g for f in gathered for g in f.leaves()}
         want: dict[str, Factor | bool] = {a: (f if f in own else True) for a, f in at.items()}
         want.update(dict.fromkeys(self.placement.varies, True))
         old = operand.node
         return self.owner.reshard.to(self.owner.local[old], old.meta["dims"], self.owner.placed.layouts[old], want, self.node)
+
+    def _ring(self) -> Axes:
+        """The axes along which what the operator would gather goes round, if it can and the plan has it so."""
+        axes = self.axes(self.spec.circulates)
+        return axes if self.owner.program.plan.sends_around and set(axes) <= set(self.mesh.axes("cp")) else ()
+
+    def is_dealt(self, dim: Dim) -> bool:
+        """Whether ranks hold dealt parts of a dim."""
+        return any(dealt_to(f, self.at, self.mesh) > 1 for f in leaves(dim))
 
     def build(self) -> Any:
         made = self.spec.emit(self) if self.spec.emit is not None else self.default()

@@ -11,12 +11,13 @@ from fxpar.errors import UnsupportedOperator
 from fxpar.ops.attention import attention_of_rows, windowed_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.pick import pick
+from fxpar.ops.ring.operator import ring_attention
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.ops.within import within
 from fxpar.passes.infer.rules.registry import notation, rule
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, einsum, unknown
 from fxpar.program import user_line
-from fxpar.sharding.factors import Dim, Factor, extent
+from fxpar.sharding.factors import Dim, Factor, extent, leaves
 
 aten = torch.ops.aten
 
@@ -239,6 +240,8 @@ def attention(op: Op) -> Spec:
     spec.emit = _emit_attention
     if isinstance(mask, fx.Node):
         _mask_operand(op, spec, mask)
+    elif leaves(op.dim(q, 2)) == leaves(op.dim(k, 2)):
+        spec.circulates = set(op.dim(k, 2))
     return spec
 
 
@@ -246,6 +249,9 @@ def _emit_attention(local):
     """A causal mask depends on where in the sequence this rank's queries are."""
     a, queries = local.op, local.spec.outs[0][-2]
     window = a["window"] if a.target is windowed_attention else None
+    if local.ring:
+        return local.call(ring_attention, *local.args[:3], local.ring, causal=bool(window or a["is_causal"]),
+                          zigzag=local.is_dealt(queries), window=window, scale=a["scale"])
     if not local.axes(queries) or not (window or a["is_causal"]):
         return local.default()
     (rows,) = local.grid((queries,))
