@@ -16,7 +16,7 @@ from fxpar.ops.collectives import Collective, Place, axis_index, make, typed
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec
 from fxpar.passes.partition.reshard import Resharder, measure
 from fxpar.passes.place.cost import forward_flops
-from fxpar.passes.place.place import fits
+from fxpar.passes.place.place import circulating, fits
 from fxpar.program import Program, copy_provenance
 from fxpar.sharding.factors import Dim, Dims, Factor, leaves
 from fxpar.sharding.layout import (
@@ -136,7 +136,7 @@ class Local:
         self.at = self.placement.at
         self.op = Op(node, None)  # type: ignore[arg-type]
         self.skip_deferred = bool(self.placement.pending) and any(o.deferred for o in self.spec.operands)
-        self.ring = self._ring()
+        self.ring = circulating(self.spec, self.at, self.mesh, owner.program.plan)
         self._operands = {
             o.node: self._bring(o, self.at) for o in self.spec.operands if not (o.deferred and self.skip_deferred)
         }
@@ -160,11 +160,6 @@ class Local:
         want.update(dict.fromkeys(self.placement.varies, True))
         old = operand.node
         return self.owner.reshard.to(self.owner.local[old], old.meta["dims"], self.owner.placed.layouts[old], want, self.node)
-
-    def _ring(self) -> Axes:
-        """The axes along which what the operator would gather goes round, if it can and the plan has it so."""
-        axes = self.axes(self.spec.circulates)
-        return axes if self.owner.program.plan.sends_around and set(axes) <= set(self.mesh.axes("cp")) else ()
 
     def is_dealt(self, dim: Dim) -> bool:
         """Whether ranks hold dealt parts of a dim."""

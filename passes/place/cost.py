@@ -13,7 +13,7 @@ from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.rules.spec import Spec
 from fxpar.sharding.factors import Factor, leaves
-from fxpar.sharding.layout import Layout, local_shape
+from fxpar.sharding.layout import Layout, local_shape, restrict
 from fxpar.sharding.mesh import Mesh
 
 LOOKUPS = (torch.ops.aten.embedding.default,)
@@ -35,7 +35,8 @@ def forward_flops(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh) -> int:
 
 
 def _attention(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh) -> int:
-    q, k, v = (local_shape(o.dims, at, mesh) for o in spec.operands[:3])
+    q, k, v = (local_shape(o.dims, restrict(at, o.dims, {g for f in o.gathered for g in f.leaves()}), mesh)
+               for o in spec.operands[:3])
     pairs = q[-2] * k[-2]
     if node.target is windowed_attention:
         window: Any = node.kwargs["window"]

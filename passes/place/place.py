@@ -24,7 +24,7 @@ from fxpar.plan import Plan
 from fxpar.program import Program, Source
 from fxpar.sharding.factors import Dims, Factor, leaves
 from fxpar.sharding.layout import Layout, Tiling, axes_on, restrict
-from fxpar.sharding.mesh import MICROBATCH, Mesh
+from fxpar.sharding.mesh import MICROBATCH, Axes, Mesh
 from fxpar.sharding.placement import Placement, Placements
 
 
@@ -304,6 +304,13 @@ def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
         if f is leaf:
             ranks *= mesh.size(other)
     return leaf.size > 0 and leaf.size % ranks == 0
+
+
+def circulating(spec: Spec, at: Layout, mesh: Mesh, plan: Plan) -> Axes:
+    """The axes along which what an operator would gather goes round instead, if it can and the plan has it so."""
+    split = {f for dim in spec.circulates for f in dim.leaves()}
+    axes = tuple(a for a in mesh.names if at.get(a) in split)
+    return axes if plan.sends_around and set(axes) <= set(mesh.axes("cp")) else ()
 
 
 def scatterable(spec: Spec) -> list[Factor]:

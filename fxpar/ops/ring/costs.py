@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils.flop_counter import register_flop_formula
 
 from fxpar.ops.ring.kernels import accumulates_in
@@ -83,6 +84,16 @@ def workspace_bytes(schedule: Schedule, q: Shape, k: Shape, v: Shape, dtype: tor
     forward = math.prod(out) * wide.itemsize + rows + block + of_kernel + rows
     grads = math.prod(q) * (wide.itemsize + dtype.itemsize) + sum(math.prod(x) for x in (k, v)) * dtype.itemsize
     return forward, grads + rows + block + travelling
+
+
+def workspace_of(node: fx.Node) -> int:
+    """The same, of a node that calls one of the two operators."""
+    args: Any = node.args
+    backward = node.target is BACKWARD
+    q, k, v = (n.meta["val"] for n in (args[1:4] if backward else args[:3]))
+    ranks, causal, zigzag, window = args[-5:-1]
+    schedule = Schedule(ranks, q.shape[2], k.shape[2], causal, zigzag, window)
+    return workspace_bytes(schedule, q.shape, k.shape, v.shape, q.dtype)[backward]
 
 
 def _gradients(k: Shape, v: Shape, dtype: torch.dtype) -> Layout:
