@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils.flop_counter import register_flop_formula
 
 from fxpar.ops.ring.kernels import accumulates_in
@@ -76,6 +77,19 @@ def workspace_bytes(schedule: Schedule, q: Shape, k: Shape, v: Shape, dtype: tor
     expanded = of_kv // k[1] * heads if heads != k[1] else 0
     of_kernel = of_q * (wide.itemsize + dtype.itemsize) + (expanded + of_kv) * dtype.itemsize
     return forward + held, of_q * wide.itemsize + 2 * of_lse * wide.itemsize + held + sums + of_kernel
+
+
+OPERATORS = (FORWARD, BACKWARD)
+
+
+def workspace_of(node: fx.Node) -> int:
+    """`workspace_bytes` of a node that calls one of `OPERATORS`, in a graph with ``meta["val"]``."""
+    args: Any = node.args
+    tensors: Any = args[1:4] if node.target is BACKWARD else args[:3]
+    q, k, v = (n.meta["val"] for n in tensors)
+    _, ranks, causal, zigzag, window, _ = args[-6:]
+    found = workspace_bytes(_schedule(q.shape, k.shape, ranks, causal, zigzag, window), q.shape, k.shape, v.shape, q.dtype)
+    return found[OPERATORS.index(node.target)]
 
 
 def _gradients(k: Shape, v: Shape, dtype: torch.dtype) -> Layout:
