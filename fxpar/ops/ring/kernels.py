@@ -74,7 +74,9 @@ def _preferred(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> K
         choice = aten._fused_sdp_choice.default(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     except RuntimeError:  # users allow no kernel that it could take
         return None
-    return {SDPBackend.FLASH_ATTENTION.value: FLASH, SDPBackend.CUDNN_ATTENTION.value: CUDNN}.get(choice)
+    if choice == SDPBackend.CUDNN_ATTENTION.value:  # asked of operands without gradients, it allows more than its backward takes
+        return CUDNN if q.shape[-1] == v.shape[-1] <= 128 else None
+    return FLASH if choice == SDPBackend.FLASH_ATTENTION.value else None
 
 
 def takes_bands(q: Tensor, v: Tensor) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from fxpar.ops.ring import blocks, costs
 from fxpar.ops.ring.algorithm import backward, forward
 from fxpar.ops.ring.drive import Transfer, lock_step
-from fxpar.ops.ring.kernels import CPU, EFFICIENT, MATH, Kernel, Seen
+from fxpar.ops.ring.kernels import CPU, CUDNN, EFFICIENT, FLASH, MATH, Kernel, Seen
 from fxpar.ops.ring.schedule import Schedule
 from tests.harness import RANDOM
 from tests.ring_cases import Case, in_lock_step, off, random_case
@@ -173,6 +173,21 @@ def test_a_block_contributes_its_part_of_the_gradient(kernel: Kernel, how):
         assert off([dk, dv], [g[:, :, keys] for g in wants[1:]]) < 1e-6
         dq += part
     assert off([dq], [wants[0]]) < 1e-6
+
+
+@pytest.mark.parametrize("kernel, seen", [
+    (FLASH, Seen()), (FLASH, Seen(causal=True)), (FLASH, Seen(band=(5, 0))), (CUDNN, Seen()), (CUDNN, Seen(causal=True)),
+    (EFFICIENT, Seen()), (EFFICIENT, Seen(causal=True)),
+    (EFFICIENT, Seen(mask=torch.ones(2, 1, 40, 40, dtype=torch.bool, device="meta"))),
+], ids=lambda x: getattr(x, "name", None))  # fmt: skip
+def test_kernels_of_gpus_are_called_as_they_are_declared(kernel, seen):
+    """Without elements: the operators take these arguments, and their results have these shapes."""
+    q, k = (torch.empty(2, 40, h, 20, dtype=torch.bfloat16, device="meta").transpose(1, 2) for h in (6, 2))
+    v = k if kernel is not EFFICIENT else k[..., :12]
+    out, lse = kernel.forward(q, k, v, seen, 0.3)
+    assert out.shape == (*q.shape[:3], v.shape[3]) and lse.shape == q.shape[:3] and lse.dtype == torch.float32
+    grads = kernel.backward(torch.empty_like(out), q, k, v, out, lse, seen, 0.3)
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
 def test_memory_efficient_attention_repeats_heads_and_adds_their_gradients(monkeypatch):
