@@ -149,6 +149,7 @@ def timed(name: str, make: Callable[[], Step], device: torch.device, group: dist
 
 def main() -> None:
     args = parse_args()
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as for everyone else here
     device = torch.device("cpu") if args.cpu else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if args.cpu:
         dist.init_process_group("gloo")

@@ -88,17 +88,26 @@ def _told(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Seen | None:
 
 
 class Merged:
-    """Attention to the blocks seen so far: `out` and `lse` as `attend` returns them."""
+    """Attention to the blocks seen so far: `out` and `lse` as `attend` returns them, wide."""
 
     def __init__(self, q: Tensor, v: Tensor):
         b, h, length, _ = q.shape
         wide = accumulates_in(q.dtype)
-        self.out = q.new_zeros(b, length, h, v.shape[3], dtype=wide).transpose(1, 2)
-        self.lse = q.new_full((b, h, length), -math.inf, dtype=wide)
+        self.out = q.new_empty(b, length, h, v.shape[3], dtype=wide).transpose(1, 2)
+        self.lse = q.new_empty((b, h, length), dtype=wide)
+        self._begun = False
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         """What queries `rows` get from keys that were not seen yet."""
         mine, before = self.out[:, :, rows], self.lse[:, :, rows]
+        if not self._begun:
+            self._begun = True
+            if out.shape == self.out.shape:
+                mine.copy_(out)
+                before.copy_(lse)
+                return
+            self.out.zero_()
+            self.lse.fill_(-math.inf)
         both = torch.logaddexp(before, lse)
         top = both.masked_fill(both == -math.inf, 0)
         mine.mul_((before - top).exp_().unsqueeze(-1))
