@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fxpar.ops.ring.kernels import ALL, Seen, accumulates_in, choose, takes_bands
+from fxpar.ops.ring.kernels import ALL, MATH, Kernel, Seen, accumulates_in, choose, for_masks, takes_bands
 from fxpar.ops.ring.sight import Sight
 
 TILE = 2**24
-"""Elements of a mask, at most (but for that of one query)."""
+"""Elements of a mask, at most (but for that of one query); of plain products, scores."""
 ROWS = 256
 """Queries of a tile, at least, where a window limits the keys."""
 
@@ -23,20 +23,19 @@ ROWS = 256
 def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float) -> tuple[Tensor, Tensor]:
     """q [b, h, lq, d], k [b, kv, lk, d], v [b, kv, lk, e] -> out [b, h, lq, e], lse [b, h, lq]: over these keys alone, 0 and -inf
     for queries that see none of them."""
-    sight = sight.simplified(q.shape[2], k.shape[2])
-    told = _told(q, k, v, sight)
-    if told is not None:
-        return choose(q, k, v, told, scale).forward(q, k, v, told, scale)
     wide = accumulates_in(q.dtype)
-    out, lse = q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide), q.new_full(q.shape[:3], -math.inf, dtype=wide)
-    for rows, keys in _tiles(q, k, sight):
-        seen = Seen(mask=sight.mask(rows, keys, q.device))
-        part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-        here, its = choose(*part, seen, scale).forward(*part, seen, scale)
-        assert seen.mask is not None
-        blind = ~seen.mask.any(-1)
+    out: Tensor | None = None
+    for rows, keys, seen, kernel in _parts(q, k, v, sight, scale):
+        here, its = kernel.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], seen, scale)
+        if rows == slice(0, q.shape[2]) and seen.mask is None:
+            return here, its
+        if out is None:
+            out, lse = q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide), q.new_full(q.shape[:3], -math.inf, dtype=wide)
+        blind = torch.zeros((), dtype=torch.bool, device=q.device) if seen.mask is None else ~seen.mask.any(-1)
         out[:, :, rows] = here.to(wide).masked_fill_(blind.unsqueeze(-1), 0)
         lse[:, :, rows] = its.masked_fill(blind, -math.inf)
+    if out is None:
+        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf, dtype=wide)
     return out, lse
 
 
@@ -44,16 +43,32 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
                     grads: tuple[Tensor, Tensor, Tensor]) -> None:
     """Add to `grads`, of q, k and v, what these keys contribute. out, lse: over all keys of all blocks, lse infinite (not
     -inf) for queries that see none at all."""
-    sight = sight.simplified(q.shape[2], k.shape[2])
-    told = _told(q, k, v, sight)
-    parts = [(slice(0, q.shape[2]), slice(0, k.shape[2]))] if told is not None else _tiles(q, k, sight)
-    for rows, keys in parts:
-        seen = told or Seen(mask=sight.mask(rows, keys, q.device))
-        part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-        kernel = choose(*part, seen, scale)
-        found = kernel.backward(grad[:, :, rows], *part, out[:, :, rows], lse[:, :, rows], seen, scale)
+    for rows, keys, seen, kernel in _parts(q, k, v, sight, scale):
+        found = kernel.backward(grad[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
+                                lse[:, :, rows], seen, scale)
         for into, where, mine in zip(grads, (rows, keys, keys), found, strict=True):
             into[:, :, where] += mine
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float) -> Iterator[tuple[slice, slice, Seen, Kernel]]:
+    """The calls of kernels that a block takes: one; or one for every tile, of what is told as a mask, and of plain products,
+    which hold all scores at once."""
+    queries, keys = q.shape[2], k.shape[2]
+    sight = sight.simplified(queries, keys)
+    told = _told(q, k, v, sight)
+    if told is not None:
+        kernel = choose(q, k, v, told, scale)
+        if kernel is not MATH:
+            yield slice(0, queries), slice(0, keys), told, kernel
+            return
+    kernel = for_masks(q, v)
+    most = TILE // (q.shape[0] * (q.shape[1] if kernel is MATH else 1))
+    size = most // keys if sight.window is None else min(max(ROWS, sight.window), most // (2 * sight.window))
+    for start in range(0, queries, max(1, size)):
+        rows = slice(start, min(start + max(1, size), queries))
+        reach = sight.reach(rows, keys)
+        if reach.stop > reach.start:
+            yield rows, reach, Seen(mask=sight.mask(rows, reach, q.device)), kernel
 
 
 def _told(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Seen | None:
@@ -72,31 +87,27 @@ def _told(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Seen | None:
     return None
 
 
-def _tiles(q: Tensor, k: Tensor, sight: Sight) -> Iterator[tuple[slice, slice]]:
-    """Runs of queries, and of the keys that they may see."""
-    queries, keys = q.shape[2], k.shape[2]
-    size = max(1, TILE // (q.shape[0] * keys))
-    if sight.window is not None:
-        size = max(1, min(max(ROWS, sight.window), TILE // (q.shape[0] * 2 * sight.window)))
-    for start in range(0, queries, size):
-        rows = slice(start, min(start + size, queries))
-        reach = sight.reach(rows, keys)
-        if reach.stop > reach.start:
-            yield rows, reach
-
-
 class Merged:
-    """Attention to the blocks seen so far: `out` and `lse` as `attend` returns them."""
+    """Attention to the blocks seen so far: `out` and `lse` as `attend` returns them, wide."""
 
     def __init__(self, q: Tensor, v: Tensor):
         b, h, length, _ = q.shape
         wide = accumulates_in(q.dtype)
-        self.out = q.new_zeros(b, length, h, v.shape[3], dtype=wide).transpose(1, 2)
-        self.lse = q.new_full((b, h, length), -math.inf, dtype=wide)
+        self.out = q.new_empty(b, length, h, v.shape[3], dtype=wide).transpose(1, 2)
+        self.lse = q.new_empty((b, h, length), dtype=wide)
+        self._begun = False
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         """What queries `rows` get from keys that were not seen yet."""
         mine, before = self.out[:, :, rows], self.lse[:, :, rows]
+        if not self._begun:
+            self._begun = True
+            if out.shape == self.out.shape:
+                mine.copy_(out)
+                before.copy_(lse)
+                return
+            self.out.zero_()
+            self.lse.fill_(-math.inf)
         both = torch.logaddexp(before, lse)
         top = both.masked_fill(both == -math.inf, 0)
         mine.mul_((before - top).exp_().unsqueeze(-1))

@@ -6,6 +6,7 @@ From shapes alone; of a rank that has most to do, where ranks differ.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,23 +23,18 @@ Shape = Sequence[int]
 
 
 def pairs_seen(schedule: Schedule) -> int:
-    """The pairs of a query and a key that a rank computes a score of. (Half of a block under the diagonal counts; what segments
-    and padding hide counts, because it is computed.)"""
-    if schedule.window is not None:
-        chunk = max(schedule.held(schedule.ranks - 1))
-        return schedule.chunks * _seen(schedule.length, min(schedule.window - 1, chunk * schedule.length), schedule.window)
+    """The pairs of a query and a key that it sees, on the rank that has most. (What segments and padding hide counts, because it
+    is computed.)"""
     if not schedule.causal:
         return schedule.queries * schedule.keys * schedule.ranks
-    chunks = schedule.held(schedule.ranks - 1)
-    return sum(_seen(schedule.length, c * schedule.length, None) for c in chunks)
+    return max(sum(_seen(schedule.length, chunk * schedule.length, schedule.window) for chunk in schedule.held(rank))
+               for rank in range(schedule.ranks))
 
 
 def _seen(length: int, before: int, window: int | None) -> int:
-    """Keys that `length` queries see, of as many of their own and `before` before them."""
-    own = length * (length + 1) // 2
-    if window is None:
-        return length * before + own
-    return sum(min(before + i + 1, window) for i in range(min(length, window))) + max(0, length - window) * window
+    """Of `length` positions in a row, each of which sees itself and all `before` it, but no more than a window."""
+    growing = length if window is None else min(length, max(0, window - before))
+    return growing * before + growing * (growing + 1) // 2 + (length - growing) * (window or 0)
 
 
 def flops(schedule: Schedule, q: Shape, v: Shape) -> tuple[int, int]:
@@ -56,44 +52,44 @@ def traffic_bytes(schedule: Schedule, k: Shape, v: Shape, dtype: torch.dtype, id
     keys = Layout(shapes, (2, 2, *[1] * len(ids)), dtypes)
     gradients = _gradients(k, v, dtype)
     if schedule.halo:
-        there, back = (max(sum(layout.bytes(p.length) for p in side) for side in sides) for layout, sides in (
-            (keys, [[p for to in schedule.sent(r) for p in to] for r in range(schedule.ranks)]),
-            (gradients, [schedule.received(r) for r in range(schedule.ranks)])))
-        return there, there + back
+        there = [sum(keys.bytes(p.length) for to in schedule.sent(r) for p in to) for r in range(schedule.ranks)]
+        back = [sum(gradients.bytes(p.length) for p in schedule.received(r)) for r in range(schedule.ranks)]
+        return max(there), max(map(operator.add, there, back))
     rounds = schedule.ranks - 1
-    there = rounds * keys.bytes(schedule.keys)
-    return there, there + (schedule.ranks * gradients.bytes(schedule.keys) if rounds else 0)
+    passed_on = rounds * keys.bytes(schedule.keys)
+    return passed_on, passed_on + (schedule.ranks * gradients.bytes(schedule.keys) if rounds else 0)
 
 
 def workspace_bytes(schedule: Schedule, q: Shape, k: Shape, v: Shape, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that the operator has at once beside its operands and results, forward and backward, at most, but for what a kernel
-    has of its own and masks."""
-    wide = accumulates_in(dtype)
-    out = (*q[:3], v[3])
-    rows = math.prod(q[:3]) * wide.itemsize
+    """Bytes that the operator has at once beside its operands and results, forward and backward, at most; with what
+    FlashAttention has of its own, and without masks."""
+    wide, heads = accumulates_in(dtype), q[1]
+    of_q, of_out, of_lse, of_kv = math.prod(q), math.prod((*q[:3], v[3])), math.prod(q[:3]), math.prod(k) + math.prod(v)
+    keys, gradients = Layout((tuple(k), tuple(v)), (2, 2), (dtype, dtype)), _gradients(k, v, dtype)
     if schedule.halo:
-        held = sum(p.length for p in schedule.pieces(schedule.ranks // 2))
-        block = Layout((tuple(k), tuple(v)), (2, 2), (dtype, dtype)).bytes(held) * 2  # as it came, and put together
-        sums = _gradients(k, v, dtype)
-        travelling = sums.bytes(schedule.keys) + 3 * sums.bytes(held)
+        most = max(sum(p.length for p in schedule.pieces(rank)) for rank in range(schedule.ranks))
+        held = 2 * keys.bytes(most)  # as it came, and put together
+        sums = gradients.bytes(schedule.keys) + 3 * gradients.bytes(most)
     else:
-        blocks = 0 if schedule.ranks == 1 else 2  # at hand, and on its way
-        block = blocks * Layout((tuple(k), tuple(v)), (2, 2), (dtype, dtype)).bytes(schedule.keys)
-        travelling = (1 + blocks) * _gradients(k, v, dtype).bytes(schedule.keys)
-    of_kernel = math.prod(out) * dtype.itemsize
-    forward = math.prod(out) * wide.itemsize + rows + block + of_kernel + rows
-    grads = math.prod(q) * (wide.itemsize + dtype.itemsize) + sum(math.prod(x) for x in (k, v)) * dtype.itemsize
-    return forward, grads + rows + block + travelling
+        held = 2 * keys.bytes(schedule.keys) if schedule.ranks > 1 else 0  # at hand, and on its way
+        sums = (3 if schedule.ranks > 1 else 1) * gradients.bytes(schedule.keys)
+    forward = (of_out + 2 * of_lse) * wide.itemsize + of_out * dtype.itemsize
+    expanded = of_kv // k[1] * heads if heads != k[1] else 0
+    of_kernel = of_q * (wide.itemsize + dtype.itemsize) + (expanded + of_kv) * dtype.itemsize
+    return forward + held, of_q * wide.itemsize + 2 * of_lse * wide.itemsize + held + sums + of_kernel
+
+
+OPERATORS = (FORWARD, BACKWARD)
 
 
 def workspace_of(node: fx.Node) -> int:
-    """The same, of a node that calls one of the two operators."""
+    """`workspace_bytes` of a node that calls one of `OPERATORS`, in a graph with ``meta["val"]``."""
     args: Any = node.args
-    backward = node.target is BACKWARD
-    q, k, v = (n.meta["val"] for n in (args[1:4] if backward else args[:3]))
-    ranks, causal, zigzag, window = args[-5:-1]
-    schedule = Schedule(ranks, q.shape[2], k.shape[2], causal, zigzag, window)
-    return workspace_bytes(schedule, q.shape, k.shape, v.shape, q.dtype)[backward]
+    tensors: Any = args[1:4] if node.target is BACKWARD else args[:3]
+    q, k, v = (n.meta["val"] for n in tensors)
+    _, ranks, causal, zigzag, window, _ = args[-6:]
+    found = workspace_bytes(_schedule(q.shape, k.shape, ranks, causal, zigzag, window), q.shape, k.shape, v.shape, q.dtype)
+    return found[OPERATORS.index(node.target)]
 
 
 def _gradients(k: Shape, v: Shape, dtype: torch.dtype) -> Layout:

@@ -51,18 +51,21 @@ def accumulates_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float) -> Kernel:
-    """The kernel that `scaled_dot_product_attention` would take, if what is seen is something that it can be told; of the
-    kernels that users allow (``torch.nn.attention.sdpa_kernel``), the first that can do it, otherwise."""
-    if q.device.type == "cpu":
-        return CPU if q.shape[-1] == v.shape[-1] and seen.band is None else MATH
-    if q.device.type != "cuda" or q.dtype == torch.float64:
-        return MATH
-    if seen.band is not None:
-        return FLASH
-    found = _preferred(padded(q), padded(k), padded(v), seen.causal, scale) if seen.mask is None else None
-    if found is not None:
-        return found
-    return EFFICIENT if torch.backends.cuda.mem_efficient_sdp_enabled() else MATH
+    """The kernel for operands and a `Seen` without a mask: the one that `scaled_dot_product_attention` would take; else the first
+    that can do it of those that users allow (``torch.nn.attention.sdpa_kernel``)."""
+    if q.device.type == "cuda" and q.dtype != torch.float64:
+        found = FLASH if seen.band is not None else _preferred(padded(q), padded(k), padded(v), seen.causal, scale)
+        if found is not None:
+            return found
+    return for_masks(q, v)
+
+
+def for_masks(q: Tensor, v: Tensor) -> Kernel:
+    """The kernel for operands like these and a mask."""
+    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
+        return CPU
+    efficient = q.device.type == "cuda" and q.dtype != torch.float64 and torch.backends.cuda.mem_efficient_sdp_enabled()
+    return EFFICIENT if efficient else MATH
 
 
 def _preferred(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Kernel | None:
@@ -71,7 +74,9 @@ def _preferred(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> K
         choice = aten._fused_sdp_choice.default(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     except RuntimeError:  # users allow no kernel that it could take
         return None
-    return {SDPBackend.FLASH_ATTENTION.value: FLASH, SDPBackend.CUDNN_ATTENTION.value: CUDNN}.get(choice)
+    if choice == SDPBackend.CUDNN_ATTENTION.value:  # asked of operands without gradients, it allows more than its backward takes
+        return CUDNN if q.shape[-1] == v.shape[-1] <= 128 else None
+    return FLASH if choice == SDPBackend.FLASH_ATTENTION.value else None
 
 
 def takes_bands(q: Tensor, v: Tensor) -> bool:

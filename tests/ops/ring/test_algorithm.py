@@ -8,29 +8,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from fxpar.ops.ring import blocks
+from fxpar.ops.ring import blocks, costs
 from fxpar.ops.ring.algorithm import backward, forward
 from fxpar.ops.ring.drive import Transfer, lock_step
-from fxpar.ops.ring.kernels import CPU, EFFICIENT, MATH, Kernel, Seen
+from fxpar.ops.ring.kernels import CPU, CUDNN, EFFICIENT, FLASH, MATH, Kernel, Seen
+from fxpar.ops.ring.schedule import Schedule
 from tests.harness import RANDOM
 from tests.ring_cases import Case, in_lock_step, off, random_case
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(RANDOM)
 def test_equals_one_device(r):
     case = random_case(r)
     assert off(in_lock_step(case), case.whole()) < 1e-6
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(RANDOM)
 def test_equals_one_device_in_float64(r):
     case = random_case(r, torch.float64)
     assert off(in_lock_step(case), case.whole()) < 1e-13
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(RANDOM)
 def test_masks_in_tiles(r):
     with pytest.MonkeyPatch.context() as patch:
@@ -40,12 +41,14 @@ def test_masks_in_tiles(r):
         assert off(in_lock_step(case), case.whole()) < 1e-6
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(RANDOM)
 def test_plain_products(r):
     """What is left where no kernel can do it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "choose", lambda *_: MATH)
+        patch.setattr(blocks, "for_masks", lambda *_: MATH)
+        patch.setattr(blocks, "TILE", r.choice([2**24, 50]))
         case = random_case(r)
         assert off(in_lock_step(case), case.whole()) < 1e-6
 
@@ -82,32 +85,56 @@ def test_queries_without_keys():
     assert all((lse == -math.inf).all() for _, lse in found)
 
 
-class Counting:
-    """Bytes that a generator's transfers sent."""
-
-    def __init__(self) -> None:
-        self.sent = 0
-
-    def __call__(self, asking):
-        answer = None
-        while True:
-            try:
-                asked = asking.send(answer)
-            except StopIteration as done:
-                return done.value
-            if isinstance(asked, Transfer):
-                self.sent += sum(asked.sent)
-            answer = yield asked
+def counting(asking, sent: list[int], rank: int):
+    """The same generator; what its transfers send is added to ``sent[rank]``."""
+    answer = None
+    while True:
+        try:
+            asked = asking.send(answer)
+        except StopIteration as done:
+            return done.value
+        if isinstance(asked, Transfer):
+            sent[rank] += sum(asked.sent)
+        answer = yield asked
 
 
 def counted(case: Case) -> tuple[list[int], list[int]]:
     """Bytes that each rank sent, forward and backward."""
     ranks = [case.rank(r) for r in range(case.ranks)]
-    there, back = [Counting() for _ in ranks], [Counting() for _ in ranks]
-    found = lock_step([count(forward(rank)) for count, rank in zip(there, ranks, strict=True)])
-    lock_step([count(backward(rank, case.cut(case.grad, r), *found[r])) for r, (count, rank) in enumerate(
-        zip(back, ranks, strict=True))])
-    return [c.sent for c in there], [c.sent for c in back]
+    there, back = [0] * case.ranks, [0] * case.ranks
+    found = lock_step([counting(forward(rank), there, r) for r, rank in enumerate(ranks)])
+    lock_step([counting(backward(rank, case.cut(case.grad, r), *found[r]), back, r) for r, rank in enumerate(ranks)])
+    return there, back
+
+
+@settings(max_examples=20)
+@given(RANDOM)
+def test_costs_are_what_is_sent_and_seen(r):
+    case = random_case(r)
+    there, back = counted(case)
+    k, v = (case.cut(x, 0).shape for x in (case.k, case.v))
+    ids = [(case.cut(t, 0, 1).shape, t.dtype) for name, t in case.ids.items() if name != "q_segments"]
+    assert costs.traffic_bytes(case.schedule, k, v, case.q.dtype, ids) == (max(there), max(back))
+    case.ids = {}
+    seen = [case.cut(case.seen(), rank).sum().item() // len(case.q) for rank in range(case.ranks)]
+    assert costs.pairs_seen(case.schedule) == max(seen)
+    q = case.cut(case.q, 0).shape
+    scores, sums = (2 * q[0] * q[1] * max(seen) * width for width in (q[3], v[3]))
+    assert costs.flops(case.schedule, q, v) == (scores + sums, 3 * scores + 2 * sums)
+
+
+def test_the_workspace_is_that_of_a_rank():
+    """It does not grow with the number of ranks; in a window it grows with what is reached, and is less than that of a ring."""
+    q, k = (1, 8, 64, 16), (1, 2, 64, 16)
+
+    def needed(ranks: int, window: int | None = None) -> tuple[int, int]:
+        return costs.workspace_bytes(Schedule(ranks, 64, 64, True, True, window), q, k, k, torch.bfloat16)
+
+    assert needed(1) < needed(2) == needed(8)
+    assert needed(4, 2) < needed(4, 8) < needed(4, 16)
+    assert needed(4, 2)[0] < needed(4)[0]
+    keys, out = 2 * 64 * 16 * 2 * 2, 8 * 64 * 16
+    assert needed(2)[0] == 2 * keys + out * (4 + 2) + 2 * 8 * 64 * 4  # two blocks; the sum and a part; two log-sum-exps
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
@@ -146,6 +173,21 @@ def test_a_block_contributes_its_part_of_the_gradient(kernel: Kernel, how):
         assert off([dk, dv], [g[:, :, keys] for g in wants[1:]]) < 1e-6
         dq += part
     assert off([dq], [wants[0]]) < 1e-6
+
+
+@pytest.mark.parametrize("kernel, seen", [
+    (FLASH, Seen()), (FLASH, Seen(causal=True)), (FLASH, Seen(band=(5, 0))), (CUDNN, Seen()), (CUDNN, Seen(causal=True)),
+    (EFFICIENT, Seen()), (EFFICIENT, Seen(causal=True)),
+    (EFFICIENT, Seen(mask=torch.ones(2, 1, 40, 40, dtype=torch.bool, device="meta"))),
+], ids=lambda x: getattr(x, "name", None))  # fmt: skip
+def test_kernels_of_gpus_are_called_as_they_are_declared(kernel, seen):
+    """Without elements: the operators take these arguments, and their results have these shapes."""
+    q, k = (torch.empty(2, 40, h, 20, dtype=torch.bfloat16, device="meta").transpose(1, 2) for h in (6, 2))
+    v = k if kernel is not EFFICIENT else k[..., :12]
+    out, lse = kernel.forward(q, k, v, seen, 0.3)
+    assert out.shape == (*q.shape[:3], v.shape[3]) and lse.shape == q.shape[:3] and lse.dtype == torch.float32
+    grads = kernel.backward(torch.empty_like(out), q, k, v, out, lse, seen, 0.3)
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
 def test_memory_efficient_attention_repeats_heads_and_adds_their_gradients(monkeypatch):

@@ -10,14 +10,18 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, fx, nn
 from torch._functorch import partitioners
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxpar import compat
 from fxpar.backends import simulate
+from fxpar.backends.inductor.liveness import Buffer, Lowering, size_of
 from fxpar.backends.remat import BLOCK, choose_recomputation
 from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.backends.transport.threads import Threads
+from fxpar.cost import operators
 from fxpar.errors import EquivalenceError
 from fxpar.ops.collectives import LONE, LoneRuntime, use_runtime
+from fxpar.ops.ring import costs
 from fxpar.ops.ring.operator import BACKWARD, FORWARD, axes_of, ring_attention
 from fxpar.plan import Plan
 from fxpar.sharding.mesh import BoundMesh, Mesh
@@ -137,7 +141,7 @@ def test_processes():
 # ---- what compilers see ----
 
 
-@pytest.mark.parametrize("case", EXAMPLES, ids=range(len(EXAMPLES)))
+@pytest.mark.parametrize("case", [EXAMPLES[0], EXAMPLES[4], *(pytest.param(c, marks=pytest.mark.slow) for c in EXAMPLES[1:4])])
 def test_what_pytorch_demands_of_an_operator(case):
     """Schemas, results of fake tensors (shapes and strides), gradients, and what AOTAutograd makes of it."""
     ids = [case.ids_of(0).get(n) for n in ("q_segments", "kv_segments", "kv_valid")]
@@ -215,6 +219,42 @@ def test_selective_keeps_what_attention_made(monkeypatch):
                                      lambda joint, how=how: choose_recomputation(joint, Plan(recompute=how)))
     assert [calls(found[how][1].graph, "ring_attention") for how in found] == [0, 0, 1]
     assert all(calls(backward.graph, "ring_attention_backward") == 1 for _, backward in found.values())
+
+
+# ---- what it costs ----
+
+
+def test_memory_is_predicted_with_its_workspace():
+    case = EXAMPLES[0]
+    operands = case.operands(0)
+    with use_runtime(LoneRuntime({"cp": 2})):
+        graphs = compat.lowered_graphs(program_of(case), list(operands), {})
+    q, k, v = (x.shape for x in operands)
+    for module, operator, want in zip(graphs, costs.OPERATORS, costs.workspace_bytes(case.schedule, q, k, v, torch.float32),
+                                      strict=True):
+        given = [Buffer(n, torch.float32, size_of(n.meta["val"])) for n in module.graph.find_nodes(op="placeholder")]
+        kernels = Lowering(module.graph, given).kernels
+        assert [k.workspace for k in kernels if k.workspace] == [want]
+        assert [k.nodes[0].target for k in kernels if k.workspace] == [operator]
+
+
+def test_floating_point_operations_are_counted():
+    """By fxpar's cost model, and by PyTorch's counter, of which the partitioner asks what it costs to make a value again."""
+    case = EXAMPLES[2]
+    operands = [x.detach().to("meta").requires_grad_() for x in case.operands(0)]
+    forward, backward = costs.flops(case.schedule, operands[0].shape, operands[2].shape)
+    with use_runtime(LoneRuntime({"cp": 2})):
+        with FlopCounterMode(display=False) as counter:
+            out = ring_attention(*operands, ("cp",), **case.settings)
+        assert counter.get_total_flops() == forward
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        assert counter.get_total_flops() == backward
+        graph = fx.Graph()
+        node = graph.call_function(ring_attention)
+        value, cost = operators._look(node, (*map(operators.Value.of, operands), ("cp",)), case.settings)
+    assert (cost.forward, cost.backward) == (forward, backward)
+    assert value.shape == operands[0].shape
 
 
 # ---- what is refused ----
