@@ -12,6 +12,7 @@ from fxpar.passes.canonical.masks import fold_masks
 from fxpar.passes.canonical.outputs import keep_loss
 from fxpar.passes.canonical.precision import cast_parameters
 from fxpar.passes.canonical.shift import label_all_tokens
+from fxpar.passes.canonical.sights import name_sights
 from fxpar.passes.canonical.simplify import simplify
 from fxpar.passes.infer.infer import infer
 from fxpar.passes.partition.partition import partition
@@ -37,6 +38,7 @@ def front(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
         ("outputs", keep_loss),
         ("precision", cast_parameters),
         ("masks", fold_masks),
+        ("sights", name_sights),
         ("gqa", fold_repeat_kv),
         ("shift", label_all_tokens),
         ("losses", expand_losses),

@@ -21,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.collectives import LoneRuntime, group_of, use_runtime
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.ring import chunks
 from fxpar.ops.ring import costs as ring
+from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.operator import ring_attention
 from fxpar.ops.ring.schedule import Schedule
 from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
@@ -179,6 +181,13 @@ def _ring(q: Tensor, k: Tensor, v: Tensor, axes: Axes, *, causal: bool = False, 
           **_: Any) -> tuple[int, int]:
     schedule = Schedule(group_of(axes)[1], q.shape[2], k.shape[2], causal, zigzag, window)
     forward, backward = ring.flops(schedule, q.shape, v.shape)
+    return forward, backward if q.requires_grad or v.requires_grad else 0
+
+
+@formula(attention_of_chunks)
+def _of_chunks(q: Tensor, k: Tensor, v: Tensor, starts: Any, *, causal: bool = False, window: int | None = None,
+               **_: Any) -> tuple[int, int]:
+    forward, backward = chunks.flops(q.shape, k.shape, v.shape, causal, window)
     return forward, backward if q.requires_grad or v.requires_grad else 0
 
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxpar.ops.rng import coordinates
+
+
+@dataclass(frozen=True)
+class MaskSight:
+    """What an attention mask says: a query sees the keys up to its own place (causal), of these the last `window`, those of its
+    own segment, and of all these those that are valid. The nodes: integers [b or 1, 1, q, 1] and [b or 1, 1, 1, k], both or none;
+    booleans [b or 1, 1, 1, k]."""
+
+    causal: bool
+    window: int | None
+    q_segments: fx.Node | None
+    kv_segments: fx.Node | None
+    valid: fx.Node | None
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool = False) -> bool:

@@ -49,6 +49,10 @@ class Place(NamedTuple):
     dealt: bool = False
 
 
+WHERE = Place(0)
+"""The place of a collective that has none."""
+
+
 P = ParamSpec("P")
 
 
@@ -246,8 +250,8 @@ class Collective:
     kind: str
     value: Any
     axes: Axes
-    place: Place | tuple[int, int] = Place(0)
-    to: Place | tuple[int, int] = Place(0)
+    place: Place = WHERE
+    to: Place = WHERE
     dtype: torch.dtype | None = None
     reduce: torch.dtype | None = None
     unsharded: Any = None

@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import fx
 
-from fxpar.ops.attention import windowed_attention
 from fxpar.ops.collectives import typed
 from fxpar.ops.ring import costs
 from fxpar.ops.ring.schedule import Schedule
 from fxpar.ops.vocabulary import ATTENTION
-from fxpar.passes.infer.rules.spec import Spec, bind
+from fxpar.passes.infer.rules.attention import sight_of
+from fxpar.passes.infer.rules.spec import Spec
 from fxpar.passes.place.place import circulating
 from fxpar.plan import Plan
 from fxpar.program import Program, module_path
@@ -67,10 +65,10 @@ def _row(program: Program, node: fx.Node, at: Layout) -> AttentionRow:
     there, back = _collected(program, node)
     workspace = 0, 0
     if ring:
-        schedule, shapes, dtype = _ring(node, spec, at, mesh, ring)
-        more, behind = costs.traffic_bytes(schedule, *shapes[1:], dtype)
+        schedule, q, k, v = _ring(node, spec, at, mesh, ring)
+        more, behind = costs.traffic_bytes(schedule, k, v, node.meta["val"].dtype)
         there, back = there + more, back + (behind if program.training else 0)
-        workspace = costs.workspace_bytes(schedule, *shapes, dtype)
+        workspace = costs.workspace_bytes(schedule, q, k, v, node.meta["val"].dtype)
     where = re.sub(r"\b\d+\b", "*", module_path(node))
     return AttentionRow(where, 1, ", ".join(how) or "whole on every rank", _why(node, plan, mesh, heads, queries, ring),
                         (there, back if program.training else 0), workspace)
@@ -88,8 +86,8 @@ def _why(node: fx.Node, plan: Plan, mesh: Mesh, heads: Axes, queries: Axes, ring
     if left:
         reasons.append(f"its heads do not divide by {'+'.join(left)}")
     if queries and not ring and plan.sends_around:
-        mask = node.target is not windowed_attention and bind(node)["attn_mask"] is not None
-        reasons.append("its mask is a tensor" if mask else "its keys are not of the queries' sequence, or tp splits it too")
+        reasons.append("its mask is a tensor" if sight_of(node) is None else
+                       "its keys are not of the queries' sequence, or tp splits it too")
     return "; ".join(reasons)
 
 
@@ -110,14 +108,13 @@ def _collected(program: Program, node: fx.Node) -> tuple[int, int]:
     return there, back
 
 
-def _ring(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh, axes: Axes) -> tuple[Schedule, list[list[int]], torch.dtype]:
-    """The schedule of a ring, the shapes of a rank's queries, keys and values, and their dtype."""
-    shapes = [local_shape(o.dims, at, mesh) for o in spec.operands[:3]]
-    window: Any = node.kwargs.get("window")
-    causal = window is not None or bool(bind(node)["is_causal"])
+def _ring(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh, axes: Axes) -> tuple[Schedule, list[int], list[int], list[int]]:
+    """The schedule of a ring, and the shapes of a rank's queries, keys and values."""
+    q, k, v = (local_shape(o.dims, at, mesh) for o in spec.operands[:3])
+    sight = sight_of(node)
+    assert sight is not None
     dealt = any(f.causal for f in leaves(spec.outs[0][-2]))
-    schedule = Schedule(mesh.size(*axes), shapes[0][2], shapes[1][2], causal, dealt, window)
-    return schedule, shapes, node.meta["val"].dtype
+    return Schedule(mesh.size(*axes), q[2], k[2], sight.causal, dealt, sight.window), q, k, v
 
 
 def gathered_note(program: Program) -> list[str]:

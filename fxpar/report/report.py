@@ -63,8 +63,8 @@ class Report:
     mesh: of the ranks that run one program; under pp there are as many meshes as pipeline ranks.
     memory: bytes that are there between steps: "parameters", "optimizer" (AdamW's two moments, in the parameters' dtypes); and
     "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward.
-    attention: how each runs under context parallelism. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are each those of the
-    pipeline rank that has most.
+    attention: how each runs under context parallelism. pipeline: its stages, under pp. Then `memory`, `flops` (here with what
+    is recomputed) and `peak` are each those of the pipeline rank that has most.
     """
 
     plan: Plan
@@ -100,8 +100,9 @@ class Report:
         peak, pipeline = self._peak(), self.pipeline
         mesh = f"{KIND}={self.plan.pp} x {self.mesh}" if pipeline else str(self.mesh)
         pipes = pipeline.lines(None if isinstance(peak, str) else pipeline.peaks) if pipeline else []
+        attention = [*lines(self.attention), ""] if self.attention else []
         return "\n".join([f"plan {self.plan}   mesh {mesh}   world size {self.plan.world_size}", "",
-                          *self._parameters(), "", *self._collectives(), "", *([*lines(self.attention), ""] if self.attention else []), *pipes, *([""] if pipes else []),
+                          *self._parameters(), "", *self._collectives(), "", *attention, *pipes, *([""] if pipes else []),
                           "memory a rank: " + ", ".join(f"{k} {v / GIB:.3f} GiB" for k, v in self.memory.items()),
                           f"peak memory a rank: {peak}",
                           f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",

@@ -11,12 +11,11 @@ import torch
 from torch import fx
 
 from fxpar.errors import PlanError
-from fxpar.ops.attention import windowed_attention
 from fxpar.ops.pick import pick
 from fxpar.ops.vocabulary import ATTENTION
+from fxpar.passes.infer.rules.attention import sight_of
 from fxpar.passes.infer.rules.matmul import grouped_product
 from fxpar.passes.infer.rules.registry import find
-from fxpar.passes.infer.rules.spec import bind
 from fxpar.program import Program
 from fxpar.sharding.factors import Factor, leaves
 
@@ -75,7 +74,7 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
             q, k, v = (n.meta["dims"] for n in node.args[:3])
             _give(q[-2], "seq")
             _give(k[-2], "seq")
-            if node.target is windowed_attention or bind(node)["is_causal"]:
+            if (sight := sight_of(node)) is not None and sight.causal:
                 for f in set(leaves(q[-2])) & set(leaves(k[-2])):
                     f.causal = True
             if len(q) == 4:

@@ -20,7 +20,16 @@ from fxpar.passes.place.place import circulating, fits
 from fxpar.program import Program, copy_provenance
 from fxpar.sharding.factors import Dim, Dims, Factor, leaves
 from fxpar.sharding.layout import (
-    Layout, axes_on, dealt_to, in_order, is_dealt, local_extent, local_shape, place_of, show, tiling,
+    Layout,
+    axes_on,
+    dealt_to,
+    in_order,
+    is_dealt,
+    local_extent,
+    local_shape,
+    place_of,
+    show,
+    tiling,
 )  # fmt: skip
 from fxpar.sharding.mesh import Axes
 
@@ -154,7 +163,7 @@ class Local:
         What is made from a parameter as it is stored takes it as it is stored."""
         if self.node in self.owner.placed.stored:
             return self.owner.local[operand.node]
-        gathered = () if self.ring else operand.gathered
+        gathered = () if self.ring and operand in self.spec.circulates else operand.gathered
         own = {f for d in operand.dims for f in leaves(d)} - {g for f in gathered for g in f.leaves()}
         want: dict[str, Factor | bool] = {a: (f if f in own else True) for a, f in at.items()}
         want.update(dict.fromkeys(self.placement.varies, True))
@@ -164,6 +173,37 @@ class Local:
     def is_dealt(self, dim: Dim) -> bool:
         """Whether ranks hold dealt parts of a dim."""
         return any(dealt_to(f, self.at, self.mesh) > 1 for f in leaves(dim))
+
+    def along(self, strategy: str) -> bool:
+        """Whether the operator is split along some axis of a strategy."""
+        return bool(set(self.mesh.axes(strategy)) & self.at.keys())
+
+    def starts(self, dim: Dim) -> list[Any] | None:
+        """Where the chunks of equal length begin that this rank's part of a dim consists of; None where they are no such chunks."""
+        flat = leaves(dim)
+        axes, ranks = self.axes(dim), dealt_to(flat[0], self.at, self.mesh) if flat else 1
+        if not axes:
+            return [0]
+        if len(flat) > 1 or (ranks > 1 and self.mesh.size(*axes) > ranks):
+            return None
+        if ranks == 1:
+            return [self.offset(dim)]
+        chunk = flat[0].size // (2 * ranks)
+        first = self.call(operator.mul, self.call(axis_index, axes_on(flat[0], self.at, self.mesh)), chunk)
+        return [first, self.call(operator.sub, (2 * ranks - 1) * chunk, first)]
+
+    def row(self, node: fx.Node) -> fx.Node:
+        """An operand that is a number for each place of a sequence, [b or 1, 1, ...], as [b or 1, places]."""
+        dims = node.meta["dims"]
+        return self.call(aten.reshape.default, self._operands[node], [self.extent(dims[0]) if dims[0] else 1, -1])
+
+    def part_of_row(self, row: fx.Node, dim: Dim) -> fx.Node:
+        """Of what `row` makes, the part that a rank has of a dim."""
+        layout: Layout = {}
+        for leaf in leaves(dim):
+            for axis in axes_on(leaf, self.at, self.mesh):
+                row = self.owner.reshard.shard(row, ((), dim), layout, axis, leaf, self.node)
+        return row
 
     def build(self) -> Any:
         made = self.spec.emit(self) if self.spec.emit is not None else self.default()

@@ -58,7 +58,7 @@ class Resharder:
         minor of its factor, is gathered before."""
         axis = next((a for a in reversed(self.mesh.names) if self._is_last(layout, a) and self._goes(dims, layout, want, a)), None)
         while axis is not None:
-            old, new = layout[axis], want.get(axis)
+            new = want.get(axis)
             if isinstance(new, Factor):
                 value = self._exchange(value, dims, layout, axis, new, user)
             else:

@@ -308,7 +308,7 @@ def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
 
 def circulating(spec: Spec, at: Layout, mesh: Mesh, plan: Plan) -> Axes:
     """The axes along which what an operator would gather goes round instead, if it can and the plan has it so."""
-    split = {f for dim in spec.circulates for f in dim.leaves()}
+    split = {f for o in spec.circulates for dim in o.gathered for f in dim.leaves()}
     axes = tuple(a for a in mesh.names if at.get(a) in split)
     return axes if plan.sends_around and set(axes) <= set(mesh.axes("cp")) else ()
 

@@ -12,8 +12,8 @@ from fxpar.sharding.factors import Dim, Factor, extent, leaves
 def check_sequences(program: Program) -> Program:
     """Refuse sequences that the ranks of cp cannot share.
 
-    Takes: an inferred program, which stays as it is. Raises: `PlanError` for a sequence whose length cp does not divide, or, where
-    causal attention goes along it, which is then dealt in chunks, 2 cp; and for a model without any.
+    Takes: an inferred program, which stays as it is. Raises: `PlanError` for a sequence whose length cp does not divide, or,
+    where causal attention goes along it, so that it is dealt in chunks, 2 cp; and for a model without any.
     """
     cp = program.plan.cp
     if cp == 1:

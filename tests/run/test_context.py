@@ -59,7 +59,7 @@ def one_step(module: Any, ids: Tensor, clip: Any) -> dict[str, Any]:
     """Of training: the loss, the gradients, and the logits before it."""
     out = module(ids)
     out["loss"].backward()
-    made = {"loss": full(out["loss"]), "logits": full(out["logits"]), "grads": {n: full(p.grad) for n, p in module.named_parameters()}}
+    made = {k: full(v) for k, v in out.items()} | {"grads": {n: full(p.grad) for n, p in module.named_parameters()}}
     clip(0.1)
     torch.optim.AdamW(module.parameters(), lr=1e-2).step()
     return made

@@ -3,9 +3,9 @@
     attention_of_chunks(q, k, v, starts, *, causal=False, window=None, scale=None,
                         q_segments=None, kv_segments=None, kv_valid=None) -> out
 
-As `ring_attention` with one rank (operator.py), but that q has len(starts) chunks of equal length, one behind the other, of which
-each begins where `starts` says in the sequence that k and v are whole of. What a chunk does not see is not computed, and no mask is
-larger than a tile (blocks.py).
+As `ring_attention` with one rank (operator.py), but that q has len(starts) chunks of equal length, one behind the other, of
+which each begins where `starts` says in the sequence that k and v have whole. What a chunk does not see is not computed, and no
+mask is larger than a tile (blocks.py).
 """
 
 from __future__ import annotations

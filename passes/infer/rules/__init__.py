@@ -3,7 +3,8 @@
 spec        what a rule says, and the einsum notation that most are written in
 registry    the table operator -> rule; what has none runs whole, and the report says so
 pointwise   elementwise operators that PyTorch does not tag as such, dropout
-matmul      products, lookups, attention
+matmul      products, lookups
+attention   attention
 reduce      sums, means, softmax, norms, sorts
 view        reshape, transpose, expand, repeat
 index       slices, splits, concatenation, gather, scatter
@@ -11,7 +12,7 @@ factory     operators that make tensors
 conv        convolution, pooling, resampling
 """
 
-from fxpar.passes.infer.rules import conv, factory, index, matmul, pointwise, reduce, view
+from fxpar.passes.infer.rules import attention, conv, factory, index, matmul, pointwise, reduce, view
 from fxpar.passes.infer.rules.registry import RULES, notation, rule, spec_for
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, einsum
 
@@ -20,6 +21,7 @@ __all__ = [
     "Op",
     "Operand",
     "Spec",
+    "attention",
     "conv",
     "einsum",
     "factory",

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxpar.passes.infer.rules.registry import rule
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, broadcast, relate, unknown
-from fxpar.sharding.factors import Dim, Dims, Factor, extent
+from fxpar.sharding.factors import Dim, Factor, extent
 
 aten = torch.ops.aten
 

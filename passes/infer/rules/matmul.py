@@ -1,4 +1,4 @@
-"""Rules of matrix products, lookups and attention."""
+"""Rules of matrix products and lookups."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import torch
 from torch import fx
 
 from fxpar.errors import UnsupportedOperator
-from fxpar.ops.attention import attention_of_rows, windowed_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.pick import pick
-from fxpar.ops.ring.operator import ring_attention
-from fxpar.ops.vocabulary import ATTENTION
 from fxpar.ops.within import within
 from fxpar.passes.infer.rules.registry import notation, rule
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, einsum, unknown
 from fxpar.program import user_line
-from fxpar.sharding.factors import Dim, Factor, extent, leaves
+from fxpar.sharding.factors import Dim, Factor, extent
 
 aten = torch.ops.aten
 
@@ -218,68 +215,3 @@ def _emit_pick(local):
     index = local.call(within, index, extent(local.spec.operands[0].dims[-1]))
     offset = local.offset(local.spec.operands[0].dims[-1])
     return local.call(pick, x, index if offset is None else local.call(aten.sub.Tensor, index, offset))
-
-
-@rule(*ATTENTION)
-def attention(op: Op) -> Spec:
-    """Batch, heads and queries are parallel; keys and values are gathered where they are of the queries' sequence."""
-    args: Any = op.node.args
-    q, k, v = args[:3]
-    mask = op["attn_mask"] if op.target is not windowed_attention else None
-    grouped = bool(op["enable_gqa"]) and op.shape(q)[-3] != op.shape(k)[-3]
-    if len(op.dims(q)) != 4 or len(op.dims(k)) != 4 or len(op.dims(v)) != 4:
-        return _attention_any_rank(op, q, k, v, mask)
-    if not grouped:
-        spec = einsum(op, "b h q d!, b h k! d!, b h k! e -> b h q e", [q, k, v])
-    else:
-        spec = einsum(op, "b h q d!, b j k! d!, b j k! e -> b h q e", [q, k, v])
-        spec.sums.clear()
-        spec.maxes.clear()
-        _group_heads(op, spec, q, k)
-    spec.sums.clear()
-    spec.emit = _emit_attention
-    if isinstance(mask, fx.Node):
-        _mask_operand(op, spec, mask)
-    elif leaves(op.dim(q, 2)) == leaves(op.dim(k, 2)):
-        spec.circulates = set(op.dim(k, 2))
-    return spec
-
-
-def _emit_attention(local):
-    """A causal mask depends on where in the sequence this rank's queries are."""
-    a, queries = local.op, local.spec.outs[0][-2]
-    window = a["window"] if a.target is windowed_attention else None
-    if local.ring:
-        return local.call(ring_attention, *local.args[:3], local.ring, causal=bool(window or a["is_causal"]),
-                          zigzag=local.is_dealt(queries), window=window, scale=a["scale"])
-    if not local.axes(queries) or not (window or a["is_causal"]):
-        return local.default()
-    (rows,) = local.grid((queries,))
-    return local.call(attention_of_rows, *local.args[:3], rows=rows, window=window, scale=a["scale"],
-                      enable_gqa=bool(a["enable_gqa"]))
-
-
-def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
-    """Query heads are (key/value heads, group): the major part is the key/value heads themselves."""
-    heads, kv = op.dim(q, 1), op.dim(k, 1)
-    group = op.factors.new(extent(heads) // max(extent(kv), 1))
-    if not op.factors.align(heads, (*kv, *group)):
-        spec.whole.update(heads, kv)
-
-
-def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:
-    """An explicit mask broadcasts to [..., q, k], and is gathered along k."""
-    dims, rows = op.dims(mask), spec.outs[0][:-1]
-    for have, want in zip(reversed(dims[:-1]), reversed(rows), strict=False):
-        if have and not op.factors.align(want, have):
-            spec.whole.update(have, want)
-    spec.operands.append(Operand(mask, dims, gathered=set(dims[-1]) if dims else set()))
-
-
-def _attention_any_rank(op: Op, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> Spec:
-    spec = einsum(op, "... q d!, ... k! d!, ... k! e -> ... q e", [q, k, v])
-    spec.sums.clear()
-    spec.emit = _emit_attention
-    if isinstance(mask, fx.Node):
-        _mask_operand(op, spec, mask)
-    return spec

@@ -53,8 +53,8 @@ class Spec:
     sizes: arguments that spell sizes, and the dims they spell (rewritten to local sizes).
     emit: how to build the local program, where calling the same operator on local operands is not it.
     contiguous: its operands must be (what was gathered need not be). unknown: the operator has no rule; it runs whole.
-    circulates: factors that operands have gathered, but which may also stay split along a ring of ranks: `emit` then has each
-    rank's part go round.
+    circulates: operands that are gathered, but may also stay split along a ring of ranks: `emit` then has each rank's part go
+    round.
     """
 
     operands: list[Operand]
@@ -68,7 +68,7 @@ class Spec:
     emit: Callable[[Any], Any] | None = None
     contiguous: bool = False
     unknown: bool = False
-    circulates: set[Factor] = field(default_factory=set)
+    circulates: list[Operand] = field(default_factory=list)
 
 
 class Op:
