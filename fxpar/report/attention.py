@@ -12,6 +12,7 @@ from fxpar.ops.collectives import typed
 from fxpar.ops.ring import costs
 from fxpar.ops.ring.schedule import Schedule
 from fxpar.ops.vocabulary import ATTENTION
+from fxpar.passes.infer.roles import SOFTMAX
 from fxpar.passes.infer.rules.attention import sight_of
 from fxpar.passes.infer.rules.spec import Spec
 from fxpar.passes.place.place import circulating
@@ -46,8 +47,10 @@ def attention_rows(program: Program, count: int) -> list[AttentionRow]:
         return []
     rows: dict[AttentionRow, int] = {}
     for node, placement in program.placements.operators.items():
-        if node.target in ATTENTION:
-            row = _row(program, node, placement.at)
+        row = _row(program, node, placement.at) if node.target in ATTENTION else None
+        if node.target in SOFTMAX and _is_written_out(node):
+            row = _written_out(program, node, placement.at)
+        if row is not None:
             rows[row] = rows.get(row, 0) + count
     return [replace(row, count=n) for row, n in rows.items()]
 
@@ -72,6 +75,26 @@ def _row(program: Program, node: fx.Node, at: Layout) -> AttentionRow:
     where = re.sub(r"\b\d+\b", "*", module_path(node))
     return AttentionRow(where, 1, ", ".join(how) or "whole on every rank", _why(node, plan, mesh, heads, queries, ring),
                         (there, back if program.training else 0), workspace)
+
+
+def _is_written_out(node: fx.Node) -> bool:
+    """Whether a softmax is that of attention, in a model that does without the operator."""
+    dims = node.meta["dims"]
+    return len(dims) > 2 and any(f.role == "seq" for f in leaves(dims[-2])) and any(
+        f.role in ("seq", "keys") for f in leaves(dims[-1]))
+
+
+def _written_out(program: Program, node: fx.Node, at: Layout) -> AttentionRow:
+    queries = _on(at, program.mesh, [node.meta["dims"][-2]])
+    how = f"written out; keys and values gathered over {'+'.join(queries)}" if queries else "written out; whole on every rank"
+    path, cp, there, back = module_path(node), set(program.mesh.axes("cp")), 0, 0
+    for new in program.graph.nodes:
+        made = typed(new)
+        if made is not None and made.gathers and cp & set(made.axes) and module_path(new) == path and "unshard" not in new.meta:
+            there += new.meta.get("bytes", 0)
+            back += new.meta.get("bytes", 0) if new.meta.get("needs_grad") and program.training else 0
+    return AttentionRow(re.sub(r"\b\d+\b", "*", path), 1, how,
+                        "it is no attention operator: so a model, or dropout of its weights, has it", (there, back), (0, 0))
 
 
 def _on(at: Layout, mesh: Mesh, dims: Iterable[Dim]) -> Axes:

@@ -1,8 +1,8 @@
 """Layouts: which mesh axes each factor of a tensor lies on, and in which order.
 
-Axes split a factor in the order of the mesh, but for heads: there those of "a2a" come last, as attention splits further what tp
-has split already. A sequence that causal attention goes along is *dealt* over the axes of cp (see fxpar/sharding/deal.py), so that
-every rank has as many pairs of queries and keys to look at; along other axes, and other factors, ranks hold neighbouring parts.
+Axes split a factor in the order of the mesh, but for heads: there those of "a2a" come last, as attention splits further what
+tp has split already. A sequence that causal attention goes along is *dealt* over the axes of cp (see deal.py), so that every
+rank has as many pairs of queries and keys to look at; along other axes, and other factors, ranks hold neighbouring parts.
 """
 
 from __future__ import annotations

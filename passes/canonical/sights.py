@@ -22,10 +22,10 @@ COPIES = (aten.expand.default, aten.clone.default, aten.contiguous.default, aten
 def name_sights(program: Program) -> Program:
     """Say what masks are made of, where that is less than the mask.
 
-    Takes: a functional program whose constant masks are gone. The graph stays as it is. Afterwards: ``meta["sight"]`` of a boolean
-    mask [b or 1, 1, q, k] of `scaled_dot_product_attention` is a `MaskSight`, if the mask is a conjunction of what is constant and
-    causal, of one comparison of integers of queries and of keys (segments), and of one boolean for each key (padding), each of
-    which may be missing.
+    Takes: a functional program whose constant masks are gone. The graph stays as it is. Afterwards: ``meta["sight"]`` of a
+    boolean mask [b or 1, 1, q, k] of `scaled_dot_product_attention` is a `MaskSight`, if the mask is a conjunction of what is
+    constant and causal, of one comparison of integers of queries and of keys (segments), and of one boolean for each key
+    (padding), each of which may be missing.
     """
     constant: set[fx.Node] | None = None
     tried: set[fx.Node] = set()

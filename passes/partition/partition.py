@@ -179,7 +179,7 @@ class Local:
         return bool(set(self.mesh.axes(strategy)) & self.at.keys())
 
     def starts(self, dim: Dim) -> list[Any] | None:
-        """Where the chunks of equal length begin that this rank's part of a dim consists of; None where they are no such chunks."""
+        """Where the chunks of equal length begin that are this rank's part of a dim; None where it is no such chunks."""
         flat = leaves(dim)
         axes, ranks = self.axes(dim), dealt_to(flat[0], self.at, self.mesh) if flat else 1
         if not axes:

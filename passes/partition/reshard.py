@@ -56,15 +56,16 @@ class Resharder:
     def _exchanged(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, grad: bool, user: fx.Node) -> fx.Node:
         """`value` with the axes exchanged that can be. One that is gathered anyway, and keeps one that is not from being the most
         minor of its factor, is gathered before."""
-        axis = next((a for a in reversed(self.mesh.names) if self._is_last(layout, a) and self._goes(dims, layout, want, a)), None)
-        while axis is not None:
+        def next_axis() -> str | None:
+            minor_first = (a for a in reversed(self.mesh.names) if self._is_last(layout, a))
+            return next((a for a in minor_first if self._goes(dims, layout, want, a)), None)
+
+        while (axis := next_axis()) is not None:
             new = want.get(axis)
             if isinstance(new, Factor):
                 value = self._exchange(value, dims, layout, axis, new, user)
             else:
                 value = self._gather(value, dims, layout, (axis,), varying=grad and new is True, user=user)
-            axis = next((a for a in reversed(self.mesh.names)
-                         if self._is_last(layout, a) and self._goes(dims, layout, want, a)), None)
         return value
 
     def _goes(self, dims: Dims, layout: Layout, want: Want, axis: str) -> bool:
