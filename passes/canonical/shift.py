@@ -11,6 +11,7 @@ from fxpar.passes.rewrite import Rewriter
 from fxpar.program import Program
 
 aten = torch.ops.aten
+FLAT = (*RESHAPES, aten.flatten.using_ints)
 COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.to.dtype)
 NONE = 0
 
@@ -35,27 +36,30 @@ def _label_all(program: Program, node: fx.Node) -> None:
     cut = _cut(x)
     if cut is None or a["reduction"] == NONE or labels.meta["val"].is_floating_point():
         return
-    whole, dim, start = cut
+    whole, dim, start, dtypes = cut
     *lead, classes = whole.meta["val"].shape
     lead[dim] -= 1
     r = Rewriter(program.graph, node)
     pads = [0, 0] * (len(lead) - 1 - dim) + [start, 1 - start]
     labels = r.call(aten.constant_pad_nd.default, r.call(aten.reshape.default, labels, lead), pads, a["ignore_index"])
-    dtype = x.meta["val"].dtype
     rows = r.call(aten.reshape.default, whole, [-1, classes])
-    rows = rows if whole.meta["val"].dtype == dtype else r.call(aten.to.dtype, rows, dtype)
+    for dtype in dtypes:
+        rows = r.call(aten.to.dtype, rows, dtype)
     node.args = (rows, r.call(aten.reshape.default, labels, [-1]), *node.args[2:])
 
 
-def _cut(x: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """If `x` is rows of classes, the flattened leading dims of a tensor without one end: that tensor, its dim, and the number of
-    elements that lack at the beginning (0 or 1, of the one that lacks)."""
+def _cut(x: fx.Node) -> tuple[fx.Node, int, int, list[torch.dtype]] | None:
+    """If `x` is rows of classes, the flattened leading dims of a tensor without one end: that tensor, its dim, the number of
+    elements that lack at the beginning (0 or 1, of the one that lacks), and what it is cast to, in order."""
     if x.meta["val"].dim() != 2:
         return None
-    flattened = False
-    while x.target in COPIES or (x.target in RESHAPES and not flattened):
-        flattened = flattened or x.target in RESHAPES
-        x = x.args[0]  # type: ignore[assignment]
+    flattened, dtypes = False, []
+    while x.target in COPIES or (x.target in FLAT and not flattened):
+        flattened = flattened or x.target in FLAT
+        before: fx.Node = bind(x)["self"]
+        if before.meta["val"].dtype != x.meta["val"].dtype:
+            dtypes.insert(0, x.meta["val"].dtype)
+        x = before
     if not flattened or x.target is not aten.slice.Tensor:
         return None
     a = bind(x)
@@ -63,4 +67,4 @@ def _cut(x: fx.Node) -> tuple[fx.Node, int, int] | None:
     shape, dim = whole.meta["val"].shape, a["dim"] % whole.meta["val"].dim()
     if a["step"] != 1 or dim == len(shape) - 1 or x.meta["val"].shape[dim] != shape[dim] - 1:
         return None
-    return whole, dim, int((a["start"] or 0) == 1)
+    return whole, dim, int((a["start"] or 0) == 1), dtypes
