@@ -16,6 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.ring.chunks import FORWARD as CHUNKS
+from fxpar.ops.ring.operator import FORWARD as RING
 from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
 from fxpar.plan import Plan
 from fxpar.program import block_path
@@ -23,6 +25,7 @@ from fxpar.sharding.facts import local_value
 
 aten = torch.ops.aten
 SAVE, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
+ATTENTION = (RING.overloadpacket, CHUNKS.overloadpacket)
 PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten._grouped_mm, grouped_mm.overloadpacket)
 CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.kthvalue, aten.multinomial)
 """Operators that choose among elements. What they chose is kept: made again, rounded otherwise, they may choose otherwise
@@ -111,7 +114,7 @@ def _packet(node: fx.Node) -> Any:
 
 def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
     packet = _packet(node)
-    attention = packet is not None and packet.__name__.startswith(ATTENTION_KERNEL)
+    attention = packet is not None and (packet in ATTENTION or packet.__name__.startswith(ATTENTION_KERNEL))
     if packet in PRODUCTS or attention or node.target is WAIT:
         return SAVE
     return AGAIN if _block(_made_by(node)) else None

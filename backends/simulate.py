@@ -15,6 +15,8 @@ from torch import Tensor, fx
 
 from fxpar.ops import collectives
 from fxpar.ops.collectives import Collective, Direction, PlaceInDim, typed
+from fxpar.ops.ring.operator import ring_attention
+from fxpar.ops.ring.together import attend_together
 from fxpar.sharding.mesh import Axes, Mesh
 
 
@@ -79,6 +81,8 @@ def run(module: fx.GraphModule, mesh: Mesh, inputs: list[list[Any]], watch: Watc
             env[node] = _collective(made, mesh, env[made.value])
         elif node.target is collectives.axis_index:
             env[node] = [mesh.index(r, node.args[0]) for r in ranks]
+        elif node.target is ring_attention:
+            env[node] = attend_together(mesh, [_arguments(node, env, r) for r in ranks])
         else:
             env[node] = [_call(node, env, r) for r in ranks]
         if watch is not None:
@@ -109,8 +113,13 @@ class Lockstep:
         return [list(found[r * count : (r + 1) * count]) for r in range(len(inputs))]
 
 
-def _call(node: fx.Node, env: dict[fx.Node, list[Any]], rank: int) -> Any:
+def _arguments(node: fx.Node, env: dict[fx.Node, list[Any]], rank: int) -> tuple[Any, Any]:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n][rank])
+    return args, kwargs
+
+
+def _call(node: fx.Node, env: dict[fx.Node, list[Any]], rank: int) -> Any:
+    args, kwargs = _arguments(node, env, rank)
     target: Any = node.target
     return target(*args, **kwargs)
 

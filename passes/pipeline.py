@@ -12,11 +12,14 @@ from fxpar.passes.canonical.losses import expand_losses
 from fxpar.passes.canonical.masks import fold_masks
 from fxpar.passes.canonical.outputs import keep_loss
 from fxpar.passes.canonical.precision import cast_parameters
+from fxpar.passes.canonical.shift import label_all_tokens
+from fxpar.passes.canonical.sights import name_sights
 from fxpar.passes.canonical.simplify import simplify
 from fxpar.passes.infer.infer import infer
 from fxpar.passes.partition.partition import partition
 from fxpar.passes.place.axes import refine_axes
 from fxpar.passes.place.place import place
+from fxpar.passes.strategies.context import check_sequences
 from fxpar.passes.strategies.microbatches import take_out_time
 from fxpar.passes.strategies.replicas import average_replicas
 from fxpar.passes.strategies.zero import shard_storage
@@ -36,7 +39,9 @@ def front(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
         ("outputs", keep_loss),
         ("precision", cast_parameters),
         ("masks", fold_masks),
+        ("sights", name_sights),
         ("gqa", fold_repeat_kv),
+        ("shift", label_all_tokens),
         ("losses", expand_losses),
         ("experts", sort_by_expert),
         ("dropout", counter_dropout),
@@ -47,6 +52,7 @@ def front(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
 def back(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
     """The passes that make the program of one rank under a plan, in order."""
     return [
+        ("context", check_sequences),
         ("axes", refine_axes),
         ("place", lambda p: place(p, pinned)),
         ("zero", lambda p: shard_storage(p, pinned)),

@@ -81,8 +81,9 @@ def _buckets(gathers: list[fx.Node], limit: int) -> list[list[fx.Node]]:
 
 
 def _from_input(node: fx.Node) -> bool:
-    """Made from one input of the graph alone, such as a stored parameter: no computation has to come before."""
-    while node.op != "placeholder" and len(node.all_input_nodes) == 1:
+    """Made from one input of the graph alone, such as a stored parameter: neither computation nor communication has to come
+    before."""
+    while len(node.all_input_nodes) == 1 and node.target is not WAIT:
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
 

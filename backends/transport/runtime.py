@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxpar.backends.transport.base import NCCL, Transport
 from fxpar.ops.collectives import typed
+from fxpar.ops.ring.operator import axes_of
 from fxpar.sharding.mesh import Axes, BoundMesh
 
 c10d = torch.ops._c10d_functional
@@ -59,8 +60,10 @@ class GroupRuntime(FunctionalRuntime):
     def prepare(self, module: fx.GraphModule) -> None:
         """Make every process group that `module` uses, in program order (the same on every rank)."""
         for node in module.graph.nodes:
-            if (made := typed(node)) is not None:
-                self.mesh.group(made.axes)
+            made = typed(node)
+            axes = axes_of(node) if made is None else made.axes
+            if axes is not None:
+                self.mesh.group(axes)
 
     def size(self, axes: Axes) -> int:
         return self.mesh.mesh.size(*axes)

@@ -185,26 +185,30 @@ class ThreadGroup(dist.ProcessGroup):
         self.registered = f"fxpar-threads{next(_count)}-{'-'.join(axes)}"
         self._meetings = {rank: meeting for group in groups for meeting in [_Meeting(list(group))] for rank in group}
 
+    def rank(self) -> int:
+        """This thread's number within its group."""
+        return self._meetings[_current.rank].ranks.index(_current.rank)
+
     def abort(self) -> None:
         """Whoever waits, or ever will, fails at once."""
         for meeting in self._meetings.values():
             meeting.barrier.abort()
 
     def _exchange(self, what: str, mine: Sequence[Tensor], to: Sequence[Tensor],
-                  combine: Callable[[int, list[Tensor], int], Tensor]) -> dist.Work:
-        """to[i] becomes ``combine(i, everyone's mine[i], my index)``."""
+                  combine: Callable[[int, list[list[Tensor]], int], Tensor], alike: bool = True) -> dist.Work:
+        """to[i] becomes ``combine(i, everyone's mine, my index)``. alike: ranks give tensors of the same shapes."""
         meeting = self._meetings[_current.rank]
         index = meeting.ranks.index(_current.rank)
         if not all(_is_dense(x) for x in (*mine, *to)):
             raise EquivalenceError(f"{what} of tensors with gaps, or whose elements overlap, which NCCL refuses: "
                                    f"{[(list(x.shape), x.stride()) for x in (*mine, *to)]}")
-        text = f"{what} of {[(str(x.dtype)[6:], list(x.shape)) for x in mine]} over {self.registered}"
+        text = f"{what} of {[(str(x.dtype)[6:], list(x.shape) if alike else '...') for x in mine]} over {self.registered}"
         meeting.entries[index] = text, list(mine)
         _wait(meeting.barrier, text)
         entries = list(meeting.entries)
         different = next((i for i, (other, _) in enumerate(entries) if other != text), None)
         made = [] if different is not None else [
-            combine(i, [tensors[i] for _, tensors in entries], index) for i in range(len(mine))]
+            combine(i, [tensors for _, tensors in entries], index) for i in range(len(to))]
         if len(entries) == 1:
             made = [x.clone() for x in made]  # what combines one tensor may return it
         _wait(meeting.barrier, text)
@@ -215,29 +219,38 @@ class ThreadGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:  # type: ignore[override]
         largest = options is not None and options.reduceOp == dist.ReduceOp.MAX
+        combine = torch.maximum if largest else torch.add
         return self._exchange("all_reduce max" if largest else "all_reduce", tensors, tensors,
-                              lambda i, xs, me: functools.reduce(torch.maximum if largest else torch.add, xs))
+                              lambda i, given, me: functools.reduce(combine, [xs[i] for xs in given]))
 
     def allreduce_coalesced(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
         return self.allreduce(tensors, options)
 
     def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
-        return self._exchange("all_gather", inputs, outputs, lambda i, xs, me: torch.cat(xs).view(outputs[i].shape))
+        return self._exchange("all_gather", inputs, outputs,
+                              lambda i, given, me: torch.cat([xs[i] for xs in given]).view(outputs[i].shape))
 
     def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
-        def combine(i: int, xs: list[Tensor], me: int) -> Tensor:
-            return functools.reduce(torch.add, [x.view(len(xs), -1)[me] for x in xs]).view(outputs[i].shape)
+        def combine(i: int, given: list[list[Tensor]], me: int) -> Tensor:
+            return functools.reduce(torch.add, [xs[i].view(len(given), -1)[me] for xs in given]).view(outputs[i].shape)
 
         return self._exchange("reduce_scatter", inputs, outputs, combine)
 
     def alltoall_base(self, output: Tensor, given: Tensor, out_splits: list[int], in_splits: list[int],
                       _: Any = None) -> dist.Work:
-        def combine(i: int, xs: list[Tensor], me: int) -> Tensor:
-            return torch.cat([x.chunk(len(xs))[me] for x in xs])
-
         if len({*out_splits, *in_splits}) > 1:
-            raise EquivalenceError("all_to_all with parts of different sizes is not simulated")
-        return self._exchange("all_to_all", [given], [output], combine)
+            received = output.split(out_splits)
+
+            def part(i: int, everyones: list[list[Tensor]], me: int) -> Tensor:
+                sent = everyones[i][me]
+                if sent.shape != received[i].shape:
+                    raise EquivalenceError(f"rank {me} of {self.registered} expects {list(received[i].shape)} of rank {i}, which "
+                                           f"sends {list(sent.shape)}")
+                return sent.clone()
+
+            return self._exchange("all_to_all of parts", given.split(in_splits), received, part, alike=False)
+        return self._exchange("all_to_all", [given], [output],
+                              lambda i, everyones, me: torch.cat([x.chunk(len(everyones))[me] for x, in everyones]))
 
     def getBackendName(self) -> str:
         return "fxpar-threads"

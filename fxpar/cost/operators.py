@@ -19,12 +19,18 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxpar.ops.attention import windowed_attention
-from fxpar.ops.collectives import LoneRuntime, use_runtime
+from fxpar.ops.collectives import LoneRuntime, group_of, use_runtime
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.ring import chunks
+from fxpar.ops.ring import costs as ring
+from fxpar.ops.ring.chunks import attention_of_chunks
+from fxpar.ops.ring.operator import ring_attention
+from fxpar.ops.ring.schedule import Schedule
 from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
 from fxpar.program import Program
 from fxpar.sharding.facts import local_value
 from fxpar.sharding.layout import shard_shape
+from fxpar.sharding.mesh import Axes
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -171,6 +177,21 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
 @formula(windowed_attention)
 def _windowed(q: Tensor, k: Tensor, v: Tensor, *, window: int, **_: Any) -> tuple[int, int]:
     return _two_products(q, v, q.shape[-2] * min(window, k.shape[-2]))
+
+
+@formula(ring_attention)
+def _ring(q: Tensor, k: Tensor, v: Tensor, axes: Axes, *, causal: bool = False, zigzag: bool = False, window: int | None = None,
+          **_: Any) -> tuple[int, int]:
+    schedule = Schedule(group_of(axes)[1], q.shape[2], k.shape[2], causal, zigzag, window)
+    forward, backward = ring.flops(schedule, q.shape, v.shape)
+    return forward, backward if q.requires_grad or v.requires_grad else 0
+
+
+@formula(attention_of_chunks)
+def _of_chunks(q: Tensor, k: Tensor, v: Tensor, starts: Any, *, causal: bool = False, window: int | None = None,
+               **_: Any) -> tuple[int, int]:
+    forward, backward = chunks.flops(q.shape, k.shape, v.shape, causal, window)
+    return forward, backward if q.requires_grad or v.requires_grad else 0
 
 
 def _two_products(q: Tensor, v: Tensor, pairs: int) -> tuple[int, int]:

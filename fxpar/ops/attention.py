@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+
+from fxpar.ops.rng import coordinates
+
+
+@dataclass(frozen=True)
+class MaskSight:
+    """What an attention mask says: a query sees the keys up to its own place (causal), of these the last `window`, those of its
+    own segment, and of all these those that are valid. The nodes: integers [b or 1, 1, q, 1] and [b or 1, 1, 1, k], both or none;
+    booleans [b or 1, 1, 1, k]."""
+
+    causal: bool
+    window: int | None
+    q_segments: fx.Node | None
+    kv_segments: fx.Node | None
+    valid: fx.Node | None
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool = False) -> bool:
@@ -60,3 +76,16 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: f
     rest = attention(own, with_previous(k), with_previous(v), attn_mask=seen)
     rest = rest.reshape(q.shape[0], -1, q.shape[1], window, v.shape[3]).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, rest[:, :, : length - window]], dim=2)
+
+
+def attention_of_rows(q: Tensor, k: Tensor, v: Tensor, *, rows, window: int | None = None, scale: float | None = None,
+                      enable_gqa: bool = False) -> Tensor:  # fmt: skip
+    """Causal attention of some queries of a sequence to all of its keys; where there is a window, to the last of them.
+
+    rows: where in the sequence the queries are, as runs (see `fxpar.ops.rng.coordinates`). Otherwise as
+    `scaled_dot_product_attention`.
+    """
+    at = coordinates(rows, q.device)[:, None]
+    keys = torch.arange(k.shape[-2], device=q.device)
+    seen = keys <= at if window is None else (keys <= at) & (keys > at - window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)

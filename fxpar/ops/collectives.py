@@ -19,7 +19,8 @@ replicated value is used differently on every rank, so its cotangents have to be
 
 These are plain functions on local tensors, and `typed` reads a node of a program that calls one. Which ranks they speak to
 is decided by the `Runtime` that is active (`use_runtime`): process groups in a real run, all ranks in one process in a
-simulated one. A *place* is ``(dim, outer)``: the dim seen as ``[outer, n, inner]``, of which the middle is what ranks split.
+simulated one. A *place* is ``(dim, outer)``: the dim seen as ``[outer, n, inner]``, of which the middle is what ranks split; it
+may be dealt (see fxpar/sharding/deal.py), as what is whole is in its natural order.
 """
 
 from __future__ import annotations
@@ -31,14 +32,27 @@ import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol
 
 import torch
 from torch import Tensor, fx
 
+from fxpar.sharding.deal import deal, undeal
 from fxpar.sharding.mesh import Axes, Mesh
 
-PlaceInDim = tuple[int, int]
+
+class PlaceInDim(NamedTuple):
+    """Where ranks' parts lie in a tensor. dealt: they are dealt, not neighbouring."""
+
+    dim: int
+    outer: int = 1
+    dealt: bool = False
+
+
+WHERE = PlaceInDim(0)
+"""The place of a collective that has none."""
+
+
 P = ParamSpec("P")
 
 
@@ -47,10 +61,15 @@ class Runtime(Protocol):
 
     def size(self, axes: Axes) -> int: ...
     def index(self, axes: Axes) -> int: ...
+    def name(self, axes: Axes) -> str: ...
     def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor: ...
     def all_gather(self, x: Tensor, axes: Axes) -> Tensor: ...
     def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor: ...
     def all_to_all(self, x: Tensor, axes: Axes) -> Tensor: ...
+
+
+LONE = "fxpar-lone"
+"""The name of every group of a `LoneRuntime`."""
 
 
 class LoneRuntime:
@@ -64,6 +83,9 @@ class LoneRuntime:
 
     def index(self, axes: Axes) -> int:
         return 0
+
+    def name(self, axes: Axes) -> str:
+        return LONE
 
     def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
         return x * self.size(axes) if op == "sum" else x.clone()
@@ -97,7 +119,8 @@ def _front(x: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
     A dim in one piece is only moved there, so that whoever makes the tensor can write it in that order at once; a run inside a
     dim (``outer > 1``) is ``[..., outer, ranks, inner, ...] -> [ranks * outer * inner, ...]``.
     """
-    dim, outer = place
+    x = _dealt(x, place, ranks)
+    dim, outer, _ = place
     if outer == 1:
         return x.movedim(dim, 0).contiguous()
     shape = list(x.shape)
@@ -108,12 +131,22 @@ def _front(x: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
 
 def _back(y: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
     """The inverse of `_front`, of a tensor that now has the parts of `ranks` ranks along dim 0."""
-    dim, outer = place
+    dim, outer, _ = place
     if outer == 1:
-        return y.movedim(0, dim)
+        return _undealt(y.movedim(0, dim), place, ranks)
     inner = y.shape[0] // (ranks * outer)
     y = y.reshape(ranks, outer, inner, *y.shape[1:]).movedim((0, 1, 2), (dim + 1, dim, dim + 2))
-    return y.reshape(*y.shape[:dim], outer * ranks * inner, *y.shape[dim + 3 :])
+    return _undealt(y.reshape(*y.shape[:dim], outer * ranks * inner, *y.shape[dim + 3 :]), place, ranks)
+
+
+def _dealt(x: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
+    """What is whole, in the order in which the ranks' parts follow one another."""
+    return deal(x, place.dim, place.outer, ranks) if place.dealt else x
+
+
+def _undealt(x: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
+    """The inverse of `_dealt`."""
+    return undeal(x, place.dim, place.outer, ranks) if place.dealt else x
 
 
 @dataclass(frozen=True)
@@ -138,8 +171,9 @@ class Direction:
 
 
 def _slice(x: Tensor, place: PlaceInDim, to: PlaceInDim, ranks: int, index: int) -> Tensor:
-    dim, outer = place
+    dim, outer, _ = place
     shape = list(x.shape)
+    x = _dealt(x, place, ranks)
     y = x.reshape(*shape[:dim], outer, ranks, shape[dim] // (outer * ranks), *shape[dim + 1 :])
     return y.select(dim + 1, index).reshape(*shape[:dim], shape[dim] // ranks, *shape[dim + 1 :])
 
@@ -157,8 +191,9 @@ EXCHANGE = Direction(lambda x, place, to, n, _: _parts(x, to, n), "all_to_all", 
 
 def _parts(x: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
     """``[ranks, ...]``: the part of each rank, with the other dims as they were."""
-    dim, outer = place
+    dim, outer, _ = place
     shape = list(x.shape)
+    x = _dealt(x, place, ranks)
     inner = shape[dim] // (outer * ranks)
     y = x.reshape(*shape[:dim], outer, ranks, inner, *shape[dim + 1 :]).movedim(dim + 1, 0)
     return y.reshape(ranks, *shape[:dim], outer * inner, *shape[dim + 1 :]).contiguous()
@@ -166,10 +201,10 @@ def _parts(x: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
 
 def _joined(y: Tensor, place: PlaceInDim) -> Tensor:
     """The inverse of `_parts`."""
-    dim, outer = place
+    dim, outer, _ = place
     ranks, shape = y.shape[0], list(y.shape[1:])
     x = y.reshape(ranks, *shape[:dim], outer, shape[dim] // outer, *shape[dim + 1 :]).movedim(0, dim + 1)
-    return x.reshape(*shape[:dim], ranks * shape[dim], *shape[dim + 1 :])
+    return _undealt(x.reshape(*shape[:dim], ranks * shape[dim], *shape[dim + 1 :]), place, ranks)
 
 
 CONJUGATE: dict[str, tuple[Direction, Direction | None]] = {
@@ -215,12 +250,16 @@ class Collective:
     kind: str
     value: Any
     axes: Axes
-    place: PlaceInDim = (0, 1)
-    to: PlaceInDim = (0, 1)
+    place: PlaceInDim = WHERE
+    to: PlaceInDim = WHERE
     dtype: torch.dtype | None = None
     reduce: torch.dtype | None = None
     unsharded: Any = None
     unreduced: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", PlaceInDim(*self.place))
+        object.__setattr__(self, "to", PlaceInDim(*self.to))
 
     @property
     def forward(self) -> Direction:
@@ -288,8 +327,9 @@ VARYING = "_varying"
 """How the kind of a gather ends whose result each rank uses in its own way."""
 
 _ARGUMENTS: dict[str, Callable[[Collective], Any]] = {
-    "x": lambda c: c.value, "axes": lambda c: c.axes, "dim": lambda c: c.place[0], "outer": lambda c: c.place[1],
-    "to_dim": lambda c: c.to[0], "to_outer": lambda c: c.to[1], "varying": lambda c: c.kind.endswith(VARYING),
+    "x": lambda c: c.value, "axes": lambda c: c.axes, "dim": lambda c: c.place.dim, "outer": lambda c: c.place.outer,
+    "to_dim": lambda c: c.to.dim, "to_outer": lambda c: c.to.outer, "varying": lambda c: c.kind.endswith(VARYING),
+    "dealt": lambda c: c.place.dealt or None, "to_dealt": lambda c: c.to.dealt or None,
     "dtype": lambda c: c.dtype, "reduce": lambda c: c.reduce,
     "unsharded": lambda c: c.unsharded, "unreduced": lambda c: c.unreduced,
 }  # fmt: skip
@@ -410,7 +450,8 @@ def average(x: Tensor, axes: Axes, unreduced: Tensor | None = None) -> Collectiv
 
 @_operator
 def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = False, dtype: torch.dtype | None = None,
-               reduce: torch.dtype | None = None, unsharded: Tensor | None = None, unreduced: Tensor | None = None) -> Collective:
+               reduce: torch.dtype | None = None, unsharded: Tensor | None = None, unreduced: Tensor | None = None,
+               dealt: bool | None = None) -> Collective:
     """Sharded -> replicated along `dim`; `varying`: what follows differs from rank to rank.
 
     dtype: of the result, and of what is communicated. reduce: in which cotangents are summed; without it, that of `x`.
@@ -418,27 +459,35 @@ def all_gather(x: Tensor, axes: Axes, dim: int, outer: int = 1, varying: bool = 
     those that come.
     """
     kind = f"all_gather{VARYING}" if varying else "all_gather"
-    return Collective(kind, x, axes, (dim, outer), dtype=dtype, reduce=reduce, unsharded=unsharded, unreduced=unreduced)
+    place = PlaceInDim(dim, outer, bool(dealt))
+    return Collective(kind, x, axes, place, dtype=dtype, reduce=reduce, unsharded=unsharded, unreduced=unreduced)
 
 
 @_operator
-def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Collective:
+def reduce_scatter(x: Tensor, axes: Axes, dim: int, outer: int = 1, dealt: bool | None = None) -> Collective:
     """Partial -> sharded along `dim`."""
-    return Collective("reduce_scatter", x, axes, (dim, outer))
+    return Collective("reduce_scatter", x, axes, PlaceInDim(dim, outer, bool(dealt)))
 
 
 @_operator
-def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1) -> Collective:
+def shard(x: Tensor, axes: Axes, dim: int, outer: int = 1, dealt: bool | None = None) -> Collective:
     """Replicated -> sharded along `dim`: this rank's slice."""
-    return Collective("shard", x, axes, (dim, outer))
+    return Collective("shard", x, axes, PlaceInDim(dim, outer, bool(dealt)))
 
 
 @_operator
-def all_to_all(x: Tensor, axes: Axes, dim: int, outer: int, to_dim: int, to_outer: int) -> Collective:
+def all_to_all(x: Tensor, axes: Axes, dim: int, outer: int, to_dim: int, to_outer: int, dealt: bool | None = None,
+               to_dealt: bool | None = None) -> Collective:
     """Sharded along one place -> sharded along another."""
-    return Collective("all_to_all", x, axes, (dim, outer), (to_dim, to_outer))
+    return Collective("all_to_all", x, axes, PlaceInDim(dim, outer, bool(dealt)), PlaceInDim(to_dim, to_outer, bool(to_dealt)))
 
 
 def axis_index(axes: Axes) -> int:
     """This rank's index along `axes`."""
     return _active.get().index(axes)
+
+
+def group_of(axes: Axes) -> tuple[str, int]:
+    """The name of this rank's group over `axes`, by which an operator that communicates finds it, and how many ranks it has."""
+    run = _active.get()
+    return run.name(axes), run.size(axes)

@@ -11,8 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Grid = tuple[tuple[tuple[int, int], ...], ...]
-"""Per tensor dim, major to minor: runs of ``(local size, global offset, global size)``."""
+from fxpar.sharding.deal import dealt_from
+
+Grid = tuple[tuple[tuple[int, ...], ...], ...]
+"""Per tensor dim, major to minor: runs of ``(local size, global offset, global size)``; one that is dealt (see
+fxpar/sharding/deal.py) also has the number of ranks, and its offset among what is dealt."""
 
 _MASK = 0xFFFFFFFF
 
@@ -25,10 +28,11 @@ def _mix(h: Tensor) -> Tensor:
 
 
 def coordinates(runs, device: torch.device) -> Tensor:
-    """The global coordinates of a dim's local elements, from its runs of (local size, offset, global size)."""
+    """The global coordinates of a dim's local elements, from its runs."""
     at = torch.zeros((), dtype=torch.int64, device=device)
-    for local, offset, full in runs:
+    for local, offset, full, *ranks in runs:
         here = torch.arange(local, dtype=torch.int64, device=device) + offset
+        here = dealt_from(here, full, *ranks) if ranks else here
         at = (at.unsqueeze(-1) * full + here) if at.dim() else here
         at = at.reshape(-1)
     return at
@@ -42,7 +46,7 @@ def global_index(shape, grid, device: torch.device) -> Tensor:
     for back, runs in enumerate(reversed(list(grid))):
         at = coordinates(runs, device) if runs else torch.zeros(1, dtype=torch.int64, device=device)
         index = index + at.reshape(-1, *([1] * back)) * stride
-        for _, _, full in runs:
+        for _, _, full, *_ in runs:
             stride *= full
     return index
 

@@ -23,9 +23,7 @@ from fxpar.plan.megatron import ZERO_NAMES, plan_fields
 
 # Field -> the one value of it that this version can run. Fields that are not here are available in full.
 _ONLY_YET: dict[str, object] = {
-    "cp": 1,
     "ep": 1,
-    "cp_comm": "p2p",
     "ep_dispatch": "alltoall",
     "tp_comm_overlap": False,
 }
@@ -121,6 +119,11 @@ class Plan:
     def gathers_each_use(self) -> bool:
         """Whether a gathered parameter is dropped after its use and gathered again in the backward, not kept for a step."""
         return self.zero == 3
+
+    @property
+    def sends_around(self) -> bool:
+        """Whether attention has keys and values go round along the axes of cp that its queries stay split on."""
+        return self.cp_comm in ("p2p", "a2a+p2p")
 
     @property
     def memory_budget(self) -> float | None:

@@ -190,7 +190,7 @@ def _local(mode: Any, node: fx.Node, value: Any, mesh: Mesh, requires_grad: bool
 def _last_microbatch(program: Program, parameters: list[Tensor]) -> tuple[fx.GraphModule, list[Input]]:
     """The program as the last microbatch of a step runs it (see `fxpar.run.steps`), and what it takes besides."""
     plan, mesh = program.plan, program.mesh
-    if plan.gathers_each_use or mesh.size(*mesh.axes("dp")) == 1:
+    if plan.gathers_each_use or mesh.size(*mesh.data) == 1:
         return program.module, []
     phases = split_phases(program)
     if not phases.boundaries:

@@ -305,7 +305,7 @@ class Engine:
     def _schedule(self) -> Schedule:
         plan = self.plan
         return schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=plan.microbatches,
-                        unshard=plan.dp > 1)
+                        unshard=plan.dp * plan.cp > 1)
 
     def _use_copy_engines(self) -> None:
         """Have parameters gathered and gradients scattered by copies between GPUs, where that can and may be."""

@@ -32,7 +32,7 @@ class StageOfRank:
     def __init__(self, stage: Stage, store: ParameterStore, in_steps: InSteps, splits: bool):
         self.stage, self.program, self.store, self.in_steps = stage, stage.program, store, in_steps
         plan, mesh = self.program.plan, self.program.mesh
-        keeps = mesh.size(*mesh.axes("dp")) > 1 and not plan.gathers_each_use
+        keeps = mesh.size(*mesh.data) > 1 and not plan.gathers_each_use
         self.phases = split_phases(self.program) if keeps else None
         self.compute = Compute(self.program.module, [])
         if self.phases is not None and self.phases.boundaries:

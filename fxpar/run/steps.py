@@ -44,19 +44,19 @@ class Steps:
     def __init__(self, plan: Plan, mesh: Mesh, lower: Lower, parameter: Callable[[str], Tensor]):
         self.plan, self.lower, self.parameter = plan, lower, parameter
         self.gradients = UnreducedGradients(self.reduce)
-        self.has_replicas = mesh.size(*mesh.axes("dp")) > 1
+        self.shares_parameters = mesh.size(*mesh.data) > 1
         self._phases: dict[int, tuple[Program, Phases]] = {}
         self._boundaries: dict[str, tuple[Program, Phases]] = {}
         self._lowered: dict[int, Callable[..., Any]] = {}
         self._unsharded: tuple[Any, list[Tensor]] | None = None
-        if self.has_replicas and not plan.gathers_each_use:
+        if self.shares_parameters and not plan.gathers_each_use:
             self._forget_after_optimizers()
 
     def microbatch(self, program: Program, last: bool, example: Callable[[], list[Any]]) -> Microbatch | None:
         """How the next microbatch runs; None: as the program stands. last: it is the last one of its step."""
         stay = not self.plan.reduces_each_backward
         pending = self.gradients.pending
-        if not self.has_replicas or self.plan.gathers_each_use or (last and not (pending if stay else self._unsharded)):
+        if not self.shares_parameters or self.plan.gathers_each_use or (last and not (pending if stay else self._unsharded)):
             return None
         phases = self._of(program)
         if not phases.boundaries:

@@ -20,10 +20,11 @@ class Factor:
 
     size: its extent. parts: the smaller factors it was split into, major to minor.
     apart: factors that occur beside it in some tensor, and so can never be the same one.
-    role: what it is to the model ("batch", "heads", ...), set by roles.assign_roles.
+    role: what it is to the model ("batch", "heads", ...), set by roles.assign_roles; so is causal: whether causal attention goes
+    along it.
     """
 
-    __slots__ = ("apart", "id", "parent", "parts", "role", "size")
+    __slots__ = ("apart", "causal", "id", "parent", "parts", "role", "size")
 
     def __init__(self, size: int, id: int):
         self.size = size
@@ -32,6 +33,7 @@ class Factor:
         self.parts: tuple[Factor, ...] = ()
         self.apart: set[Factor] = set()
         self.role: str | None = None
+        self.causal = False
 
     def root(self) -> Factor:
         node = self

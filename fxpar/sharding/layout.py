@@ -1,4 +1,9 @@
-"""Layouts: which mesh axes each factor of a tensor lies on."""
+"""Layouts: which mesh axes each factor of a tensor lies on, and in which order.
+
+Axes split a factor in the order of the mesh, but for heads: there those of "a2a" come last, as attention splits further what
+tp has split already. A sequence that causal attention goes along is *dealt* over the axes of cp (see deal.py), so that every
+rank has as many pairs of queries and keys to look at; along other axes, and other factors, ranks hold neighbouring parts.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxpar.sharding.deal import deal
 from fxpar.sharding.factors import Dim, Dims, Factor, leaves
 from fxpar.sharding.mesh import Axes, Mesh
 
@@ -17,21 +23,44 @@ Layout = dict[str, Factor]
 
 @dataclass(frozen=True)
 class Piece:
-    """One run of a tensor dimension as the ranks hold it: ``size`` elements, split over ``axes``."""
+    """One run of a tensor dimension as the ranks hold it: ``size`` elements, split over ``axes``, after they were dealt to
+    `dealt` ranks."""
 
     size: int
     axes: Axes = ()
+    dealt: int = 1
+
+
+def order_on(leaf: Factor, mesh: Mesh) -> Axes:
+    """All axes of the mesh, in the order in which they would split a factor."""
+    last = mesh.axes("a2a") if leaf.role == "heads" else ()
+    return (*(a for a in mesh.names if a not in last), *last)
+
+
+def axes_on(leaf: Factor, layout: Layout, mesh: Mesh) -> Axes:
+    """The axes that split a factor, major to minor."""
+    return tuple(a for a in order_on(leaf, mesh) if layout.get(a) is leaf)
+
+
+def is_dealt(leaf: Factor, axis: str, mesh: Mesh) -> bool:
+    """Whether ranks along an axis hold dealt parts of a factor that it splits, and not neighbouring ones."""
+    return leaf.causal and axis in mesh.axes("cp")
+
+
+def dealt_to(leaf: Factor, layout: Layout, mesh: Mesh) -> int:
+    """The number of ranks that a factor is dealt to."""
+    return mesh.size(*(a for a, f in layout.items() if f is leaf and is_dealt(leaf, a, mesh)))
 
 
 def pieces(dim: Dim, layout: Layout, mesh: Mesh) -> list[Piece]:
     """The dimension's factors with the axes that split each, adjacent unsplit ones joined."""
     out: list[Piece] = []
     for leaf in leaves(dim):
-        axes = tuple(a for a in mesh.names if layout.get(a) is leaf)
+        axes = axes_on(leaf, layout, mesh)
         if out and not axes and not out[-1].axes:
             out[-1] = Piece(out[-1].size * leaf.size)
         else:
-            out.append(Piece(leaf.size, axes))
+            out.append(Piece(leaf.size, axes, dealt_to(leaf, layout, mesh)))
     return out
 
 
@@ -54,7 +83,7 @@ def show(dims: Dims, layout: Layout, mesh: Mesh) -> str:
     """``[batch8/dp, seq16, heads4/tp d2 e8]``: dims in order, split factors with their axes."""
 
     def one(f: Factor) -> str:
-        axes = [a for a in mesh.names if layout.get(a) is f]
+        axes = axes_on(f, layout, mesh)
         return (f"{f.role}{f.size}" if f.role else repr(f)) + "".join(f"/{a}" for a in axes)
 
     return "[" + ", ".join(" ".join(one(f) for f in leaves(d)) or "1" for d in dims) + "]"
@@ -66,6 +95,11 @@ Sharding = tuple[tuple[Piece, ...], ...]
 
 def sharding_of(dims: Dims, layout: Layout, mesh: Mesh) -> Sharding:
     return tuple(tuple(pieces(d, layout, mesh)) for d in dims)
+
+
+def in_order(sharding: Sharding) -> Sharding:
+    """The same with neighbouring parts in the place of dealt ones."""
+    return tuple(tuple(Piece(p.size, p.axes) for p in dim) for dim in sharding)
 
 
 def shard_shape(sharding: Sharding, mesh: Mesh) -> tuple[int, ...]:
@@ -90,6 +124,7 @@ def take(tensor: torch.Tensor, sharding: Sharding, mesh: Mesh, rank: int) -> tor
         before = 1
         for k, piece in enumerate(dim):
             if piece.axes:
+                tensor = deal(tensor, i, before, piece.dealt)
                 n, at = mesh.size(*piece.axes), mesh.index(rank, piece.axes)
                 tail = math.prod(p.size for p in dim[k + 1 :])
                 y = tensor.reshape(*tensor.shape[:i], before, n, piece.size // n, tail, *tensor.shape[i + 1 :])

@@ -16,7 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fxpar.plan import Plan
 
 Axes = tuple[str, ...]
-STRATEGIES = ("dp", "tp", "zero")
+STRATEGIES = ("dp", "cp", "ring", "a2a", "tp", "zero")
+DEGREES = ("dp", "cp", "tp")
+"""The strategies that have axes of their own; the others share theirs."""
 KIND = "pp"
 """The axis, major to those of a mesh, along which ranks are of different kinds (see `BoundMesh`)."""
 MICROBATCH = "mb"
@@ -29,7 +31,8 @@ class Mesh:
 
     names, sizes: the axes and their degrees.
     strategies: the axes each strategy consists of, e.g. ``{"dp": ("dp",), "tp": ("tp0", "tp1")}``; those of "zero" are the
-        axes of dp over which parameters are stored in parts.
+        axes of dp and cp over which parameters are stored in parts; "cp" is those of "ring", along which attention keeps its
+        queries split, and then those of "a2a", along which it exchanges the sequence for heads.
     """
 
     names: Axes
@@ -45,6 +48,11 @@ class Mesh:
         if strategy not in STRATEGIES:
             raise KeyError(f"no strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
         return self.strategies.get(strategy, ())
+
+    @property
+    def data(self) -> Axes:
+        """The axes along which ranks compute with other data: with other rows of the batch (dp), other tokens (cp)."""
+        return self.axes("dp") + self.axes("cp")
 
     def size(self, *axes: str) -> int:
         """Ranks along these axes together. Raises KeyError for an axis that the mesh does not have."""
@@ -80,7 +88,7 @@ class Mesh:
         (name,) = self.axes(strategy)
         if math.prod(sizes) != self.size(name):
             raise ValueError(f"{sizes} does not multiply to {strategy}={self.size(name)}")
-        fine = tuple(f"{strategy}{i}" for i in range(len(sizes)))
+        fine = tuple(f"{name if name[-1].isalpha() else name + '_'}{i}" for i in range(len(sizes)))
         at = self.names.index(name)
         return Mesh(
             self.names[:at] + fine + self.names[at + 1 :],
@@ -93,10 +101,10 @@ class Mesh:
 
 
 def from_plan(plan: Plan) -> Mesh:
-    """The mesh of a plan: dp major, tp minor (tp's ranks are neighbours on one host).
+    """The mesh of a plan: dp major, then cp, tp minor (tp's ranks are neighbours on one host).
 
-    Hybrid sharding has dp as the axes ``dp_replicate x dp_shard``. Axes of degree 1 are left out, except that a plan of one
-    rank keeps ``dp=1`` so that there is a mesh.
+    Hybrid sharding has dp as the axes ``dp_replicate x dp_shard``; cp is ``cp0 x cp1`` where it is a ring of all-to-alls. Axes of
+    degree 1 are left out, except that a plan of one rank keeps ``dp=1`` so that there is a mesh.
     """
     replicas = plan.dp_replicate if plan.stores_parts else 1
     sharded = plan.dp // replicas
@@ -104,13 +112,26 @@ def from_plan(plan: Plan) -> Mesh:
         dp = [("dp_replicate", replicas), ("dp_shard", sharded)]
     else:
         dp = [("dp", plan.dp)] if plan.dp > 1 else []
+    ring, a2a = _context(plan)
     tp = [("tp", plan.tp)] if plan.tp > 1 else []
-    axes = dp + tp or [("dp", 1)]
+    axes = dp + ring + a2a + tp or [("dp", 1)]
     names, sizes = zip(*axes, strict=True)
-    strategies = {"dp": tuple(n for n, _ in dp), "tp": tuple(n for n, _ in tp)}
-    if plan.stores_parts and sharded > 1:
-        strategies["zero"] = (dp[-1][0],)
-    return Mesh(names, sizes, {k: v for k, v in strategies.items() if v} or {"dp": ("dp",)})
+    zero = (dp[-1:] if sharded > 1 else []) + ring + a2a if plan.stores_parts else []
+    of = {"dp": dp, "cp": ring + a2a, "ring": ring, "a2a": a2a, "tp": tp, "zero": zero}
+    strategies = {name: tuple(n for n, _ in parts) for name, parts in of.items() if parts}
+    return Mesh(names, sizes, strategies or {"dp": ("dp",)})
+
+
+def _context(plan: Plan) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """The axes of cp along which queries stay split, and those along which they are exchanged for heads."""
+    if plan.cp == 1:
+        return [], []
+    if plan.cp_comm == "a2a":
+        return [], [("cp", plan.cp)]
+    if plan.cp_comm != "a2a+p2p":
+        return [("cp", plan.cp)], []
+    inner = next(n for n in range(math.isqrt(plan.cp), plan.cp + 1) if plan.cp % n == 0 and n > 1)
+    return ([], [("cp", inner)]) if inner == plan.cp else ([("cp0", plan.cp // inner)], [("cp1", inner)])
 
 
 def in_time(mesh: Mesh, microbatches: int) -> Mesh:
@@ -151,7 +172,7 @@ class BoundMesh:
         self.across: torch.distributed.ProcessGroup | None = all_kinds.get_group(KIND) if kinds > 1 else None
         """The ranks at this one's place in the meshes of all kinds, in order."""
         for strategy, axes in mesh.strategies.items():
-            if len(axes) > 1:
+            if strategy in DEGREES and len(axes) > 1:
                 self.device_mesh[axes]._flatten(strategy)
         self._groups: dict[Axes, torch.distributed.ProcessGroup] = {}
         self._among: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}

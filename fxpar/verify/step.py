@@ -274,7 +274,7 @@ class SimulatedStep:
 
 def training_over_replicas(program: Program) -> bool:
     """Whether something is kept between microbatches (see `fxpar.passes.partition.phases`)."""
-    return not program.plan.gathers_each_use and program.mesh.size(*program.mesh.axes("dp")) > 1
+    return not program.plan.gathers_each_use and program.mesh.size(*program.mesh.data) > 1
 
 
 class BetweenMicrobatches:

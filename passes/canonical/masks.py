@@ -43,17 +43,17 @@ def fold_masks(program: Program) -> Program:
     """
     if any(compat.mutates(n.target) for n in program.graph.nodes):
         return program
-    constant = _constants(program)
+    constant = constants(program)
     verdicts: dict[tuple[fx.Node, int, int], Verdict | None] = {}
     for node in program.graph.nodes:
-        mask = _mask_of(node)
+        mask = mask_of(node)
         if mask is None or mask not in constant:
             continue
         query, key, _ = _operands(node)
         rows, columns = value_of(query).shape[-2], value_of(key).shape[-2]
         case = (mask, rows, columns)
         if case not in verdicts:
-            value = _value(program, mask)
+            value = value_in(program, mask)
             verdicts[case] = None if value is None else verdict(value, rows, columns)
         if verdicts[case] is not None:
             _rewrite(program, node, mask, verdicts[case])
@@ -67,10 +67,18 @@ def fold_masks(program: Program) -> Program:
 
 def verdict(mask: MaskValue, rows: int, columns: int) -> Verdict | None:
     """Which keys a mask allows, if it is one of the masks that attention can do without."""
+    allowed = allowed_by(mask, rows, columns)
+    return None if allowed is None else verdict_of(allowed, rows, columns)
+
+
+def allowed_by(mask: MaskValue, rows: int, columns: int) -> Tensor | None:
+    """For each diagonal, or all of them, whether a constant mask allows it; None where it says anything else."""
     data = diagonals(mask, rows, columns)
-    allowed = None if data is None else _allowed(data)
-    if allowed is None:
-        return None
+    return None if data is None else _allowed(data)
+
+
+def verdict_of(allowed: Tensor, rows: int, columns: int) -> Verdict | None:
+    """The same of what `allowed_by` says."""
     if bool(allowed.all()):
         return "all"
     if rows != columns or not bool(allowed.any()):
@@ -96,7 +104,7 @@ def _allowed(data: Tensor) -> Tensor | None:
 # ---- the constants of a program ----
 
 
-def _constants(program: Program) -> set[fx.Node]:
+def constants(program: Program) -> set[fx.Node]:
     """The nodes that are a function of shapes, buffers and constants alone."""
     found: set[fx.Node] = set()
     updated = {s.name for s in program.sinks if s.kind == "buffer"}
@@ -123,7 +131,7 @@ def _cone(mask: fx.Node) -> set[fx.Node]:
     return cone
 
 
-def _value(program: Program, mask: fx.Node) -> MaskValue | None:
+def value_in(program: Program, mask: fx.Node) -> MaskValue | None:
     cone = _cone(mask)
     sources = program.source_of()
     values: dict[fx.Node, MaskValue | None] = {}
@@ -136,7 +144,7 @@ def _value(program: Program, mask: fx.Node) -> MaskValue | None:
 # ---- rewriting ----
 
 
-def _mask_of(node: fx.Node) -> fx.Node | None:
+def mask_of(node: fx.Node) -> fx.Node | None:
     """The mask of an attention that this pass can rewrite, if it has one."""
     if node.target is not SDPA:
         return None

@@ -14,6 +14,7 @@ from fxpar.errors import PlanError
 from fxpar.ops.experts import expert_product
 from fxpar.ops.pick import pick
 from fxpar.ops.vocabulary import ATTENTION
+from fxpar.passes.infer.rules.attention import sight_of
 from fxpar.passes.infer.rules.matmul import grouped_product
 from fxpar.passes.infer.rules.registry import find
 from fxpar.program import Program
@@ -21,8 +22,8 @@ from fxpar.sharding.factors import Factor, leaves
 from fxpar.sharding.facts import describe_global, dims_of, global_value
 
 aten = torch.ops.aten
-ROLES = ("batch", "seq", "heads", "head_dim", "ffn", "vocab", "experts", "hidden")
-PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
+ROLES = ("batch", "seq", "keys", "heads", "head_dim", "ffn", "vocab", "experts", "hidden")
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
@@ -30,7 +31,8 @@ def assign_roles(program: Program) -> None:
     """Set `Factor.role` on every factor that has one.
 
     batch: dim 0 of the inputs (or the batch of attention, where dim 0 turns out to be its sequence; or what the plan
-    says). seq: the query and key dims of attention, also where it is written out. heads: the head dims of
+    says). seq: the query and key dims of attention, also where it is written out; there, columns of scores that have a name of
+    their own are keys, which no plan splits. heads: the head dims of
     attention, or batch dims of a product of two activations that come from a weight. head_dim: the last dims of what
     attention takes, beside heads or where they would be ffn; no plan splits them. vocab: the rows of a table
     looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product. ffn:
@@ -66,7 +68,7 @@ def _overrides(program: Program) -> None:
 
 def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
     """seq, heads and head_dim; returns the last dims of operands that have no heads. (These may be the residual stream's.)"""
-    scores: set[tuple[Factor, Factor]] = set()
+    scores: dict[tuple[Factor, Factor], _Product] = {}
     products: list[_Product] = []
     one_head: set[Factor] = set()
     for node in program.graph.nodes:
@@ -74,6 +76,9 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
             q, k, v = (dims_of(n) for n in node.args[:3])
             _give(q[-2], "seq")
             _give(k[-2], "seq")
+            if (sight := sight_of(node)) is not None and sight.causal:
+                for f in set(leaves(q[-2])) & set(leaves(k[-2])):
+                    f.causal = True
             if len(q) == 4:
                 _give([f for f in leaves(q[1]) if f in in_params or f.role], "heads")
                 _give([f for f in leaves(k[1]) if f in in_params], "heads")
@@ -81,14 +86,16 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
                 _head_dim(dims[-1], q[:-2], one_head)
         elif node.target in SOFTMAX and len(dims_of(node)) >= 3:
             rows, columns = (leaves(d) for d in dims_of(node)[-2:])
-            if any((r, c) in scores for r in rows for c in columns):
+            made_by = next((scores[r, c] for r in rows for c in columns if (r, c) in scores), None)
+            if made_by is not None:
                 _give(rows, "seq")
-                _give(columns, "seq")
+                _give(made_by.columns, "seq")
+                _give(columns, "keys")
         elif node.target in PRODUCTS:
             product = _product(node)
             if product is not None:
                 _give([f for f in product.batch if f in in_params], "heads")
-                scores |= {(r, c) for r in product.made[0] for c in product.made[1]}
+                scores.update({(r, c): product for r in product.made[0] for c in product.made[1]})
                 products.append(product)
     for product in products:
         if _is_seq(product.inner):  # probabilities and values
@@ -117,7 +124,7 @@ def _product(node: fx.Node) -> _Product | None:
         if "." in left or "," in other or not right or not other:
             return None
     else:
-        nodes = args[:2]
+        nodes = args[1:3] if node.target is aten.baddbmm.default else args[:2]
         a, b = (len(dims_of(n)) for n in nodes)
         if a < 3 or b < 3:
             return None
@@ -139,7 +146,7 @@ def _product(node: fx.Node) -> _Product | None:
 
 
 def _is_seq(dim: Iterable[Factor]) -> bool:
-    return any(f.role == "seq" for f in leaves(dim))
+    return any(f.role in ("seq", "keys") for f in leaves(dim))
 
 
 def _head_dim(dim: Iterable[Factor], lead: Iterable[Iterable[Factor]], one_head: set[Factor]) -> None:

@@ -12,14 +12,25 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpar.ops.collectives import Collective, axis_index, make, typed
+from fxpar.ops.collectives import Collective, PlaceInDim, axis_index, make, typed
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec
 from fxpar.passes.partition.reshard import Resharder, measure
-from fxpar.passes.place.place import fits
+from fxpar.passes.place.place import circulating, fits
 from fxpar.program import Program, copy_provenance
 from fxpar.sharding.factors import Dim, Dims, Factor, leaves
-from fxpar.sharding.facts import describe_local, dims_of, global_value, local_value
-from fxpar.sharding.layout import Layout, local_extent, local_shape, place_of, sharding_of, show
+from fxpar.sharding.facts import describe_local, dims_of, global_value, local_value, sharding_at
+from fxpar.sharding.layout import (
+    Layout,
+    axes_on,
+    dealt_to,
+    in_order,
+    is_dealt,
+    local_extent,
+    local_shape,
+    place_of,
+    sharding_of,
+    show,
+)  # fmt: skip
 from fxpar.sharding.mesh import Axes
 
 aten = torch.ops.aten
@@ -94,7 +105,7 @@ class _Partitioner:
         return Local(self, node).build()
 
     def _output(self, node: fx.Node) -> fx.Node:
-        """An output's batch goes to dp, as its inputs' did; elsewhere it stays as it is."""
+        """An output's batch goes to dp, as its inputs' did; what is dealt is split in its order; elsewhere it stays as it is."""
         layout, dims = dict(self.placed.layouts.get(node) or {}), global_value(node).dims or ()
         want: Layout = {}
         for axis in self.mesh.axes("dp"):
@@ -109,8 +120,19 @@ class _Partitioner:
             )
             if axis not in layout and batch is not None and self.mesh.size(axis) > 1:
                 want[axis] = batch
-        new = self.reshard.to(self.local[node], dims, layout, {**layout, **want}, node)
-        return self._describe(new, node, {**layout, **want}) if want or local_value(new).sharding is None else new
+        want = {**layout, **want}
+        dealt = {a: f for a, f in want.items() if is_dealt(f, a, self.mesh)}
+        within = [a for a, f in want.items() if f in dealt.values() and a not in dealt]
+        if not dealt:
+            new = self.reshard.to(self.local[node], dims, layout, want, node)
+            return self._describe(new, node, want) if want != layout or local_value(new).sharding is None else new
+        want = {a: f for a, f in want.items() if a not in dealt and a not in within}
+        new = self.reshard.to(self.local[node], dims, layout, want, node)
+        for axis in (a for a in self.mesh.names if a in dealt):
+            new = self.reshard.shard(new, dims, want, axis, dealt[axis], node, dealt=False)
+        new = self._describe(new, node, want)
+        describe_local(new, sharding=in_order(sharding_at(new)))
+        return new
 
 
 class Local:
@@ -126,6 +148,7 @@ class Local:
         self.at = self.placement.at
         self.op = Op(node, None)  # type: ignore[arg-type]
         self.skip_deferred = bool(self.placement.pending) and any(o.deferred for o in self.spec.operands)
+        self.ring = circulating(self.spec, self.at, self.mesh, owner.program.plan)
         self._operands = {
             o.node: self._bring(o, self.at) for o in self.spec.operands if not (o.deferred and self.skip_deferred)
         }
@@ -143,11 +166,47 @@ class Local:
         What is made from a parameter as it is stored takes it as it is stored."""
         if self.node in self.owner.placed.stored:
             return self.owner.local[operand.node]
-        own = {f for d in operand.dims for f in leaves(d)} - {g for f in operand.gathered for g in f.leaves()}
+        gathered = () if self.ring and operand in self.spec.circulates else operand.gathered
+        own = {f for d in operand.dims for f in leaves(d)} - {g for f in gathered for g in f.leaves()}
         want: dict[str, Factor | bool] = {a: (f if f in own else True) for a, f in at.items()}
         want.update(dict.fromkeys(self.placement.varies, True))
         old = operand.node
         return self.owner.reshard.to(self.owner.local[old], dims_of(old), self.owner.placed.layouts[old], want, self.node)
+
+    def is_dealt(self, dim: Dim) -> bool:
+        """Whether ranks hold dealt parts of a dim."""
+        return any(dealt_to(f, self.at, self.mesh) > 1 for f in leaves(dim))
+
+    def along(self, strategy: str) -> bool:
+        """Whether the operator is split along some axis of a strategy."""
+        return bool(set(self.mesh.axes(strategy)) & self.at.keys())
+
+    def starts(self, dim: Dim) -> list[Any] | None:
+        """Where the chunks of equal length begin that are this rank's part of a dim; None where it is no such chunks."""
+        flat = leaves(dim)
+        axes, ranks = self.axes(dim), dealt_to(flat[0], self.at, self.mesh) if flat else 1
+        if not axes:
+            return [0]
+        if len(flat) > 1 or (ranks > 1 and self.mesh.size(*axes) > ranks):
+            return None
+        if ranks == 1:
+            return [self.offset(dim)]
+        chunk = flat[0].size // (2 * ranks)
+        first = self.call(operator.mul, self.call(axis_index, axes_on(flat[0], self.at, self.mesh)), chunk)
+        return [first, self.call(operator.sub, (2 * ranks - 1) * chunk, first)]
+
+    def row(self, node: fx.Node) -> fx.Node:
+        """An operand that is a number for each place of a sequence, [b or 1, 1, ...], as [b or 1, places]."""
+        dims = dims_of(node)
+        return self.call(aten.reshape.default, self._operands[node], [self.extent(dims[0]) if dims[0] else 1, -1])
+
+    def part_of_row(self, row: fx.Node, dim: Dim) -> fx.Node:
+        """Of what `row` makes, the part that a rank has of a dim."""
+        layout: Layout = {}
+        for leaf in leaves(dim):
+            for axis in axes_on(leaf, self.at, self.mesh):
+                row = self.owner.reshard.shard(row, ((), dim), layout, axis, leaf, self.node)
+        return row
 
     def build(self) -> Any:
         made = self.spec.emit(self) if self.spec.emit is not None else self.default()
@@ -174,7 +233,8 @@ class Local:
         for axis in self.mesh.names:
             leaf = self.placement.scatter.get(axis)
             if leaf is not None:
-                made = Collective("reduce_scatter", value, (axis,), place_of(dims, done, self.mesh, leaf))
+                place = PlaceInDim(*place_of(dims, done, self.mesh, leaf), is_dealt(leaf, axis, self.mesh))
+                made = Collective("reduce_scatter", value, (axis,), place)
                 done[axis] = leaf
                 value = self._measured(made, done)
         if self.skip_deferred:
@@ -238,22 +298,26 @@ class Local:
         return self.mesh.size(*self.axes(factors))
 
     def offset(self, dim: Dim) -> fx.Node | None:
-        """Where this rank's (contiguous) part of a dim begins; None if the dim is not split."""
+        """Where this rank's (contiguous) part of a dim begins, of which the first factor alone may be split; None if the dim is
+        not split."""
         axes = self.axes(dim)
         if not axes:
             return None
+        assert dealt_to(leaves(dim)[0], self.at, self.mesh) == 1, f"{self.node}: a dealt part is no range"
+        axes = axes_on(leaves(dim)[0], self.at, self.mesh)
         return self.call(operator.mul, self.call(axis_index, axes), self.extent(dim))
 
     def grid(self, dims: Dims) -> tuple:
-        """Per dim, runs of (local size, global offset, global size): see `fxpar.ops.rng`."""
+        """Where this rank's elements lie: see `fxpar.ops.rng.Grid`."""
         out = []
         for dim in dims:
             runs = []
             for leaf in leaves(dim):
-                axes = self.axes((leaf,))
+                axes = axes_on(leaf, self.at, self.mesh)
                 local = leaf.size // self.mesh.size(*axes)
                 offset = self.call(operator.mul, self.call(axis_index, axes), local) if axes else 0
-                runs.append((local, offset, leaf.size))
+                ranks = dealt_to(leaf, self.at, self.mesh)
+                runs.append((local, offset, leaf.size, *([ranks] if ranks > 1 else [])))
             out.append(tuple(runs))
         return tuple(out)
 
@@ -261,7 +325,7 @@ class Local:
         """The dim along which the first operand was just gathered, or else the output will be scattered, if it is not split."""
         first = typed(self.operand(0))
         if first is not None and first.gathers:
-            dim, outer = first.place
+            dim, outer, _ = first.place
             return dim if outer == 1 else None
         for leaf in self.placement.scatter.values():
             dim, outer = place_of(self.spec.outs[0], self.at, self.mesh, leaf)

@@ -26,7 +26,7 @@ class Boundary:
     """Where a parameter becomes what the model computes with: the last of the collectives between the two.
 
     node: that collective in the program. chain: the nodes from the parameter to it. source: the parameter.
-    gathers: it is a gather, whose result can be kept. sums: its backward sums over replicas what differs among them.
+    gathers: it is a gather, whose result can be kept. sums: its backward sums what differs between ranks with other data.
     """
 
     node: fx.Node
@@ -101,7 +101,7 @@ def once_a_step(program: Program) -> tuple[set[fx.Node], set[fx.Node]]:
     plan, mesh = program.plan, program.mesh
     forward: set[fx.Node] = set()
     backward: set[fx.Node] = set()
-    if mesh.size(*mesh.axes("dp")) == 1 or plan.gathers_each_use:
+    if mesh.size(*mesh.data) == 1 or plan.gathers_each_use:
         return forward, backward
     for boundary in _boundaries(program):
         for nodes, once in ((forward, boundary.gathers or not plan.reduces_each_backward),
@@ -114,15 +114,15 @@ def once_a_step(program: Program) -> tuple[set[fx.Node], set[fx.Node]]:
 
 def _boundaries(program: Program) -> list[Boundary]:
     params = {n: s for n, s in program.source_of().items() if s.kind == "param"}
-    dp = tuple(a for a in program.mesh.axes("dp") if program.mesh.size(a) > 1)
-    chains = {n: chain for n in program.graph.nodes if (chain := _from_parameter(n, params, dp))}
+    data = tuple(a for a in program.mesh.data if program.mesh.size(a) > 1)
+    chains = {n: chain for n in program.graph.nodes if (chain := _from_parameter(n, params, data))}
     inner = {n for chain in chains.values() for n in chain[1:-1]}
     inner |= {chain[-1] for chain in chains.values()}
     out = []
     for node, chain in chains.items():
         if all(u in inner for u in node.users):
             continue
-        steps = [made for n in chain if (made := _over(n, dp)) is not None]
+        steps = [made for n in chain if (made := _over(n, data)) is not None]
         out.append(Boundary(node, chain, params[chain[0]], steps[-1].gathers, any(s.sums for s in steps)))
     return out
 

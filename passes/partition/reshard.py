@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpar.ops.collectives import Collective, make, typed
+from fxpar.ops.collectives import Collective, PlaceInDim, make, typed
 from fxpar.program import copy_provenance
-from fxpar.sharding.factors import Dims, Factor
+from fxpar.sharding.factors import Dims, Factor, leaves
 from fxpar.sharding.facts import UNKNOWN, describe_local, if_local, local_value
-from fxpar.sharding.layout import Layout, local_shape, place_of
+from fxpar.sharding.layout import Layout, axes_on, is_dealt, local_shape, order_on, place_of
 from fxpar.sharding.mesh import Axes, Mesh
 
 Want = Mapping[str, "Factor | bool"]
@@ -33,35 +33,60 @@ class Resharder:
         """`value`, kept in `layout` (or `LocalValue.stored`, to be used in `layout`), as `want` asks for it.
 
         Where the axes on one factor change, the common major ones stay; the others are gathered minor to major and
-        sliced major to minor. An axis that moves from one factor to another is exchanged.
+        sliced major to minor. An axis that moves from one factor to another is exchanged, where it is the most minor one on both.
         """
         known = local_value(value) if isinstance(value, fx.Node) else UNKNOWN
         grad, layout = known.needs_grad, dict(layout)
         if known.stored is not None:
             value, layout = self._unshard(value, dims, layout, want, user)
-        for axis in self.mesh.names:
-            old, new = layout.get(axis), want.get(axis)
-            if (
-                isinstance(old, Factor)
-                and isinstance(new, Factor)
-                and old is not new
-                and self._alone(layout, old, axis)
-                and self._alone(layout, new, axis)
-            ):
-                value = self._exchange(value, dims, layout, axis, new, user)
-        for axis in reversed(self.mesh.names):
-            if axis in layout and not self._stays(layout, want, axis):
-                value = self._gather(value, dims, layout, axis, varying=grad and want.get(axis) is True, user=user)
-        for axis in self.mesh.names:
-            new = want.get(axis)
-            if isinstance(new, Factor) and axis not in layout:
-                value = self._shard(value, dims, layout, axis, new, user)
+        value = self._exchanged(value, dims, layout, want, grad, user)
+        while leaving := [a for a in layout if not self._stays(layout, want, a)]:
+            axis = next(a for a in reversed(self.mesh.names) if a in leaving and self._is_last(layout, a))
+            value = self._gather(value, dims, layout, (axis,), varying=grad and want.get(axis) is True, user=user)
+        while coming := {a: f for a, f in want.items() if isinstance(f, Factor) and a not in layout}:
+            axis = next(a for a in self.mesh.names if a in coming and axes_on(coming[a], coming, self.mesh)[0] == a)
+            value = self.shard(value, dims, layout, axis, coming[axis], user)
         vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in self._varied(value))
         if not vary or not grad:
             return value
         if local_value(value).reduce_dtype is not None:
             return self._vary_as(value, dims, layout, vary, user)
         return self._emit(Collective("vary", value, vary), user, dims, layout)
+
+    def _exchanged(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, grad: bool, user: fx.Node) -> fx.Node:
+        """`value` with the axes exchanged that can be. One that is gathered anyway, and keeps one that is not from being the most
+        minor of its factor, is gathered before."""
+        def next_axis() -> str | None:
+            minor_first = (a for a in reversed(self.mesh.names) if self._is_last(layout, a))
+            return next((a for a in minor_first if self._goes(dims, layout, want, a)), None)
+
+        while (axis := next_axis()) is not None:
+            new = want.get(axis)
+            if isinstance(new, Factor):
+                value = self._exchange(value, dims, layout, axis, new, user)
+            else:
+                value = self._gather(value, dims, layout, (axis,), varying=grad and new is True, user=user)
+        return value
+
+    def _goes(self, dims: Dims, layout: Layout, want: Want, axis: str) -> bool:
+        """Whether an axis, the most minor of its factor, is exchanged, or makes room for one that is."""
+        old, new = layout[axis], want.get(axis)
+        if not isinstance(new, Factor):
+            majors = (a for a in axes_on(old, layout, self.mesh) if a != axis)
+            return any(isinstance(f := want.get(a), Factor) and f is not old and self._can_take(dims, layout, want, a)
+                       for a in majors)
+        return new is not old and self._can_take(dims, layout, want, axis)
+
+    def _can_take(self, dims: Dims, layout: Layout, want: Want, axis: str) -> bool:
+        """Whether an axis becomes the most minor of the factor where it is wanted, which lies in another dim."""
+        old, new = layout[axis], want[axis]
+        assert isinstance(new, Factor)
+        order = order_on(new, self.mesh)
+        before = order[: order.index(axis)]
+        there = {a for a, f in layout.items() if f is new}
+        wanted = {a for a in before if want.get(a) is new}
+        dim = {f: i for i, d in enumerate(dims) for f in leaves(d)}
+        return there == wanted and dim[old] != dim[new]
 
     def _unshard(
         self, value: fx.Node, dims: Dims, used: Layout, want: Want, user: fx.Node
@@ -74,6 +99,8 @@ class Resharder:
         known = local_value(value)
         layout, grad = dict(known.stored or {}), known.needs_grad
         over = [a for a, f in layout.items() if used.get(a) is not f and want.get(a) is not f]
+        over = [a for a, f in layout.items() if any(layout[b] is f and self.mesh.names.index(b) <= self.mesh.names.index(a)
+                                                    for b in over)]
         if not over:
             return value, layout
         dtype = reduce = None
@@ -84,11 +111,20 @@ class Resharder:
         vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in layout)
         if grad and vary:
             value = self._emit(Collective("vary", value, vary, reduce=reduce), user, dims, layout)
-        for axis in sorted(over, key=self.mesh.names.index, reverse=True):
-            varying = grad and want.get(axis) is True
-            value = self._gather(value, dims, layout, axis, varying, user, dtype, reduce)
+        for axes in self._together(layout, over, want):
+            varying = grad and want.get(axes[0]) is True
+            value = self._gather(value, dims, layout, axes, varying, user, dtype, reduce)
             describe_local(value, unshard=True)
         return value, layout
+
+    def _together(self, layout: Layout, over: list[str], want: Want) -> list[Axes]:
+        """These axes, minor to major, with those as one that are gathered from one factor for the same use."""
+        out: list[Axes] = []
+        for axis in sorted(over, key=self.mesh.names.index, reverse=True):
+            last = out[-1][0] if out else axis
+            alike = layout[last] is layout[axis] and (want.get(last) is True) == (want.get(axis) is True)
+            out[-1:] = [(axis, *out[-1])] if out and alike else [*out[-1:], (axis,)]
+        return out
 
     def _vary_as(self, cast: fx.Node, dims: Dims, layout: Layout, axes: Axes, user: fx.Node) -> fx.Node:
         """A parameter's cast, with its gradient summed over `axes` in the reduction dtype."""
@@ -116,17 +152,15 @@ class Resharder:
             self._made[key] = new
         return self._made[key]
 
-    def _alone(self, layout: Layout, factor: Factor, axis: str) -> bool:
-        return all(f is not factor or a == axis for a, f in layout.items())
+    def _is_last(self, layout: Layout, axis: str) -> bool:
+        """Whether an axis is the most minor of the factor that it splits."""
+        return axis in layout and axes_on(layout[axis], layout, self.mesh)[-1] == axis
 
     def _stays(self, layout: Layout, want: Want, axis: str) -> bool:
         """An axis stays on its factor if it is wanted there and every more major axis on that factor stays too."""
         factor = layout[axis]
-        before = [
-            a
-            for a in self.mesh.names[: self.mesh.names.index(axis)]
-            if layout.get(a) is factor or want.get(a) is factor
-        ]
+        order = order_on(factor, self.mesh)
+        before = [a for a in order[: order.index(axis)] if layout.get(a) is factor or want.get(a) is factor]
         return want.get(axis) is factor and all(layout.get(a) is factor and want.get(a) is factor for a in before)
 
     def _varied(self, value: fx.Node) -> Axes:
@@ -143,23 +177,29 @@ class Resharder:
             done += local_value(value).varied
         return tuple(done)
 
-    def _gather(self, value, dims, layout, axis, varying, user, dtype=None, reduce=None) -> fx.Node:
-        place = place_of(dims, layout, self.mesh, layout[axis])
-        del layout[axis]
-        kind = "all_gather_varying" if varying else "all_gather"
-        return self._emit(Collective(kind, value, (axis,), place, dtype=dtype, reduce=reduce), user, dims, layout)
+    def _place(self, dims: Dims, layout: Layout, axis: str, leaf: Factor) -> PlaceInDim:
+        """Where the parts of a factor lie that an axis splits, or is to split."""
+        return PlaceInDim(*place_of(dims, layout, self.mesh, leaf), is_dealt(leaf, axis, self.mesh))
 
-    def _shard(self, value, dims, layout, axis, leaf, user) -> fx.Node:
-        place = place_of(dims, layout, self.mesh, leaf)
+    def _gather(self, value, dims, layout, axes, varying, user, dtype=None, reduce=None) -> fx.Node:
+        """Over axes that are the most minor ones of their factor."""
+        place = self._place(dims, layout, axes[0], layout[axes[0]])
+        for axis in axes:
+            del layout[axis]
+        kind = "all_gather_varying" if varying else "all_gather"
+        return self._emit(Collective(kind, value, axes, place, dtype=dtype, reduce=reduce), user, dims, layout)
+
+    def shard(self, value: fx.Node, dims: Dims, layout: Layout, axis: str, leaf: Factor, user: fx.Node,
+              dealt: bool = True) -> fx.Node:
+        """This rank's part along an axis, which `layout` has from then on. dealt: dealt where that axis deals the factor."""
+        place = self._place(dims, layout, axis, leaf)
+        place = place._replace(dealt=place.dealt and dealt)
         layout[axis] = leaf
         return self._emit(Collective("shard", value, (axis,), place), user, dims, layout)
 
     def _exchange(self, value, dims, layout, axis, leaf, user) -> fx.Node:
-        old = place_of(dims, layout, self.mesh, layout[axis])
-        rest = {a: f for a, f in layout.items() if a != axis}
-        new = place_of(dims, {**rest, axis: layout[axis]}, self.mesh, leaf)
-        if old[0] == new[0]:
-            return value
+        old = self._place(dims, layout, axis, layout[axis])
+        new = self._place(dims, layout, axis, leaf)
         layout[axis] = leaf
         return self._emit(Collective("all_to_all", value, (axis,), old, new), user, dims, layout)
 

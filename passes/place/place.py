@@ -18,25 +18,27 @@ import torch
 from torch import fx
 
 from fxpar.errors import PlanError
+from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Source
 from fxpar.sharding.factors import Dims, Factor, leaves
 from fxpar.sharding.facts import dims_of, global_value
-from fxpar.sharding.layout import Layout, Sharding, restrict
-from fxpar.sharding.mesh import MICROBATCH, Mesh
+from fxpar.sharding.layout import Layout, Sharding, axes_on, restrict
+from fxpar.sharding.mesh import MICROBATCH, Axes, Mesh
 from fxpar.sharding.placement import Placement, Placements
 
 
 @dataclass(frozen=True)
 class Preference:
     """``role -> strategy``; `beside`: only where a factor of that role occurs too; `lookup`: only at a lookup in a table that
-    has more rows than are looked up, so that these are less to communicate than the table."""
+    has more rows than are looked up, so that these are less to communicate than the table; `attention`: only at attention."""
 
     role: str
     strategy: str
     beside: str | None = None
     lookup: bool = False
+    attention: bool = False
 
 
 def preferences(plan: Plan) -> list[Preference]:
@@ -46,7 +48,8 @@ def preferences(plan: Plan) -> list[Preference]:
         out.append(Preference("seq", "tp", beside="hidden"))
     if plan.gathers_each_use:  # else the table is gathered once a step, however many microbatches look it up
         out.append(Preference("vocab", "zero", lookup=True))
-    return [*out, Preference("batch", "dp")]
+    return [*out, Preference("batch", "dp"), Preference("heads", "a2a", attention=True), Preference("seq", "ring"),
+            Preference("seq", "a2a")]
 
 
 def place(program: Program, pinned: dict[str, Sharding] | None = None) -> Program:
@@ -93,7 +96,7 @@ class _Placer:
         layout: Layout = {}
         if source.kind == "param":
             stored = pinned_layout(dims, self.pinned[source.name], self.mesh)
-            layout = _used(stored, self.mesh.axes("zero"))
+            layout = _used(stored, self.mesh)
             self.chains[node] = [node]
         elif source.kind == "input":
             layout = self._input(source, dims)
@@ -160,8 +163,9 @@ class _Placer:
         like (`Placements.preferred`)."""
         zero = self.mesh.axes("zero")
         param = self.chains[node][0]
-        self.preferred[param] = {a: f for a, f in restrict(at, dims_of(param), gathered).items() if a in zero}
-        at = _used(at, zero)
+        self.preferred[param] = {a: f for a, f in restrict(at, dims_of(param), gathered).items()
+                                 if a in zero and f.role != "seq"}
+        at = _used(at, self.mesh)
         for link in self.chains[node]:
             layout = restrict(at, dims_of(link), gathered)
             self.layouts[link] = layout
@@ -178,11 +182,14 @@ class _Placer:
         for pref in self.prefs:
             if (pref.beside and pref.beside not in roles) or (pref.lookup and not _looks_up_few(node)):
                 continue
-            axes = self.mesh.axes(pref.strategy)
-            if any(a in at and at[a].role != pref.role for a in axes):
+            if pref.attention and node.target not in ATTENTION:
                 continue
+            axes = self.mesh.axes(pref.strategy)
+            if pref.strategy != "a2a" and any(a in at and at[a].role != pref.role for a in axes):
+                continue
+            taken = set(at.values()) if pref.lookup else set()
             for axis in axes:
-                wanting = [f for f in order if f.role == pref.role and not (pref.lookup and f in at.values())]
+                wanting = [f for f in order if f.role == pref.role and f not in taken]
                 wanting.sort(key=lambda f: (axis, f) not in inherited)
                 self._take(at, axis, wanting)
                 if pref.beside and axis not in at:
@@ -230,9 +237,11 @@ class _Placer:
         return None
 
 
-def _used(layout: Layout, zero: tuple[str, ...]) -> Layout:
-    """A parameter's layout without the axes over which it is merely stored in parts."""
-    return {a: f for a, f in layout.items() if a not in zero or f.role == "batch"}
+def _used(layout: Layout, mesh: Mesh) -> Layout:
+    """A parameter's layout without the axes over which it is merely stored in parts, and those of cp: what has a sequence is
+    stored in its order."""
+    apart = {*mesh.axes("zero"), *mesh.axes("cp")}
+    return {a: f for a, f in layout.items() if a not in apart or f.role == "batch"}
 
 
 def _looks_up_few(node: fx.Node) -> bool:
@@ -299,6 +308,13 @@ def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
     return leaf.size > 0 and leaf.size % ranks == 0
 
 
+def circulating(spec: Spec, at: Layout, mesh: Mesh, plan: Plan) -> Axes:
+    """The axes along which what an operator would gather goes round instead, if it can and the plan has it so."""
+    split = {f for o in spec.circulates for dim in o.gathered for f in dim.leaves()}
+    axes = tuple(a for a in mesh.names if at.get(a) in split)
+    return axes if plan.sends_around and set(axes) <= set(mesh.axes("cp")) else ()
+
+
 def scatterable(spec: Spec) -> list[Factor]:
     """The output's factors that a pending sum may be scattered onto: all, or those that what is added later shares. Not rows in
     an order of their own, which what follows wants together."""
@@ -312,8 +328,7 @@ def scatterable(spec: Spec) -> list[Factor]:
 
 def appends(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
     """Whether `axis` can split the parts of `leaf` that `layout` leaves: it fits, and is more minor than those there."""
-    later = mesh.names[mesh.names.index(axis) :]
-    return fits(layout, leaf, axis, mesh) and not any(layout.get(a) is leaf for a in later)
+    return fits(layout, leaf, axis, mesh) and axes_on(leaf, {**layout, axis: leaf}, mesh)[-1] == axis
 
 
 def _candidates(spec: Spec) -> list[Factor]:

@@ -222,7 +222,7 @@ def _take_out_slices(program: Program, values: Classification, index: fx.Node) -
         made = typed(node)
         result = local_value(node).result
         assert made is not None and result is not None
-        (dim, outer), local = made.place, result[0]
+        (dim, outer, _), local = made.place, result[0]
         outer *= replicas
         apart = [*local[:dim], outer, count, local[dim] // outer, *local[dim + 1 :]]
         with graph.inserting_before(node):

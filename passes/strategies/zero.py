@@ -14,7 +14,7 @@ from fxpar.passes.place.place import pinned_layout
 from fxpar.program import Program
 from fxpar.sharding.factors import Dims, Factor, leaves
 from fxpar.sharding.facts import dims_of, global_value
-from fxpar.sharding.layout import Layout, Sharding, place_of
+from fxpar.sharding.layout import Layout, Sharding, is_dealt, place_of
 from fxpar.sharding.mesh import Mesh
 
 
@@ -23,9 +23,10 @@ def shard_storage(program: Program, pinned: dict[str, Sharding] | None = None) -
 
     Takes: a placed program. pinned: parameters whose storage is given. Afterwards: where a parameter is stored in more parts
     than it is used in, ``program.placements.stored`` has that layout, for its placeholder and for the cast that follows it: the
-    one of its use with each axis of the mesh's "zero" strategy on one more factor: the one its first use prefers; else, one that
-    divides in a dim that is not split yet, if there is one; of those, the one whose parts are contiguous, else the
-    largest. A parameter without one stays as it is, and the report says so.
+    one of its use with the axes of the mesh's "zero" strategy on one more factor, all together or, where none divides by them
+    all, each on one: the one its first use prefers; else, one that divides in a dim that is not split yet, if there is one; of
+    those, the one whose parts are contiguous, else the largest; none that they would deal, as parameters are stored in their
+    order. A parameter without one stays as it is, and the report says so.
     """
     axes = program.mesh.axes("zero")
     unsharded: list[str] = []
@@ -52,11 +53,13 @@ def shard_storage(program: Program, pinned: dict[str, Sharding] | None = None) -
 
 def _with_axes(dims: Dims, used: Layout, axes: tuple[str, ...], mesh: Mesh) -> Layout:
     stored = dict(used)
-    for axis in axes:
+    for together in (axes, *((a,) for a in axes)):
         unsplit = [d for d in dims if not set(leaves(d)) & set(stored.values())]
-        free = [f for d in unsplit for f in leaves(d) if f.size and f.size % mesh.size(axis) == 0]
-        if axis not in stored and free:
-            stored[axis] = min(free, key=lambda f: _cost(dims, stored, mesh, f))
+        free = [f for d in unsplit for f in leaves(d) if f.size and f.size % mesh.size(*together) == 0
+                and not any(is_dealt(f, a, mesh) for a in together)]
+        if not set(together) & stored.keys() and free:
+            leaf = min(free, key=lambda f: _cost(dims, stored, mesh, f))
+            stored.update(dict.fromkeys(together, leaf))
     return stored
 
 

@@ -178,14 +178,14 @@ def test_require_supported():
     Plan(microbatches=4, batch_dims={"x": 1}, roles={"w[0]": "ffn"}).require_supported()
     for zero, recompute in [(1, "selective"), (2, "full"), (3, 0.5)]:
         Plan(dp=4, dp_replicate=2, zero=zero, recompute=recompute).require_supported()
+    for comm in ("p2p", "allgather", "a2a", "a2a+p2p"):
+        Plan(dp=2, cp=4, cp_comm=comm, zero=3).require_supported()
 
 
 @pytest.mark.parametrize(
     "text, suggestion",
     [
-        ("cp=2", "cp=1"),
         ("dp=2,ep=2", "ep=1"),
-        ("cp_comm=a2a", "cp_comm=p2p"),
         ("ep_dispatch=allgather", "ep_dispatch=alltoall"),
         ("tp=2,tp_comm_overlap=true", "tp_comm_overlap=false"),
     ],

@@ -3,7 +3,8 @@
 spec        what a rule says, and the einsum notation that most are written in
 registry    the table operator -> rule; what has none runs replicated, and the report says so
 pointwise   elementwise operators that PyTorch does not tag as such, dropout
-matmul      products, lookups, attention
+matmul      products, lookups
+attention   attention
 reduce      sums, means, softmax, norms, sorts
 view        reshape, transpose, expand, repeat
 index       slices, splits, concatenation, gather, scatter
@@ -12,7 +13,7 @@ conv        convolution, pooling, resampling
 experts     mixtures of experts, whose rows are in an order of their own
 """
 
-from fxpar.passes.infer.rules import conv, experts, factory, index, matmul, pointwise, reduce, view
+from fxpar.passes.infer.rules import attention, conv, experts, factory, index, matmul, pointwise, reduce, view
 from fxpar.passes.infer.rules.registry import RULES, notation, rule, spec_for
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, einsum
 
@@ -21,6 +22,7 @@ __all__ = [
     "Op",
     "Operand",
     "Spec",
+    "attention",
     "conv",
     "einsum",
     "experts",

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxpar.passes.infer.rules.registry import rule
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, broadcast, relate, unknown
-from fxpar.sharding.factors import Dim, Dims, Factor, extent
+from fxpar.sharding.factors import Dim, Factor, extent
 
 aten = torch.ops.aten
 
@@ -274,22 +274,25 @@ def _has_mask(indices: list) -> bool:
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def advanced_index(op: Op) -> Spec:
-    """``x[i, j]``: indexed dims stay replicated; the rest, and the index's own dims, are parallel."""
+    """``x[i, j]``: what is indexed is gathered; the rest, and the index's own dims, are parallel."""
     x, indices = op["self"], list(op["indices"])
     if _has_mask(indices):
         return unknown(op)
     own = op.dims(x)
     used = [k for k, i in enumerate(indices) if i is not None]
-    replicated = {f for k in used for f in own[k]}
-    tables: list[Dims] = [op.dims(indices[k]) for k in used]
-    rank = max(len(t) for t in tables)
+    operands = {n: Operand(n, op.dims(n)) for n in op.tensors()}
+    operands[x].gathered.update(f for k in used for f in own[k])
+    replicated: set[Factor] = set()
+    tables = [(operands[indices[k]], op.dims(indices[k])) for k in used]
+    rank = max(len(t) for _, t in tables)
     shape = list(torch.broadcast_shapes(*[tuple(op.shape(indices[k])) for k in used]))
     made = broadcast(op, tables, shape, replicated) if rank else ()
     adjacent = used == list(range(used[0], used[-1] + 1))
     rest = [d for k, d in enumerate(own) if k not in used]
     at = used[0] if adjacent else 0
-    spec = Spec([Operand(n, op.dims(n)) for n in op.tensors()], [(*rest[:at], *made, *rest[at:])], replicated=replicated)
-    return spec
+    if x in (indices[k] for k in used):
+        replicated.update(f for d in own for f in d)
+    return Spec(list(operands.values()), [(*rest[:at], *made, *rest[at:])], replicated=replicated)
 
 
 @rule(aten.one_hot.default)

@@ -1,4 +1,4 @@
-"""Rules of matrix products, lookups and attention."""
+"""Rules of matrix products and lookups."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from torch import fx
 
 from fxpar.errors import UnsupportedOperator
-from fxpar.ops.attention import windowed_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.pick import pick
-from fxpar.ops.vocabulary import ATTENTION
 from fxpar.ops.within import within
 from fxpar.passes.infer.rules.registry import notation, rule
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, einsum, unknown
@@ -222,52 +220,3 @@ def _emit_pick(local):
     index = local.call(within, index, extent(local.spec.operands[0].dims[-1]))
     offset = local.offset(local.spec.operands[0].dims[-1])
     return local.call(pick, x, index if offset is None else local.call(aten.sub.Tensor, index, offset))
-
-
-@rule(*ATTENTION)
-def attention(op: Op) -> Spec:
-    """Batch and heads are parallel; so is the query length where no implicit (causal) mask ties it to the keys."""
-    args: Any = op.node.args
-    q, k, v = args[:3]
-    mask = op["attn_mask"] if op.target is not windowed_attention else None
-    tied = op.target is windowed_attention or bool(op["is_causal"])
-    grouped = bool(op["enable_gqa"]) and op.shape(q)[-3] != op.shape(k)[-3]
-    if len(op.dims(q)) != 4 or len(op.dims(k)) != 4 or len(op.dims(v)) != 4:
-        return _attention_any_rank(op, q, k, v, mask)
-    length = "q!" if tied else "q"
-    if not grouped:
-        spec = einsum(op, f"b h {length} d!, b h k! d!, b h k! e -> b h q e", [q, k, v])
-    else:
-        spec = einsum(op, f"b h {length} d!, b j k! d!, b j k! e -> b h q e", [q, k, v])
-        spec.sums.clear()
-        spec.maxes.clear()
-        _group_heads(op, spec, q, k)
-    spec.sums.clear()
-    if isinstance(mask, fx.Node):
-        _mask_operand(op, spec, mask)
-    return spec
-
-
-def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
-    """Query heads are (key/value heads, group): the major part is the key/value heads themselves."""
-    heads, kv = op.dim(q, 1), op.dim(k, 1)
-    group = op.factors.new(extent(heads) // max(extent(kv), 1))
-    if not op.factors.align(heads, (*kv, *group)):
-        spec.replicated.update(heads, kv)
-
-
-def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:
-    """An explicit mask broadcasts to [..., q, k]."""
-    dims, keys, rows = op.dims(mask), spec.operands[1].dims[-2], spec.outs[0][:-1]
-    for have, want in zip(reversed(dims), (keys, *reversed(rows)), strict=False):
-        if have and not op.factors.align(want, have):
-            spec.replicated.update(have, want)
-    spec.operands.append(Operand(mask, dims))
-
-
-def _attention_any_rank(op: Op, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> Spec:
-    spec = einsum(op, "... q! d!, ... k! d!, ... k! e -> ... q e", [q, k, v])
-    spec.sums.clear()
-    if isinstance(mask, fx.Node):
-        _mask_operand(op, spec, mask)
-    return spec

@@ -8,6 +8,10 @@ one line of `einsum` notation::
 
 ``...`` broadcasts like PyTorch; a letter missing from the output is summed; ``k!`` must not be split;
 ``k^`` is reduced by maximum; an operand that starts with ``+`` is added after a pending sum (a bias).
+
+One factor may stand for two letters: queries and keys are the same sequence. It stays with the first of them in the output;
+whoever has it under another letter is *gathered* at this operator, and the output's dim gets a factor of its own. So it is where
+dims of one letter cannot be the same: each operand holds its own whole.
 """
 
 from __future__ import annotations
@@ -51,6 +55,8 @@ class Spec:
     sizes: arguments that spell sizes, and the dims they spell (rewritten to local sizes).
     emit: how to build the local program, where calling the same operator on local operands is not it.
     contiguous: its operands must be (what was gathered need not be). unknown: the operator has no rule; it runs replicated.
+    circulates: operands that are gathered, but may also stay split along a ring of ranks: `emit` then has each rank's part go
+    round.
     """
 
     operands: list[Operand]
@@ -65,6 +71,7 @@ class Spec:
     emit: Callable[[Any], Any] | None = None
     contiguous: bool = False
     unknown: bool = False
+    circulates: list[Operand] = field(default_factory=list)
 
     def ordered(self) -> set[Factor]:
         """The factors of rows that are in an order of their own."""
@@ -137,6 +144,41 @@ def relate(op: Op, dims: Sequence[Dim], replicated: set[Factor], size: int) -> D
     return fresh
 
 
+Held = list[tuple[Operand, Dim]]
+"""Operands, and the dim of each that is meant."""
+
+
+def shared(op: Op, held: Held, whole: set[Factor], size: int) -> Dim:
+    """One dimension that these dims of operands share: their factors made the same; or one that stays whole, and each operand
+    gathered."""
+    held = [(o, d) for o, d in held if d] or held[:1]
+    first = held[0][1] if held else op.factors.new(size)
+    if all([op.factors.align(first, d) for _, d in held[1:]]) and all(leaves(d) == leaves(first) for _, d in held[1:]):
+        return first
+    return _apart(op, held, whole, size)
+
+
+def _apart(op: Op, held: Held, whole: set[Factor], size: int) -> Dim:
+    """A new dimension, which stays whole, for what these operands then have to gather."""
+    for operand, dim in held:
+        operand.gathered.update(dim)
+    fresh = op.factors.new(size)
+    whole.update(fresh)
+    return fresh
+
+
+def distinct(op: Op, out: Sequence[Dim], held: Sequence[Held], whole: set[Factor]) -> Dims:
+    """The dims of an output; what an earlier one has already is gathered at the operands that a later one comes from."""
+    seen: set[Factor] = set()
+    dims = []
+    for dim, source in zip(out, held, strict=True):
+        if seen.intersection(leaves(dim)):
+            dim = _apart(op, [(o, d) for o, d in source if extent(d) > 1], whole, extent(dim))
+        seen.update(leaves(dim))
+        dims.append(dim)
+    return tuple(dims)
+
+
 def finish(op: Op, spec: Spec) -> Spec:
     """Keep the invariant that no tensor has one factor twice: a repeated one is renamed and replicated."""
     for k, dims in enumerate(spec.outs):
@@ -160,17 +202,18 @@ def elementwise(op: Op, nodes: Sequence[fx.Node] | None = None) -> Spec:
     """Each output element from the operand elements at the same place, with broadcasting."""
     operands = [Operand(n, op.dims(n)) for n in (op.tensors() if nodes is None else nodes)]
     replicated: set[Factor] = set()
-    dims = broadcast(op, [o.dims for o in operands], [int(n) for n in op.outs()[0].shape], replicated)
+    dims = broadcast(op, [(o, o.dims) for o in operands], [int(n) for n in op.outs()[0].shape], replicated)
     return Spec(operands, [dims for _ in op.outs()], replicated=replicated)
 
 
-def broadcast(op: Op, operands: Sequence[Dims], shape: Sequence[int], replicated: set[Factor]) -> Dims:
+def broadcast(op: Op, operands: Sequence[tuple[Operand, Dims]], shape: Sequence[int], replicated: set[Factor]) -> Dims:
     """The dims of operands broadcast against each other to `shape`."""
-    out = []
-    for back in range(len(shape), 0, -1):
-        here = [d[len(d) - back] for d in operands if len(d) >= back and extent(d[len(d) - back]) != 1]
-        out.append(relate(op, here, replicated, int(shape[-back])) if here else op.factors.new(int(shape[-back])))
-    return tuple(out)
+    held: list[Held] = [
+        [(o, d[len(d) - back]) for o, d in operands if len(d) >= back and extent(d[len(d) - back]) != 1]
+        for back in range(len(shape), 0, -1)
+    ]
+    out = [shared(op, here, replicated, int(n)) for here, n in zip(held, shape, strict=True)]
+    return distinct(op, out, held, replicated)
 
 
 def einsum(op: Op, notation: str, nodes: Sequence[fx.Node | None] | None = None) -> Spec:
@@ -194,21 +237,31 @@ def einsum(op: Op, notation: str, nodes: Sequence[fx.Node | None] | None = None)
         operands.append(Operand(node, op.dims(node), deferred=deferred))
     result = right.split()
     spec = Spec(operands, [])
-    where: dict[str, list[Dim]] = {}
-    batches: list[Dims] = []
+    where: dict[str, Held] = {}
+    batches: list[tuple[Operand, Dims]] = []
     for operand, letters in zip(operands, terms, strict=True):
         dims = list(operand.dims)
         if letters[:1] == ["..."]:
             tail = len(letters) - 1
-            batches.append(tuple(dims[: len(dims) - tail]))
+            batches.append((operand, tuple(dims[: len(dims) - tail])))
             letters, dims = letters[1:], dims[len(dims) - tail :]
         for letter, dim in zip(letters, dims[len(dims) - len(letters) :], strict=True):
-            where.setdefault(letter, []).append(dim)
+            where.setdefault(letter, []).append((operand, dim))
     shape = [int(n) for n in op.outs()[0].shape]
-    named = {c: relate(op, [d for d in ds if d] or ds[:1], spec.replicated, max(map(extent, ds))) for c, ds in where.items()}
+    named = {c: shared(op, held, spec.replicated, max(extent(d) for _, d in held)) for c, held in where.items()}
     lead = broadcast(op, batches, shape[: len(shape) - len(result) + 1], spec.replicated) if result[:1] == ["..."] else ()
-    spec.outs = [(*lead, *(named[c] for c in result if c != "..."))]
-    spec.replicated.update(f for c in marks["!"] if c in named for d in (*where[c], named[c]) for f in d)
+    letters = [c for c in result if c != "..."]
+    spec.outs = [distinct(op, (*lead, *(named[c] for c in letters)), [*([] for _ in lead), *(where[c] for c in letters)],
+                          spec.replicated)]
+    kept = {f for d in spec.outs[0] for f in leaves(d)}
+    for c in named:  # what is not split under this letter, but may be under another
+        if c not in letters and (c in marks["!"] or kept.intersection(leaves(named[c]))):
+            for operand, dim in where[c]:
+                operand.gathered.update(dim)
+            named[c] = tuple(f for f in leaves(named[c]) if f not in kept)
+    spec.replicated.update(f for c in marks["!"] for f in named.get(c, ()))
+    given = [o.node for o in operands]
+    spec.replicated.update(f for o in operands if given.count(o.node) > 1 for f in o.gathered)  # it is brought once
     spec.maxes.update(f for c in marks["^"] for f in named[c])
     spec.sums.update(f for c, d in named.items() if c not in result and c not in marks["^"] for f in d)
     return spec
