@@ -85,8 +85,8 @@ def test_what_it_may_say_besides_is_no_sight(name):
     assert sight(OTHER[name]) is None
 
 
-@pytest.mark.parametrize("name, comm", [("all", "p2p"), ("padding", "a2a"), ("a window in two", "allgather"), ("of queries", "p2p"),
-                                        ("keys first", "a2a")])  # fmt: skip
+@pytest.mark.parametrize("name, comm", [("all", "p2p"), ("padding", "a2a"), ("a window in two", "allgather"),
+                                        ("of queries", "p2p"), ("keys first", "a2a")])  # fmt: skip
 def test_equivalence(name, comm):
     mask = OTHER[name] if name in OTHER else MASKS[name][0]
     model, batch = built(mask)
