@@ -37,7 +37,7 @@ from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.ops.collectives import use_runtime
 from fxpar.ops.ring import costs
 from fxpar.ops.ring.operator import ring_attention
-from fxpar.ops.ring.schedule import Schedule
+from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.sharding.mesh import BoundMesh, Mesh
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -163,7 +163,7 @@ def main() -> None:
         bound = BoundMesh(Mesh(("replica", "cp"), (world // ranks, ranks)), device.type)
         group, mesh = bound.group(("cp",)), bound.device_mesh["cp"]
         for length in args.lengths:
-            schedule = Schedule(ranks, length // ranks, length // ranks, causal=True, zigzag=True)
+            schedule = RingSchedule(ranks, length // ranks, length // ranks, causal=True, zigzag=True)
             shapes = [(1, h, length // ranks, args.head_dim) for h in (args.heads, args.kv_heads)]
             work = sum(costs.flops(schedule, shapes[0], shapes[1]))
             workspace = max(costs.workspace_bytes(schedule, shapes[0], shapes[1], shapes[1], torch.bfloat16))

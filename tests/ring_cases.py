@@ -14,7 +14,7 @@ from torch import Tensor
 from fxpar.ops.ring.algorithm import Rank, backward, forward
 from fxpar.ops.ring.drive import lock_step
 from fxpar.ops.ring.operator import rank_of
-from fxpar.ops.ring.schedule import Schedule
+from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.ring.sight import Ids
 
 NAMES = ("q", "k", "v", "q_segments", "kv_segments", "kv_valid")
@@ -35,7 +35,7 @@ class Case:
         gen = torch.Generator().manual_seed(7)
         self.grad = torch.randn(*self.q.shape[:3], self.v.shape[3], generator=gen).to(self.q)
         get = self.settings.get
-        self.schedule = Schedule(self.ranks, self.q.shape[2] // self.ranks, self.k.shape[2] // self.ranks, get("causal", False),
+        self.schedule = RingSchedule(self.ranks, self.q.shape[2] // self.ranks, self.k.shape[2] // self.ranks, get("causal", False),
                                  get("zigzag", False), get("window"))
 
     def to(self, *args: Any) -> Case:

@@ -25,7 +25,7 @@ from fxpar.ops.ring import chunks
 from fxpar.ops.ring import costs as ring
 from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.operator import ring_attention
-from fxpar.ops.ring.schedule import Schedule
+from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
 from fxpar.program import Program
 from fxpar.sharding.facts import local_value
@@ -182,7 +182,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, *, window: int, **_: Any) -> tupl
 @formula(ring_attention)
 def _ring(q: Tensor, k: Tensor, v: Tensor, axes: Axes, *, causal: bool = False, zigzag: bool = False, window: int | None = None,
           **_: Any) -> tuple[int, int]:
-    schedule = Schedule(group_of(axes)[1], q.shape[2], k.shape[2], causal, zigzag, window)
+    schedule = RingSchedule(group_of(axes)[1], q.shape[2], k.shape[2], causal, zigzag, window)
     forward, backward = ring.flops(schedule, q.shape, v.shape)
     return forward, backward if q.requires_grad or v.requires_grad else 0
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxpar.ops.collectives import typed
 from fxpar.ops.ring import costs
-from fxpar.ops.ring.schedule import Schedule
+from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.roles import SOFTMAX
 from fxpar.passes.infer.rules.attention import sight_of
@@ -136,13 +136,13 @@ def _collected(program: Program, node: fx.Node) -> tuple[int, int]:
     return there, back
 
 
-def _ring(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh, axes: Axes) -> tuple[Schedule, list[int], list[int], list[int]]:
+def _ring(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh, axes: Axes) -> tuple[RingSchedule, list[int], list[int], list[int]]:
     """The schedule of a ring, and the shapes of a rank's queries, keys and values."""
     q, k, v = (local_shape(o.dims, at, mesh) for o in spec.operands[:3])
     sight = sight_of(node)
     assert sight is not None
     dealt = any(f.causal for f in leaves(spec.outs[0][-2]))
-    return Schedule(mesh.size(*axes), q[2], k[2], sight.causal, dealt, sight.window), q, k, v
+    return RingSchedule(mesh.size(*axes), q[2], k[2], sight.causal, dealt, sight.window), q, k, v
 
 
 def gathered_note(program: Program) -> list[str]:

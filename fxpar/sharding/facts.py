@@ -18,6 +18,7 @@ from fxpar.sharding.factors import Dims
 from fxpar.sharding.layout import Layout, Sharding
 
 if TYPE_CHECKING:
+    from fxpar.ops.attention import MaskSight
     from fxpar.passes.infer.rules.spec import Spec
 
 _GLOBAL, _LOCAL = "fxpar_global", "fxpar_local"
@@ -31,7 +32,8 @@ class GlobalValue:
     its operator said. position: of an operator's outputs, which tensor it takes. is_param: whether it is a parameter as it is
     passed in. needs_grad: whether a gradient flows to it. batch_dim: of an input, the dim that is the batch.
     reduce_dtype: of a parameter's cast, in which dtype its gradient is summed over ranks (by `cast_parameters`).
-    by_expert: whether its rows are in an order that each rank has of its own (by `sort_by_expert`).
+    by_expert: whether its rows are in an order that each rank has of its own (by `sort_by_expert`). sight:
+    of an attention's mask, what queries see through it (by `name_sights`).
     """
 
     dims: Dims | None = None
@@ -42,6 +44,7 @@ class GlobalValue:
     batch_dim: int | None = None
     reduce_dtype: torch.dtype | None = None
     by_expert: bool = False
+    sight: MaskSight | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,8 +48,11 @@ def is_dealt(leaf: Factor, axis: str, mesh: Mesh) -> bool:
 
 
 def dealt_to(leaf: Factor, layout: Layout, mesh: Mesh) -> int:
-    """The number of ranks that a factor is dealt to."""
-    return mesh.size(*(a for a, f in layout.items() if f is leaf and is_dealt(leaf, a, mesh)))
+    """The number of ranks that a factor is dealt to, before other axes split what each of them has."""
+    axes = axes_on(leaf, layout, mesh)
+    dealt = [a for a in axes if is_dealt(leaf, a, mesh)]
+    assert dealt == list(axes[: len(dealt)]), f"{leaf} is split over {axes} before it is dealt over {dealt}"
+    return mesh.size(*dealt)
 
 
 def pieces(dim: Dim, layout: Layout, mesh: Mesh) -> list[Piece]:

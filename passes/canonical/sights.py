@@ -13,6 +13,7 @@ from fxpar.ops.attention import MaskSight
 from fxpar.passes.canonical.masks import allowed_by, constants, mask_of, value_in, verdict_of
 from fxpar.passes.infer.rules.spec import bind
 from fxpar.program import Program, value_of
+from fxpar.sharding.facts import describe_global
 
 aten = torch.ops.aten
 CONJUNCTIONS = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
@@ -22,7 +23,7 @@ COPIES = (aten.expand.default, aten.clone.default, aten.contiguous.default, aten
 def name_sights(program: Program) -> Program:
     """Say what masks are made of, where that is less than the mask.
 
-    Takes: a functional program whose constant masks are gone. The graph stays as it is. Afterwards: ``meta["sight"]`` of a
+    Takes: a functional program whose constant masks are gone. The graph stays as it is. Afterwards: `GlobalValue.sight` of a
     boolean mask [b or 1, 1, q, k] of `scaled_dot_product_attention` is a `MaskSight`, if the mask is a conjunction of what is
     constant and causal, of one comparison of integers of queries and of keys (segments), and of one boolean for each key
     (padding), each of which may be missing.
@@ -38,7 +39,7 @@ def name_sights(program: Program) -> Program:
             constant = constants(program)
         sight = _sight(program, mask, constant)
         if sight is not None:
-            mask.meta["sight"] = sight
+            describe_global(mask, sight=sight)
     return program
 
 

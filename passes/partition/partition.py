@@ -121,15 +121,13 @@ class _Partitioner:
             if axis not in layout and batch is not None and self.mesh.size(axis) > 1:
                 want[axis] = batch
         want = {**layout, **want}
-        dealt = {a: f for a, f in want.items() if is_dealt(f, a, self.mesh)}
-        within = [a for a, f in want.items() if f in dealt.values() and a not in dealt]
-        if not dealt:
-            new = self.reshard.to(self.local[node], dims, layout, want, node)
-            return self._describe(new, node, want) if want != layout or local_value(new).sharding is None else new
-        want = {a: f for a, f in want.items() if a not in dealt and a not in within}
+        dealt = list(dict.fromkeys(f for a, f in want.items() if is_dealt(f, a, self.mesh)))
+        want = {a: f for a, f in want.items() if f not in dealt or is_dealt(f, a, self.mesh)}
         new = self.reshard.to(self.local[node], dims, layout, want, node)
-        for axis in (a for a in self.mesh.names if a in dealt):
-            new = self.reshard.shard(new, dims, want, axis, dealt[axis], node, dealt=False)
+        for leaf in dealt:
+            new = self.reshard.in_order(new, dims, want, leaf, node)
+        if want == layout and not dealt and local_value(new).sharding is not None:
+            return new
         new = self._describe(new, node, want)
         describe_local(new, sharding=in_order(sharding_at(new)))
         return new

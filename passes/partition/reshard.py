@@ -189,11 +189,27 @@ class Resharder:
         kind = "all_gather_varying" if varying else "all_gather"
         return self._emit(Collective(kind, value, axes, place, dtype=dtype, reduce=reduce), user, dims, layout)
 
-    def shard(self, value: fx.Node, dims: Dims, layout: Layout, axis: str, leaf: Factor, user: fx.Node,
-              dealt: bool = True) -> fx.Node:
-        """This rank's part along an axis, which `layout` has from then on. dealt: dealt where that axis deals the factor."""
+    def in_order(self, value: fx.Node, dims: Dims, layout: Layout, leaf: Factor, user: fx.Node) -> fx.Node:
+        """`value` with neighbouring parts of a factor that its axes have dealt. They are exchanged for parts of another factor,
+        of which each rank has the whole sequence, and back; where no other divides, all is gathered."""
+        axes = axes_on(leaf, layout, self.mesh)
+        place = self._place(dims, layout, axes[0], leaf)
+        others = [f for d in dims if leaf not in leaves(d) for f in leaves(d)]
+        ranks = self.mesh.size(*axes)
+        other = next((f for f in reversed(others) if f not in layout.values() and f.size % ranks == 0), None)
+        if other is None:
+            whole = {a: f for a, f in layout.items() if f is not leaf}
+            value = self._gather(value, dims, {**layout}, axes, False, user)
+            place = PlaceInDim(*place_of(dims, whole, self.mesh, leaf))
+            return self._emit(Collective("shard", value, axes, place), user, dims, layout)
+        moved = {**layout, **dict.fromkeys(axes, other)}
+        to = PlaceInDim(*place_of(dims, layout, self.mesh, other))
+        value = self._emit(Collective("all_to_all", value, axes, place, to), user, dims, moved)
+        return self._emit(Collective("all_to_all", value, axes, to, place._replace(dealt=False)), user, dims, layout)
+
+    def shard(self, value: fx.Node, dims: Dims, layout: Layout, axis: str, leaf: Factor, user: fx.Node) -> fx.Node:
+        """This rank's part along an axis, which `layout` has from then on."""
         place = self._place(dims, layout, axis, leaf)
-        place = place._replace(dealt=place.dealt and dealt)
         layout[axis] = leaf
         return self._emit(Collective("shard", value, (axis,), place), user, dims, layout)
 

@@ -42,8 +42,8 @@ def packed() -> Tensor:
 
 
 def causal(name: str, more: dict[str, Tensor] | None = None, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    config = getattr(transformers, name)(vocab_size=VOCAB, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                                         **options)
+    tokens = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, name)(**tokens, use_cache=False, **options)
     model = transformers.AutoModelForCausalLM.from_config(config)
     return model, {"input_ids": ids(), "labels": labels(), **(more or {})}
 
@@ -154,9 +154,8 @@ def test_what_attention_becomes(comm, operator):
     assert [t for t in found if t in (ring_attention, attention_of_chunks, SDPA)] == [operator] * 2
 
 
-@pytest.mark.parametrize("name, comm", [
-    ("llama_packed", "p2p"), ("llama_packed", "a2a"), ("llama_padded", "allgather"), ("mistral", "allgather"), ("llama_padded", "p2p"),
-])
+@pytest.mark.parametrize("name, comm", [("llama_packed", "p2p"), ("llama_packed", "a2a"), ("llama_padded", "allgather"),
+                                        ("mistral", "allgather"), ("llama_padded", "p2p")])  # fmt: skip
 def test_no_mask_is_as_long_as_the_sequence_twice(name, comm):
     model, batch = build(name)
     simulation = fxpar.simulate(model, f"cp=2,cp_comm={comm}", batch)

@@ -471,7 +471,7 @@ def test_a_mesh_has_the_axes_of_every_strategy():
 
 def test_an_unknown_strategy_or_axis_is_an_error():
     mesh = meshes.from_plan(Plan(dp=2, tp=2))
-    with pytest.raises(KeyError, match="no strategy 'tensor'; there are dp, tp, zero"):
+    with pytest.raises(KeyError, match="no strategy 'tensor'; there are dp, cp, ring, a2a, tp, zero"):
         mesh.axes("tensor")
     with pytest.raises(KeyError, match="no axis 'tp0' in a mesh of dp=2 x tp=2"):
         mesh.size("tp0")

@@ -2,7 +2,7 @@
 
 Without a window, or with one that reaches far, keys and values go round: each rank computes with those at hand while it passes
 them on, and after as many rounds as there are ranks it has seen all. In the backward their gradients go round behind them, in
-the same direction, and come home in the last round. With a window that reaches less far (`Schedule.halo`) each chunk gets the
+the same direction, and come home in the last round. With a window that reaches less far (`RingSchedule.halo`) each chunk gets the
 keys before it that its window reaches, and returns their gradients.
 
 Results for the several blocks of keys are merged by their log-sum-exp, and the backward of each block is told that over all keys
@@ -22,7 +22,7 @@ from fxpar.ops.ring.blocks import Merged, attend, attend_backward
 from fxpar.ops.ring.drive import Asking, Transfer
 from fxpar.ops.ring.kernels import accumulates_in
 from fxpar.ops.ring.packets import Layout
-from fxpar.ops.ring.schedule import Piece, Schedule
+from fxpar.ops.ring.schedule import Piece, RingSchedule
 from fxpar.ops.ring.sight import Ids, Sight
 
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -33,7 +33,7 @@ class Rank:
     """What one rank is told: its number; its parts of the tensors and of what limits sight."""
 
     rank: int
-    schedule: Schedule
+    schedule: RingSchedule
     q: Tensor
     k: Tensor
     v: Tensor
@@ -156,7 +156,7 @@ def _halo_asked(rank: Rank) -> Transfer:
     return Transfer(payload, *_splits(layout, schedule, rank.rank))
 
 
-def _splits(layout: Layout, schedule: Schedule, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _splits(layout: Layout, schedule: RingSchedule, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Bytes of a rank's pieces of halos that it sends to each rank, and that it receives."""
     received = schedule.received(rank)
     return (tuple(sum(layout.bytes(p.length) for p in pieces) for pieces in schedule.sent(rank)),

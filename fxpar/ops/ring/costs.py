@@ -17,12 +17,12 @@ from torch.utils.flop_counter import register_flop_formula
 from fxpar.ops.ring.kernels import accumulates_in
 from fxpar.ops.ring.operator import BACKWARD, FORWARD
 from fxpar.ops.ring.packets import Layout
-from fxpar.ops.ring.schedule import Schedule
+from fxpar.ops.ring.schedule import RingSchedule
 
 Shape = Sequence[int]
 
 
-def pairs_seen(schedule: Schedule) -> int:
+def pairs_seen(schedule: RingSchedule) -> int:
     """The pairs of a query and a key that it sees, on the rank that has most. (What segments and padding hide counts, because it
     is computed.)"""
     if not schedule.causal:
@@ -37,14 +37,14 @@ def _seen(length: int, before: int, window: int | None) -> int:
     return growing * before + growing * (growing + 1) // 2 + (length - growing) * (window or 0)
 
 
-def flops(schedule: Schedule, q: Shape, v: Shape) -> tuple[int, int]:
+def flops(schedule: RingSchedule, q: Shape, v: Shape) -> tuple[int, int]:
     """Floating-point operations (a multiply-add counts two), forward and backward: scores and the sum of values, and in the
     backward pass the scores again and two products for each of these two."""
     scores, sums = (2 * q[0] * q[1] * pairs_seen(schedule) * width for width in (q[3], v[3]))
     return scores + sums, 3 * scores + 2 * sums
 
 
-def traffic_bytes(schedule: Schedule, k: Shape, v: Shape, dtype: torch.dtype, ids: Sequence[tuple[Shape, torch.dtype]] = ()
+def traffic_bytes(schedule: RingSchedule, k: Shape, v: Shape, dtype: torch.dtype, ids: Sequence[tuple[Shape, torch.dtype]] = ()
                   ) -> tuple[int, int]:
     """Bytes that a rank sends, forward and backward. k, v: shapes of its parts; ids: of what travels with them (segments and
     validity of keys), with their dtypes."""
@@ -60,7 +60,7 @@ def traffic_bytes(schedule: Schedule, k: Shape, v: Shape, dtype: torch.dtype, id
     return passed_on, passed_on + (schedule.ranks * gradients.bytes(schedule.keys) if rounds else 0)
 
 
-def workspace_bytes(schedule: Schedule, q: Shape, k: Shape, v: Shape, dtype: torch.dtype) -> tuple[int, int]:
+def workspace_bytes(schedule: RingSchedule, q: Shape, k: Shape, v: Shape, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that the operator has at once beside its operands and results, forward and backward, at most; with what
     FlashAttention has of its own, and without masks."""
     wide, heads = accumulates_in(dtype), q[1]
@@ -97,8 +97,8 @@ def _gradients(k: Shape, v: Shape, dtype: torch.dtype) -> Layout:
     return Layout((tuple(k), tuple(v)), (2, 2), (wide, wide))
 
 
-def _schedule(q: Shape, k: Shape, ranks: int, causal: bool, zigzag: bool, window: int | None) -> Schedule:
-    return Schedule(ranks, q[2], k[2], causal, zigzag, window)
+def _schedule(q: Shape, k: Shape, ranks: int, causal: bool, zigzag: bool, window: int | None) -> RingSchedule:
+    return RingSchedule(ranks, q[2], k[2], causal, zigzag, window)
 
 
 @register_flop_formula(FORWARD.overloadpacket)

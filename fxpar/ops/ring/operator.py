@@ -39,7 +39,7 @@ from fxpar.ops.collectives import LONE, group_of
 from fxpar.ops.ring.algorithm import Rank, backward, forward
 from fxpar.ops.ring.drive import Asking, lock_step, over_group
 from fxpar.ops.ring.kernels import accumulates_in
-from fxpar.ops.ring.schedule import Schedule
+from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.ring.sight import Ids
 from fxpar.sharding.mesh import Axes
 
@@ -93,7 +93,7 @@ def rank_of(rank: int, ranks: int, q: Tensor, k: Tensor, v: Tensor, ids: Ids = _
             refuse(f"{name} is to be [{q.shape[0]} or 1, {length}]")
         if (t.dtype == torch.bool) != (name == "kv_valid") or t.is_floating_point():
             refuse(f"{name} is to be of {'booleans' if name == 'kv_valid' else 'integers'}")
-    schedule = Schedule(ranks, q.shape[2], k.shape[2], causal, zigzag, window)
+    schedule = RingSchedule(ranks, q.shape[2], k.shape[2], causal, zigzag, window)
     return Rank(rank, schedule, q, k, v, ids, q.shape[3] ** -0.5 if scale is None else scale)
 
 

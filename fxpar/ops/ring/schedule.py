@@ -42,7 +42,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RingSchedule:
     """ranks: of the group. queries, keys: positions of each rank. zigzag means something with causal alone; a window needs
     causal. Raises: ValueError for what does not agree."""
 

@@ -13,6 +13,7 @@ from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.rules.registry import rule
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, bind, einsum
 from fxpar.sharding.factors import extent, leaves
+from fxpar.sharding.facts import global_value
 
 
 def sight_of(node: fx.Node) -> MaskSight | None:
@@ -21,8 +22,7 @@ def sight_of(node: fx.Node) -> MaskSight | None:
     if node.target is windowed_attention:
         return MaskSight(True, args["window"], None, None, None)
     if isinstance(args["attn_mask"], fx.Node):
-        sight: MaskSight | None = args["attn_mask"].meta.get("sight")
-        return sight
+        return global_value(args["attn_mask"]).sight
     return MaskSight(bool(args["is_causal"]), None, None, None, None)
 
 

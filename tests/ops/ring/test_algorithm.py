@@ -12,7 +12,7 @@ from fxpar.ops.ring import blocks, costs
 from fxpar.ops.ring.algorithm import backward, forward
 from fxpar.ops.ring.drive import Transfer, lock_step
 from fxpar.ops.ring.kernels import CPU, CUDNN, EFFICIENT, FLASH, MATH, Kernel, Seen
-from fxpar.ops.ring.schedule import Schedule
+from fxpar.ops.ring.schedule import RingSchedule
 from tests.harness import RANDOM
 from tests.ring_cases import Case, in_lock_step, off, random_case
 
@@ -128,7 +128,7 @@ def test_the_workspace_is_that_of_a_rank():
     q, k = (1, 8, 64, 16), (1, 2, 64, 16)
 
     def needed(ranks: int, window: int | None = None) -> tuple[int, int]:
-        return costs.workspace_bytes(Schedule(ranks, 64, 64, True, True, window), q, k, k, torch.bfloat16)
+        return costs.workspace_bytes(RingSchedule(ranks, 64, 64, True, True, window), q, k, k, torch.bfloat16)
 
     assert needed(1) < needed(2) == needed(8)
     assert needed(4, 2) < needed(4, 8) < needed(4, 16)

@@ -7,6 +7,7 @@ from torch import nn
 
 from fxpar.compiler import compile_program
 from fxpar.ops.vocabulary import SDPA
+from fxpar.sharding.facts import global_value
 from fxpar.testing import assert_equivalent
 
 LENGTH = 16
@@ -65,7 +66,7 @@ def sight(mask):
 
     def look(name, program):
         if name == "sights":
-            found.extend(n.args[3].meta.get("sight") for n in program.graph.nodes if n.target is SDPA)
+            found.extend(global_value(n.args[3]).sight for n in program.graph.nodes if n.target is SDPA)
 
     compile_program(*built(mask)[:1], "dp=1", built(mask)[1], observe=look)
     return found[0]
@@ -85,9 +86,8 @@ def test_what_it_may_say_besides_is_no_sight(name):
     assert sight(OTHER[name]) is None
 
 
-@pytest.mark.parametrize("name, comm", [
-    ("all", "p2p"), ("padding", "a2a"), ("a window in two", "allgather"), ("of queries", "p2p"), ("keys first", "a2a"),
-])
+@pytest.mark.parametrize("name, comm", [("all", "p2p"), ("padding", "a2a"), ("a window in two", "allgather"),
+                                        ("of queries", "p2p"), ("keys first", "a2a")])  # fmt: skip
 def test_equivalence(name, comm):
     mask = OTHER[name] if name in OTHER else MASKS[name][0]
     model, batch = built(mask)

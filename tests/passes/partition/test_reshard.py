@@ -12,7 +12,7 @@ from fxpar.ops import collectives
 from fxpar.passes.partition.reshard import Resharder
 from fxpar.sharding.factors import Factor, Factors, leaves
 from fxpar.sharding.facts import describe_local, local_value
-from fxpar.sharding.layout import local_shape, sharding_of, take
+from fxpar.sharding.layout import in_order, local_shape, sharding_of, take
 from fxpar.sharding.mesh import Mesh
 from tests.harness import MESHES, RANDOM, random_dims, random_layout
 
@@ -45,9 +45,20 @@ class Exchange:
         return take(self.x if x is None else x, sharding_of(self.dims, split, self.mesh), self.mesh, rank)
 
 
+def with_context(r: Random):
+    """The major axes are of cp, and some factors dealt along them; along heads those of a2a come last."""
+    cp = ("a", "b", "c")[: r.randint(0, 3)]
+    mesh = Mesh(("a", "b", "c"), (2, 2, 2), {"cp": cp, "a2a": cp[r.randint(0, len(cp)) :]})
+    factors = Factors()
+    dims = factors.beside(tuple(sum((factors.new(n) for n in r.choice([(16,), (2, 16), (16, 3)])), ()) for _ in range(2)))
+    for f in (f for d in dims for f in d if f.size == 16):
+        f.causal = r.random() < 0.5
+        f.role = None if f.causal or r.random() < 0.5 else "heads"
+    return mesh, dims
+
+
 def example(r: Random, varying=True):
-    mesh = r.choice(MESHES)
-    dims = random_dims(r)
+    mesh, dims = (r.choice(MESHES), random_dims(r)) if r.random() < 0.5 else with_context(r)
     flat = [f for d in dims for f in leaves(d)]
     layout = random_layout(r, flat, mesh, 0.7)
     wants = []
@@ -227,7 +238,8 @@ def issued(layout, want, dims, mesh=MESH):
         ({}, {"a": 0}, [("shard", ("a",))]),
         ({"a": 0}, {"a": 1}, [("all_to_all", ("a",))]),
         ({"a": 0, "b": 0}, {"a": 0}, [("all_gather", ("b",))]),
-        ({"a": 0, "b": 0}, {"a": 0, "b": 1}, [("all_gather", ("b",)), ("shard", ("b",))]),
+        ({"a": 0, "b": 0}, {"a": 0, "b": 1}, [("all_to_all", ("b",))]),
+        ({"a": 0, "b": 0}, {"a": 1}, [("all_gather", ("b",)), ("all_to_all", ("a",))]),
         ({"b": 0}, {"a": 0, "b": 0}, [("all_gather", ("b",)), ("shard", ("a",)), ("shard", ("b",))]),
         (
             {"a": 0, "b": 1},
@@ -305,11 +317,34 @@ def test_pmax_is_the_maximum_and_carries_no_gradient(axes):
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, backward) in collectives.CONJUGATE.items() if backward is not None])
-def test_the_backward_of_a_collective_has_the_shape_of_its_input(kind):
+@pytest.mark.parametrize("dealt", [False, True])
+def test_the_backward_of_a_collective_has_the_shape_of_its_input(kind, dealt):
     forward, backward = collectives.CONJUGATE[kind]
-    mesh, place, to = Mesh(("a",), (2,)), (0, 2), (1, 1)
+    mesh, place, to = Mesh(("a",), (2,)), collectives.PlaceInDim(0, 2, dealt), collectives.PlaceInDim(1, 1)
     xs = [torch.randn(8, 6, dtype=torch.float64) for _ in range(2)]
     ys = simulate.run_all(forward, mesh, ("a",), place, to, xs)
     assert all(
         g.shape == x.shape for g, x in zip(simulate.run_all(backward, mesh, ("a",), place, to, ys), xs, strict=True)
     )
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (3, 16, 5), (2, 16, 8)])
+@pytest.mark.parametrize("axes", [("a",), ("a", "b")])
+def test_what_is_dealt_is_brought_into_its_order(shape, axes):
+    """By two exchanges, where another factor divides; values and gradients are those of the parts in order."""
+    mesh = Mesh(("a", "b"), (2, 2), {"cp": ("a", "b")})
+    dims = Factors().fresh(shape)
+    dims[1][0].causal = True
+    e = Exchange(mesh, dims, dict.fromkeys(axes, dims[1][0]))
+    made = e.reshard.in_order(e.value, dims, e.layout, dims[1][0], e.value)
+    tiles = in_order(sharding_of(dims, e.layout, mesh))
+    outs = e.run([made])
+    kinds = [c.kind for n in e.graph.nodes if (c := collectives.typed(n)) is not None]
+    other = any(n % mesh.size(*axes) == 0 for i, n in enumerate(shape) if i != 1)
+    assert kinds == (["all_to_all", "all_to_all"] if other else ["all_gather", "shard"])
+    weights = torch.randn(shape, dtype=torch.float64)
+    parts = [take(weights, tiles, mesh, rank) for rank in range(4)]
+    for rank, (mine,) in enumerate(outs):
+        assert torch.equal(mine, take(e.x, tiles, mesh, rank))
+    grads = torch.autograd.grad([mine for (mine,) in outs], e.inputs, parts)
+    assert all(torch.equal(g, e.part(e.layout, rank, weights)) for rank, g in enumerate(grads))
