@@ -53,7 +53,8 @@ def _cut(x: fx.Node) -> tuple[fx.Node, int, int, list[torch.dtype]] | None:
     elements that lack at the beginning (0 or 1, of the one that lacks), and what it is cast to, in order."""
     if x.meta["val"].dim() != 2:
         return None
-    flattened, dtypes = False, []
+    flattened = False
+    dtypes: list[torch.dtype] = []
     while x.target in COPIES or (x.target in FLAT and not flattened):
         flattened = flattened or x.target in FLAT
         before: fx.Node = bind(x)["self"]
