@@ -17,7 +17,7 @@ from tests.harness import RANDOM
 from tests.ring_cases import Case, in_lock_step, off, random_case
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(RANDOM)
 def test_equals_one_device(r):
     case = random_case(r)

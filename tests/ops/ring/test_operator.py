@@ -131,7 +131,7 @@ def over_gloo(rank: int, cases: list[Case]) -> list[list[Tensor]]:
 
 @pytest.mark.multiproc
 def test_processes():
-    cases = [c for c in (random_case(Random(i)) for i in range(60)) if c.ranks == 4][:16]
+    cases = [c for c in (random_case(Random(i)) for i in range(60)) if c.ranks == 4][:10]
     assert {c.schedule.halo for c in cases} == {False, True} and any(c.ids for c in cases)
     found = launch(4, over_gloo, cases)
     for i, case in enumerate(cases):
@@ -141,7 +141,7 @@ def test_processes():
 # ---- what compilers see ----
 
 
-@pytest.mark.parametrize("case", [EXAMPLES[0], EXAMPLES[4], *(pytest.param(c, marks=pytest.mark.slow) for c in EXAMPLES[1:4])])
+@pytest.mark.parametrize("case", [EXAMPLES[4], *(pytest.param(c, marks=pytest.mark.slow) for c in EXAMPLES[:4])])
 def test_what_pytorch_demands_of_an_operator(case):
     """Schemas, results of fake tensors (shapes and strides), gradients, and what AOTAutograd makes of it."""
     ids = [case.ids_of(0).get(n) for n in ("q_segments", "kv_segments", "kv_valid")]
