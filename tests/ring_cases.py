@@ -35,8 +35,8 @@ class Case:
         gen = torch.Generator().manual_seed(7)
         self.grad = torch.randn(*self.q.shape[:3], self.v.shape[3], generator=gen).to(self.q)
         get = self.settings.get
-        self.schedule = RingSchedule(self.ranks, self.q.shape[2] // self.ranks, self.k.shape[2] // self.ranks, get("causal", False),
-                                 get("zigzag", False), get("window"))
+        self.schedule = RingSchedule(self.ranks, self.q.shape[2] // self.ranks, self.k.shape[2] // self.ranks,
+                                     get("causal", False), get("zigzag", False), get("window"))
 
     def to(self, *args: Any) -> Case:
         """With operands and ids elsewhere, or operands of another dtype."""

@@ -20,6 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
+from fxpar.ops.ring import chunks
 from fxpar.ops.ring import costs as ring
 from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
 
@@ -285,8 +286,9 @@ def _is_collective(node: fx.Node) -> bool:
 
 def _workspace(node: fx.Node) -> int:
     """The backward of attention sums the queries' gradient in fp32; ring attention has blocks that travel, and sums."""
-    if node.target in ring.OPERATORS:
-        return ring.workspace_of(node)
+    for of in (ring, chunks):
+        if node.target in of.OPERATORS:
+            return of.workspace_of(node)
     if not _name(node).startswith(ATTENTION_KERNEL) or "backward" not in _name(node):
         return 0
     return node.meta["val"][0].numel() * 4

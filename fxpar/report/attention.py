@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fxpar.ops.collectives import typed
-from fxpar.ops.ring import costs
+from fxpar.ops.ring import chunks, costs
+from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.roles import SOFTMAX
@@ -21,7 +22,7 @@ from fxpar.program import Program, module_path
 from fxpar.report.text import MIB, table
 from fxpar.sharding.factors import Dim, leaves
 from fxpar.sharding.facts import dims_of, global_value, local_value
-from fxpar.sharding.layout import Layout, local_shape
+from fxpar.sharding.layout import Layout, local_shape, restrict
 from fxpar.sharding.mesh import Axes, Mesh
 
 
@@ -30,8 +31,8 @@ class AttentionRow:
     """Attention alike, under context parallelism.
 
     where: the module (layer numbers replaced by ``*``). count: how many a step has. how: what is done along which axes of cp, and
-    why. sent: bytes that one rank receives for one of them, forward and backward. workspace: bytes that ring attention holds at
-    once beside its operands and results, forward and backward, as they are in the predicted peak.
+    why. sent: bytes that one rank receives for one of them, forward and backward. workspace: bytes that the operators of fxpar
+    hold at once beside their operands and results, forward and backward, as they are in the predicted peak.
     """
 
     where: str
@@ -74,6 +75,12 @@ def _row(program: Program, node: fx.Node, at: Layout) -> AttentionRow:
         more, behind = costs.traffic_bytes(schedule, k, v, node.meta["val"].dtype)
         there, back = there + more, back + (behind if program.training else 0)
         workspace = costs.workspace_bytes(schedule, q, k, v, node.meta["val"].dtype)
+    elif any(n.target is attention_of_chunks and local_value(n).global_name == node.name
+             for n in program.graph.nodes):
+        gathered = {g for o in spec.operands[1:3] for f in o.gathered for g in f.leaves()}
+        q, k, v = (local_shape(o.dims, restrict(at, o.dims, gathered if i else ()), mesh)
+                   for i, o in enumerate(spec.operands[:3]))
+        workspace = chunks.workspace_bytes(q, k, v, node.meta["val"].dtype)
     where = re.sub(r"\b\d+\b", "*", module_path(node))
     return AttentionRow(where, 1, ", ".join(how) or "replicated on every rank", _why(node, plan, mesh, heads, queries, ring),
                         (there, back if program.training else 0), workspace)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fxpar.ops.ring.blocks import Merged, attend, attend_backward
-from fxpar.ops.ring.drive import Asking, Transfer
+from fxpar.ops.ring.drive import Asking, RingTransfer
 from fxpar.ops.ring.kernels import accumulates_in
-from fxpar.ops.ring.packets import Layout
-from fxpar.ops.ring.schedule import Piece, RingSchedule
+from fxpar.ops.ring.packets import PacketLayout
+from fxpar.ops.ring.schedule import ChunkPiece, RingSchedule
 from fxpar.ops.ring.sight import Ids, Sight
 
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -46,10 +46,10 @@ class Rank:
         return [self.k, self.v, *(t for t in (self.ids.k, self.ids.valid) if t is not None)]
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> PacketLayout:
         """Of the packets in which they travel."""
         tensors = self.travelling
-        return Layout.of(tensors, [2, 2, *[1] * (len(tensors) - 2)])
+        return PacketLayout.of(tensors, [2, 2, *[1] * (len(tensors) - 2)])
 
     def sight(self, rows: slice, keys: slice, shift: int | None, held: Sequence[Tensor]) -> Sight:
         """What queries `rows` see of the keys `keys` among those `held`, which travelled or are its own."""
@@ -81,7 +81,7 @@ def forward(rank: Rank) -> Asking[tuple[Tensor, Tensor]]:
         handle = None
         if step < schedule.ranks - 1:
             packet = _packed(rank) if packet is None else packet
-            handle = yield Transfer.onwards(packet, rank.rank, schedule.ranks)
+            handle = yield RingTransfer.onwards(packet, rank.rank, schedule.ranks)
         for pair in schedule.pairs(rank.rank, (rank.rank - step) % schedule.ranks):
             add(pair.rows, pair.keys, pair.shift, held)
         if handle is not None:
@@ -107,20 +107,20 @@ def backward(rank: Rank, grad: Tensor, out: Tensor, lse: Tensor) -> Asking[Grads
         for number in range(schedule.chunks):
             own = schedule.part(number)
             add(own, own, 0, rank.travelling, dk, dv)
-        made: dict[Piece, list[Tensor]] = {}
+        made: dict[ChunkPiece, list[Tensor]] = {}
         for own, held, pieces in _halos(rank, (yield handle)):
             reaching, grads = schedule.reaching(), [_zeros(held[0]), _zeros(held[1])]
             add(slice(own.start, own.start + reaching.stop), slice(None), held[0].shape[2], held, *grads)
             made.update({p: [g[:, :, p.at : p.at + p.length] for g in grads] for p in pieces})
         yield from _returned(rank, made, dk, dv)
         return dq, dk, dv
-    layout = Layout.of([_zeros(x, "meta") for x in (rank.k, rank.v)], [2, 2])
+    layout = PacketLayout.of([_zeros(x, "meta") for x in (rank.k, rank.v)], [2, 2])
     held, packet, behind = rank.travelling, None, None
     for step in range(schedule.ranks):
         handle = None
         if step < schedule.ranks - 1:
             packet = _packed(rank) if packet is None else packet
-            handle = yield Transfer.onwards(packet, rank.rank, schedule.ranks)
+            handle = yield RingTransfer.onwards(packet, rank.rank, schedule.ranks)
         sums = torch.zeros(layout.bytes(schedule.keys), dtype=torch.uint8, device=rank.q.device)
         dk, dv = layout.unpack(sums, schedule.keys)
         for pair in schedule.pairs(rank.rank, (rank.rank - step) % schedule.ranks):
@@ -129,7 +129,7 @@ def backward(rank: Rank, grad: Tensor, out: Tensor, lse: Tensor) -> Asking[Grads
             for mine, theirs in zip((dk, dv), layout.unpack((yield behind), schedule.keys), strict=True):
                 mine += theirs
         if schedule.ranks > 1:
-            behind = yield Transfer.onwards(sums, rank.rank, schedule.ranks)
+            behind = yield RingTransfer.onwards(sums, rank.rank, schedule.ranks)
         if handle is not None:
             packet = yield handle
             held = rank.layout.unpack(packet, schedule.keys)
@@ -148,22 +148,22 @@ def _packed(rank: Rank) -> Tensor:
     return rank.layout.pack(rank.travelling, [slice(0, rank.schedule.keys)])
 
 
-def _halo_asked(rank: Rank) -> Transfer:
+def _halo_asked(rank: Rank) -> RingTransfer:
     """The transfer of what windows reach of other ranks' keys."""
     layout, schedule = rank.layout, rank.schedule
     sent = schedule.sent(rank.rank)
     payload = layout.pack(rank.travelling, [piece.positions for pieces in sent for piece in pieces])
-    return Transfer(payload, *_splits(layout, schedule, rank.rank))
+    return RingTransfer(payload, *_splits(layout, schedule, rank.rank))
 
 
-def _splits(layout: Layout, schedule: RingSchedule, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _splits(layout: PacketLayout, schedule: RingSchedule, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Bytes of a rank's pieces of halos that it sends to each rank, and that it receives."""
     received = schedule.received(rank)
     return (tuple(sum(layout.bytes(p.length) for p in pieces) for pieces in schedule.sent(rank)),
             tuple(sum(layout.bytes(p.length) for p in received if p.owner == other) for other in range(schedule.ranks)))
 
 
-def _halos(rank: Rank, packets: Tensor) -> list[tuple[slice, list[Tensor], list[Piece]]]:
+def _halos(rank: Rank, packets: Tensor) -> list[tuple[slice, list[Tensor], list[ChunkPiece]]]:
     """Of each of the rank's chunks that reaches back: its part of the rank's tensors, what it reaches, and in which pieces."""
     layout, schedule = rank.layout, rank.schedule
     arrived, start = {}, 0
@@ -181,10 +181,10 @@ def _halos(rank: Rank, packets: Tensor) -> list[tuple[slice, list[Tensor], list[
     return found
 
 
-def _returned(rank: Rank, made: dict[Piece, list[Tensor]], dk: Tensor, dv: Tensor) -> Asking[None]:
+def _returned(rank: Rank, made: dict[ChunkPiece, list[Tensor]], dk: Tensor, dv: Tensor) -> Asking[None]:
     """Send gradients of halos to whom their keys belong, and add those that come to dk and dv."""
     schedule = rank.schedule
-    layout = Layout.of([dk, dv], [2, 2])
+    layout = PacketLayout.of([dk, dv], [2, 2])
     for piece, (of_k, of_v) in made.items():
         if piece.owner == rank.rank:
             dk[:, :, piece.positions] += of_k
@@ -192,7 +192,7 @@ def _returned(rank: Rank, made: dict[Piece, list[Tensor]], dk: Tensor, dv: Tenso
     packets = [layout.pack(made[p], [slice(0, p.length)]) for p in schedule.received(rank.rank)]
     payload = torch.cat(packets) if packets else torch.empty(0, dtype=torch.uint8, device=dk.device)
     to, of = _splits(layout, schedule, rank.rank)
-    arrived = yield (yield Transfer(payload, of, to))
+    arrived = yield (yield RingTransfer(payload, of, to))
     start = 0
     for piece in (p for pieces in schedule.sent(rank.rank) for p in pieces):
         of_k, of_v = layout.unpack(arrived, piece.length, start)

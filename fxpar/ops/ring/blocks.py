@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fxpar.ops.ring.kernels import ALL, MATH, Kernel, Seen, accumulates_in, choose, for_masks, takes_bands
+from fxpar.ops.ring.kernels import ALL, MATH, BlockKernel, Seen, accumulates_in, choose, for_masks, takes_bands
 from fxpar.ops.ring.sight import Sight
 
 TILE = 2**24
@@ -50,7 +50,7 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
             into[:, :, where] += mine
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float) -> Iterator[tuple[slice, slice, Seen, Kernel]]:
+def _parts(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float) -> Iterator[tuple[slice, slice, Seen, BlockKernel]]:
     """The calls of kernels that a block takes: one; or one for every tile, of what is told as a mask, and of plain products,
     which hold all scores at once."""
     queries, keys = q.shape[2], k.shape[2]

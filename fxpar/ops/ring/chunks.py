@@ -15,12 +15,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.flop_counter import register_flop_formula
 
+from fxpar.ops.ring import costs
 from fxpar.ops.ring.blocks import Merged, attend, attend_backward
 from fxpar.ops.ring.kernels import accumulates_in
 from fxpar.ops.ring.operator import as_results
+from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.ring.sight import Ids, Sight
 
 _SETTINGS = ("Tensor? q_segments, Tensor? kv_segments, Tensor? kv_valid, int[] starts, bool causal, int? window, float? scale")
@@ -118,6 +120,21 @@ def flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], causal: bool, wi
     pairs = q[2] * (min(window, k[2]) if window else k[2]) // (2 if causal and not window else 1)
     scores, sums = (2 * q[0] * q[1] * pairs * width for width in (q[3], v[3]))
     return scores + sums, 3 * scores + 2 * sums
+
+
+OPERATORS = (FORWARD, BACKWARD)
+
+
+def workspace_bytes(q: Sequence[int], k: Sequence[int], v: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
+    """As `costs.workspace_bytes`: what one rank takes to which nothing travels."""
+    return costs.workspace_bytes(RingSchedule(1, q[2], k[2]), q, k, v, dtype)
+
+
+def workspace_of(node: fx.Node) -> int:
+    """The same of a node that calls one of `OPERATORS`, in a graph with ``meta["val"]``."""
+    args: Any = node.args
+    q, k, v = (n.meta["val"] for n in (args[1:4] if node.target is BACKWARD else args[:3]))
+    return workspace_bytes(q.shape, k.shape, v.shape, q.dtype)[OPERATORS.index(node.target)]
 
 
 @register_flop_formula(FORWARD.overloadpacket)

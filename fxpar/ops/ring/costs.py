@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fxpar.ops.ring.kernels import accumulates_in
 from fxpar.ops.ring.operator import BACKWARD, FORWARD
-from fxpar.ops.ring.packets import Layout
+from fxpar.ops.ring.packets import PacketLayout
 from fxpar.ops.ring.schedule import RingSchedule
 
 Shape = Sequence[int]
@@ -49,7 +49,7 @@ def traffic_bytes(schedule: RingSchedule, k: Shape, v: Shape, dtype: torch.dtype
     """Bytes that a rank sends, forward and backward. k, v: shapes of its parts; ids: of what travels with them (segments and
     validity of keys), with their dtypes."""
     shapes, dtypes = (tuple(k), tuple(v), *(tuple(s) for s, _ in ids)), (dtype, dtype, *(d for _, d in ids))
-    keys = Layout(shapes, (2, 2, *[1] * len(ids)), dtypes)
+    keys = PacketLayout(shapes, (2, 2, *[1] * len(ids)), dtypes)
     gradients = _gradients(k, v, dtype)
     if schedule.halo:
         there = [sum(keys.bytes(p.length) for to in schedule.sent(r) for p in to) for r in range(schedule.ranks)]
@@ -65,7 +65,7 @@ def workspace_bytes(schedule: RingSchedule, q: Shape, k: Shape, v: Shape, dtype:
     FlashAttention has of its own, and without masks."""
     wide, heads = accumulates_in(dtype), q[1]
     of_q, of_out, of_lse, of_kv = math.prod(q), math.prod((*q[:3], v[3])), math.prod(q[:3]), math.prod(k) + math.prod(v)
-    keys, gradients = Layout((tuple(k), tuple(v)), (2, 2), (dtype, dtype)), _gradients(k, v, dtype)
+    keys, gradients = PacketLayout((tuple(k), tuple(v)), (2, 2), (dtype, dtype)), _gradients(k, v, dtype)
     if schedule.halo:
         most = max(sum(p.length for p in schedule.pieces(rank)) for rank in range(schedule.ranks))
         held = 2 * keys.bytes(most)  # as it came, and put together
@@ -92,9 +92,9 @@ def workspace_of(node: fx.Node) -> int:
     return found[OPERATORS.index(node.target)]
 
 
-def _gradients(k: Shape, v: Shape, dtype: torch.dtype) -> Layout:
+def _gradients(k: Shape, v: Shape, dtype: torch.dtype) -> PacketLayout:
     wide = accumulates_in(dtype)
-    return Layout((tuple(k), tuple(v)), (2, 2), (wide, wide))
+    return PacketLayout((tuple(k), tuple(v)), (2, 2), (wide, wide))
 
 
 def _schedule(q: Shape, k: Shape, ranks: int, causal: bool, zigzag: bool, window: int | None) -> RingSchedule:

@@ -1,6 +1,6 @@
 """drive: what runs a generator that asks for transfers: over a process group, or those of all ranks in lock step.
 
-A generator yields a `Transfer`, and is sent a handle at once; it yields the handle, and is sent what arrived.
+A generator yields a `RingTransfer`, and is sent a handle at once; it yields the handle, and is sent what arrived.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Asking = Generator[Any, Any, T]
 
 
 @dataclass(frozen=True)
-class Transfer:
+class RingTransfer:
     """Bytes that leave: `sent[i]` of them, in order, for rank i; `received[i]` arrive from it."""
 
     payload: Tensor
@@ -27,7 +27,7 @@ class Transfer:
     received: tuple[int, ...]
 
     @classmethod
-    def onwards(cls, payload: Tensor, rank: int, ranks: int) -> Transfer:
+    def onwards(cls, payload: Tensor, rank: int, ranks: int) -> RingTransfer:
         """All of it to the next rank, and as much from the one before."""
         def only(index: int) -> tuple[int, ...]:
             return tuple(payload.numel() if i == index % ranks else 0 for i in range(ranks))
@@ -44,7 +44,7 @@ def over_group(asking: Asking[T], group: Any) -> T:
         except StopIteration as done:
             result: T = done.value
             return result
-        if isinstance(asked, Transfer):
+        if isinstance(asked, RingTransfer):
             arriving = asked.payload.new_empty(sum(asked.received))
             work = dist.all_to_all_single(arriving, asked.payload, list(asked.received), list(asked.sent), group, async_op=True)
             answer = work, arriving, asked.payload
@@ -64,16 +64,17 @@ def lock_step(asking: Sequence[Asking[T]]) -> list[T]:
                 asked.append(each.send(answer))
             except StopIteration as done:
                 results.append(done.value)
-        assert not (asked and results) and len({isinstance(a, Transfer) for a in asked}) <= 1, "ranks ask for different things"
+        kinds = {isinstance(a, RingTransfer) for a in asked}
+        assert not (asked and results) and len(kinds) <= 1, "ranks ask for different things"
         if results:
             return results
-        if isinstance(asked[0], Transfer):
+        if isinstance(asked[0], RingTransfer):
             answers = _delivered(asked)
         else:
             answers = asked
 
 
-def _delivered(transfers: Sequence[Transfer]) -> list[Tensor]:
+def _delivered(transfers: Sequence[RingTransfer]) -> list[Tensor]:
     """What arrives at every rank."""
     parts = [t.payload.split(list(t.sent)) for t in transfers]
     arrived = [torch.cat([part[to] for part in parts]) for to in range(len(transfers))]

@@ -39,7 +39,7 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Seen, float
 
 
 @dataclass(frozen=True)
-class Kernel:
+class BlockKernel:
     name: str
     forward: Forward
     backward: Backward
@@ -50,7 +50,7 @@ def accumulates_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float) -> Kernel:
+def choose(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float) -> BlockKernel:
     """The kernel for operands and a `Seen` without a mask: the one that `scaled_dot_product_attention` would take; else the first
     that can do it of those that users allow (``torch.nn.attention.sdpa_kernel``)."""
     if q.device.type == "cuda" and q.dtype != torch.float64:
@@ -60,7 +60,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float) -> Kernel:
     return for_masks(q, v)
 
 
-def for_masks(q: Tensor, v: Tensor) -> Kernel:
+def for_masks(q: Tensor, v: Tensor) -> BlockKernel:
     """The kernel for operands like these and a mask."""
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         return CPU
@@ -68,7 +68,7 @@ def for_masks(q: Tensor, v: Tensor) -> Kernel:
     return EFFICIENT if efficient else MATH
 
 
-def _preferred(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Kernel | None:
+def _preferred(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> BlockKernel | None:
     """What `scaled_dot_product_attention` would take, if it is one of those that take fewer heads of keys."""
     try:
         choice = aten._fused_sdp_choice.default(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -145,7 +145,7 @@ def _cpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     return dq, dk, dv
 
 
-CPU = Kernel("cpu", _cpu_forward, _cpu_backward)
+CPU = BlockKernel("cpu", _cpu_forward, _cpu_backward)
 
 
 # ---- FlashAttention: no masks ----
@@ -172,7 +172,7 @@ def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-FLASH = Kernel("flash", *_widened(_flash_forward, _flash_backward))
+FLASH = BlockKernel("flash", *_widened(_flash_forward, _flash_backward))
 
 
 # ---- cuDNN ----
@@ -192,7 +192,7 @@ def _cudnn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return dq, dk, dv
 
 
-CUDNN = Kernel("cudnn", *_widened(_cudnn_forward, _cudnn_backward))
+CUDNN = BlockKernel("cudnn", *_widened(_cudnn_forward, _cudnn_backward))
 
 
 # ---- memory-efficient attention: masks, and as many heads of keys as of queries ----
@@ -216,7 +216,7 @@ def _efficient_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     return dq, _summed(dk, kv), _summed(dv, kv)
 
 
-EFFICIENT = Kernel("efficient", *_widened(_efficient_forward, _efficient_backward))
+EFFICIENT = BlockKernel("efficient", *_widened(_efficient_forward, _efficient_backward))
 
 
 # ---- plain products, in float32 at least ----
@@ -253,4 +253,4 @@ def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     return (ds @ k).flatten(1, 2), (ds.mT @ q).sum(2), dv
 
 
-MATH = Kernel("math", _math_forward, _math_backward)
+MATH = BlockKernel("math", _math_forward, _math_backward)

@@ -14,7 +14,7 @@ ALIGNED = 16
 
 
 @dataclass(frozen=True)
-class Layout:
+class PacketLayout:
     """The tensors of a packet: their shapes but for the length of the sequence, which is the dim `dims` says, and dtypes."""
 
     shapes: tuple[tuple[int, ...], ...]
@@ -22,7 +22,7 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], dims: Sequence[int]) -> Layout:
+    def of(cls, tensors: Sequence[Tensor], dims: Sequence[int]) -> PacketLayout:
         return cls(tuple(tuple(t.shape) for t in tensors), tuple(dims), tuple(t.dtype for t in tensors))
 
     def _parts(self, length: int) -> Iterator[tuple[tuple[int, ...], torch.dtype, int]]:

@@ -22,7 +22,7 @@ class Pair:
 
 
 @dataclass(frozen=True, order=True)
-class Piece:
+class ChunkPiece:
     """Keys that a chunk needs of another: the positions start..stop of the tensors of rank `owner`, which come to lie from `at`
     on before the own chunk that is number `chunk` of its rank."""
 
@@ -112,7 +112,7 @@ class RingSchedule:
         assert self.window is not None
         return min(self.window - 1, chunk * self.length)
 
-    def pieces(self, rank: int) -> list[Piece]:
+    def pieces(self, rank: int) -> list[ChunkPiece]:
         """What a rank needs for its halos, its own keys too; by owner."""
         found = []
         for number, chunk in enumerate(self.chunks_of(rank)):
@@ -121,14 +121,14 @@ class RingSchedule:
                 owner = self.owner(other)
                 offset = self.chunks_of(owner).index(other) * self.length - other * self.length
                 start, stop = max(first, other * self.length), (other + 1) * self.length
-                found.append(Piece(owner, number, start - first, start + offset, stop + offset))
+                found.append(ChunkPiece(owner, number, start - first, start + offset, stop + offset))
         return sorted(found)
 
-    def received(self, rank: int) -> list[Piece]:
+    def received(self, rank: int) -> list[ChunkPiece]:
         """What other ranks send to a rank, in order."""
         return [p for p in self.pieces(rank) if p.owner != rank]
 
-    def sent(self, rank: int) -> list[list[Piece]]:
+    def sent(self, rank: int) -> list[list[ChunkPiece]]:
         """What a rank sends, for each rank in turn."""
         return [[p for p in self.pieces(to) if p.owner == rank and to != rank] for to in range(self.ranks)]
 

@@ -48,7 +48,6 @@ def attention(op: Op) -> Spec:
     sight = sight_of(op.node)
     if sight is not None:
         _ids(op, spec, sight)
-    if sight is not None:
         spec.emit = lambda local: _emit_attention(local, sight)
         if leaves(op.dim(q, 2)) == leaves(op.dim(k, 2)):
             spec.circulates = spec.operands[1:3]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 
 from fxpar.ops.ring import blocks, costs
 from fxpar.ops.ring.algorithm import backward, forward
-from fxpar.ops.ring.drive import Transfer, lock_step
-from fxpar.ops.ring.kernels import CPU, CUDNN, EFFICIENT, FLASH, MATH, Kernel, Seen
+from fxpar.ops.ring.drive import RingTransfer, lock_step
+from fxpar.ops.ring.kernels import CPU, CUDNN, EFFICIENT, FLASH, MATH, BlockKernel, Seen
 from fxpar.ops.ring.schedule import RingSchedule
 from tests.harness import RANDOM
 from tests.ring_cases import Case, in_lock_step, off, random_case
@@ -93,7 +93,7 @@ def counting(asking, sent: list[int], rank: int):
             asked = asking.send(answer)
         except StopIteration as done:
             return done.value
-        if isinstance(asked, Transfer):
+        if isinstance(asked, RingTransfer):
             sent[rank] += sum(asked.sent)
         answer = yield asked
 
@@ -154,7 +154,7 @@ def test_a_window_has_what_it_reaches_travel_and_no_more(zigzag):
 
 @pytest.mark.parametrize("kernel", [CPU, MATH], ids=lambda k: k.name)
 @pytest.mark.parametrize("how", ["all", "causal", "mask"])
-def test_a_block_contributes_its_part_of_the_gradient(kernel: Kernel, how):
+def test_a_block_contributes_its_part_of_the_gradient(kernel: BlockKernel, how):
     """The backward of one block of two is told the result over both."""
     case = Case(1, torch.randn(2, 4, 8, 8), torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8))
     mask = torch.ones(2, 1, 8, 16, dtype=torch.bool)

@@ -252,7 +252,7 @@ def test_floating_point_operations_are_counted():
         assert counter.get_total_flops() == backward
         graph = fx.Graph()
         node = graph.call_function(ring_attention)
-        value, cost = operators._look(node, (*map(operators.Value.of, operands), ("cp",)), case.settings)
+        value, cost = operators._look(node, (*map(operators.TensorSpec.of, operands), ("cp",)), case.settings)
     assert (cost.forward, cost.backward) == (forward, backward)
     assert value.shape == operands[0].shape
 
