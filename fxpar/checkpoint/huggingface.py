@@ -28,8 +28,8 @@ from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SUMS = "fxpar.checksums"
-"""The entry of a file's own metadata that has a checksum of each tensor, and shows that an export wrote the file."""
+SUMS, OF_SUMS = "fxpar.checksums", "fxpar.checksum"
+"""Entries of a file's own metadata: they have a checksum of each tensor, and one of those; they show that an export wrote it."""
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -83,9 +83,9 @@ def _write(folder: Path, file: str, parts: dict[str, Part], model: LocalModel, w
 
     def write() -> None:
         if model.ranks.rank == writer:
-            sums = {name: _sum(tensor) for name, tensor in tensors.items()}
+            sums = json.dumps({name: _sum(tensor) for name, tensor in tensors.items()})
             _temporary(folder / file).unlink(missing_ok=True)  # it might be a link
-            save_file(tensors, _temporary(folder / file), {"format": "pt", SUMS: json.dumps(sums)})
+            save_file(tensors, _temporary(folder / file), {"format": "pt", SUMS: sums, OF_SUMS: of_entry(sums.encode())})
 
     alike(model.ranks, folder, write)
 
@@ -239,16 +239,17 @@ def _check(found: list[Path], model: LocalModel) -> None:
     number = 0
     for file in found:
         with safe_open(file, framework="pt") as opened:
-            try:
-                sums = json.loads((opened.metadata() or {}).get(SUMS, "{}"))
-                names = sorted(opened.keys()) if sums else []
-                if sums and names != sorted(sums):
-                    raise ValueError("they are of other tensors")
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"its checksums are damaged ({error})", str(file), "copy it again") from error
-            for name in names:
+            said = opened.metadata() or {}
+            if SUMS not in said and OF_SUMS not in said:
+                continue
+            if SUMS not in said or said.get(OF_SUMS) != of_entry(said[SUMS].encode()):
+                raise CheckpointError("its checksums are damaged", str(file), "copy it again")
+            sums = json.loads(said[SUMS])
+            for name in sorted({*opened.keys(), *sums}):
                 number += 1
-                if number % model.ranks.world == model.ranks.rank and _sum(opened.get_tensor(name)) != sums[name]:
+                if number % model.ranks.world != model.ranks.rank:
+                    continue
+                if name not in opened.keys() or _sum(opened.get_tensor(name)) != sums.get(name):
                     raise CheckpointError(f"{name} is damaged: it is not what was written, by its checksum", str(file),
                                           "copy it again")
 
