@@ -44,8 +44,8 @@ def _write(file: Path, text: str) -> None:
         raise FxparError(f"no dump in {file}: {what}; remove it, or give another dump_dir") from error
 
 
-def one_line(text: str) -> str:
-    """Text that comes from the model (names, files), so that a comment stays one: what ends a line or does not print is escaped."""
+def _one_line(text: str) -> str:
+    """Text of the model (names, files), so that a comment stays one: what does not print, or ends a line, is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -53,7 +53,7 @@ def readable(program: Program, stage: str = "replicas") -> str:
     """The program as a Python module: `forward` on flat inputs, and a main that runs it on made-up ones."""
     local = any(if_local(n).sharding is not None for n in program.placeholders())
     modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})
-    plan = one_line(str(program.plan)).replace("\\", "\\\\").replace('"', '\\"')  # it names inputs and modules of the model
+    plan = _one_line(str(program.plan)).replace("\\", "\\\\").replace('"', '\\"')  # it names inputs and modules of the model
     lines = [f'"""After pass {stage!r}. Plan {plan}; mesh {program.mesh}; '
              f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch",
              *(f"import {m}" for m in modules), "from torch import device", "", "inf, nan = float('inf'), float('nan')"]
@@ -67,7 +67,7 @@ def readable(program: Program, stage: str = "replicas") -> str:
             continue
         line = user_line(node)
         if line != path and line:
-            lines.append(f"    # {one_line(_short(line))}")
+            lines.append(f"    # {_one_line(_short(line))}")
             path = line
         lines.append(f"    {node.name} = {_expression(node)}{_comment(node)}")
     outs = ", ".join(n.name for n in program.outputs())
@@ -124,7 +124,7 @@ def _comment(node: fx.Node, extra: str = "") -> str:
     made = typed(node)
     if made is not None:
         parts.append(f"{made.label} over {', '.join(made.axes)} for {if_local(node).made_for}")
-    return f"  # {one_line('; '.join(parts))}" if parts else ""
+    return f"  # {_one_line('; '.join(parts))}" if parts else ""
 
 
 def _factor(factor: Factor) -> str:
@@ -145,7 +145,7 @@ def _main(program: Program, local: bool) -> list[str]:
             size = program.mesh.size
             shape = [math.prod(p.size // size(*p.axes) for p in dim) for dim in sharding_at(node)]
         make = "torch.rand" if value.is_floating_point() else "torch.zeros"
-        lines.append(f"        {make}({shape}, dtype={value.dtype}),  # {one_line(source.name)}")
+        lines.append(f"        {make}({shape}, dtype={value.dtype}),  # {_one_line(source.name)}")
     lines += ["    ]", "", "", 'if __name__ == "__main__":']
     call = "print([tuple(t.shape) for t in forward(*made_up_inputs())])"
     if local:
