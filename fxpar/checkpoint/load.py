@@ -18,7 +18,7 @@ from fxpar.checkpoint.optimizer import OptimizerLoad, require_sound
 from fxpar.checkpoint.planners import joined
 from fxpar.checkpoint.ranks import LocalModel, alike
 from fxpar.checkpoint.save import SUMMARY, finish_running
-from fxpar.checkpoint.source import Source, identity_of
+from fxpar.checkpoint.source import OpenedFolder, identity_of
 from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
 
@@ -57,7 +57,7 @@ def load_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
                     raise
 
 
-def _load(given: Path, source: Source | None, model: LocalModel, optimizer: Optimizer | None) -> None:
+def _load(given: Path, source: OpenedFolder | None, model: LocalModel, optimizer: Optimizer | None) -> None:
     found = model.ranks.exchange(source and source.digest)
     if len(set(found)) > 1:
         raise CheckpointError("ranks found different checkpoints", str(given), "load when no save is under way")
@@ -69,13 +69,13 @@ def _load(given: Path, source: Source | None, model: LocalModel, optimizer: Opti
         huggingface.load_safetensors(given, model.module)
 
 
-def _look(path: Path) -> Source | None:
+def _look(path: Path) -> OpenedFolder | None:
     """The checkpoint, opened, or None if there are Hugging Face's files."""
     for attempt in range(ATTEMPTS):
         found, identity = folder.newest(path), _identity(path)
         if found is not None:
             try:
-                return Source(found)
+                return OpenedFolder(found)
             except CheckpointError:
                 if attempt == ATTEMPTS - 1 or _identity(path) == identity:
                     raise
@@ -100,7 +100,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 class _Load:
     """One load, step by step; all ranks take each step before any takes the next."""
 
-    def __init__(self, source: Source, model: LocalModel, optimizer: Optimizer | None):
+    def __init__(self, source: OpenedFolder, model: LocalModel, optimizer: Optimizer | None):
         self.source, self.where, self.model, self.optimizer = source, source.folder, model, optimizer
         self.summary: dict[str, Any] = {}
         self.optimizer_load: OptimizerLoad | None = None

@@ -1,4 +1,4 @@
-"""`Source`: a checkpoint that is held open while it is read, whatever happens to its name meanwhile."""
+"""`OpenedFolder`: a checkpoint that is held open while it is read, whatever happens to its name meanwhile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HELD = 256
 AGAIN, WHOLE = (f"copy {what}, or load an earlier checkpoint" for what in ("it again", "the whole folder"))
 
 
-class Source:
+class OpenedFolder:
     """What a folder has, read from the folder itself and not by its name, so that a save that renames it mixes nothing.
 
     folder: where it is. metadata: what it says it has. summed: whether there are checksums; all that is read is checked
@@ -63,7 +63,7 @@ class Source:
     def close(self) -> None:
         self._open_files.close()
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> OpenedFolder:
         return self
 
     def __exit__(self, *_: object) -> None:

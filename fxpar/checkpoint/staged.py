@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from fxpar.checkpoint.part import Part
-from fxpar.checkpoint.source import Source
+from fxpar.checkpoint.source import OpenedFolder
 from fxpar.errors import CheckpointError
 from fxpar.sharding import chunks
 from fxpar.sharding.chunks import Chunk
@@ -43,7 +43,7 @@ def fill(staged: Iterable[Staged]) -> None:
 
 
 @torch.no_grad()
-def read(source: Source, parts: Mapping[str, Part]) -> None:
+def read(source: OpenedFolder, parts: Mapping[str, Part]) -> None:
     """Fill `parts`, by name in the file: every saved rectangle of which this rank needs something is read once.
 
     Raises: `CheckpointError` if one is damaged, or its values are not the same in the part's dtype.
