@@ -11,6 +11,7 @@ import importlib
 import inspect as python_inspect
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from fxpar.cost.clusters import cluster, clusters
-from fxpar.errors import FxparError, PlanError
+from fxpar.errors import FxparError, PlanError, brief
 from fxpar.pipeline import drawing
 from fxpar.plan import Plan
 from fxpar.report.pipeline import CLUSTER
@@ -87,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("model", metavar="MODEL")
         command.add_argument("--plan", required=True, help="for example dp=2,tp=2")
-        command.add_argument("--batch", type=int, help="global batch (Hugging Face models); default: 2 x dp x microbatches")
-        command.add_argument("--seq", type=int, default=128, help="sequence length (Hugging Face models)")
+        command.add_argument("--batch", type=_positive, help="global batch (Hugging Face models); default: 2 x dp x microbatches")
+        command.add_argument("--seq", type=_positive, default=128, help="sequence length (Hugging Face models)")
         command.add_argument("--eval", action="store_true", help="check the model in eval mode")
     look = commands.choices["inspect"]
     look.add_argument("--timeline", metavar="FILE.svg", help="draw a step of the pipeline there, and print it as text")
@@ -103,50 +104,84 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text) if len(text) < 20 else 0
+    if not 1 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, less than {2**31}")
+    return number
+
+
 def load_model(spec: str, *, meta: bool, batch: int = 8, seq: int = 128) -> tuple[nn.Module, Any]:
     """The model that `spec` names, and example inputs (None if unknown). meta: build it without weights.
 
     Raises: `FxparError` if there is no such thing.
     """
     path = Path(spec)
-    if path.is_dir():
+    if _is_folder(path):
         config = _config(path / "config.json")
-        return _hugging_face((config.get("architectures") or ["AutoModel"])[0], config, meta, batch, seq)
+        named = config.get("architectures") or ["AutoModel"]
+        if not isinstance(named, list) or not isinstance(named[0], str):
+            raise FxparError(f"{path / 'config.json'}: architectures must be a list of names of classes, not {brief(named)}")
+        return _hugging_face(named[0], config, meta, batch, seq)
     head, _, tail = spec.partition(":")
     if tail.endswith(".json"):
         return _hugging_face(head, _config(Path(tail)), meta, batch, seq)
-    if not tail:
-        raise FxparError(f"MODEL {spec!r}: must be module:callable, Class:config.json, or a directory with a config.json")
+    if not tail or not head.strip("."):
+        raise FxparError(f"MODEL {brief(spec)}: must be module:callable, Class:config.json, or a directory with a config.json")
     sys.path.insert(0, "")
     try:
         build = getattr(importlib.import_module(head), tail)
-    except (ImportError, AttributeError) as error:
-        raise FxparError(f"MODEL {spec!r}: {error}") from error
-    made = build() if callable(build) else build
+        made = build() if callable(build) and not isinstance(build, nn.Module) else build
+    except Exception as error:
+        raise FxparError(f"MODEL {brief(spec)}: {_told(error)}") from error
     model, example = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
-        raise FxparError(f"MODEL {spec!r}: is no torch.nn.Module and no function that returns one, but a {type(model).__name__}")
+        raise FxparError(f"MODEL {brief(spec)}: is no torch.nn.Module and no function that returns one, "
+                         f"but a {type(model).__name__}")
     return model, example
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long is none
+        return False
+
+
+def _told(error: Exception) -> str:
+    """What an exception of the user's code says, on one line, and the line that raised it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<frozen", __file__))]
+    said = " ".join(str(error).split())
+    said = said if len(said) <= 500 else f"{said[:400]}...{said[-100:]}"
+    text = said if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {said}"
+    return f"{text} (at {frames[-1].filename}:{frames[-1].lineno})" if frames else text
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FxparError(f"no configuration in {path}: {error}") from error
+        made = json.loads(path.read_text())
+        if not isinstance(made, dict):
+            raise ValueError(f"it holds a {type(made).__name__}")
+        return made
+    except (OSError, ValueError, RecursionError) as error:
+        raise FxparError(f"no configuration in {brief(str(path))}: {error}") from error
 
 
 def _hugging_face(name: str, config: dict[str, Any], meta: bool, batch: int, seq: int) -> tuple[nn.Module, Any]:
     import transformers
 
     cls = getattr(transformers, name, None)
-    if cls is None:
-        raise FxparError(f"transformers has no class {name!r}")
-    made = cls.config_class.from_dict({**config, "use_cache": False})
-    torch.manual_seed(0)
-    with torch.device("meta" if meta else "cpu"):
-        model = cls(made)
-    return model, _example(model, made, batch, seq)
+    if cls is None or not isinstance(getattr(cls, "config_class", None), type):
+        raise FxparError(f"transformers has no class {brief(name)} of models")
+    try:
+        made = cls.config_class.from_dict({**config, "use_cache": False})
+        torch.manual_seed(0)
+        with torch.device("meta" if meta else "cpu"):
+            model = cls(made)
+        return model, _example(model, made, batch, seq)
+    except Exception as error:
+        raise FxparError(f"{name} cannot be made from the configuration, or inputs of batch {batch} and sequence length {seq} "
+                         f"for it: {_told(error)}") from error
 
 
 def _example(model: nn.Module, config: Any, batch: int, seq: int) -> Any:

@@ -12,6 +12,15 @@ class FxparError(Exception):
     """Base of all errors that fxpar raises on purpose."""
 
 
+def brief(value: object) -> str:
+    """The `repr` of whatever a user gave, short enough for a message; Python itself refuses to spell very large numbers."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"<a {type(value).__name__} that is too large to show>"
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-20:]}"
+
+
 class PlanError(FxparError, ValueError):
     """A plan contradicts itself, the world size or the model.
 
@@ -27,8 +36,8 @@ class PlanError(FxparError, ValueError):
 
     def __str__(self) -> str:
         kind = "Megatron flag" if self.field.startswith("-") else "plan field"
-        text = f"{kind} `{self.field}`={self.value!r}: {self.requirement}"
-        return f"{text}; try {self.suggestion}" if self.suggestion else text
+        text = f"{kind} `{brief(self.field)[1:-1]}`={brief(self.value)}: {self.requirement}"
+        return f"{text}; try {self.suggestion}" if self.suggestion and len(self.suggestion) <= 200 else text
 
 
 class _SourceError(FxparError):

@@ -27,6 +27,11 @@ def bare() -> nn.Module:
     return nn.Linear(4, 4)
 
 
+def failing() -> nn.Module:
+    """A mistake in the user's code."""
+    return 1 / 0
+
+
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "config.json"
@@ -113,16 +118,40 @@ def test_check_exits_with_1_where_values_differ(capsys, monkeypatch):
     (["inspect", "tests.test_cli:classifier", "--plan", "pp=2", "--cluster", "abacus"], "`cluster`='abacus': must be one of"),
     (["inspect", "tests.test_cli:classifier", "--plan", "pp=2", "--timeline", "{empty}"], "no timeline in "),
     (["check", "tests.test_cli:bare", "--plan", "dp=2"], "pass example_inputs"),
+    (["inspect", "os.path:join", "--plan", "dp=2"], "TypeError: join() missing 1 required positional argument"),
+    (["inspect", "torch.nn:Linear", "--plan", "dp=2"], "missing 2 required positional arguments"),
+    (["inspect", "tests.test_cli:failing", "--plan", "dp=2"], "ZeroDivisionError: division by zero (at "),
+    (["inspect", "..:z", "--plan", "dp=2"], "must be module:callable"),
+    (["inspect", ":z", "--plan", "dp=2"], "must be module:callable"),
+    (["inspect", "y" * 5000, "--plan", "dp=2"], "must be module:callable"),
+    (["inspect", "y" * 5000 + "/a:z", "--plan", "dp=2"], "No module named"),
+    (["inspect", "y" * 300 + ":z.json", "--plan", "dp=2"], "no configuration in 'z.json'"),
+    (["inspect", "logging:{config}", "--plan", "dp=2"], "transformers has no class 'logging' of models"),
+    (["inspect", "LlamaForCausalLM:{list}", "--plan", "dp=2"], "it holds a list"),
+    (["inspect", "LlamaForCausalLM:{wrong}", "--plan", "dp=2"], "hidden_size"),
+    (["inspect", "{config}", "--plan", "dp=2"], "must be module:callable"),
+    (["inspect", "{folder}", "--plan", "dp=2"], "architectures must be a list of names of classes, not 3"),
+    (["inspect", "{config.parent}", "--plan", "dp=999999999", "--seq", "999999999"], "inputs of batch 1999999998"),
+    (["inspect", "tests.test_cli:classifier", "--plan", "pp=2", "--cluster", "y" * 5000 + ".toml"], "`cluster`="),
+    (["plan", "dp=" + "9" * 5000], "`dp`="),
+    (["plan", "tp=99999999999"], "must be less than 2147483648"),
+    (["plan", "y" * 5000 + "=1"], "must be one of the fields"),
     (["check", "tests.test_cli:classifier", "--plan", "dp=3"], "`dp`=3"),
 ])  # fmt: skip
 def test_mistakes_exit_with_2_and_name_what_is_wrong(capsys, config, tmp_path, argv, named):
     (tmp_path / "empty").mkdir()
-    argv = [a.format(config=config, empty=tmp_path / "empty") for a in argv]
+    (tmp_path / "folder").mkdir()
+    for name, thing in (("list", [1]), ("wrong", {"hidden_size": "x"}), ("folder/config", {"architectures": 3})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(thing))
+    files = {name: tmp_path / f"{name}.json" for name in ("list", "wrong")}
+    argv = [a.format(config=config, empty=tmp_path / "empty", folder=tmp_path / "folder", **files) for a in argv]
     code, _, err = run(capsys, *argv)
-    assert code == 2 and err.startswith("error: ") and named in err and len(err.splitlines()) == 1
+    assert code == 2 and err.startswith("error: ") and named in err and len(err.splitlines()) == 1 and len(err) < 2000
 
 
-@pytest.mark.parametrize("argv", [[], ["bake"], ["inspect", "x"], ["inspect", "x", "--plan", "dp=1", "--batch", "two"]])
+@pytest.mark.parametrize("argv", [[], ["bake"], ["inspect", "x"], ["inspect", "x", "--plan", "dp=1", "--batch", "two"],
+                                  ["inspect", "x", "--plan", "dp=1", "--batch", "-1"],
+                                  ["inspect", "x", "--plan", "dp=1", "--seq", "9" * 5000]])
 def test_arguments_that_argparse_refuses(argv):
     with pytest.raises(SystemExit) as caught:
         main(argv)

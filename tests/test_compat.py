@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import subprocess
 import sys
 from datetime import timedelta
@@ -297,3 +298,22 @@ def test_forward_hooks_of_one_module_and_of_all():
         handle = register(lambda *_: None)
         assert compat.has_global_hooks()
         handle.remove()
+
+
+def test_metadata_of_a_checkpoint_is_read_without_its_code(tmp_path):
+    """As torch reads it, and nothing that the file names but the records it consists of."""
+    class Payload:
+        def __reduce__(self):
+            return Path.mkdir, (tmp_path / "ran",)
+
+    one_rank_mesh()
+    state = {"a": torch.ones(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "c": "text"}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "c")
+    file = tmp_path / "c" / ".metadata"
+    want = torch.distributed.checkpoint.FileSystemReader(tmp_path / "c").read_metadata()
+    have = compat.read_metadata(file.read_bytes())
+    assert (have.state_dict_metadata, have.storage_data) == (want.state_dict_metadata, want.storage_data)
+    for thing in (Payload(), torch.nn.Linear, torch.serialization.load):
+        with pytest.raises(pickle.UnpicklingError, match="which a checkpoint does not consist of"):
+            compat.read_metadata(pickle.dumps(thing))
+    assert not (tmp_path / "ran").exists()

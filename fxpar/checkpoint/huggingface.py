@@ -18,13 +18,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fxpar.checkpoint import staged
+from fxpar.checkpoint.folder import resolved
+from fxpar.checkpoint.manifest import of_entry
 from fxpar.checkpoint.part import Part
-from fxpar.checkpoint.ranks import LocalModel, alike, same, to_cpu
+from fxpar.checkpoint.ranks import LocalModel, alike, listed, same, to_cpu
 from fxpar.checkpoint.save import finish_running
 from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SUMS, OF_SUMS = "fxpar.checksums", "fxpar.checksum"
+"""Entries of a file's own metadata: they have a checksum of each tensor, and one of those; they show that an export wrote it."""
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -39,14 +44,17 @@ def export_safetensors(path: str | os.PathLike, module: nn.Module, *, max_file_b
 
     path: a folder that all ranks share. One file, or several of at most `max_file_bytes` (a larger tensor has one of its own)
     with an index. module: a `ParallelModule` (every rank calls), or a plain module.
-    Every file appears whole or not at all, the index last. Raises: `CheckpointError`, on all ranks alike.
+    Every file appears whole or not at all, the index last, with checksums that `load_safetensors` checks and others skip.
+    Files of an earlier export are replaced. Raises: `CheckpointError`, on all ranks alike; also if the folder has safetensors
+    of a model that fxpar did not write.
     """
     finish_running()
-    folder, model = Path(path).absolute(), LocalModel(module)
+    model = LocalModel(module)
+    folder = alike(model.ranks, path, lambda: resolved(path))
     alike(model.ranks, folder, lambda: model.require_real(folder))
     parts = {n: part for n, part in model.parts().items() if model.counts(n)}
     same(model.ranks, folder, "what they export", (os.fspath(path), max_file_bytes, list(parts)))
-    alike(model.ranks, folder, lambda: folder.mkdir(parents=True, exist_ok=True) if model.ranks.rank == 0 else None)
+    alike(model.ranks, folder, lambda: _make_room(folder) if model.ranks.rank == 0 else None)
     everyone = model.ranks.exchange((model.kind, {n: _bytes(p) for n, p in parts.items()}))
     planned = _planned(dict(everyone), max_file_bytes)
     for i, file in enumerate(planned):
@@ -75,7 +83,9 @@ def _write(folder: Path, file: str, parts: dict[str, Part], model: LocalModel, w
 
     def write() -> None:
         if model.ranks.rank == writer:
-            save_file(tensors, _temporary(folder / file), {"format": "pt"})
+            sums = json.dumps({name: _sum(tensor) for name, tensor in tensors.items()})
+            _temporary(folder / file).unlink(missing_ok=True)  # it might be a link
+            save_file(tensors, _temporary(folder / file), {"format": "pt", SUMS: sums, OF_SUMS: of_entry(sums.encode())})
 
     alike(model.ranks, folder, write)
 
@@ -98,6 +108,32 @@ def _bytes(part: Part) -> int:
     return part.shape.numel() * part.local.element_size()
 
 
+def _sum(tensor: Tensor) -> str:
+    """A checksum of what a tensor is: its numbers, dtype and shape."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype}{list(tensor.shape)}:{of_entry(data)}"
+
+
+def _make_room(folder: Path) -> None:
+    """Make the folder. Raises: `CheckpointError` if it has a model's files that no export wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = sorted(f.name for f in folder.iterdir() if _OURS.fullmatch(f.name) and not _exported(f))
+    if foreign:
+        raise CheckpointError(f"an export would replace files that fxpar did not write: {listed(foreign)}", str(folder),
+                              "move them, or export to another folder")
+
+
+def _exported(file: Path) -> bool:
+    """Whether an export wrote the file."""
+    try:
+        if file.name == INDEX:
+            return SUMS in json.loads(file.read_text())["metadata"]
+        with safe_open(file, framework="pt") as opened:
+            return SUMS in (opened.metadata() or {})
+    except Exception:  # whatever a file raises that is none of these
+        return False
+
+
 def _temporary(file: Path) -> Path:
     return file.with_name(f".{file.name}.tmp")
 
@@ -108,8 +144,9 @@ def _publish(folder: Path, planned: list[_File], model: nn.Module) -> None:
         os.replace(_temporary(folder / file.name), folder / file.name)
     keep = {file.name for file in planned}
     if len(planned) > 1:
-        index = {"metadata": {"total_size": sum(sum(file.sizes.values()) for file in planned)},
+        index = {"metadata": {"total_size": sum(sum(file.sizes.values()) for file in planned), SUMS: "in the files"},
                  "weight_map": {name: file.name for file in planned for name in file.sizes}}
+        _temporary(folder / INDEX).unlink(missing_ok=True)
         _temporary(folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         os.replace(_temporary(folder / INDEX), folder / INDEX)
         keep.add(INDEX)
@@ -130,8 +167,19 @@ def files(path: Path) -> list[Path]:
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if (path / INDEX).is_file():
-        return sorted({path / f for f in json.loads((path / INDEX).read_text())["weight_map"].values()})
+        return sorted({path / name for name in _indexed(path / INDEX)})
     return sorted(path.glob("*.safetensors"))
+
+
+def _indexed(index: Path) -> list[str]:
+    """The names of files that an index has, all of which are in its folder."""
+    try:
+        names = list(json.loads(index.read_text())["weight_map"].values())
+        if not all(isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"} for name in names):
+            raise ValueError("it names files outside of the folder")
+        return names
+    except Exception as error:
+        raise CheckpointError(f"it is damaged ({type(error).__name__}: {error})", str(index), "copy it again") from error
 
 
 def load_safetensors(path: str | os.PathLike, module: nn.Module) -> None:
@@ -139,12 +187,18 @@ def load_safetensors(path: str | os.PathLike, module: nn.Module) -> None:
 
     path: a file, or a folder in Hugging Face's layout. Each rank reads only what it holds. Floating dtypes are converted to
     the model's. Either name of a tied tensor will do; a name that a Hugging Face model ignores is skipped.
+    Everything is read, and checked against the checksums of `export_safetensors` where there are any, before the model is written
+    to: for that each rank needs memory on the host for its part of the model.
     Raises: `CheckpointError`, on all ranks alike, before the model is changed.
     """
     finish_running()
-    where, model = Path(path).absolute(), LocalModel(module)
+    model = LocalModel(module)
+    where = alike(model.ranks, path, lambda: resolved(path))
     load, places = alike(model.ranks, where, lambda: _prepare(where, model))
-    alike(model.ranks, where, lambda: _read(load, places))
+    made = staged.stage(load.parts)
+    alike(model.ranks, where, lambda: _check(sorted(set(places.values())), model))
+    alike(model.ranks, where, lambda: _read({name: each.part for name, each in made.items()}, places))
+    staged.fill(made.values())
     load.install()
 
 
@@ -155,8 +209,13 @@ def _prepare(where: Path, model: LocalModel) -> tuple[ModelLoad, dict[str, Path]
     saved: dict[str, SavedTensor] = {}
     places: dict[str, Path] = {}
     for file in found:
-        saved |= _header(file)
-        places |= {name: file for name in saved if name not in places}
+        of_file = _header(file)
+        twice = saved.keys() & of_file.keys()
+        if twice:
+            raise CheckpointError(f"{min(twice)} is in two files, {places[min(twice)].name} is the other", str(file),
+                                  "keep one of them")
+        saved |= of_file
+        places |= dict.fromkeys(of_file, file)
     ignored = getattr(model.model, "_keys_to_ignore_on_load_unexpected", None) or ()
     spare = {n for n in saved if any(re.search(pattern, n) for pattern in ignored)}
     spare |= {a for names in model.aliases.values() for a in names}
@@ -175,18 +234,38 @@ def _header(file: Path) -> dict[str, SavedTensor]:
         raise CheckpointError(f"this file is damaged or truncated ({error})", str(file), "copy it again") from error
 
 
-@torch.no_grad()
-def _read(load: ModelLoad, places: dict[str, Path]) -> None:
+def _check(found: list[Path], model: LocalModel) -> None:
+    """Check this rank's share of all tensors against the checksums in their files."""
+    number = 0
+    for file in found:
+        with safe_open(file, framework="pt") as opened:
+            said = opened.metadata() or {}
+            if SUMS not in said and OF_SUMS not in said:
+                continue
+            if SUMS not in said or said.get(OF_SUMS) != of_entry(said[SUMS].encode()):
+                raise CheckpointError("its checksums are damaged", str(file), "copy it again")
+            sums = json.loads(said[SUMS])
+            for name in sorted({*opened.keys(), *sums}):
+                number += 1
+                if number % model.ranks.world != model.ranks.rank:
+                    continue
+                if name not in opened.keys() or _sum(opened.get_tensor(name)) != sums.get(name):
+                    raise CheckpointError(f"{name} is damaged: it is not what was written, by its checksum", str(file),
+                                          "copy it again")
+
+
+def _read(parts: dict[str, Part], places: dict[str, Path]) -> None:
     by_file: dict[Path, list[str]] = {}
-    for name in load.parts:
+    for name in parts:
         by_file.setdefault(places[name], []).append(name)
     for file, names in by_file.items():
         with safe_open(file, framework="pt") as opened:
             for name in names:
-                part = load.parts[name]
-                if not part.shape:
-                    part.local.copy_(opened.get_tensor(name))
+                local = parts[name].local
+                if not parts[name].shape:
+                    local.copy_(staged.converted(opened.get_tensor(name), local.dtype, name, file))
                     continue
                 values = opened.get_slice(name)
-                for chunk, local in part.chunks():
-                    local.copy_(values[tuple(slice(s, s + n) for s, n in zip(chunk.start, chunk.size, strict=True))])
+                for chunk, part in parts[name].chunks():
+                    read = values[tuple(slice(s, s + n) for s, n in zip(chunk.start, chunk.size, strict=True))]
+                    part.copy_(staged.converted(read, local.dtype, name, file))

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from fxpar.checkpoint import folder, huggingface
-from fxpar.checkpoint.optimizer import OptimizerLoad
-from fxpar.checkpoint.part import Part
-from fxpar.checkpoint.planners import LoadPlanner, joined
+from fxpar.checkpoint import folder, huggingface, staged
+from fxpar.checkpoint.optimizer import OptimizerLoad, require_sound
+from fxpar.checkpoint.planners import joined
 from fxpar.checkpoint.ranks import LocalModel, alike
 from fxpar.checkpoint.save import SUMMARY, finish_running
+from fxpar.checkpoint.source import OpenedFolder, identity_of
 from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
+
+ATTEMPTS = 50
+"""How often a load begins anew because a save replaced the checkpoint; each time there is a whole one."""
+
+_log = logging.getLogger("fxpar")
 
 
 def load_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optimizer | None = None) -> None:
@@ -29,78 +35,113 @@ def load_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
     module. Each rank reads the files that hold something of its part. Floating dtypes are converted to the model's.
     optimizer: made from the module's parameters; it need not have stepped. A folder of Hugging Face safetensors is loaded
     as by `load_safetensors`.
-    Raises: `CheckpointError`, on all ranks alike: before anything is changed if there is no checkpoint, a file is missing or
-    truncated, it is of another model, or it has no state for this optimizer.
+
+    Nothing in the folder is run, and everything is read and checked, against its checksums, before the model is written to: for
+    that each rank needs memory on the host for its part of the model. A folder that a save replaces meanwhile is read as it
+    was, or as it is then, by all ranks alike. One without checksums, of an earlier version, is loaded with a logged warning.
+    Raises: `CheckpointError`, on all ranks alike and before anything is changed: if there is no checkpoint, a file is
+    missing or damaged, it is of another model, a value does not fit the model's dtype, or it has no state for this optimizer.
     """
     finish_running()
-    given = folder.resolved(path)
     model = LocalModel(module)
-    found = alike(model.ranks, given, lambda: _look(given, model.ranks.rank))
-    if found is None:
-        if optimizer is not None:
-            raise CheckpointError("safetensors hold no optimizer state", str(given), "load the model alone")
-        huggingface.load_safetensors(given, module)
-        return
-    _Load(found, model, optimizer).run()
+    given = alike(model.ranks, path, lambda: folder.resolved(path))
+    for attempt in range(ATTEMPTS):
+        source = alike(model.ranks, given, lambda: _look(given))
+        with source or contextlib.nullcontext():
+            try:
+                _load(given, source, model, optimizer)
+                return
+            except CheckpointError:
+                replaced = source is not None and _identity(given) not in (None, source.identity)
+                if not any(model.ranks.exchange(replaced)) or attempt == ATTEMPTS - 1:
+                    raise
 
 
-def _look(path: Path, rank: int) -> Path | None:
-    """The folder to read from, or None if it has Hugging Face's files; rank 0 checks that all data files are whole."""
+def _load(given: Path, source: OpenedFolder | None, model: LocalModel, optimizer: Optimizer | None) -> None:
+    found = model.ranks.exchange(source and source.digest)
+    if len(set(found)) > 1:
+        raise CheckpointError("ranks found different checkpoints", str(given), "load when no save is under way")
+    if source is not None:
+        _Load(source, model, optimizer).run()
+    elif optimizer is not None:
+        raise CheckpointError("safetensors hold no optimizer state", str(given), "load the model alone")
+    else:
+        huggingface.load_safetensors(given, model.module)
+
+
+def _look(path: Path) -> OpenedFolder | None:
+    """The checkpoint, opened, or None if there are Hugging Face's files."""
+    for attempt in range(ATTEMPTS):
+        found, identity = folder.newest(path), _identity(path)
+        if found is not None:
+            try:
+                return OpenedFolder(found)
+            except CheckpointError:
+                if attempt == ATTEMPTS - 1 or _identity(path) == identity:
+                    raise
+        elif huggingface.files(path):
+            return None
+        elif not folder.previous(path).exists() and not path.exists():
+            break
+        time.sleep(0.001)  # the renames of a save take no longer
+    half = folder.saving(path).exists()
+    raise CheckpointError("there is no checkpoint" + (", only a save that was interrupted" if half else ""), str(path),
+                          "save one with fxpar.save_checkpoint")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which folder the newest checkpoint is, whatever its name."""
     found = folder.newest(path)
-    if found is None and huggingface.files(path):
-        return None
-    if found is None:
-        half = folder.saving(path).exists()
-        raise CheckpointError("there is no checkpoint" + (", only a save that was interrupted" if half else ""), str(path),
-                              "save one with fxpar.save_checkpoint")
-    if rank == 0:
-        folder.check_files(found, folder.read_metadata(found))
-    return found
+    with contextlib.suppress(OSError):
+        return None if found is None else identity_of(os.stat(found))
+    return None
 
 
 class _Load:
     """One load, step by step; all ranks take each step before any takes the next."""
 
-    def __init__(self, where: Path, model: LocalModel, optimizer: Optimizer | None):
-        self.where, self.model, self.optimizer = where, model, optimizer
+    def __init__(self, source: OpenedFolder, model: LocalModel, optimizer: Optimizer | None):
+        self.source, self.where, self.model, self.optimizer = source, source.folder, model, optimizer
         self.summary: dict[str, Any] = {}
         self.optimizer_load: OptimizerLoad | None = None
 
     def run(self) -> None:
-        parts = alike(self.model.ranks, self.where, self._prepare)
-        alike(self.model.ranks, self.where, lambda: self._read(parts))
+        alike(self.model.ranks, self.where, self._prepare)
+        alike(self.model.ranks, self.where, self._read)
         alike(self.model.ranks, self.where, self._install)
 
-    def _prepare(self) -> dict[str, Part]:
-        """Check everything that can be checked without changing the model, and make room for what it has not yet."""
-        self.metadata: Metadata = folder.read_metadata(self.where)
-        entries = self.metadata.state_dict_metadata
+    def _prepare(self) -> None:
+        """Check everything that can be checked without reading tensors, and make room for what is to be read."""
+        if self.model.ranks.rank == 0:
+            self.source.check_files()
+            if not self.source.summed:
+                _log.warning("checkpoint %s has no checksums (an earlier version wrote it): damage to its values would not be "
+                             "noticed; save it again to have them", self.where)
+        entries = self.source.metadata.state_dict_metadata
         saved = {n.removeprefix("model."): SavedTensor(tuple(e.size), e.properties.dtype) for n, e in entries.items()
                  if n.startswith("model.") and isinstance(e, TensorStorageMetadata)}
         self.model_load = ModelLoad(self.model, saved, self.where)
         if joined(SUMMARY) in entries:
-            self.summary = self._read({}, [joined(SUMMARY)])[joined(SUMMARY)]
-        parts = {f"model.{name}": part for name, part in self.model_load.parts.items()}
+            self.summary = self.source.value(joined(SUMMARY))
+            require_sound(self.summary, self.where)
+        self.staged = staged.stage({f"model.{name}": part for name, part in self.model_load.parts.items()})
         if self.optimizer is not None:
             state = self.summary.get("optimizer")
             if state is None:
                 raise CheckpointError("it was saved without an optimizer", str(self.where), "load the model alone")
-            self.optimizer_load = OptimizerLoad(self.optimizer, self.model, state, self.metadata, self.where)
-            parts |= self.optimizer_load.parts
-        return parts
+            self.optimizer_load = OptimizerLoad(self.optimizer, self.model, state, self.source.metadata, self.where)
 
-    @torch.no_grad()
-    def _read(self, parts: dict[str, Part], objects: list[str] | None = None) -> dict[str, Any]:
-        reader, planner = FileSystemReader(self.where), LoadPlanner(parts, objects or [])
-        planner.set_up_planner({}, self.metadata)
-        reader.set_up_storage_reader(self.metadata, is_coordinator=False)
-        reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
-        return planner.objects
+    def _read(self) -> None:
+        staged.read(self.source, {name: each.part for name, each in self.staged.items()})
+        if self.optimizer_load is not None:
+            staged.read(self.source, self.optimizer_load.parts)
 
     def _install(self) -> None:
-        self.model_load.install()
+        """Nothing is left that a checkpoint could be wrong about."""
         if self.optimizer_load is not None:
             self.optimizer_load.install()
+        staged.fill(self.staged.values())
+        self.model_load.install()
         dropout = self.summary.get("dropout")
         if dropout is not None and self.model.is_parallel:
             module: Any = self.model.module

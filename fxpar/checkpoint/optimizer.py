@@ -7,13 +7,16 @@ on every rank.
 from __future__ import annotations
 
 import functools
+import io
+import numbers
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -86,7 +89,40 @@ def merged(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _detached(option: Any) -> Any:
-    return to_cpu(option) if isinstance(option, Tensor) else option
+    if isinstance(option, Tensor):
+        return to_cpu(option)
+    return option.item() if isinstance(option, numbers.Number) and hasattr(option, "item") else option  # a number of NumPy's
+
+
+def require_plain(summary: dict[str, Any], where: Path) -> None:
+    """Raises: `CheckpointError` if a load, which runs no code of a checkpoint, would refuse the summary."""
+    made = io.BytesIO()
+    try:
+        torch.save(summary, made)
+        torch.load(io.BytesIO(made.getvalue()), weights_only=True)
+    except Exception as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"a {named[1]}" if named else "an object"
+        raise CheckpointError(f"the optimizer's state or options hold {what}, which is no number, text, tensor, list or dict, "
+                              "and for which loading would have to run code", str(where),
+                              "keep it out of the optimizer's state and options") from error
+
+
+def require_sound(summary: Any, where: Path) -> None:
+    """Raises: `CheckpointError` unless a summary is as `save_checkpoint` makes it."""
+    try:
+        assert isinstance(summary, dict)
+        dropout, state = summary["dropout"], summary["optimizer"]
+        assert dropout is None or all(isinstance(dropout[k], int) for k in ("seed", "steps"))
+        if state is not None:
+            assert isinstance(state["class"], str) and all(isinstance(d, str) for d in state["defaults"])
+            assert all(isinstance(g["options"], dict) for g in state["groups"])
+            assert all(isinstance(n, str) for g in state["groups"] for n in g["parameters"])
+            assert all(isinstance(k, str) for keys in state["tensors"].values() for k in keys)
+            assert all(isinstance(v, dict) for v in state["values"].values())
+    except (AssertionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"its summary is damaged ({type(error).__name__}: {error})", str(where),
+                              "load an earlier checkpoint") from error
 
 
 def _part(model: LocalModel, name: str, key: str, value: Tensor, where: Path) -> Part:
@@ -116,7 +152,7 @@ class OptimizerLoad:
             for key, value in saved["values"].get(name, {}).items():
                 self.state.setdefault(name, {})[key] = functools.partial(_itself, value)
             for key in saved["tensors"].get(name, ()):
-                self._make(name, key, metadata)
+                self._make(name, key, metadata, where)
 
     def _check_kind(self, saved: dict[str, Any], where: Path) -> None:
         mine = type(self.optimizer).__name__
@@ -124,9 +160,12 @@ class OptimizerLoad:
             raise CheckpointError(f"it has the state of {saved['class']}, not of {mine}", str(where),
                                   f"load into {saved['class']}, or load the model alone")
 
-    def _make(self, name: str, key: str, metadata: Metadata) -> None:
+    def _make(self, name: str, key: str, metadata: Metadata, where: Path) -> None:
         """An empty tensor for one that was saved, made as the optimizer would have made it."""
         entry = joined(("optimizer", name, key))
+        if not isinstance(metadata.state_dict_metadata.get(entry), TensorStorageMetadata):
+            raise CheckpointError(f"its summary names a tensor {entry}, which it does not have", str(where),
+                                  "load an earlier checkpoint")
         shape, dtype = metadata.state_dict_metadata[entry].size, metadata.state_dict_metadata[entry].properties.dtype
         parameter = self.model.parameters[name]
         if key == "step" or shape != parameter.shape:

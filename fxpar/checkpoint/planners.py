@@ -1,26 +1,19 @@
-"""What `torch.distributed.checkpoint` is told to write and to read: rectangles, not placements."""
+"""What `torch.distributed.checkpoint` is told to write: rectangles, not placements."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
@@ -29,8 +22,6 @@ from torch.distributed.checkpoint.planner import (
 
 from fxpar.checkpoint.part import Part, Shares
 from fxpar.checkpoint.ranks import to_cpu
-from fxpar.sharding import chunks
-from fxpar.sharding.chunks import Chunk
 
 Key = tuple[str, ...]
 """Where an entry stands: ("model", "head.weight"), ("optimizer", "head.weight", "exp_avg"). Joined by dots it is the name in
@@ -99,61 +90,3 @@ class SavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         return self.contents.data[index]
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """Reads into `parts`, by name in the file, and into `objects` what is no tensor and named there.
-
-    Every saved rectangle that this rank needs something of is read once, however many pieces of it are needed.
-    """
-
-    def __init__(self, parts: dict[str, Part], objects: Iterable[str] = ()):
-        super().__init__()
-        self.parts = parts
-        self.objects: dict[str, Any] = dict.fromkeys(objects)
-        self._needed: dict[MetadataIndex, list[Chunk]] = {}
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        self.metadata = metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        items: list[ReadItem] = []
-        for name in self.objects:
-            assert isinstance(self.metadata.state_dict_metadata[name], BytesStorageMetadata)
-            index, nothing = MetadataIndex(name), torch.Size((0,))
-            items.append(ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing))
-        for name, part in self.parts.items():
-            for saved in self.metadata.state_dict_metadata[name].chunks:
-                items += self._reads(name, part, saved)
-        return LoadPlan(items)
-
-    def _reads(self, name: str, part: Part, saved: ChunkStorageMetadata) -> list[ReadItem]:
-        start, size = tuple(saved.offsets), tuple(saved.sizes)
-        needed = list(chunks.chunks(chunks.within(part.runs, start, size)))
-        if not needed:
-            return []
-        index = MetadataIndex(name, saved.offsets)
-        self._needed[index] = needed
-        target = offset = tuple(0 for _ in size)
-        if len(needed) == 1:  # read to where it belongs; else the whole rectangle, to be cut up
-            (only,) = needed
-            target, size = only.local, only.size
-            offset = tuple(s - o for s, o in zip(only.start, start, strict=True))
-        return [ReadItem(LoadItemType.TENSOR, index, torch.Size(target), index, torch.Size(offset), torch.Size(size))]
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.objects[read_item.dest_index.fqn] = torch.load(value, weights_only=False)
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part, needed = self.parts[read_item.dest_index.fqn], self._needed[read_item.dest_index]
-        if len(needed) == 1:
-            return needed[0].of_part(part.local)
-        return torch.empty(read_item.lengths, dtype=part.local.dtype)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        part, needed = self.parts[read_item.dest_index.fqn], self._needed[read_item.dest_index]
-        if len(needed) > 1:
-            origin = tuple(read_item.storage_index.offset or ())
-            for chunk in needed:
-                chunk.of_part(part.local).copy_(chunk.of_full(tensor, origin))

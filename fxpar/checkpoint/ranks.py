@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ class OneProcess:
 RankControl = Control | OneProcess
 
 
-def alike(ranks: RankControl, where: Path, function: Callable[[], T]) -> T:
+def alike(ranks: RankControl, where: str | os.PathLike, function: Callable[[], T]) -> T:
     """What `function` returns on this rank. If it failed on any, the failure of the first of those is raised on all,
     as a `CheckpointError`."""
     error: CheckpointError | None = None

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from fxpar.backends.transport.runtime import Control
 from fxpar.checkpoint import folder
-from fxpar.checkpoint.optimizer import merged, saved_state
+from fxpar.checkpoint.manifest import Writer
+from fxpar.checkpoint.optimizer import merged, require_plain, saved_state
 from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.planners import Contents, Key, SavePlanner, contents
 from fxpar.checkpoint.ranks import LocalModel, RankControl, alike, same
@@ -74,18 +75,19 @@ def save_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
     """Write the model's parameters and persistent buffers, the optimizer's state and options, and what dropout draws from.
 
     path: a folder on a file system that all ranks share; an earlier checkpoint there is replaced once the new one is
-    whole, and is still there if the save is interrupted. module: a `ParallelModule` (every rank calls), or a plain module
-    (one process calls). What is written does not depend on the plan: any other plan, or a plain module, can load
-    it. It is a folder of `torch.distributed.checkpoint`, with names such as "model.head.weight" and
-    "optimizer.head.weight.exp_avg". Gradients, learning rate schedulers and data loaders are not in it.
+    whole, and is still there if the save is interrupted. A folder with anything that fxpar did not write is refused, and so
+    is the one that the process runs in. module: a `ParallelModule` (every rank calls), or a plain module (one process calls).
+    What is written does not depend on the plan: any other plan, or a plain module, can load it. It is a folder of
+    `torch.distributed.checkpoint`, with names such as "model.head.weight" and "optimizer.head.weight.exp_avg", and has a list of
+    its files with checksums. Gradients, learning rate schedulers and data loaders are not in it.
 
     asynchronous: return once the state is copied to the CPU; training may go on. The handle's `wait()` raises what went
     wrong. The next save, or load, waits for it first; wait for it before destroying the process group.
     Raises: `CheckpointError`, on all ranks alike.
     """
     finish_running()
-    target = folder.resolved(path)
     model = LocalModel(module)
+    target = alike(model.ranks, path, lambda: folder.resolved(path))
 
     def collect() -> tuple[dict[Key, Part], dict[str, Any]]:
         model.require_real(target)
@@ -118,6 +120,7 @@ def _collect(model: LocalModel, optimizer: Optimizer | None, target: Path) -> tu
     if optimizer is not None:
         states, summary["optimizer"] = saved_state(optimizer, model, target)
         parts |= states
+        require_plain(summary, target)
     return parts, summary
 
 
@@ -129,8 +132,7 @@ def _side_channel(world: dist.ProcessGroup) -> Control:
 
 def _write(made: Contents, target: Path, ranks: RankControl, rank: int) -> None:
     """Write this rank's share beside `target`; when every rank has, rank 0 puts the folder in its place."""
-    # Copying ahead on a stream of the current device would open that device in a background thread.
-    writer = dcp.FileSystemWriter(folder.saving(target), per_thread_copy_ahead=0)
+    writer = Writer(folder.saving(target))
     planner = SavePlanner(made)
     if ranks.group is None:
         alike(ranks, target, lambda: _write_alone(planner, writer))
@@ -144,7 +146,7 @@ def _write(made: Contents, target: Path, ranks: RankControl, rank: int) -> None:
     alike(ranks, target, lambda: folder.commit(target) if rank == 0 else None)
 
 
-def _write_alone(planner: SavePlanner, writer: dcp.FileSystemWriter) -> None:
+def _write_alone(planner: SavePlanner, writer: Writer) -> None:
     """`torch.distributed.checkpoint.save` for one process, without its warning that there is only one."""
     planner.set_up_planner({}, is_coordinator=True)
     writer.set_up_storage_writer(True)

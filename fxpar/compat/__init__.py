@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from fxpar.compat.metadata import read_metadata
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -57,6 +58,7 @@ __all__ = [
     "is_random",
     "mutates",
     "no_grad_region",
+    "read_metadata",
     "storage_of",
     "trace_steps",
 ]

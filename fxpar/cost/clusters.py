@@ -94,14 +94,19 @@ def cluster(name: str) -> Cluster:
     name: one of `clusters()`, or the path of a .toml file of the same form.
     Raises PlanError for `cluster` where there is no such, or its file lacks something.
     """
-    if name in clusters():
-        text = (_folder() / f"{name}.toml").read_text()
-    elif name.endswith(".toml") and Path(name).is_file():
-        text = Path(name).read_text()
-    else:
-        raise PlanError("cluster", name, f"must be one of {', '.join(clusters())}, or the path of a .toml file", clusters()[0])
+    requirement = f"must be one of {', '.join(clusters())}, or the path of a .toml file"
     try:
+        if name in clusters():
+            text = (_folder() / f"{name}.toml").read_text()
+        elif name.endswith(".toml") and Path(name).is_file():
+            text = Path(name).read_text()
+        else:
+            raise PlanError("cluster", name, requirement, clusters()[0])
         return _read(Path(name).name.removesuffix(".toml"), tomllib.loads(text))
+    except PlanError:
+        raise
+    except OSError as error:
+        raise PlanError("cluster", name, f"{requirement} ({error.strerror})", clusters()[0]) from None
     except KeyError as missing:
         raise PlanError("cluster", name, f"must say {missing.args[0]!r}, as fxpar's own do") from None
     except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:

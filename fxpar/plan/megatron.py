@@ -18,6 +18,9 @@ from fxpar.errors import PlanError
 # Megatron's names for `Plan.zero`; the position is the stage.
 ZERO_NAMES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 
+LIMIT = 2**31
+"""Numbers are less than this: there are not as many ranks, microbatches or layers."""
+
 # What a flag takes: nothing (a switch), a positive number, or words (one, or as many as follow).
 _SWITCH, _NUMBER, _WORD, _WORDS = "switch", "number", "word", "words"
 
@@ -80,6 +83,8 @@ def plan_fields(args: str | Sequence[str], world_size: int | None = None) -> _Pl
 
 def _read_flags(args: str | Sequence[str]) -> _Flags:
     """Flag -> True, a positive int, a word, or a list of words."""
+    if not isinstance(args, str | Sequence):
+        raise PlanError("args", args, "must be a command line, or a list of its words")
     try:
         # shlex joins no lines: a backslash at a line's end would leave a newline as a word.
         lines = args.replace("\\\n", " ") if isinstance(args, str) else None
@@ -115,8 +120,8 @@ def _read_values(flag: str, values: list[str]) -> Any:
         raise PlanError(flag, shown, f"takes one {'word' if takes == _WORDS else takes}")
     if takes != _NUMBER:
         return values if takes == _WORDS else shown
-    if not (shown.isdecimal() and int(shown) > 0):
-        raise PlanError(flag, shown, "must be a positive integer", f"{flag} 1")
+    if not (shown.isdecimal() and len(shown) <= len(str(LIMIT)) and 0 < int(shown) < LIMIT):
+        raise PlanError(flag, shown, f"must be a positive integer, less than {LIMIT}", f"{flag} 1")
     return int(shown)
 
 
@@ -135,8 +140,8 @@ def _data_parallel(flags: _Flags, fields: _PlanFields, world_size: int | None) -
             if flag in flags:
                 raise PlanError("world_size", None, f"must be given with {flag}, which depends on dp")
         return {"dp": 1}
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        raise PlanError("world_size", world_size, "must be a positive integer", f"world_size={others}")
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or not 1 <= world_size < LIMIT:
+        raise PlanError("world_size", world_size, f"must be a positive integer, less than {LIMIT}", f"world_size={others}")
     if world_size % others:
         requirement = f"must be a multiple of tp x pp x cp = {others}"
         raise PlanError("world_size", world_size, requirement, f"world_size={_up(world_size, others)}")

@@ -18,8 +18,8 @@ from typing import Any, NoReturn, TypeGuard
 
 import torch
 
-from fxpar.errors import PlanError
-from fxpar.plan.megatron import ZERO_NAMES, plan_fields
+from fxpar.errors import PlanError, brief
+from fxpar.plan.megatron import LIMIT, ZERO_NAMES, plan_fields
 
 # Field -> the one value of it that this version can run. Fields that are not here are available in full.
 _ONLY_YET: dict[str, object] = {
@@ -176,6 +176,8 @@ class Plan:
         as in "batch_dims=src:1;tgt:none,roles=head.weight[0]:vocab". `Plan.parse(str(plan)) == plan`, always.
         Raises PlanError for what is not so written, unknown or repeated fields, and as the constructor does.
         """
+        if not isinstance(text, str):
+            raise PlanError("plan", text, 'must be text ("dp=2,tp=2")', "dp=1")
         given: dict[str, Any] = {}
         for item in text.split(","):
             name, equals, value = (part.strip() for part in item.partition("="))
@@ -236,9 +238,11 @@ def _is_int(value: object) -> TypeGuard[int]:
 
 
 def _positive_int(name: str, value: object) -> int:
-    if _is_int(value) and value >= 1:
+    if _is_int(value) and 1 <= value < LIMIT:
         return int(value)
-    meant = int(value) if isinstance(value, float) and value.is_integer() and value >= 1 else 1
+    if _is_int(value) and value >= LIMIT:
+        raise PlanError(name, value, f"must be less than {LIMIT}", f"{name}=1")
+    meant = int(value) if isinstance(value, float) and value.is_integer() and 1 <= value < LIMIT else 1
     raise PlanError(name, value, "must be a positive integer", f"{name}={meant}")
 
 
@@ -277,7 +281,8 @@ def require_one_of(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def _refuse_choice(name: str, value: object, choices: Sequence[str], nearest: str | None = None) -> NoReturn:
-    match = [nearest] if nearest is not None else difflib.get_close_matches(str(value).lower(), choices, n=1) or choices
+    spelled = (value if isinstance(value, str) else brief(value)).lower()
+    match = [nearest] if nearest is not None else difflib.get_close_matches(spelled, choices, n=1) or choices
     raise PlanError(name, value, f"must be one of {', '.join(choices)}", f"{name}={match[0]}")
 
 
@@ -287,7 +292,7 @@ def _recompute(name: str, value: object) -> str | float:
         return "none"
     if isinstance(value, str) and value.lower() in kinds:
         return value.lower()
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < float(value) <= 1:  # no NaN
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and value <= 1 and not value <= 0:  # no NaN
         return float(value)
     raise PlanError(
         name, value, f"must be one of {', '.join(kinds)}, or a fraction in (0, 1]", f"{name}=full"
@@ -344,7 +349,7 @@ def _batch_dims(name: str, value: object) -> tuple[tuple[str, int | None], ...]:
     for key, dim in _pairs(name, value):
         dim = _read(dim) if isinstance(dim, str) else dim
         named = isinstance(key, str) and _NAME.fullmatch(key)
-        if not named or not (dim is None or (_is_int(dim) and dim >= 0)):
+        if not named or not (dim is None or (_is_int(dim) and 0 <= dim < LIMIT)):
             _refuse_pairs(
                 name, value, "must map an input's name (no spaces or , ; : =) to a dim, from 0, or none"
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
+from fxpar.errors import FxparError
 from fxpar.ops.collectives import typed
 from fxpar.program import Program, user_line
 from fxpar.sharding.factors import Factor, leaves
@@ -29,14 +31,30 @@ class Dumper:
     def __call__(self, name: str, program: Program) -> None:
         self.count = 0 if name == "capture" else self.count + 1
         text = readable(program, name)
-        (self.directory / f"{self.count:02d}_{name}.py").write_text(text)
+        _write(self.directory / f"{self.count:02d}_{name}.py", text)
+
+
+def _write(file: Path, text: str) -> None:
+    """Raises: `FxparError` for a link, behind which another file would be overwritten, and where nothing can be written."""
+    try:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "w", encoding="utf-8") as made:
+            made.write(text)
+    except OSError as error:
+        what = "it is a link, and is not written through" if file.is_symlink() else str(error)
+        raise FxparError(f"no dump in {file}: {what}; remove it, or give another dump_dir") from error
+
+
+def _one_line(text: str) -> str:
+    """Text of the model (names, files), so that a comment stays one: what does not print, or ends a line, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def readable(program: Program, stage: str = "replicas") -> str:
     """The program as a Python module: `forward` on flat inputs, and a main that runs it on made-up ones."""
     local = any(if_local(n).sharding is not None for n in program.placeholders())
     modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})
-    lines = [f'"""After pass {stage!r}. Plan {program.plan}; mesh {program.mesh}; '
+    plan = _one_line(str(program.plan)).replace("\\", "\\\\").replace('"', '\\"')  # it names inputs and modules of the model
+    lines = [f'"""After pass {stage!r}. Plan {plan}; mesh {program.mesh}; '
              f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch",
              *(f"import {m}" for m in modules), "from torch import device", "", "inf, nan = float('inf'), float('nan')"]
     lines += ["", "", "def forward("]
@@ -49,7 +67,7 @@ def readable(program: Program, stage: str = "replicas") -> str:
             continue
         line = user_line(node)
         if line != path and line:
-            lines.append(f"    # {_short(line)}")
+            lines.append(f"    # {_one_line(_short(line))}")
             path = line
         lines.append(f"    {node.name} = {_expression(node)}{_comment(node)}")
     outs = ", ".join(n.name for n in program.outputs())
@@ -106,7 +124,7 @@ def _comment(node: fx.Node, extra: str = "") -> str:
     made = typed(node)
     if made is not None:
         parts.append(f"{made.label} over {', '.join(made.axes)} for {if_local(node).made_for}")
-    return f"  # {'; '.join(parts)}" if parts else ""
+    return f"  # {_one_line('; '.join(parts))}" if parts else ""
 
 
 def _factor(factor: Factor) -> str:
@@ -127,7 +145,7 @@ def _main(program: Program, local: bool) -> list[str]:
             size = program.mesh.size
             shape = [math.prod(p.size // size(*p.axes) for p in dim) for dim in sharding_at(node)]
         make = "torch.rand" if value.is_floating_point() else "torch.zeros"
-        lines.append(f"        {make}({shape}, dtype={value.dtype}),  # {source.name}")
+        lines.append(f"        {make}({shape}, dtype={value.dtype}),  # {_one_line(source.name)}")
     lines += ["    ]", "", "", 'if __name__ == "__main__":']
     call = "print([tuple(t.shape) for t in forward(*made_up_inputs())])"
     if local:

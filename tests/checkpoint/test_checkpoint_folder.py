@@ -39,7 +39,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, "this data file is truncated: it has"),
     "data missing": (lambda p: data_file(p).unlink(), "this data file is missing"),
     "metadata cut": (lambda p: (p / ".metadata").write_bytes((p / ".metadata").read_bytes()[:40]), "it is damaged"),
-    "other metadata": (lambda p: (p / ".metadata").write_bytes(pickle.dumps([1])), r"it is damaged \(.*list"),
+    "other metadata": (lambda p: ((p / ".metadata").write_bytes(pickle.dumps([1])), (p / ".fxpar.json").unlink()),
+                       r"it is damaged \(.*list"),
+    "metadata of another": (lambda p: (p / ".metadata").write_bytes(pickle.dumps([1])), "not what was written, by its checksum"),
     "metadata missing": (lambda p: (p / ".metadata").unlink(), "there is no checkpoint"),
 }
 
@@ -147,7 +149,7 @@ def test_a_first_save_that_was_interrupted_is_said(tmp_path, monkeypatch):
 def test_nothing_but_a_checkpoint_is_replaced(tmp_path):
     save_value(tmp_path / "c", 1.0)
     (tmp_path / "c" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"holds files that are not a checkpoint's: notes.txt"):
+    with pytest.raises(CheckpointError, match=r"holds files that fxpar did not write: notes.txt"):
         save_value(tmp_path / "c", 2.0)
     assert (tmp_path / "c" / "notes.txt").read_text() == "mine" and value(tmp_path / "c") == 1.0
     (tmp_path / "file").write_text("")

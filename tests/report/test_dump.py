@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 import fxpar
 from fxpar import compiler
+from fxpar.errors import FxparError
 from fxpar.passes import pipeline
 from fxpar.report import dump
 from tests import zoo
@@ -64,3 +66,41 @@ def test_a_directory_is_written_where_parallelize_is_told_to(tmp_path, capsys):
     text = module.print_readable()
     assert capsys.readouterr().out == text + "\n"
     assert text == (tmp_path / "new" / names[-1]).read_text()
+
+
+class Hostile(torch.nn.Module):
+    """Names that end a comment, or a string, if they are let."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, torch.nn.Parameter(torch.ones(4, 4)))
+
+    def forward(self, x):
+        for parameter in self.parameters():
+            x = x @ parameter
+        return x
+
+
+def test_names_of_the_model_stay_in_comments(tmp_path, monkeypatch):
+    """A dump with such names has the same code as one without."""
+    ran = tmp_path / "ran"
+    attack = f"open({str(ran)!r}, 'w')".replace(".", chr(46))
+    names = [f"w{end}{attack}{end}" for end in ("\n", "\r", "\u2028", "\x0c", "\0", "\ud800")]
+    names = [name.replace(".", "") for name in names]
+    monkeypatch.setattr(dump, "user_line", lambda node: f"/a\n{attack}\n/b.py:3  x = 1\r{attack}")
+    trees = []
+    for folder, given in (("a", names), ("b", ["p" * (i + 1) for i in range(len(names))])):
+        compiler.compile_program(Hostile(given), "dp=1", (torch.ones(2, 4),), observe=dump.Dumper(tmp_path / folder))
+        made = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((tmp_path / folder).iterdir())]
+        trees.append([[type(node).__name__ for node in ast.walk(tree)] for tree in made])
+    assert trees[0] == trees[1] and not ran.exists()
+
+
+def test_a_dump_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "00_capture.py").symlink_to(tmp_path / "precious")
+    with pytest.raises(FxparError, match="it is a link, and is not written through; remove it"):
+        fxpar.parallelize(torch.nn.Linear(4, 4), "dp=1", (torch.ones(2, 4),), dump_dir=tmp_path / "d")
+    assert (tmp_path / "precious").read_text() == "mine"
