@@ -186,8 +186,9 @@ class ThreadGroup(dist.ProcessGroup):
         self._meetings = {rank: meeting for group in groups for meeting in [_Meeting(list(group))] for rank in group}
 
     def rank(self) -> int:
-        """This thread's number within its group."""
-        return self._meetings[_current.rank].ranks.index(_current.rank)
+        """This thread's number within its group; 0 in a thread of no rank, as that of a compiler that describes the group."""
+        rank = getattr(_current, "rank", None)
+        return 0 if rank is None else self._meetings[rank].ranks.index(rank)
 
     def abort(self) -> None:
         """Whoever waits, or ever will, fails at once."""

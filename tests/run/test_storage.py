@@ -119,7 +119,8 @@ def state_of_rank(rank: int, plan: str) -> dict[str, dict[str, dict[str, Tensor]
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("plan", ["dp=2,tp=2,zero=3", "tp=4", pytest.param("dp=2,tp=2,zero=1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plan", [
+    "dp=2,tp=2,zero=3", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("tp=4", "dp=2,tp=2,zero=1"))])
 def test_whatever_is_held_of_fused_weights_can_be_gathered(plan):
     ranks = launch(4, state_of_rank, plan)
     for name in FUSED:

@@ -91,8 +91,11 @@ def takes_bands(q: Tensor, v: Tensor) -> bool:
 def padded(x: Tensor) -> Tensor:
     """With zeros up to a head dim that is a multiple of 8, the elements of a head side by side."""
     missing = -x.shape[-1] % 8
-    if missing:
-        return F.pad(x, (0, missing))
+    return F.pad(x, (0, missing)) if missing else _side_by_side(x)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """With the elements of a head side by side: kernels that are called without `scaled_dot_product_attention` do not check it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -134,14 +137,15 @@ def _bias(seen: Seen, q: Tensor, keys: int, heads: int) -> Tensor | None:
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
-        q, k, v, 0.0, seen.causal, attn_mask=_bias(seen, q, k.shape[2], 1), scale=scale)
+        *map(_side_by_side, (q, k, v)), 0.0, seen.causal, attn_mask=_bias(seen, q, k.shape[2], 1), scale=scale)
     return out, lse
 
 
 def _cpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Seen,
                   scale: float) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-        grad, q, k, v, out, lse.contiguous(), 0.0, seen.causal, attn_mask=_bias(seen, q, k.shape[2], 1), scale=scale)
+        *map(_side_by_side, (grad, q, k, v, out)), lse.contiguous(), 0.0, seen.causal,
+        attn_mask=_bias(seen, q, k.shape[2], 1), scale=scale)
     return dq, dk, dv
 
 

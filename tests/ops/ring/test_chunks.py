@@ -47,6 +47,20 @@ def test_it_is_attention_with_a_mask(rank, causal, window, packed, padded, seed)
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("turned", range(3))
+def test_operands_may_lie_in_memory_as_they_like(turned):
+    """Kernels that are called directly take for granted that the elements of a head lie side by side."""
+    torch.manual_seed(0)
+    operands = [torch.randn(2, h, n, 8) for h, n in ((4, 8), (2, 32), (2, 32))]
+    other = [x.mT.contiguous().mT if i == turned else x for i, x in enumerate(operands)]
+    leaves = [[x.detach().requires_grad_() for x in given] for given in (operands, other)]
+    outs = [attention_of_chunks(*given, [4, 28], causal=True) for given in leaves]
+    torch.testing.assert_close(outs[0], outs[1])
+    cotangent = torch.randn_like(outs[0].mT).mT
+    for a, b in zip(*(torch.autograd.grad(o, given, cotangent) for o, given in zip(outs, leaves, strict=True)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_compilers_are_told_its_shapes():
     q, k, v = (torch.randn(2, h, n, 8, requires_grad=True) for h, n in ((4, 8), (2, 32), (2, 32)))
     torch.library.opcheck(torch.ops.fxpar.attention_of_chunks.default, (q, k, v, None, None, None, [0, 28], True, None, None),
