@@ -95,7 +95,7 @@ def padded(x: Tensor) -> Tensor:
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """With the elements of a head side by side: kernels that are called without `scaled_dot_product_attention` do not check it."""
+    """With the elements of a head side by side, as kernels want it, which `scaled_dot_product_attention` alone checks."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

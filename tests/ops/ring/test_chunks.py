@@ -53,11 +53,12 @@ def test_operands_may_lie_in_memory_as_they_like(turned):
     torch.manual_seed(0)
     operands = [torch.randn(2, h, n, 8) for h, n in ((4, 8), (2, 32), (2, 32))]
     other = [x.mT.contiguous().mT if i == turned else x for i, x in enumerate(operands)]
-    leaves = [[x.detach().requires_grad_() for x in given] for given in (operands, other)]
-    outs = [attention_of_chunks(*given, [4, 28], causal=True) for given in leaves]
+    leaves = [[x.detach().requires_grad_() for x in mine] for mine in (operands, other)]
+    outs = [attention_of_chunks(*mine, [4, 28], causal=True) for mine in leaves]
     torch.testing.assert_close(outs[0], outs[1])
     cotangent = torch.randn_like(outs[0].mT).mT
-    for a, b in zip(*(torch.autograd.grad(o, given, cotangent) for o, given in zip(outs, leaves, strict=True)), strict=True):
+    grads = [torch.autograd.grad(o, mine, cotangent) for o, mine in zip(outs, leaves, strict=True)]
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
 
