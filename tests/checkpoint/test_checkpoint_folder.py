@@ -20,6 +20,7 @@ from torch import nn
 
 import fxpar
 from fxpar.checkpoint import folder, save
+from fxpar.checkpoint.manifest import MARKER
 from fxpar.errors import CheckpointError
 from tests.checkpoint.test_checkpoint import OPTIMIZERS, Small, build, data_file, steps, trained, truncate
 
@@ -112,6 +113,14 @@ def save_value(path: Path, number: float) -> None:
     model = nn.Linear(1, 1)
     nn.init.constant_(model.weight, number)
     fxpar.save_checkpoint(path, model)
+
+
+def test_an_interrupted_folder_is_never_taken_for_a_whole_one(tmp_path):
+    save_value(tmp_path / "c", 1.0)
+    (tmp_path / "c" / MARKER).touch()
+    assert folder.newest(tmp_path / "c") is None
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        value(tmp_path / "c")
 
 
 @pytest.mark.parametrize(("at", "found"), [("writing", 1.0), ("before", 1.0), ("between", 2.0)])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fxpar
 from fxpar.checkpoint import folder, load, source
 from fxpar.checkpoint.huggingface import SINGLE, SUMS
-from fxpar.checkpoint.manifest import MANIFEST, MARKER, METADATA
+from fxpar.checkpoint.manifest import MANIFEST, METADATA
 from fxpar.errors import CheckpointError
 from tests.checkpoint.test_checkpoint_folder import save_value, value
 
@@ -492,11 +492,3 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(load._Load, "_read", read)
     assert values_of(tmp_path / "c") == {2.0}
-
-
-def test_an_interrupted_folder_is_never_taken_for_a_whole_one(tmp_path):
-    save_wide(tmp_path / "c", 1.0)
-    (tmp_path / "c" / MARKER).touch()
-    assert folder.newest(tmp_path / "c") is None
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        values_of(tmp_path / "c")

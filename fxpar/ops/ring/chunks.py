@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fxpar.ops.ring import costs
 from fxpar.ops.ring.blocks import Merged, attend, attend_backward
 from fxpar.ops.ring.kernels import accumulates_in
-from fxpar.ops.ring.operator import as_results
+from fxpar.ops.ring.operator import as_results, register_gradient
 from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.ring.sight import Ids, Sight
 
@@ -95,24 +95,7 @@ def _like(x: Tensor, width: int) -> Tensor:
     return x.new_empty(b, length, h, width).transpose(1, 2)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.settings = inputs[6:]
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, q_segments, kv_segments, kv_valid, out, lse = ctx.saved_tensors
-    grads = BACKWARD(grad, q, k, v, out, lse, q_segments, kv_segments, kv_valid, *ctx.settings)
-    return (*grads, *[None] * (3 + len(ctx.settings)))
-
-
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("gradients of gradients of attention, which PyTorch's fused kernels do not have either")
-
-
-torch.library.register_autograd("fxpar::attention_of_chunks", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("fxpar::attention_of_chunks_backward", _refuse, lib=_library)
+register_gradient("attention_of_chunks", BACKWARD, _library)
 
 
 def flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], causal: bool, window: int | None) -> tuple[int, int]:

@@ -144,21 +144,26 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     return tuple(_empty(x, x.shape) for x in (q, k, v))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.settings = inputs[6:]
+def register_gradient(name: str, backward: Any, library: torch.library.Library) -> None:
+    """Have the operator `name`, of q, k, v, three tensors of ids and settings, be differentiated by `backward`, which takes the
+    gradient, q, k, v, both results, ids and settings. A gradient of a gradient is a NotImplementedError."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.settings = inputs[6:]
+
+    def differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, q_segments, kv_segments, kv_valid, out, lse = ctx.saved_tensors
+        grads = backward(grad, q, k, v, out, lse, q_segments, kv_segments, kv_valid, *ctx.settings)
+        return (*grads, *[None] * (3 + len(ctx.settings)))
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        what = name.replace("_", " ")
+        raise NotImplementedError(f"gradients of gradients of {what}, which PyTorch's fused kernels do not have either")
+
+    torch.library.register_autograd(f"fxpar::{name}", differentiate, setup_context=save, lib=library)
+    torch.library.register_autograd(f"fxpar::{name}_backward", refuse, lib=library)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, q_segments, kv_segments, kv_valid, out, lse = ctx.saved_tensors
-    grads = BACKWARD(grad, q, k, v, out, lse, q_segments, kv_segments, kv_valid, *ctx.settings)
-    return (*grads, *[None] * (3 + len(ctx.settings)))
-
-
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("gradients of gradients of ring attention, which PyTorch's fused kernels do not have either")
-
-
-torch.library.register_autograd("fxpar::ring_attention", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("fxpar::ring_attention_backward", _refuse, lib=_library)
+register_gradient("ring_attention", BACKWARD, _library)
