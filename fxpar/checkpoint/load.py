@@ -76,8 +76,9 @@ def _look(path: Path) -> OpenedFolder | None:
         if found is not None:
             try:
                 return OpenedFolder(found)
-            except CheckpointError:
-                if attempt == ATTEMPTS - 1 or _identity(path) == identity:
+            except CheckpointError as error:
+                renamed = isinstance(error.__cause__, FileNotFoundError)  # it was there, and has its identity still
+                if attempt == ATTEMPTS - 1 or (not renamed and _identity(path) == identity):
                     raise
         elif huggingface.files(path):
             return None

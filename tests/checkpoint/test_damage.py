@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpar
-from fxpar.checkpoint import folder, load, source
+from fxpar.checkpoint import load, source
 from fxpar.checkpoint.huggingface import SINGLE, SUMS
 from fxpar.checkpoint.manifest import MANIFEST, METADATA
 from fxpar.errors import CheckpointError
