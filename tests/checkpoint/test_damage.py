@@ -466,6 +466,7 @@ def test_many_saves_that_are_killed(tmp_path):
     check_kills(tmp_path / "c", 80)
 
 
+@pytest.mark.slow
 def test_a_load_during_saves_gets_one_checkpoint_whole(tmp_path):
     path = tmp_path / "c"
     save_wide(path, 0.5)
