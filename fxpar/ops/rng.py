@@ -53,7 +53,11 @@ def dropout_mask(x: Tensor, seed: Tensor, *, p: float, site: int, shape=None, gr
     seed: int64 scalar; site: which random operator of the model this is. shape: the mask's shape, where it is not
     `x`'s (dropout of whole channels). grid: where the local elements lie in the global tensor (default: x is whole).
     """
-    index = global_index(x.shape if shape is None else shape, grid, x.device)
+    return kept(global_index(x.shape if shape is None else shape, grid, x.device), seed, p=p, site=site)
+
+
+def kept(index: Tensor, seed: Tensor, *, p: float, site: int) -> Tensor:
+    """The mask of the elements with these global indices (int64)."""
     h = _mix((index & _MASK) ^ ((seed * 0x9E3779B1 + site * 0x632BE5AB) & _MASK))
     h = _mix((h + (index >> 32) * 0x9E3779B1 + (seed >> 32) + site) & _MASK)
     return h >= int(p * 2**32)

@@ -1,0 +1,206 @@
+"""`dropout_attention`: attention whose weights drop out by the counter-based generator, in memory that grows with the length.
+
+To compilers it is an opaque operator with an opaque backward. On GPUs both are kernels that never write scores, weights or masks to
+memory (`fxpar.ops.kernels.flash`); elsewhere they are written out. Both draw the mask of `fxpar.ops.rng.dropout_mask` for a tensor of
+weights [b, h, q, k], from an element's global index.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpar.ops.rng import Grid, global_index, kept
+
+WIDEST = 256
+"""Elements of a head that the kernels take."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("fxpar", "FRAGMENT")  # operators exist as long as this does
+_OPTIONS = "float p, int site, float scale, bool is_causal, int window, int first_row, int rows, bool wide"
+_library.define(f"attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor seed, Tensor heads, {_OPTIONS})"
+                " -> (Tensor, Tensor, Tensor)")  # fmt: skip
+_library.define("attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor seed, Tensor heads, Tensor out, "
+                f"Tensor top, Tensor rest, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")  # fmt: skip
+attend = torch.ops.fxpar.attend.default
+"""q [b, h, q, d], k [b, kv, k, d], v [b, kv, k, e], kv a divisor of h -> (out [b, h, q, e], top [b, h, q], rest [b, h, q]).
+
+mask: None, or broadcasts to [b, h, q, k]: boolean, True where a key is seen, or added to the scores. It has no gradient. seed: int64
+scalar. heads: int64 [b, h], each head's global index among all heads of all rows of the batch. p, site: as of `dropout_mask`; p < 1.
+window: with `is_causal`, how many keys a query sees at most, 0: all. first_row, rows: which query is the first here, and how many
+there are globally. wide: whether a global index may need more than 32 bits. top + rest, in fp32 (fp64 of fp64), is the logarithm of
+the sum over exp(score); top is the largest score. No gradient flows through them. A query that sees no key has 0, and gets no gradient."""
+attend_backward = torch.ops.fxpar.attend_backward.default
+"""(the gradient of out, the operands and results of `attend`, its options) -> the gradients of q, k and v."""
+
+
+def dropout_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *, p: float, site: int, attn_mask: Tensor | None = None,
+                      is_causal: bool = False, window: int | None = None, scale: float | None = None, enable_gqa: bool = False,
+                      grid: Grid | None = None) -> Tensor:  # fmt: skip
+    """``dropout(softmax(scale * q k^T + mask), p) v``, with the mask that `dropout_mask` draws for those weights.
+
+    Takes: q [b, h, q, d], k [b, kv, k, d], v [b, kv, k, e]; kv is h, or divides it if `enable_gqa`. attn_mask: as
+    `scaled_dot_product_attention` takes it, without a gradient. window: causal attention to so many keys at most. grid: where the
+    elements of [b, h, q] lie in the global tensor, as of `dropout_mask` (default: they are whole); local queries must follow one
+    another. Keys are whole. Returns [b, h, q, e].
+    """
+    (b, h, length, d), columns = q.shape, k.shape[2]
+    places = tuple(grid)[:3] if grid else tuple(((int(n), 0, int(n)),) for n in (b, h, length))
+    heads = global_index((b, h), places[:2], q.device).expand(b, h).contiguous()
+    first_row, rows = _span(places[2])
+    total = math.prod(whole for runs in places for _, _, whole in runs) * columns
+    scale = scale if scale is not None else 1 / math.sqrt(d)
+    mask = None if attn_mask is None else attn_mask.expand(b, h, length, columns)
+    return attend(q, k, v, mask, seed, heads, p, site, scale, is_causal or window is not None, window or 0, first_row, rows,
+                  total > 2**32)[0]  # fmt: skip
+
+
+def _span(runs: tuple[tuple[int, int, int], ...]) -> tuple[int, int]:
+    """(the first, how many there are globally) of local elements that follow one another."""
+    first, count = 0, 1
+    for i, (local, offset, whole) in enumerate(runs):
+        assert i == 0 or local == whole, "local queries do not follow one another"
+        first, count = first * whole + offset, count * whole
+    return first, count
+
+
+# ---- written out ----
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, is_causal: bool, window: int,
+             first_row: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(scores, their softmax): [b, h, q, k]."""
+    scores = torch.matmul(q * scale, _repeated(k, q).mT)
+    if is_causal:
+        row = torch.arange(q.shape[2], device=q.device)[:, None] + first_row
+        column = torch.arange(k.shape[2], device=q.device)
+        seen = (column <= row) & (row - column < window) if window else column <= row
+        scores = torch.where(seen, scores, -math.inf)
+    if mask is not None:
+        scores = torch.where(mask, scores, -math.inf) if mask.dtype == torch.bool else scores + mask
+    blind = scores.amax(-1, keepdim=True) == -math.inf
+    return scores, torch.where(blind, 0.0, torch.softmax(scores, -1))
+
+
+def _keep(scores: Tensor, seed: Tensor, heads: Tensor, p: float, site: int, first_row: int, rows: int) -> Tensor:
+    """Which weights are kept."""
+    length, columns = scores.shape[2:]
+    row = heads[:, :, None] * rows + first_row + torch.arange(length, device=heads.device)
+    return kept(row[..., None] * columns + torch.arange(columns, device=heads.device), seed, p=p, site=site)
+
+
+def _repeated(x: Tensor, q: Tensor) -> Tensor:
+    """Heads of keys or values, one for each of the queries'."""
+    groups = q.shape[1] // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+
+def _shared(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `x` from that of its repeated heads."""
+    return grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2)
+
+
+def _as_attention(x: Tensor, width: int) -> Tensor:
+    """An empty [b, h, l, width] that lies in memory as [b, l, h, width]: so do what attention takes and what takes its result."""
+    b, h, length, _ = x.shape
+    return x.new_empty(b, length, h, width).transpose(1, 2)
+
+
+@torch.library.impl(_library, "attend", "CompositeExplicitAutograd")
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor, heads: Tensor, p: float, site: int, scale: float,
+            is_causal: bool, window: int, first_row: int, rows: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out, top, rest = _fake(q, k, v)
+    if has_kernel(q):
+        flash = _flash()
+        call = flash.Call(q, k, v, mask, seed, heads, p, site, scale, is_causal, window, first_row, rows, wide)
+        flash.forward(call, out, top, rest)
+        return out, top, rest
+    scores, weights = _weights(q, k, mask, scale, is_causal, window, first_row)
+    keep = _keep(scores, seed, heads, p, site, first_row, rows)
+    out.copy_(torch.matmul(torch.where(keep, weights * (1 / (1 - p)), 0.0), _repeated(v, q)))
+    top.copy_(scores.amax(-1))
+    rest.copy_((scores.to(rest.dtype) - top.clamp(min=torch.finfo(top.dtype).min)[..., None]).exp().sum(-1).log())
+    return out, top, rest.nan_to_num_(neginf=0.0)
+
+
+@torch.library.impl(_library, "attend_backward", "CompositeExplicitAutograd")
+def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor, heads: Tensor, out: Tensor,
+                     top: Tensor, rest: Tensor, p: float, site: int, scale: float, is_causal: bool, window: int, first_row: int,
+                     rows: int, wide: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    of_q, of_k, of_v = (_as_attention(x, x.shape[3]) for x in (q, k, v))
+    if has_kernel(q):
+        flash = _flash()
+        call = flash.Call(q, k, v, mask, seed, heads, p, site, scale, is_causal, window, first_row, rows, wide)
+        flash.backward(call, grad, out, top, rest, of_q, of_k, of_v)
+        return of_q, of_k, of_v
+    scores, weights = _weights(q, k, mask, scale, is_causal, window, first_row)
+    keep = _keep(scores, seed, heads, p, site, first_row, rows)
+    widen = 1 / (1 - p)
+    of_v.copy_(_shared(torch.matmul(torch.where(keep, weights * widen, 0.0).mT, grad), v))
+    of_weights = torch.where(keep, torch.matmul(grad, _repeated(v, q).mT), 0.0) * widen
+    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
+    of_q.copy_(torch.matmul(of_scores, _repeated(k, q)) * scale)
+    of_k.copy_(_shared(torch.matmul(of_scores.mT, q * scale), k))
+    return of_q, of_k, of_v
+
+
+# ---- on GPUs ----
+
+
+def has_kernel(q: Tensor) -> bool:
+    """Whether attention with such queries runs as the kernels (of what `refusal` lets pass)."""
+    if q.device.type != "cuda" or q.dtype not in DTYPES:
+        return False
+    return _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        warnings.warn("Triton is not installed: attention with dropout writes out its scores, which takes memory and time that "
+                      "grow with the square of the length (way out: pip install triton)", stacklevel=2)
+    return found
+
+
+def _flash() -> Any:
+    """The kernels, imported where they run."""
+    from fxpar.ops.kernels import flash
+
+    return flash
+
+
+# ---- for compilers ----
+
+
+@torch.library.register_fake("fxpar::attend", lib=_library)
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _as_attention(q, v.shape[3]), *(q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
+
+
+@torch.library.register_fake("fxpar::attend_backward", lib=_library)
+def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    of_q, of_k, of_v = (_as_attention(x, x.shape[3]) for x in (q, k, v))
+    return of_q, of_k, of_v
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.options = inputs[6:]
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, mask, seed, heads, out, top, rest = ctx.saved_tensors
+    grads = attend_backward(grad, q, k, v, mask, seed, heads, out, top, rest, *ctx.options)
+    return *grads, *[None] * (3 + len(ctx.options))
+
+
+torch.library.register_autograd("fxpar::attend", _backward, setup_context=_save, lib=_library)
