@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
 from fxpar.ops.grouped_mm import grouped_mm
-from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
+from fxpar.ops.vocabulary import WAIT, is_attention_kernel, is_view
 from fxpar.plan import Plan
 from fxpar.program import block_path
 
@@ -110,7 +110,7 @@ def _packet(node: fx.Node) -> Any:
 
 def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
     packet = _packet(node)
-    attention = packet is not None and packet.__name__.startswith(ATTENTION_KERNEL)
+    attention = packet is not None and is_attention_kernel(packet.__name__)
     if packet in PRODUCTS or attention or node.target is WAIT:
         return SAVE
     return AGAIN if _block(_made_by(node)) else None

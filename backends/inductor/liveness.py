@@ -20,7 +20,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
-from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
+from fxpar.ops.dropout_attention import attend_backward
+from fxpar.ops.vocabulary import WAIT, is_attention_kernel, is_view
 
 MANY_READS, TOO_MANY_READS, MANY_OPERATORS, TOO_MANY_OPERATORS = 4, 8, 30, 100
 """Inductor's thresholds. A value is stored that reads more buffers, or is made by more operators; "many" for one with several
@@ -283,10 +284,11 @@ def _is_collective(node: fx.Node) -> bool:
 
 
 def _workspace(node: fx.Node) -> int:
-    """The backward of attention sums the queries' gradient in fp32."""
-    if not _name(node).startswith(ATTENTION_KERNEL) or "backward" not in _name(node):
+    """The backward of attention sums the queries' gradient in fp32; of attention with dropout it keeps a number for each query."""
+    if not is_attention_kernel(_name(node)) or "backward" not in _name(node):
         return 0
-    return node.meta["val"][0].numel() * 4
+    of_q = node.meta["val"][0]
+    return (of_q[..., 0] if node.target is attend_backward else of_q).numel() * 4
 
 
 # ---- fusion and order ----

@@ -61,6 +61,22 @@ def dropout_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *, p: float
                   total > 2**32)[0]  # fmt: skip
 
 
+def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, enable_gqa: bool, p: float) -> str:
+    """Why `dropout_attention` cannot compute this (a mask that has no gradient assumed); empty if it can."""
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        return f"operands of shapes {', '.join(str(tuple(x.shape)) for x in (q, k, v))} are not [b, h, q, d], [b, h, k, d], [b, h, k, e]"
+    if q.shape[1] != k.shape[1] and not (enable_gqa and q.shape[1] % k.shape[1] == 0):
+        return f"{q.shape[1]} heads of queries do not share {k.shape[1]} of keys"
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        return f"heads of {max(q.shape[3], v.shape[3])} elements are wider than {WIDEST}"
+    if not all(x.dtype == q.dtype and x.is_floating_point() for x in (k, v)):
+        return "queries, keys and values are not of one dtype"
+    weights = (*q.shape[:3], k.shape[2])
+    if mask is not None and (mask.dim() > 4 or any(n not in (1, m) for n, m in zip(mask.shape[::-1], weights[::-1], strict=False))):
+        return f"a mask of shape {tuple(mask.shape)} does not broadcast to {tuple(weights)}"
+    return "all weights drop out" if p >= 1 else ""
+
+
 def _span(runs: tuple[tuple[int, int, int], ...]) -> tuple[int, int]:
     """(the first, how many there are globally) of local elements that follow one another."""
     first, count = 0, 1

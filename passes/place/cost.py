@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpar.ops.attention import windowed_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.rules.spec import Spec
@@ -37,8 +36,8 @@ def forward_flops(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh) -> int:
 def _attention(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh) -> int:
     q, k, v = (local_shape(o.dims, at, mesh) for o in spec.operands[:3])
     pairs = q[-2] * k[-2]
-    if node.target is windowed_attention:
-        window: Any = node.kwargs["window"]
+    window: Any = node.kwargs.get("window")
+    if window is not None:
         pairs = q[-2] * min(window, k[-2])
     elif (len(node.args) > 5 and node.args[5]) or node.kwargs.get("is_causal"):
         pairs //= 2

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxpar.errors import UnsupportedOperator
 from fxpar.ops.attention import windowed_attention
+from fxpar.ops.dropout_attention import dropout_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.pick import pick
 from fxpar.ops.vocabulary import ATTENTION
@@ -225,7 +226,7 @@ def attention(op: Op) -> Spec:
     args: Any = op.node.args
     q, k, v = args[:3]
     mask = op["attn_mask"] if op.target is not windowed_attention else None
-    tied = op.target is windowed_attention or bool(op["is_causal"])
+    tied = op.target is windowed_attention or bool(op["is_causal"] or op["window"])
     grouped = bool(op["enable_gqa"]) and op.shape(q)[-3] != op.shape(k)[-3]
     if len(op.dims(q)) != 4 or len(op.dims(k)) != 4 or len(op.dims(v)) != 4:
         return _attention_any_rank(op, q, k, v, mask)
@@ -240,7 +241,14 @@ def attention(op: Op) -> Spec:
     spec.sums.clear()
     if isinstance(mask, fx.Node):
         _mask_operand(op, spec, mask)
+    if op.target is dropout_attention:
+        spec.leading, spec.emit = [spec.outs[0][2]], _emit_dropout
     return spec
+
+
+def _emit_dropout(local) -> fx.Node:
+    """The same weights drop out, wherever in the global tensor the local ones lie."""
+    return local.call(dropout_attention, *local.args, **local.kwargs, grid=local.grid(local.spec.outs[0][:3]))
 
 
 def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
