@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fxpar.ops.rng import Grid, global_index, kept
 
-WIDEST = 256
-"""Elements of a head that the kernels take."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
+"""Elements of a head that the kernels take, of every dtype that they compute in."""
 
 _library = torch.library.Library("fxpar", "FRAGMENT")  # operators exist as long as this does
 _OPTIONS = "float p, int site, float scale, bool is_causal, int window, int first_row, int rows, bool wide"
@@ -67,10 +66,10 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, enable_gqa: bo
         return f"operands of shapes {', '.join(str(tuple(x.shape)) for x in (q, k, v))} are not [b, h, q, d], [b, h, k, d], [b, h, k, e]"
     if q.shape[1] != k.shape[1] and not (enable_gqa and q.shape[1] % k.shape[1] == 0):
         return f"{q.shape[1]} heads of queries do not share {k.shape[1]} of keys"
-    if max(q.shape[3], v.shape[3]) > WIDEST:
-        return f"heads of {max(q.shape[3], v.shape[3])} elements are wider than {WIDEST}"
     if not all(x.dtype == q.dtype and x.is_floating_point() for x in (k, v)):
         return "queries, keys and values are not of one dtype"
+    if max(q.shape[3], v.shape[3]) > (widest := WIDEST.get(q.dtype, 256)):
+        return f"heads of {max(q.shape[3], v.shape[3])} elements are wider than {widest}"
     weights = (*q.shape[:3], k.shape[2])
     if mask is not None and (mask.dim() > 4 or any(n not in (1, m) for n, m in zip(mask.shape[::-1], weights[::-1], strict=False))):
         return f"a mask of shape {tuple(mask.shape)} does not broadcast to {tuple(weights)}"
@@ -171,7 +170,7 @@ def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
 
 def has_kernel(q: Tensor) -> bool:
     """Whether attention with such queries runs as the kernels (of what `refusal` lets pass)."""
-    if q.device.type != "cuda" or q.dtype not in DTYPES:
+    if q.device.type != "cuda" or q.dtype not in WIDEST:
         return False
     return _has_triton()
 

@@ -8,6 +8,7 @@ arguments are.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ COUNTERS = ["site", "first_row"]
 """Numbers that differ from call to call: no kernel is compiled for a value of theirs."""
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 """The KIND of the model's mask."""
+ROOMY = 160 * 1024
+"""Bytes of shared memory that a program may take on GPUs of data centers; on others about 100 KiB."""
 
 
 # ---- what the kernels share ----
@@ -350,15 +353,23 @@ class Tiles:
     stages: int
 
 
-def tiles_for(kernel: str, width: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of "forward", "queries" or "keys", for heads of `width` (a power of two)."""
+def tiles_for(kernel: str, width: int, dtype: torch.dtype, shared: int = ROOMY) -> Tiles:
+    """The tiles of "forward", "queries" or "keys", for heads of `width` (a power of two), where a program may take so many bytes
+    of shared memory."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1) if width > 64 else Tiles(64, 32, 4, 1)
+        return Tiles(64, 32, 4, 1) if width <= 64 and kernel != "keys" else Tiles(32, 32, 4, 1)
+    if width > 64 and shared < ROOMY:
+        return Tiles(64, 32, 4, 1) if width <= 128 else Tiles(16, 32, 4, 1)
     if kernel == "forward":
-        return Tiles(128, 64, 8 if width > 64 else 4, 3) if width <= 128 else Tiles(64, 32, 8, 2)
+        return Tiles(128, 64, 8, 3) if width <= 128 else Tiles(64, 32, 8, 2)
     if width <= 64:
         return Tiles(64, 64, 4, 3)
     return Tiles(64, 64, 8, 2) if width <= 128 else Tiles(32, 32, 4, 1)
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @dataclass(frozen=True)
@@ -385,13 +396,14 @@ class Call:
     def options(self, kernel: str, tiles: Tiles | None) -> dict[str, Any]:
         d, e = self.q.shape[3], self.v.shape[3]
         width, value_width = (max(16, triton.next_power_of_2(n)) for n in (d, e))
-        t = tiles or tiles_for(kernel, max(width, value_width), self.q.dtype)
+        room = _shared_memory(self.q.device.index) if self.q.is_cuda else ROOMY
+        t = tiles or tiles_for(kernel, max(width, value_width), self.q.dtype, room)
         kind = NO_MASK if self.mask is None else BOOL_MASK if self.mask.dtype == torch.bool else FLOAT_MASK
         return dict(
             heads=self.q.shape[1], groups=self.q.shape[1] // self.k.shape[1], n_q=self.q.shape[2], n_k=self.k.shape[2],
             rows=self.rows, site=self.site, first_row=self.first_row, scale=self.scale, widen=1 / (1 - self.p), D=d, E=e,
             BM=t.rows, BN=t.columns, BD=width, BE=value_width, KIND=kind, CAUSAL=self.is_causal, WINDOW=self.window,
-            THRESHOLD=int(self.p * 2**32), WIDE=self.wide, PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
+            THRESHOLD=int(self.p * 2**32), WIDE=self.wide, PRECISION="tf32x3" if self.q.dtype == torch.float32 else "tf32",
             num_warps=t.warps, num_stages=t.stages)  # fmt: skip
 
     def operands(self) -> tuple[Tensor, ...]:
