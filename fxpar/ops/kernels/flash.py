@@ -428,15 +428,27 @@ def forward(call: Call, out: Tensor, top: Tensor, rest: Tensor, tiles: Tiles | N
 def backward(call: Call, grad: Tensor, out: Tensor, top: Tensor, rest: Tensor, of_q: Tensor, of_k: Tensor, of_v: Tensor,
              tiles: tuple[Tiles | None, Tiles | None] = (None, None)) -> None:
     """Write the gradients of `call`'s operands, from that of `out` and what `forward` wrote."""
+    delta = torch.empty_like(top)
+    backward_of_queries(call, grad, out, top, rest, delta, of_q, tiles[0])
+    backward_of_keys(call, grad, top, rest, delta, of_k, of_v, tiles[1])
+
+
+def backward_of_queries(call: Call, grad: Tensor, out: Tensor, top: Tensor, rest: Tensor, delta: Tensor, of_q: Tensor,
+                        tiles: Tiles | None = None) -> None:
+    """Write `of_q`, and to `delta` [b, h, q] each row's sum of ``grad * out``."""
     b, h, length, _ = call.q.shape
     q, k, v, mask, seed, heads = call.operands()
-    delta = torch.empty_like(top)
-    options = call.options("queries", tiles[0])
-    strides = [s for t in (q, k, v) for s in t.stride()]
+    options = call.options("queries", tiles)
+    strides = [s for t in (q, k, v, out, grad, of_q) for s in t.stride()]
     _queries[triton.cdiv(length, options["BM"]), b * h](
-        q, k, v, mask, seed, heads, out, top, rest, grad, delta, of_q, *strides, *out.stride(), *grad.stride(), *of_q.stride(),
-        *call.mask_strides(), **options)
-    options = call.options("keys", tiles[1])
-    _keys[triton.cdiv(k.shape[2], options["BN"]), b * k.shape[1]](
-        q, k, v, mask, seed, heads, top, rest, grad, delta, of_k, of_v, *strides, *grad.stride(), *of_k.stride(), *of_v.stride(),
-        *call.mask_strides(), **options)
+        q, k, v, mask, seed, heads, out, top, rest, grad, delta, of_q, *strides, *call.mask_strides(), **options)
+
+
+def backward_of_keys(call: Call, grad: Tensor, top: Tensor, rest: Tensor, delta: Tensor, of_k: Tensor, of_v: Tensor,
+                     tiles: Tiles | None = None) -> None:
+    """Write `of_k` and `of_v`."""
+    q, k, v, mask, seed, heads = call.operands()
+    options = call.options("keys", tiles)
+    strides = [s for t in (q, k, v, grad, of_k, of_v) for s in t.stride()]
+    _keys[triton.cdiv(k.shape[2], options["BN"]), k.shape[0] * k.shape[1]](
+        q, k, v, mask, seed, heads, top, rest, grad, delta, of_k, of_v, *strides, *call.mask_strides(), **options)
