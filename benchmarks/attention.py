@@ -17,9 +17,9 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the fxpar of this checkout
-from fxpar.ops.dropout_attention import attend, attend_backward  # noqa: E402
-from fxpar.ops.kernels import flash  # noqa: E402
-from fxpar.ops.kernels.flash import Tiles  # noqa: E402
+from fxpar.ops.dropout_attention import attend, attend_backward
+from fxpar.ops.kernels import flash
+from fxpar.ops.kernels.flash import Tiles
 
 SHAPES = {"gpt2": (8, 25, 1024, 64, True), "bert": (32, 16, 512, 64, False), "128": (4, 16, 2048, 128, True)}
 """Batch, heads, length, head dim, whether it is causal."""

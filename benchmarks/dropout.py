@@ -4,8 +4,8 @@
     python benchmarks/dropout.py --gpus 2 --models bert --padding --plan dp=2,tp=1,zero=3,recompute=selective
     python benchmarks/dropout.py --quick                          tiny, on the CPU, fxpar alone: tries the harness only
 
-The peer is Hugging Face's model with FSDP2 and torch.compile, per layer. Both compute in bf16, keep weights and reduce gradients in
-fp32, step with fused AdamW and clip. Every measurement is a torchrun of this file, whose rank 0 prints one JSON line.
+The peer is Hugging Face's model with FSDP2 and torch.compile, per layer. Both compute in bf16, keep weights and reduce
+gradients in fp32, step with fused AdamW and clip. Every measurement is a torchrun of this file; its rank 0 prints one JSON line.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def measure(impl, name, args):
     start = time.perf_counter()
     module, clip = parallel(impl, model, layers, batch, args)
     opt = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    seconds = []
+    seconds, ready = [], 0.0
     for _ in range(args.warmup + args.steps):
         synchronize()
         dist.barrier()
@@ -130,7 +130,7 @@ def measure(impl, name, args):
         opt.zero_grad()
         synchronize()
         seconds.append(time.perf_counter() - begin)
-        ready = time.perf_counter() - start if len(seconds) == 1 else ready
+        ready = ready or time.perf_counter() - start
     figures = [statistics.median(seconds[args.warmup :]), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0]
     worst = torch.tensor(figures, dtype=torch.float64, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)

@@ -284,7 +284,7 @@ def _is_collective(node: fx.Node) -> bool:
 
 
 def _workspace(node: fx.Node) -> int:
-    """The backward of attention sums the queries' gradient in fp32; of attention with dropout it keeps a number for each query."""
+    """The backward of attention sums the queries' gradient in fp32; of attention with dropout a number for each."""
     if not is_attention_kernel(_name(node)) or "backward" not in _name(node):
         return 0
     of_q = node.meta["val"][0]

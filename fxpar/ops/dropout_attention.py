@@ -1,8 +1,8 @@
 """`dropout_attention`: attention whose weights drop out by the counter-based generator, in memory that grows with the length.
 
-To compilers it is an opaque operator with an opaque backward. On GPUs both are kernels that never write scores, weights or masks to
-memory (`fxpar.ops.kernels.flash`); elsewhere they are written out. Both draw the mask of `fxpar.ops.rng.dropout_mask` for a tensor of
-weights [b, h, q, k], from an element's global index.
+To compilers it is an opaque operator with an opaque backward. On GPUs both are kernels that never write scores, weights or
+dropout masks to memory (`fxpar.ops.kernels.flash`); elsewhere they are written out. Both draw the same mask, that of
+`fxpar.ops.rng.dropout_mask` for weights [b, h, q, k], from an element's global index.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ _library.define("attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tens
 attend = torch.ops.fxpar.attend.default
 """q [b, h, q, d], k [b, kv, k, d], v [b, kv, k, e], kv a divisor of h -> (out [b, h, q, e], top [b, h, q], rest [b, h, q]).
 
-mask: None, or broadcasts to [b, h, q, k]: boolean, True where a key is seen, or added to the scores. It has no gradient. seed: int64
-scalar. heads: int64 [b, h], each head's global index among all heads of all rows of the batch. p, site: as of `dropout_mask`; p < 1.
-window: with `is_causal`, how many keys a query sees at most, 0: all. first_row, rows: which query is the first here, and how many
-there are globally. wide: whether a global index may need more than 32 bits. top + rest, in fp32 (fp64 of fp64), is the logarithm of
-the sum over exp(score); top is the largest score. No gradient flows through them. A query that sees no key has 0, and gets no gradient."""
+mask: None, or [b, h, q, k] (it may be expanded): boolean, True where a key is seen, or added to the scores; it has no gradient.
+seed: int64 scalar. heads: int64 [b, h], each head's global index among the heads of all rows of the batch. p, site: as of
+`dropout_mask`; p < 1. window: with `is_causal`, how many keys a query sees at most, 0: all. first_row, rows: which query is the
+first here, and how many there are globally. wide: whether a global index may need more than 32 bits.
+
+top is each query's largest score, top + rest the logarithm of its sum over exp(score), both in fp32 (fp64 of fp64); no gradient
+flows through them. Apart they keep their digits where a mask adds the lowest number to all scores. A query that sees no key has
+0 for its result, and gets no gradient."""
 attend_backward = torch.ops.fxpar.attend_backward.default
 """(the gradient of out, the operands and results of `attend`, its options) -> the gradients of q, k and v."""
 
@@ -50,7 +53,7 @@ def dropout_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *, p: float
     another. Keys are whole. Returns [b, h, q, e].
     """
     (b, h, length, d), columns = q.shape, k.shape[2]
-    places = tuple(grid)[:3] if grid else tuple(((int(n), 0, int(n)),) for n in (b, h, length))
+    places: Grid = tuple(grid)[:3] if grid else tuple(((int(n), 0, int(n)),) for n in (b, h, length))
     heads = global_index((b, h), places[:2], q.device).expand(b, h).contiguous()
     first_row, rows = _span(places[2])
     total = math.prod(whole for runs in places for _, _, whole in runs) * columns
@@ -62,8 +65,10 @@ def dropout_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *, p: float
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, enable_gqa: bool, p: float) -> str:
     """Why `dropout_attention` cannot compute this (a mask that has no gradient assumed); empty if it can."""
-    if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
-        return f"operands of shapes {', '.join(str(tuple(x.shape)) for x in (q, k, v))} are not [b, h, q, d], [b, h, k, d], [b, h, k, e]"
+    same = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3]
+    if not same or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        return f"operands of shapes {shapes} are not [b, h, q, d], [b, h, k, d], [b, h, k, e]"
     if q.shape[1] != k.shape[1] and not (enable_gqa and q.shape[1] % k.shape[1] == 0):
         return f"{q.shape[1]} heads of queries do not share {k.shape[1]} of keys"
     if not all(x.dtype == q.dtype and x.is_floating_point() for x in (k, v)):
@@ -71,7 +76,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, enable_gqa: bo
     if max(q.shape[3], v.shape[3]) > (widest := WIDEST.get(q.dtype, 256)):
         return f"heads of {max(q.shape[3], v.shape[3])} elements are wider than {widest}"
     weights = (*q.shape[:3], k.shape[2])
-    if mask is not None and (mask.dim() > 4 or any(n not in (1, m) for n, m in zip(mask.shape[::-1], weights[::-1], strict=False))):
+    if mask is not None and torch.broadcast_shapes(mask.shape, weights) != weights:
         return f"a mask of shape {tuple(mask.shape)} does not broadcast to {tuple(weights)}"
     return "all weights drop out" if p >= 1 else ""
 
@@ -197,7 +202,7 @@ def _flash() -> Any:
 @torch.library.register_fake("fxpar::attend", lib=_library)
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _as_attention(q, v.shape[3]), *(q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
+    return _as_attention(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide), q.new_empty(q.shape[:3], dtype=wide)
 
 
 @torch.library.register_fake("fxpar::attend_backward", lib=_library)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Grid = tuple[tuple[tuple[int, int], ...], ...]
+Grid = tuple[tuple[tuple[int, int, int], ...], ...]
 """Per tensor dim, major to minor: runs of ``(local size, global offset, global size)``."""
 
 _MASK = 0xFFFFFFFF

@@ -14,7 +14,7 @@ aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 SDPA = aten.scaled_dot_product_attention.default
 ATTENTION = (SDPA, windowed_attention, dropout_attention)
 """Attention in a program; in what Inductor compiles it is a kernel, of which `is_attention_kernel` knows the name."""
-DRAWS = (dropout_mask, dropout_attention)
+DRAWN = (dropout_mask, dropout_attention)
 """What draws from the counter-based generator: its ``grid`` says where the local elements lie."""
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 """The same elements in the same order, in another shape."""
@@ -30,7 +30,7 @@ def is_view(node: fx.Node) -> bool:
 
 def is_attention_kernel(name: str) -> bool:
     """Whether operators of this name (without overload) are kernels of attention, forward or backward."""
-    return name.startswith("_scaled_dot_product") or name in (attend.overloadpacket.__name__, attend_backward.overloadpacket.__name__)
+    return name.startswith("_scaled_dot_product") or name in [op.overloadpacket.__name__ for op in (attend, attend_backward)]
 
 
 def bytes_of(node: fx.Node) -> int:

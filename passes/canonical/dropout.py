@@ -151,8 +151,7 @@ def _attention(program: Program, r: Rewriter, node: fx.Node, seed: fx.Node, site
         return
     a = bind(node)
     q, k, v, mask, p = a["query"], a["key"], a["value"], a["attn_mask"], a["dropout_p"]
-    values = [None if n is None else value_of(n) for n in (q, k, v, mask)]
-    why = refusal(*values, enable_gqa=a["enable_gqa"], p=p)
+    why = refusal(value_of(q), value_of(k), value_of(v), None if mask is None else value_of(mask), a["enable_gqa"], p)
     if not why and mask is not None and _is_trained(program, mask):
         why = "its mask has a gradient"
     if why:

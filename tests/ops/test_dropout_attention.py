@@ -226,7 +226,8 @@ def test_kernels(shape, mask, dtype):
     """In fp32 equal to the formula; in two bytes as near to it as the formula is in that dtype, by a small factor."""
     b, h, kv, length, keys, d, e = SHAPES[shape]
     args = operands(b, h, kv, length, keys, d, e, device="cuda")
-    options = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in gpu_mask(mask, torch.finfo(dtype).min, b, h, length, keys).items()}
+    given = gpu_mask(mask, torch.finfo(dtype).min, b, h, length, keys)
+    options = {n: x.cuda() if isinstance(x, Tensor) else x for n, x in given.items()}
     options |= dict(p=0.3, site=5, enable_gqa=True)
     seed = SEED.cuda()
     exact = value_and_gradients(formula, [x.detach().double().requires_grad_() for x in args], seed, **options)

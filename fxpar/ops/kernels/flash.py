@@ -1,9 +1,9 @@
 """flash: attention with counter-based dropout in tiles, so that scores and dropout masks are never in memory.
 
 The mask of an element follows from its global index alone (`fxpar.ops.rng`, whose integers these kernels reproduce), so the
-backward pass draws it again. Three kernels: the output, by rows; the queries' gradient, by rows; the gradients of keys and values, by
-columns. Each sums in an order of its own alone, so results are the same in every run. `fxpar.ops.dropout_attention` says what the
-arguments are.
+backward pass draws it again. Three kernels: the output, by rows; the queries' gradient, by rows; the gradients of keys and
+values, by columns. Each adds up in one order, so results are the same in every run. `fxpar.ops.dropout_attention` says what
+the arguments are.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def _rows(POINTER, at, n, stride, d, width: tl.constexpr, stride_d):
 
 
 @triton.jit
-def _forward_blocks(acc, top, total, q, K, V, MASK, i, row, low, high, n_q, n_k, first_row, scale, first, second, k_n, k_d, v_n, v_d,
-                    mask_q, mask_k, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+def _forward_blocks(acc, top, total, q, K, V, MASK, i, row, low, high, n_q, n_k, first_row, scale, first, second, k_n, k_d, v_n,
+                    v_d, mask_q, mask_k, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
                     KIND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, THRESHOLD: tl.constexpr, WIDE: tl.constexpr,
                     PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     d = tl.arange(0, BD)
@@ -167,8 +167,8 @@ def _forward(Q, K, V, MASK, SEED, HEADS, OUT, TOP, REST,
         acc, top, total, q, K, V, MASK, i, row, low, inner, n_q, n_k, first_row, scale, first, second, k_n, k_d, v_n, v_d, mask_q,
         mask_k, D, E, BN, BD, BE, KIND, CAUSAL, WINDOW, THRESHOLD, WIDE, PRECISION, False)
     acc, top, total = _forward_blocks(
-        acc, top, total, q, K, V, MASK, i, row, inner, high, n_q, n_k, first_row, scale, first, second, k_n, k_d, v_n, v_d, mask_q,
-        mask_k, D, E, BN, BD, BE, KIND, CAUSAL, WINDOW, THRESHOLD, WIDE, PRECISION, True)
+        acc, top, total, q, K, V, MASK, i, row, inner, high, n_q, n_k, first_row, scale, first, second, k_n, k_d, v_n, v_d,
+        mask_q, mask_k, D, E, BN, BD, BE, KIND, CAUSAL, WINDOW, THRESHOLD, WIDE, PRECISION, True)
     some = tl.where(total > 0, total, 1.0)
     out = acc * (widen / some)[:, None]
     if KIND != 2:
@@ -252,8 +252,8 @@ def _queries(Q, K, V, MASK, SEED, HEADS, OUT, TOP, REST, GRAD, DELTA, OF_Q,
     acc = _query_blocks(acc, q, grad, delta, top, rest, K, V, MASK, i, row, inner, high, n_q, n_k, first_row, unit, widen, first,
                         second, k_n, k_d, v_n, v_d, mask_q, mask_k, D, E, BN, BD, BE, KIND, CAUSAL, WINDOW, THRESHOLD, WIDE,
                         PRECISION, True)
-    tl.store(OF_Q + b * dq_b + h * dq_h + i[:, None].to(tl.int64) * dq_m + d[None, :] * dq_d, (acc * scale).to(OF_Q.dtype.element_ty),
-             mask=(i[:, None] < n_q) & (d[None, :] < D))  # fmt: skip
+    tl.store(OF_Q + b * dq_b + h * dq_h + i[:, None].to(tl.int64) * dq_m + d[None, :] * dq_d,
+             (acc * scale).to(OF_Q.dtype.element_ty), mask=(i[:, None] < n_q) & (d[None, :] < D))  # fmt: skip
 
 
 @triton.jit
@@ -327,13 +327,13 @@ def _keys(Q, K, V, MASK, SEED, HEADS, TOP, REST, GRAD, DELTA, OF_K, OF_V,
         if KIND != 0:
             own = MASK + b * mask_b + h * mask_h
         of_k, of_v = _key_blocks(
-            of_k, of_v, k, v, Q + b * q_b + h * q_h, GRAD + b * g_b + h * g_h, TOP + at * n_q, REST + at * n_q, DELTA + at * n_q, own,
-            j, base, low, inner, n_q, n_k, first_row, unit, widen, first, second, q_m, q_d, g_m, g_d, mask_q, mask_k, D, E, BM, BD,
-            BE, KIND, CAUSAL, WINDOW, THRESHOLD, WIDE, PRECISION, True)
+            of_k, of_v, k, v, Q + b * q_b + h * q_h, GRAD + b * g_b + h * g_h, TOP + at * n_q, REST + at * n_q, DELTA + at * n_q,
+            own, j, base, low, inner, n_q, n_k, first_row, unit, widen, first, second, q_m, q_d, g_m, g_d, mask_q, mask_k, D, E,
+            BM, BD, BE, KIND, CAUSAL, WINDOW, THRESHOLD, WIDE, PRECISION, True)
         of_k, of_v = _key_blocks(
-            of_k, of_v, k, v, Q + b * q_b + h * q_h, GRAD + b * g_b + h * g_h, TOP + at * n_q, REST + at * n_q, DELTA + at * n_q, own,
-            j, base, inner, high, n_q, n_k, first_row, unit, widen, first, second, q_m, q_d, g_m, g_d, mask_q, mask_k, D, E, BM, BD,
-            BE, KIND, CAUSAL, WINDOW, THRESHOLD, WIDE, PRECISION, False)
+            of_k, of_v, k, v, Q + b * q_b + h * q_h, GRAD + b * g_b + h * g_h, TOP + at * n_q, REST + at * n_q, DELTA + at * n_q,
+            own, j, base, inner, high, n_q, n_k, first_row, unit, widen, first, second, q_m, q_d, g_m, g_d, mask_q, mask_k, D, E,
+            BM, BD, BE, KIND, CAUSAL, WINDOW, THRESHOLD, WIDE, PRECISION, False)
     tl.store(OF_K + b * dk_b + shared * dk_h + j[:, None].to(tl.int64) * dk_n + d[None, :] * dk_d,
              (of_k * scale).to(OF_K.dtype.element_ty), mask=(j[:, None] < n_k) & (d[None, :] < D))  # fmt: skip
     tl.store(OF_V + b * dv_b + shared * dv_h + j[:, None].to(tl.int64) * dv_n + e[None, :] * dv_d, of_v.to(OF_V.dtype.element_ty),
@@ -369,7 +369,7 @@ def tiles_for(kernel: str, width: int, dtype: torch.dtype, shared: int = ROOMY) 
 
 @functools.cache
 def _shared_memory(device: int) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
 @dataclass(frozen=True)
@@ -416,13 +416,13 @@ class Call:
 
 
 def forward(call: Call, out: Tensor, top: Tensor, rest: Tensor, tiles: Tiles | None = None) -> None:
-    """Write [b, h, q, e] to `out`; to `top` and `rest` [b, h, q], fp32, each row's largest score and the logarithm of its sum over
-    exp(score - largest)."""
+    """Write [b, h, q, e] to `out`; to `top` and `rest` [b, h, q], fp32, each row's largest score and the logarithm of its sum
+    over exp(score - largest)."""
     b, h, length, _ = call.q.shape
     options = call.options("forward", tiles)
     _forward[triton.cdiv(length, options["BM"]), b * h](
-        *call.operands(), out, top, rest, *call.q.stride(), *call.k.stride(), *call.v.stride(), *out.stride(), *call.mask_strides(),
-        **options)
+        *call.operands(), out, top, rest, *call.q.stride(), *call.k.stride(), *call.v.stride(), *out.stride(),
+        *call.mask_strides(), **options)
 
 
 def backward(call: Call, grad: Tensor, out: Tensor, top: Tensor, rest: Tensor, of_q: Tensor, of_k: Tensor, of_v: Tensor,
