@@ -1,1 +1,1 @@
-"""The operators that fxpar adds to ATen: plain differentiable functions that every backend can run."""
+"""The operators that fxpar adds to ATen: plain differentiable functions that every backend can run. kernels/ has those for GPUs."""

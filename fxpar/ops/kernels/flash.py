@@ -143,8 +143,9 @@ def _forward(Q, K, V, MASK, SEED, HEADS, OUT, TOP, REST,
              D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
              KIND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, THRESHOLD: tl.constexpr, WIDE: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
-    block = tl.program_id(0)
-    both = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(n_q, BM)
+    block = tl.program_id(0) % blocks
+    both = (tl.program_id(0) // blocks).to(tl.int64)
     b = both // heads
     h = both % heads
     i = block * BM + tl.arange(0, BM)
@@ -221,8 +222,9 @@ def _queries(Q, K, V, MASK, SEED, HEADS, OUT, TOP, REST, GRAD, DELTA, OF_Q,
              KIND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, THRESHOLD: tl.constexpr, WIDE: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """The queries' gradient; and, for the kernel of keys and values, what each row's probabilities give its softmax: DELTA."""
-    block = tl.program_id(0)
-    both = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(n_q, BM)
+    block = tl.program_id(0) % blocks
+    both = (tl.program_id(0) // blocks).to(tl.int64)
     b = both // heads
     h = both % heads
     i = block * BM + tl.arange(0, BM)
@@ -291,8 +293,9 @@ def _keys(Q, K, V, MASK, SEED, HEADS, TOP, REST, GRAD, DELTA, OF_K, OF_V,
           KIND: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, THRESHOLD: tl.constexpr, WIDE: tl.constexpr,
           PRECISION: tl.constexpr):  # fmt: skip
     """The gradients of keys and values, over all heads of queries that share them."""
-    block = tl.program_id(0)
-    both = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(n_k, BN)
+    block = tl.program_id(0) % blocks
+    both = (tl.program_id(0) // blocks).to(tl.int64)
     kv = heads // groups
     b = both // kv
     shared = both % kv
@@ -420,7 +423,7 @@ def forward(call: Call, out: Tensor, top: Tensor, rest: Tensor, tiles: Tiles | N
     over exp(score - largest)."""
     b, h, length, _ = call.q.shape
     options = call.options("forward", tiles)
-    _forward[triton.cdiv(length, options["BM"]), b * h](
+    _forward[(triton.cdiv(length, options["BM"]) * b * h,)](
         *call.operands(), out, top, rest, *call.q.stride(), *call.k.stride(), *call.v.stride(), *out.stride(),
         *call.mask_strides(), **options)
 
@@ -440,7 +443,7 @@ def backward_of_queries(call: Call, grad: Tensor, out: Tensor, top: Tensor, rest
     q, k, v, mask, seed, heads = call.operands()
     options = call.options("queries", tiles)
     strides = [s for t in (q, k, v, out, grad, of_q) for s in t.stride()]
-    _queries[triton.cdiv(length, options["BM"]), b * h](
+    _queries[(triton.cdiv(length, options["BM"]) * b * h,)](
         q, k, v, mask, seed, heads, out, top, rest, grad, delta, of_q, *strides, *call.mask_strides(), **options)
 
 
@@ -450,5 +453,5 @@ def backward_of_keys(call: Call, grad: Tensor, top: Tensor, rest: Tensor, delta:
     q, k, v, mask, seed, heads = call.operands()
     options = call.options("keys", tiles)
     strides = [s for t in (q, k, v, grad, of_k, of_v) for s in t.stride()]
-    _keys[triton.cdiv(k.shape[2], options["BN"]), k.shape[0] * k.shape[1]](
+    _keys[(triton.cdiv(k.shape[2], options["BN"]) * k.shape[0] * k.shape[1],)](
         q, k, v, mask, seed, heads, top, rest, grad, delta, of_k, of_v, *strides, *call.mask_strides(), **options)
