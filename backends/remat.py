@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.rng import dropout_mask
 from fxpar.ops.vocabulary import WAIT, is_attention_kernel, is_view
 from fxpar.plan import Plan
 from fxpar.program import block_path
@@ -26,9 +27,9 @@ PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten.
 CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.kthvalue, aten.multinomial)
 """Operators that choose among elements. What they chose is kept: made again, rounded otherwise, they may choose otherwise
 (another expert), and what the forward pass kept would no longer fit."""
-BLOCK, UNSHARD = "fxpar_block", "fxpar_unshard"
+BLOCK, UNSHARD, DRAWN = "fxpar_block", "fxpar_unshard", "fxpar_drawn"
 """Keys of ``meta["custom"]``, which reaches the joint graph: the block a value belongs to; that it is a parameter gathered
-from where it is stored."""
+from where it is stored; that it is a part of drawing a dropout mask."""
 
 
 def mark(node: fx.Node) -> dict[str, Any]:
@@ -36,6 +37,8 @@ def mark(node: fx.Node) -> dict[str, Any]:
     custom: dict[str, Any] = {BLOCK: block_path(node)}
     if node.meta.get("unshard"):
         custom[UNSHARD] = True
+    if node.target is dropout_mask:
+        custom[DRAWN] = True
     return custom
 
 
@@ -50,7 +53,7 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
     - "full": what leaves a block is kept, all that is inside is made again;
     - "none", or a memory budget: nothing more is decided here;
 
-    but for what `CHOICES` are made of, which is kept.
+    but for what `CHOICES` are made of, which is kept, and for dropout masks, which are always drawn again: that reads nothing.
     """
     forward = _forward(graph)
     decide = _POLICIES.get(str(plan.recompute), _open)
@@ -59,6 +62,8 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
         policy = decide(node, forward)
         if policy is not None and _packet(node) in CHOICES:
             policy = SAVE
+        if node.meta.get("custom", {}).get(DRAWN):
+            policy = AGAIN
         if _is_unsharded(node):
             keep = not plan.gathers_each_use or node in tail
             policy = AGAIN if not keep else SAVE if node.target is WAIT else None
