@@ -70,7 +70,7 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: 
     """As `lower`, in steps: the gradients of the inputs at the positions `early` come first."""
     graph, keep = tensor_inputs_only(module, example)
 
-    def trace(plain: fx.GraphModule, given: list[torch.Tensor], cut: compat.Cut) -> compat.Traced:
+    def trace(plain: fx.GraphModule, given: list[torch.Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
             return compat.trace_steps(plain, given, lambda g: choose_recomputation(g, plan), cut)
 

@@ -20,6 +20,7 @@ from fxpar.ops.rng import dropout_mask
 from fxpar.ops.vocabulary import WAIT, is_attention_kernel, is_view
 from fxpar.plan import Plan
 from fxpar.program import block_path
+from fxpar.sharding.facts import local_value
 
 aten = torch.ops.aten
 SAVE, AGAIN = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
@@ -35,7 +36,7 @@ from where it is stored; that it is a part of drawing a dropout mask."""
 def mark(node: fx.Node) -> dict[str, Any]:
     """What this module has to know about a node of a partitioned program, as ``meta["custom"]`` of its copy."""
     custom: dict[str, Any] = {BLOCK: block_path(node)}
-    if node.meta.get("unshard"):
+    if local_value(node).unshard:
         custom[UNSHARD] = True
     if node.target is dropout_mask:
         custom[DRAWN] = True

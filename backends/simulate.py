@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from fxpar.ops import collectives
-from fxpar.ops.collectives import Collective, Direction, Place, typed
+from fxpar.ops.collectives import Collective, Direction, PlaceInDim, typed
 from fxpar.sharding.mesh import Axes, Mesh
 
 
-class _Lockstep(torch.autograd.Function):
+class _LockstepCollective(torch.autograd.Function):
     """A typed collective on the tensors of all ranks."""
 
     @staticmethod
@@ -35,7 +35,7 @@ class _Lockstep(torch.autograd.Function):
         return (None, None, *(y.to(ctx.dtype) for y in ys))
 
 
-def run_all(step: Direction, mesh: Mesh, axes: Axes, place: Place, to: Place, xs: list[Tensor]) -> list[Tensor]:
+def run_all(step: Direction, mesh: Mesh, axes: Axes, place: PlaceInDim, to: PlaceInDim, xs: list[Tensor]) -> list[Tensor]:
     """One direction of a collective for all ranks; xs[r] is rank r's tensor."""
     n = mesh.size(*axes)
     ys = [step.before(x, place, to, n, mesh.index(r, axes)) for r, x in enumerate(xs)]
@@ -118,4 +118,4 @@ def _call(node: fx.Node, env: dict[fx.Node, list[Any]], rank: int) -> Any:
 def _collective(made: Collective, mesh: Mesh, xs: list[Tensor]) -> list[Tensor]:
     if made.backward is None:
         return run_all(made.forward, mesh, made.axes, made.place, made.to, [x.detach() for x in xs])
-    return list(_Lockstep.apply(made, mesh, *xs))
+    return list(_LockstepCollective.apply(made, mesh, *xs))

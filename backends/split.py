@@ -78,7 +78,7 @@ def _require_functional(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if compat.mutates(node.target):
             raise NotImplementedError(f"a backward in which {node.target} writes to an operand cannot be split (at "
-                                      f"{user_line(node) or node.name}); take it whole, as 1f1b does")
+                                      f"{user_line(node) or node.name}); run it in one piece, as 1f1b does")
 
 
 def _cone(roots: Iterable[fx.Node | None]) -> set[fx.Node]:
@@ -116,7 +116,7 @@ def _rest(first: set[fx.Node], roots: Iterable[fx.Node | None]) -> tuple[set[fx.
         if node.op == "call_function" and node in first and not _made_again(node):
             if not is_tensor(node):
                 raise NotImplementedError(f"a backward of which both halves need what is no tensor ({node.target} makes it at "
-                                          f"{user_line(node) or node.name}) cannot be split; take it whole, as 1f1b does")
+                                          f"{user_line(node) or node.name}) cannot be split; run it in one piece, as 1f1b does")
             carried.add(node)
         else:
             second.add(node)
@@ -129,7 +129,7 @@ def _with_sums(graph: fx.Graph, first: set[fx.Node], roots: list[fx.Node | None]
     where its input gradient is made."""
     if not first:
         return first
-    held = _held(first, roots)
+    fewest = _carried_bytes(first, roots)
     again = True
     while again:
         again = False
@@ -138,13 +138,13 @@ def _with_sums(graph: fx.Graph, first: set[fx.Node], roots: list[fx.Node | None]
                 continue
             moved = _cone([node]) - first
             if all(n.op == "placeholder" or n.target in SUMS or compat.is_pointwise(n.target) or is_view(n) for n in moved):
-                less = _held(first | moved, roots)
-                if less < held:
-                    first, held, again = first | moved, less, True
+                less = _carried_bytes(first | moved, roots)
+                if less < fewest:
+                    first, fewest, again = first | moved, less, True
     return first
 
 
-def _held(first: set[fx.Node], roots: list[fx.Node | None]) -> int:
+def _carried_bytes(first: set[fx.Node], roots: list[fx.Node | None]) -> int:
     """Bytes that are kept for the second half."""
     second, carried = _rest(first, roots)
     return sum(bytes_of(n) for n in (*second, *carried) if n in carried or (n.op == "placeholder" and is_tensor(n)))

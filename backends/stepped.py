@@ -17,12 +17,12 @@ from fxpar import compat
 from fxpar.backends.split import Halves, split_backward
 from fxpar.errors import InputError
 
-Kind = Literal["saved", "given", "made"]
+CarriedKind = Literal["saved", "given", "made"]
 Running = Callable[[], AbstractContextManager[Any]]
-Trace = Callable[[fx.GraphModule, list[Tensor], compat.Cut], compat.Traced]
+Trace = Callable[[fx.GraphModule, list[Tensor], compat.Cut], compat.TracedForward]
 
 
-class Kept:
+class UsedOnce:
     """Tensors that one microbatch keeps from one call of a `Stepped` to the next, which takes them: once."""
 
     def __init__(self, owner: Stepped, tensors: list[Tensor]):
@@ -39,11 +39,11 @@ class Kept:
         return tensors
 
 
-class Saved(Kept):
+class SavedForBackward(UsedOnce):
     """What a forward keeps for the backward."""
 
 
-class Left(Kept):
+class SavedForWeightGradients(UsedOnce):
     """What the input gradients leave for the weight gradients."""
 
 
@@ -55,7 +55,7 @@ class Carried:
     output, or "made" by the input gradients. name: that of its node in the backward graph.
     """
 
-    kind: Kind
+    kind: CarriedKind
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -84,7 +84,7 @@ class _Like:
 
 
 @dataclass
-class _Part:
+class _HalfBackward:
     """A half of the backward (see `Half`), ready to run."""
 
     reads: list[int]
@@ -96,8 +96,8 @@ class _Part:
 class _Backward:
     """Both halves, None where there is nothing to do, and what they take from outside."""
 
-    first: _Part | None = None
-    second: _Part | None = None
+    first: _HalfBackward | None = None
+    second: _HalfBackward | None = None
     seeds: list[_Like] = field(default_factory=list)
     carried: list[Carried] = field(default_factory=list)
 
@@ -113,24 +113,25 @@ class Stepped:
     wants no gradient.
     """
 
-    def __init__(self, early: Sequence[int], late: Sequence[int], keep: list[int], outputs: int, forward: compat.Traced,
+    def __init__(self, early: Sequence[int], late: Sequence[int], keep: list[int], outputs: int, forward: compat.TracedForward,
                  backward: _Backward, running: Running):
         self.early, self.late, self.roots = tuple(early), tuple(late), tuple(forward.seeds)
         self._keep, self._outputs, self._running = keep, outputs, running
         self._forward, self._backward = forward, backward
 
-    def forward(self, *inputs: Any) -> tuple[list[Any], Saved]:
+    def forward(self, *inputs: Any) -> tuple[list[Any], SavedForBackward]:
         """The outputs for the flat local inputs, and what the backward needs. Autograd records nothing of it."""
         made = self._call(self._forward.run, [inputs[i] for i in self._keep])
-        return made[: self._outputs], Saved(self, made[self._outputs :])
+        return made[: self._outputs], SavedForBackward(self, made[self._outputs :])
 
-    def backward(self, saved: Saved, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def backward(self, saved: SavedForBackward, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of all inputs. grads: those of the outputs, None where there is none. `saved` is used up."""
         early, left = self.input_gradients(saved, grads)
         found = dict(zip(self.early, early, strict=True)) | dict(zip(self.late, self.weight_gradients(left), strict=True))
         return [found[i] for i in range(len(found))]
 
-    def input_gradients(self, saved: Saved, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Left]:
+    def input_gradients(self, saved: SavedForBackward, grads: Sequence[Tensor | None]
+                        ) -> tuple[list[Tensor | None], SavedForWeightGradients]:
         """The gradients of the `early` inputs, and what those of the others need. `saved` is used up."""
         first, second = self._backward.first, self._backward.second
         seeds = self._seeds(grads)
@@ -139,9 +140,9 @@ class Stepped:
         given = [values[i] for i in first.reads] if first else []
         del values, seeds  # what the first half alone reads is freed while it runs
         found, carried = self._run(first, given, self.early)
-        return found, Left(self, left + carried)
+        return found, SavedForWeightGradients(self, left + carried)
 
-    def weight_gradients(self, left: Left) -> list[Tensor | None]:
+    def weight_gradients(self, left: SavedForWeightGradients) -> list[Tensor | None]:
         """The gradients of the `late` inputs. `left` is used up."""
         return self._run(self._backward.second, left.take(self), self.late)[0]
 
@@ -157,7 +158,8 @@ class Stepped:
                 raise InputError(f"output {i} depends on no input that wants a gradient, and was given one: pass None")
         return [like.of(grads[i], i) for i, like in zip(self.roots, self._backward.seeds, strict=True)]
 
-    def _run(self, part: _Part | None, given: list[Tensor], inputs: Sequence[int]) -> tuple[list[Tensor | None], list[Tensor]]:
+    def _run(self, part: _HalfBackward | None, given: list[Tensor], inputs: Sequence[int]
+             ) -> tuple[list[Tensor | None], list[Tensor]]:
         """A half's gradients, for `inputs`, and what it made besides."""
         if part is None:
             return [None] * len(inputs), []
@@ -215,14 +217,14 @@ def _carried(halves: Halves, saved: int) -> list[Carried]:
     if halves.second is None:
         return []
     reads, inputs = halves.second.reads, halves.second.module.graph.find_nodes(op="placeholder")
-    kinds: list[Kind] = ["saved" if i < saved else "given" for i in reads]
+    kinds: list[CarriedKind] = ["saved" if i < saved else "given" for i in reads]
     kinds += ["made"] * len(halves.carried)
     values = [n.meta["val"] for n in inputs]
     return [Carried(kind, n.name, tuple(x.shape), x.dtype, x.nbytes) for kind, n, x in zip(kinds, inputs, values, strict=True)]
 
 
 def _make_halves(backward: _Backward, halves: Halves, like: list[Tensor], donated: list[int], make: compat.Make) -> None:
-    """Make both halves ready. like: what the whole backward takes; donated: what of it the whole may overwrite."""
+    """Make both halves ready. like: what the whole backward takes; donated: what of that it may overwrite."""
     first, second = halves.first, halves.second
     made: list[Tensor] = []
     if first is not None:
@@ -230,8 +232,8 @@ def _make_halves(backward: _Backward, halves: Halves, like: list[Tensor], donate
         still = {compat.storage_of(x) for x in [*carried, *(like[i] for i in (second.reads if second else []))]}
         free = [k for k, i in enumerate(first.reads) if i in donated and compat.storage_of(like[i]) not in still]
         run, values = make(first.module, [like[i] for i in first.reads], free, len(first.makes))
-        backward.first, made = _Part(first.reads, first.makes, run), values[len(first.makes) :]
+        backward.first, made = _HalfBackward(first.reads, first.makes, run), values[len(first.makes) :]
     if second is not None:
         free = [k for k, i in enumerate(second.reads) if i in donated]
         run, _ = make(second.module, [*(like[i] for i in second.reads), *made], free, len(second.makes))
-        backward.second = _Part(second.reads, second.makes, run)
+        backward.second = _HalfBackward(second.reads, second.makes, run)

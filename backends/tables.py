@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpar.program import block_path
+from fxpar.sharding.facts import local_value
 
 
 def _materialize(x: Tensor) -> Tensor:
@@ -27,6 +28,6 @@ MATERIALIZE = torch.ops.fxpar.materialize.default
 def is_table(node: fx.Node) -> bool:
     """Whether a node of a partitioned program is a floating-point value outside of all blocks that several of them read, and
     through which no gradient flows."""
-    if node.op != "call_function" or node.meta.get("needs_grad") or "tiling" not in node.meta or block_path(node):
+    if node.op != "call_function" or local_value(node).needs_grad or local_value(node).sharding is None or block_path(node):
         return False
-    return node.meta["dtype"].is_floating_point and len({block_path(u) for u in node.users} - {""}) > 1
+    return local_value(node).dtype.is_floating_point and len({block_path(u) for u in node.users} - {""}) > 1

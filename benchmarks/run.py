@@ -87,6 +87,11 @@ SUITES = {
         hf_case("layer"),
         mcore_case("Megatron Core distributed optimizer (no TE/apex)", "--dist-opt"),
     ],
+    "pp": lambda n: [
+        fxpar_case(f"pp={n},microbatches=8,schedule=1f1b"),
+        fxpar_case(f"pp={n},microbatches=8,schedule=zbv,virtual_stages=2"),
+        mcore_case("Megatron Core 1f1b (no TE/apex)", f"--pp {n} --gbs {8 * SHAPE['mbs']}"),
+    ],
     "large": lambda n: [
         fxpar_case(f"dp={n},zero=3,recompute=selective", **LARGE),
         torch_case("FSDP2, selective, compile + compiled loss", f"--dp {n} --fsdp --ac selective --compile --compile-loss",
@@ -99,7 +104,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gpus", type=int, default=2, help="how many may be used")
     parser.add_argument("--peers", type=pathlib.Path, help="folder with the peers' scripts")
-    parser.add_argument("--suite", nargs="+", default=["all"], metavar="tp2|dp2|fsdp2|large2|all")
+    parser.add_argument("--suite", nargs="+", default=["all"], metavar="tp2|dp2|fsdp2|pp2|large2|all")
     parser.add_argument("--out", type=pathlib.Path, default=OUT, help="folder for the results")
     parser.add_argument("--limit", type=int, default=600, help="seconds before a run is given up")
     parser.add_argument("--trace", action="store_true", help="have fxpar also write its kernel times")

@@ -16,12 +16,13 @@ from fxpar.passes.pipeline import TRACED_FIELDS, Observer, back, front, passes, 
 from fxpar.plan import Plan
 from fxpar.program import Program
 from fxpar.sharding import mesh as meshes
-from fxpar.sharding.layout import Tiling
+from fxpar.sharding.facts import global_value
+from fxpar.sharding.layout import Sharding
 
 
 def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *,
                     device: torch.device | str | None = None, observe: Observer | None = None,
-                    pinned: dict[str, Tiling] | None = None) -> Program:
+                    pinned: dict[str, Sharding] | None = None) -> Program:
     """Capture `model` on *global* inputs and run the passes: the program of one rank, without processes.
 
     model: may be on the meta device. example_inputs: the global batch (a dict of keyword arguments or a tuple), of which
@@ -91,7 +92,7 @@ def _device(model: nn.Module, device: torch.device | str | None) -> torch.device
 
 
 def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe: Observer | None, call: Call,
-                    pinned: dict[str, Tiling] | None, microbatches: int = 1) -> Program:
+                    pinned: dict[str, Sharding] | None, microbatches: int = 1) -> Program:
     """The same from *one replica's* inputs: the global ones are dp times as many along each input's batch dim.
 
     microbatches: how many the replica's batch is run in. Which dim the batch's is follows from the model (see roles); it is
@@ -102,7 +103,7 @@ def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe:
     for _ in range(3):
         program = _start(model, plan, globalize(call, plan, mesh, batch), device, observe, microbatches)
         program = run(program, front(pinned), observe)
-        found = {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
+        found = {s.name: global_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
         if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):
             return run(program, back(pinned), observe)
         batch = found

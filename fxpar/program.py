@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec
 
 from fxpar.model.reads import Reads
 from fxpar.plan import Plan
-from fxpar.sharding.layout import Tiling
+from fxpar.sharding.layout import Sharding
 from fxpar.sharding.mesh import Mesh, from_plan, in_time
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ Join = Literal["sum", "mean", "same", "rows"]
 class Microbatches:
     """What a program of one microbatch is to the step of `count` microbatches that it was made for.
 
-    mesh: the mesh with the axis of microbatches. rows: kind and name of a source -> its tiling on that mesh, in which each
+    mesh: the mesh with the axis of microbatches. rows: kind and name of a source -> its sharding on that mesh, in which each
         replica's rows lie together and its microbatches follow one another. output_rows: the same, of tensor outputs by
         their number.
     prologue: computes, from the replica's whole batch, what all microbatches are passed; None where that is nothing. It takes the
@@ -90,8 +90,8 @@ class Microbatches:
 
     count: int
     mesh: Mesh
-    rows: dict[tuple[str, str], Tiling]
-    output_rows: dict[int, Tiling]
+    rows: dict[tuple[str, str], Sharding]
+    output_rows: dict[int, Sharding]
     prologue: fx.GraphModule | None
     prologue_inputs: list[tuple[Source, int | None]]
     passed: dict[str, list[int]]

@@ -20,7 +20,7 @@ from fxpar.passes.strategies.microbatches import take_out_time
 from fxpar.passes.strategies.replicas import average_replicas
 from fxpar.passes.strategies.zero import shard_storage
 from fxpar.program import Program
-from fxpar.sharding.layout import Tiling
+from fxpar.sharding.layout import Sharding
 
 TRACED_FIELDS = ("outputs", "param_dtype", "reduce_dtype", "roles", "batch_dims")
 """The fields of a plan that the passes up to `infer` read: plans that agree in them share an inferred program."""
@@ -28,7 +28,7 @@ Pass = Callable[[Program], Program]
 Observer = Callable[[str, Program], None]
 
 
-def front(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
+def front(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
     """The passes after capture whose result is taken through any plan that agrees in `TRACED_FIELDS`, in order."""
     return [
         ("simplify", simplify),
@@ -42,7 +42,7 @@ def front(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
     ]
 
 
-def back(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
+def back(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
     """The passes that make the program of one rank under a plan, in order."""
     return [
         ("axes", refine_axes),
@@ -54,7 +54,7 @@ def back(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
     ]
 
 
-def passes(pinned: dict[str, Tiling] | None = None) -> list[tuple[str, Pass]]:
+def passes(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
     """All passes after capture, in order. pinned: how parameters are stored already, by name."""
     return [*front(pinned), *back(pinned)]
 

@@ -24,6 +24,7 @@ from fxpar.passes.place.place import _candidates, appends, fits, scatterable
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
 from fxpar.sharding.factors import Dims, Factor, Factors, leaves
+from fxpar.sharding.facts import dims_of, global_value, local_value, sharding_at
 from fxpar.sharding.layout import Layout, restrict, take
 from fxpar.sharding.mesh import Mesh
 from fxpar.sharding.placement import Placement, Placements
@@ -209,12 +210,12 @@ def lay_out(program: Program, r: Random) -> Program:
     mesh = program.mesh
     placed = program.placements = Placements()
     for node in program.graph.nodes:
-        if node.op == "placeholder" and "dims" in node.meta:
-            placed.layouts[node] = random_layout(r, [f for d in node.meta["dims"] for f in leaves(d)], mesh, 0.6)
+        if node.op == "placeholder" and global_value(node).dims is not None:
+            placed.layouts[node] = random_layout(r, [f for d in dims_of(node) for f in leaves(d)], mesh, 0.6)
         elif node.target is operator.getitem:
-            placed.layouts[node] = dict(placed.operators[node.args[0]].layouts[node.meta["position"]])
-        elif "spec" in node.meta:
-            placement = placed.operators[node] = _placement(node.meta["spec"], r, mesh)
+            placed.layouts[node] = dict(placed.operators[node.args[0]].layouts[global_value(node).position])
+        elif global_value(node).spec is not None:
+            placement = placed.operators[node] = _placement(global_value(node).spec, r, mesh)
             single = isinstance(node.meta["val"], Tensor)
             placed.layouts[node] = placement.layouts[0] if single else placement.layouts
     return program
@@ -261,24 +262,24 @@ def check(build: Build, r: Random, mesh: Mesh, values: bool = True) -> Program:
 
 
 def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool = True) -> Program:
-    """Infer, lay out, partition, run on all ranks; compare outputs and gradients with the whole program.
+    """Infer, lay out, partition, run on all ranks; compare outputs and gradients with the program on one device.
 
     feeds: the value of each placeholder. values: False where the program leaves elements undefined (`empty`):
     then shapes and dtypes alone.
     """
     mesh = program.mesh
-    wholes = _whole(program, feeds)
+    full = _on_one_device(program, feeds)
     cotangents = [
         torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(i)) if w.requires_grad else None
-        for i, w in enumerate(wholes[0])
+        for i, w in enumerate(full[0])
     ]
-    expected = _gradients([wholes[0]], wholes[1], [cotangents])
+    expected = _gradients([full[0]], full[1], [cotangents])
     program = partition(lay_out(infer(program), r))
     text = _describe(program)
     nodes = program.placeholders()
     locals_ = [
         [
-            take(x, n.meta["tiling"], mesh, rank).clone().requires_grad_(s.requires_grad)
+            take(x, sharding_at(n), mesh, rank).clone().requires_grad_(s.requires_grad)
             for x, n, s in zip(feeds, nodes, program.sources, strict=True)
         ]
         for rank in range(mesh.world_size)
@@ -286,15 +287,15 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     results = simulate.run(program.module, mesh, locals_)
     parts = [
         [
-            None if c is None else take(c, n.meta["tiling"], mesh, rank).contiguous()
+            None if c is None else take(c, sharding_at(n), mesh, rank).contiguous()
             for c, n in zip(cotangents, program.outputs(), strict=True)
         ]
         for rank in range(mesh.world_size)
     ]
     for rank, mine in enumerate(results):
-        for i, (node, whole, have) in enumerate(zip(program.outputs(), wholes[0], mine, strict=True)):
-            want = take(whole, node.meta["tiling"], mesh, rank)
-            _compare(f"output {i} on rank {rank}", have, want, whole, VALUES, text, values)
+        for i, (node, total, have) in enumerate(zip(program.outputs(), full[0], mine, strict=True)):
+            want = take(total, sharding_at(node), mesh, rank)
+            _compare(f"output {i} on rank {rank}", have, want, total, VALUES, text, values)
     if not values:
         return program
     wants = [i for i, s in enumerate(program.sources) if s.requires_grad]
@@ -303,7 +304,7 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     for rank in range(mesh.world_size):
         for k, i in enumerate(wants):
             have = found[rank * len(wants) + k]
-            want = take(expected[k], nodes[i].meta["tiling"], mesh, rank)
+            want = take(expected[k], sharding_at(nodes[i]), mesh, rank)
             _compare(
                 f"the gradient of {nodes[i].name} on rank {rank}",
                 have,
@@ -316,7 +317,7 @@ def check_program(program: Program, feeds: list[Tensor], r: Random, values: bool
     return program
 
 
-def _whole(program: Program, feeds: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _on_one_device(program: Program, feeds: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The program on one device: its outputs, and the inputs to differentiate them by."""
     own = [x.detach().clone().requires_grad_(s.requires_grad) for x, s in zip(feeds, program.sources, strict=True)]
     outs = fx.Interpreter(program.module).run(*own)
@@ -336,14 +337,14 @@ def _gradients(outs: list[list[Tensor]], wants: list[Tensor], cotangents: list[l
     return [torch.zeros_like(w) if g is None else g for w, g in zip(wants, found, strict=True)]
 
 
-def _compare(what: str, have: Tensor, want: Tensor, whole: Tensor, tolerance: dict, text: str, values: bool) -> None:
+def _compare(what: str, have: Tensor, want: Tensor, total: Tensor, tolerance: dict, text: str, values: bool) -> None:
     assert have.dtype == want.dtype, f"{what}: {have.dtype} instead of {want.dtype}\n{text}"
     assert have.shape == want.shape, f"{what}: shape {list(have.shape)} instead of {list(want.shape)}\n{text}"
     if not values:
         return
     have, want = have.detach(), want.detach()
     if have.dtype in tolerance:
-        finite = whole.detach()[whole.detach().isfinite()]
+        finite = total.detach()[total.detach().isfinite()]
         scale = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
         off = torch.where(have == want, 0.0, (have - want).abs())
         off = torch.where(have.isnan() & want.isnan(), 0.0, off)
@@ -356,5 +357,5 @@ def _compare(what: str, have: Tensor, want: Tensor, whole: Tensor, tolerance: di
 def _describe(program: Program) -> str:
     lines = [f"mesh {program.mesh}"]
     for node in program.graph.nodes:
-        lines.append(f"  {node.format_node()}  {node.meta.get('shows', '')}")
+        lines.append(f"  {node.format_node()}  {local_value(node).layout_text}")
     return "\n".join(lines)

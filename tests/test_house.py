@@ -1,4 +1,4 @@
-"""How the house is built: imports go one way, and PyTorch's private parts are touched in one room."""
+"""How the house is built: imports go one way, and PyTorch's private parts, and what passes know of nodes, have a room each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOORS = (
     {"passes.canonical", "passes.place"},
     {"passes.capture", "passes.strategies", "passes.partition"},
     {"passes.pipeline"},
-    {"backends.transport", "backends.simulate", "backends.tables", "backends.remat"},
+    {"backends.transport", "backends.simulate", "backends.tables", "backends.remat", "backends.repeats"},
     {"backends.trace", "backends.split"},
     {"backends.stepped"},
     {"backends.eager", "backends.inductor"},
@@ -35,7 +35,9 @@ ALLOWED = ("torch._foreach_", "torch._ops.OpOverload", "torch.utils._pytree", "t
            "torch.ops.")
 """PyTorch documents these although their names begin with an underscore; that of Dynamo is compared with, not imported."""
 
-
+TORCHS = {"val", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "custom", "recompute", "ac_graph_id", "partitioner_tag",
+          "user_visible_output_idxs"}
+"""Keys of ``node.meta`` that PyTorch reads or writes; what fxpar knows of a node is in the objects of `fxpar.sharding.facts`."""
 FINER = (["passes"], ["backends"])
 """Folders whose own folders and files are parts."""
 
@@ -89,3 +91,57 @@ def test_private_parts_of_pytorch_are_touched_in_compat_alone():
             found = [m[0] for m in PRIVATE.finditer(code) if not m[0].startswith(ALLOWED)]
             found += re.findall(r"from torch[\w.]* import (?:.*, )?(_\w+)", code.replace("_pytree", "pytree"))
             assert not found, f"{file.relative_to(ROOT)}:{number} touches {found[0]}"
+
+
+def keys(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, key) of every use of ``x.meta`` by a key: subscripts, lookups, updates, ``in``, and literals assigned to it."""
+
+    def is_meta(node: ast.AST) -> bool:
+        return isinstance(node, ast.Attribute) and node.attr == "meta"
+
+    for node in ast.walk(tree):
+        found: list[ast.AST | None] = []
+        if isinstance(node, ast.Subscript) and is_meta(node.value):
+            found = [node.slice]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_meta(node.func.value):
+            if node.func.attr in ("get", "setdefault", "pop"):
+                found = [*node.args[:1]]
+            elif node.func.attr == "update":
+                yield from ((node.lineno, keyword.arg) for keyword in node.keywords if keyword.arg is not None)
+                found = [key for arg in node.args if isinstance(arg, ast.Dict) for key in arg.keys]
+        elif isinstance(node, ast.Compare) and any(is_meta(other) for other in node.comparators):
+            found = [node.left]
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and any(map(is_meta, node.targets)):
+            found = [*node.value.keys]
+        yield from ((node.lineno, key.value if isinstance(key, ast.Constant) else ast.unparse(key))
+                    for key in found if key is not None)
+
+
+def test_what_passes_know_of_nodes_is_kept_in_one_module():
+    for _, file in files():
+        inner = file.relative_to(ROOT).as_posix()
+        mine = {"fxpar/sharding/facts.py": {"_GLOBAL", "_LOCAL"}, "fxpar/report/kept.py": {"_CHOICE"},
+                "fxpar/program.py": {"key"}, "backends/repeats.py": {"key"}}.get(inner, set())
+        for number, key in keys(ast.parse(file.read_text())):
+            assert key in TORCHS | mine, f"{inner}:{number} uses node.meta[{key!r}]: make it a field in fxpar/sharding/facts.py"
+
+
+def test_the_check_of_keys_sees_them_all():
+    text = """
+n.meta["a"] = n.meta.get("b", 0)
+n.meta.update({"c": 1, **n.meta}, d=2)
+n.meta = {**n.meta, "e": 1}
+x = [m.meta.setdefault(KEY, 1) for m in g if "f" not in m.meta]
+other["g"], n.meta.update(m.meta), n.meta.items()
+"""
+    assert sorted(key for _, key in keys(ast.parse(text))) == ["KEY", "a", "b", "c", "d", "e", "f"]
+
+
+def test_no_two_classes_have_one_name():
+    seen: dict[str, str] = {}
+    for _, file in files():
+        inner = file.relative_to(ROOT).as_posix()
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                other = seen.setdefault(node.name.lstrip("_"), inner)
+                assert other == inner, f"{inner} has a class {node.name}, and so has {other}: say what sets them apart"

@@ -2,6 +2,7 @@
 
 lower     the backend: settings, and the list of graph passes
 lowered   the same graphs, run by every rank of a simulation
-widen, products, overlap, prefetch, buckets   the graph passes, in the order they run (casts: operators that they use)
+reductions, fp32_products, products, overlap, prefetch, buckets   the graph passes, in the order they run
+casts     operators that they use
 liveness  the memory that such graphs need
 """

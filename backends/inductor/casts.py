@@ -46,12 +46,12 @@ def _gather_casts(tensors: list[Tensor], dtype: torch.dtype, size: int, group: s
     out = _gathered(tensors, dtype, size, counts)
     each = iter(tensors)
     parts: list[Tensor] = []
-    for whole, count in zip(out, counts, strict=True):
+    for full, count in zip(out, counts, strict=True):
         rows = [size * next(each).shape[0] for _ in range(count)]
-        parts += whole.split(rows) if count > 1 else [whole]
+        parts += full.split(rows) if count > 1 else [full]
     work = compat.collective_group(group).allgather_into_tensor_coalesced(parts, tensors)
-    for whole in out:
-        compat.register_work(whole, work)
+    for full in out:
+        compat.register_work(full, work)
     return out
 
 

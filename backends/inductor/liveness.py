@@ -88,7 +88,7 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _Value:
+class _Located:
     """A tensor: where its elements are, whether in their order, and what must live until it has arrived (a collective's
     operand)."""
 
@@ -119,7 +119,7 @@ class Lowering:
             if node.op == "placeholder":
                 buffer = next(feed)
                 if buffer is not None:
-                    self.values[node] = _Value(_Storage(node, {buffer: True}, buffer=buffer))
+                    self.values[node] = _Located(_Storage(node, {buffer: True}, buffer=buffer))
             elif node.op == "call_function":
                 self.values[node] = self._lower(node)
         leaves: Any = graph.output_node().args[0]
@@ -141,18 +141,18 @@ class Lowering:
             return self._write(node)
         return self._computed(node, name) if _is_generated(node, name) else self._called(node)
 
-    def _operands(self, node: fx.Node) -> list[_Value]:
-        return [v for n in node.all_input_nodes if isinstance(v := self.values.get(n), _Value)]
+    def _operands(self, node: fx.Node) -> list[_Located]:
+        return [v for n in node.all_input_nodes if isinstance(v := self.values.get(n), _Located)]
 
     def _view(self, node: fx.Node, name: str) -> Any:
         base = self.values.get(node.all_input_nodes[0])
         value = node.meta.get("val")
-        if not isinstance(base, _Value):
+        if not isinstance(base, _Located):
             return base
         if not isinstance(value, torch.Tensor):
-            return [_Value(base.storage, False, base.sent) for _ in value]
+            return [_Located(base.storage, False, base.sent) for _ in value]
         same = name in STRAIGHT and value.numel() == node.all_input_nodes[0].meta["val"].numel()
-        return _Value(base.storage, base.straight and same, base.sent)
+        return _Located(base.storage, base.straight and same, base.sent)
 
     def _computed(self, node: fx.Node, name: str) -> Any:
         value = node.meta["val"]
@@ -160,7 +160,7 @@ class Lowering:
         storage = _Storage(node, {}, {node}, over=(first.numel(), 1))
         for operand in node.all_input_nodes:
             made = self.values.get(operand)
-            if not isinstance(made, _Value):
+            if not isinstance(made, _Located):
                 continue
             numel = operand.meta["val"].numel()
             if name in REDUCTIONS:
@@ -174,10 +174,10 @@ class Lowering:
         if not isinstance(value, torch.Tensor):
             parts = [_Storage(node, dict(storage.reads), over=storage.over) for _ in value]
             self._store(parts, list(value))
-            return [_Value(p) for p in parts]
+            return [_Located(p) for p in parts]
         if name in REDUCTIONS or name in SCATTERS or self._is_stored_at_once(node, storage):
             self._store([storage], [value])
-        return _Value(storage)
+        return _Located(storage)
 
     def _is_stored_at_once(self, node: fx.Node, storage: _Storage) -> bool:
         reads = len(storage.reads)
@@ -197,7 +197,7 @@ class Lowering:
         storages = [_Storage(node, {}) for _ in tensors]
         self._add(node, dict.fromkeys(operands, False), self._allocate(storages, tensors), workspace=_workspace(node))
         sent = iter(operands if _is_collective(node) else ())
-        made = iter([_Value(s, sent=next(sent, None)) for s in storages])
+        made = iter([_Located(s, sent=next(sent, None)) for s in storages])
         return pytree.tree_unflatten([next(made) if isinstance(v, torch.Tensor) else None for v in leaves], spec)
 
     def _write(self, node: fx.Node) -> Any:
@@ -212,20 +212,20 @@ class Lowering:
             self.writer[buffer] = step
         return target
 
-    def _wait(self, node: fx.Node) -> _Value:
+    def _wait(self, node: fx.Node) -> _Located:
         value = self.values[node.all_input_nodes[0]]
         buffer = self._find(value)
         step = self._add(node, dict.fromkeys([buffer] if value.sent is None else [buffer, value.sent], False), [])
         self.writer[buffer] = step
-        return _Value(value.storage, value.straight)
+        return _Located(value.storage, value.straight)
 
     # ---- buffers ----
 
     def _stored(self, node: fx.Node) -> Buffer | None:
         value = self.values.get(node)
-        return self._find(value) if isinstance(value, _Value) else None
+        return self._find(value) if isinstance(value, _Located) else None
 
-    def _find(self, value: _Value) -> Buffer:
+    def _find(self, value: _Located) -> Buffer:
         """The buffer of a value; it gets one now if it has none."""
         storage = value.storage
         if storage.buffer is None:
@@ -384,18 +384,18 @@ def _ordered(kernels: list[Kernel]) -> list[Kernel]:
 # ---- time ----
 
 
-def timeline(lowering: Lowering, held: list[Buffer]) -> Iterator[tuple[Kernel, dict[Buffer, None]]]:
+def timeline(lowering: Lowering, resident: list[Buffer]) -> Iterator[tuple[Kernel, dict[Buffer, None]]]:
     """Every kernel, with the buffers that are held while it runs (the dict is the same object each time).
 
-    held: what is there at the beginning. At the end, what the graph returns and what is never freed is left.
+    resident: what is there at the beginning. At the end, what the graph returns and what is never freed is left.
     """
     kernels = lowering.kernels
     last: dict[Buffer, int] = {}
     for i, kernel in enumerate(kernels):
         last.update(dict.fromkeys([*kernel.writes, *kernel.reads], i))
     kept = {b for b in lowering.outputs if b is not None}
-    live = dict.fromkeys(held)
-    for b in held:
+    live = dict.fromkeys(resident)
+    for b in resident:
         if b not in last and b.freed and b not in kept:
             del live[b]
     for i, kernel in enumerate(kernels):

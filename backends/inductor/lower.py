@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fxpar import compat, ops
 from fxpar.backends import remat
-from fxpar.backends.inductor import buckets, overlap, prefetch, products, widen
+from fxpar.backends.inductor import buckets, fp32_products, overlap, prefetch, products, reductions
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
@@ -37,7 +37,8 @@ def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = Fals
     """
     bind = functools.partial
     return [
-        (widen, bind(widen.widen_products, as_on_gpu=as_on_gpu)),
+        (reductions, bind(reductions.drop_kept_dims)),
+        (fp32_products, bind(fp32_products.accumulate_in_fp32, as_on_gpu=as_on_gpu)),
         (products, bind(products.join_products, transport=transport)),
         (overlap, bind(overlap.overlap_communication)),
         *([(prefetch, bind(prefetch.prefetch_parameters, transport=transport))] if plan.overlap_param_gather else []),
@@ -93,7 +94,7 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
     """As `lower`, in steps: the gradients of the inputs at the positions `early` come first. All is compiled at once."""
     plain, keep = tensor_inputs_only(module, example, fused=True)
 
-    def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.Traced:
+    def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
             return compat.compile_steps(plain, given, settings(plan, runtime.transport), cut)
 

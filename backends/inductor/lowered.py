@@ -89,7 +89,7 @@ class Lowered:
     def _in_steps(self, module: fx.GraphModule, example: list[Any], rank: int, early: Collection[int]) -> Stepped:
         plain, keep = tensor_inputs_only(module, example, fused=True)
 
-        def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.Traced:
+        def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
             with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
                 if self.compiled:
                     return compat.compile_steps(plain, given, self._settings(), cut)

@@ -107,7 +107,7 @@ def slot_sizes(ranks: int, parameter: int = 0, gradient: int = 0) -> list[int]:
     return [-(-size // ALIGNED) * ALIGNED + SLACK for size in [gather] * len(GATHERS) + [scatter] * len(SCATTERS)]
 
 
-class Part(NamedTuple):
+class SlotSpan(NamedTuple):
     """Elements of one tensor, and where they lie in the slot, in bytes."""
 
     tensor: int
@@ -141,7 +141,7 @@ class CopyGroup(dist.ProcessGroup):
         super().__init__(slots.rank, slots.size)  # type: ignore[call-arg]
         self.slots, self.stream = slots, stream
         self._turn = {GATHERS: 0, SCATTERS: 0}
-        self._users: dict[int, _Done] = {}
+        self._users: dict[int, _CopyWork] = {}
         self._barriers = 0
         self._passed: deque[tuple[int, torch.cuda.Event]] = deque(maxlen=8)
         self._seen: dict[tuple, list[Tensor]] = {}
@@ -149,10 +149,10 @@ class CopyGroup(dist.ProcessGroup):
     def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """outputs[i], contiguous, becomes every rank's inputs[i], one after the other, in the dtype of outputs[i]."""
         me, n = self.slots.rank, self.slots.size
-        whole = [y.view(n, -1).unbind() for y in outputs]
-        mine = [y[me] for y in whole]
+        full = [y.view(n, -1).unbind() for y in outputs]
+        mine = [y[me] for y in full]
         turns = _layout(mine, self.slots.of(me, GATHERS[0]).numel())
-        done = _Done(self)
+        done = _CopyWork(self)
         if len(turns) > 1:
             torch._foreach_copy_(mine, [x.reshape(-1) for x in inputs])
         for parts in turns:
@@ -166,17 +166,17 @@ class CopyGroup(dist.ProcessGroup):
                     _copy(slot, _cut(mine, parts))
                 self._barrier()
                 for peer in self._others():
-                    _copy(_cut([y[peer] for y in whole], parts), self._windows(peer, which, 0, parts))
+                    _copy(_cut([y[peer] for y in full], parts), self._windows(peer, which, 0, parts))
         return done.started()
 
     def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """outputs[i], contiguous, becomes this rank's part of the sum of every rank's inputs[i]."""
         me, n = self.slots.rank, self.slots.size
         inputs = [x.contiguous() for x in inputs]
-        flat, whole = [y.view(-1) for y in outputs], [x.view(n, -1).unbind() for x in inputs]
+        flat, full = [y.view(-1) for y in outputs], [x.view(n, -1).unbind() for x in inputs]
         region = self.slots.of(me, SCATTERS[0]).numel() // max(n - 1, 1) // ALIGNED * ALIGNED
         turns = _layout(outputs, region)
-        done = _Done(self, inputs)
+        done = _CopyWork(self, inputs)
         arrived: list[list[Tensor]] = []
         for first in range(0, len(turns), len(SCATTERS)):
             now = [(self._take(SCATTERS, done)[0], parts) for parts in turns[first : first + len(SCATTERS)]]
@@ -186,7 +186,7 @@ class CopyGroup(dist.ProcessGroup):
                 for which, parts in now:
                     for peer in self._others():
                         there = self._windows(peer, which, self._place(peer, me) * region, parts)
-                        _copy(there, _cut([x[peer] for x in whole], parts))
+                        _copy(there, _cut([x[peer] for x in full], parts))
                 self._barrier()
                 for which, parts in now:
                     arrived = [self._windows(me, which, self._place(me, peer) * region, parts) for peer in self._others()]
@@ -194,12 +194,12 @@ class CopyGroup(dist.ProcessGroup):
                         into = _cut(flat, parts)
                         for k, more in enumerate(arrived):
                             add(into, into, more) if k else _copy(into, more)
-        own = [x[me] for x in whole]
+        own = [x[me] for x in full]
         done.in_slots = len(turns) == 1
         done.sum = functools.partial(_sum, flat, own, arrived if done.in_slots else [flat])
         return done.started()
 
-    def _take(self, kind: range, user: _Done) -> tuple[int, int]:
+    def _take(self, kind: range, user: _CopyWork) -> tuple[int, int]:
         """The next slot of a kind, and the number of the barrier after which it is free."""
         which = kind[self._turn[kind] % len(kind)]
         self._turn[kind] += 1
@@ -226,7 +226,7 @@ class CopyGroup(dist.ProcessGroup):
         if number and event is not None:
             event.wait()
 
-    def _windows(self, rank: int, which: int, start: int, parts: tuple[Part, ...]) -> list[Tensor]:
+    def _windows(self, rank: int, which: int, start: int, parts: tuple[SlotSpan, ...]) -> list[Tensor]:
         """Where the parts of a round lie in a rank's slot, from byte `start`."""
         key = (rank, which, start, parts)
         if key not in self._seen:
@@ -256,7 +256,7 @@ class CopyGroup(dist.ProcessGroup):
             yield
 
 
-class _Done(dist.Work):
+class _CopyWork(dist.Work):
     """Waiting makes the current stream wait, not the host.
 
     sum: what is left to do then; in_slots: whether it reads them. operands: are kept until then. used: how many barriers there
@@ -271,7 +271,7 @@ class _Done(dist.Work):
         self.event: torch.cuda.Event | None = None
         self.used = 0
 
-    def started(self) -> _Done:
+    def started(self) -> _CopyWork:
         self.used = self.group._barriers
         self.event = self.group.stream.record_event() if self.group.stream is not None else None
         return self
@@ -297,14 +297,14 @@ class _Done(dist.Work):
             self.event.wait()
 
 
-def _layout(tensors: Sequence[Tensor], nbytes: int) -> tuple[tuple[Part, ...], ...]:
+def _layout(tensors: Sequence[Tensor], nbytes: int) -> tuple[tuple[SlotSpan, ...], ...]:
     return rounds(tuple((x.numel(), x.dtype) for x in tensors), nbytes)
 
 
 @functools.cache
-def rounds(tensors: tuple[tuple[int, torch.dtype], ...], nbytes: int) -> tuple[tuple[Part, ...], ...]:
+def rounds(tensors: tuple[tuple[int, torch.dtype], ...], nbytes: int) -> tuple[tuple[SlotSpan, ...], ...]:
     """The elements of tensors of these sizes, cut into rounds of at most `nbytes`."""
-    out: list[list[Part]] = [[]]
+    out: list[list[SlotSpan]] = [[]]
     at = 0
     for i, (size, dtype) in enumerate(tensors):
         begin = 0
@@ -315,7 +315,7 @@ def rounds(tensors: tuple[tuple[int, torch.dtype], ...], nbytes: int) -> tuple[t
                 at = 0
                 continue
             stop = min(size, begin + room)
-            out[-1].append(Part(i, begin, stop, at, dtype))
+            out[-1].append(SlotSpan(i, begin, stop, at, dtype))
             at = -(-(at + (stop - begin) * dtype.itemsize) // ALIGNED) * ALIGNED
             begin = stop
     return tuple(tuple(r) for r in out if r)
@@ -334,5 +334,5 @@ def _sum(to: Sequence[Tensor], own: Sequence[Tensor], others: Sequence[Sequence[
         own = to
 
 
-def _cut(flat: Sequence[Tensor], parts: tuple[Part, ...]) -> list[Tensor]:
+def _cut(flat: Sequence[Tensor], parts: tuple[SlotSpan, ...]) -> list[Tensor]:
     return [flat[p.tensor] if p.stop - p.begin == flat[p.tensor].numel() else flat[p.tensor][p.begin : p.stop] for p in parts]

@@ -41,9 +41,9 @@ def prepare(path: Path) -> None:
     """
     for folder in (path, saving(path), previous(path)):
         _require_ours(folder)
-    whole = newest(path)
-    if whole is not None and whole != path:
-        _rename(whole, path)
+    complete = newest(path)
+    if complete is not None and complete != path:
+        _rename(complete, path)
     for folder in (saving(path), previous(path)):
         if folder.exists():
             shutil.rmtree(folder)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.ranks import LocalModel, alike, same, to_cpu
 from fxpar.checkpoint.save import finish_running
-from fxpar.checkpoint.target import ModelLoad, Saved
+from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -152,7 +152,7 @@ def _prepare(where: Path, model: LocalModel) -> tuple[ModelLoad, dict[str, Path]
     found = files(where)
     if not found:
         raise CheckpointError("there are no safetensors", str(where), "give the folder that has model.safetensors")
-    saved: dict[str, Saved] = {}
+    saved: dict[str, SavedTensor] = {}
     places: dict[str, Path] = {}
     for file in found:
         saved |= _header(file)
@@ -163,14 +163,14 @@ def _prepare(where: Path, model: LocalModel) -> tuple[ModelLoad, dict[str, Path]
     return ModelLoad(model, saved, where, spare), places
 
 
-def _header(file: Path) -> dict[str, Saved]:
+def _header(file: Path) -> dict[str, SavedTensor]:
     """What is in the file, from its header alone; the library checks that the file is as long as that says."""
     if not file.is_file():
         raise CheckpointError("this file is missing", str(file), "copy the whole folder")
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
-            return {n: Saved(tuple(s.get_shape()), _DTYPES.get(s.get_dtype())) for n, s in slices.items()}
+            return {n: SavedTensor(tuple(s.get_shape()), _DTYPES.get(s.get_dtype())) for n, s in slices.items()}
     except Exception as error:
         raise CheckpointError(f"this file is damaged or truncated ({error})", str(file), "copy it again") from error
 

@@ -18,7 +18,7 @@ from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.planners import LoadPlanner, joined
 from fxpar.checkpoint.ranks import LocalModel, alike
 from fxpar.checkpoint.save import SUMMARY, finish_running
-from fxpar.checkpoint.target import ModelLoad, Saved
+from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
 
 
@@ -75,7 +75,7 @@ class _Load:
         """Check everything that can be checked without changing the model, and make room for what it has not yet."""
         self.metadata: Metadata = folder.read_metadata(self.where)
         entries = self.metadata.state_dict_metadata
-        saved = {n.removeprefix("model."): Saved(tuple(e.size), e.properties.dtype) for n, e in entries.items()
+        saved = {n.removeprefix("model."): SavedTensor(tuple(e.size), e.properties.dtype) for n, e in entries.items()
                  if n.startswith("model.") and isinstance(e, TensorStorageMetadata)}
         self.model_load = ModelLoad(self.model, saved, self.where)
         if joined(SUMMARY) in entries:

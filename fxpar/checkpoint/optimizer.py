@@ -1,6 +1,6 @@
 """An optimizer's state by parameter name, whatever the optimizer: what its tensors are, and how they are put back.
 
-A tensor of its parameter's shape is kept like the parameter, in parts; everything else (a count of steps) is whole
+A tensor of its parameter's shape is kept like the parameter, in parts; everything else (a count of steps) is replicated
 on every rank.
 """
 
@@ -96,9 +96,9 @@ def _part(model: LocalModel, name: str, key: str, value: Tensor, where: Path) ->
         if key != "step" and value.shape == parameter.shape and local.shape == compat.local_part(parameter).shape:
             return model.part(name, value)
         if all(p.is_replicate() for p in value.placements):
-            return model.whole(name, local)
+            return model.replicated(name, local)
         raise CheckpointError(f"state {key!r} of parameter {name} is sharded, but not like its parameter", str(where))
-    return model.whole(name, value)
+    return model.replicated(name, value)
 
 
 class OptimizerLoad:
@@ -131,13 +131,13 @@ class OptimizerLoad:
         parameter = self.model.parameters[name]
         if key == "step" or shape != parameter.shape:
             local = torch.zeros(shape, dtype=dtype)
-            self.parts[entry] = self.model.whole(name, local)
+            self.parts[entry] = self.model.replicated(name, local)
             self.state.setdefault(name, {})[key] = functools.partial(_itself, local)
             return
         like = self.model.part(name, parameter)
         if dtype.is_floating_point and parameter.is_floating_point():
             dtype = parameter.dtype
-        part = Part(shape, torch.empty(chunks.part_shape(like.held), dtype=dtype, device=like.local.device), like.tiles,
+        part = Part(shape, torch.empty(chunks.part_shape(like.runs), dtype=dtype, device=like.local.device), like.sharding,
                     like.mesh, like.rank)
         self.parts[entry] = part
         self.state.setdefault(name, {})[key] = functools.partial(self._as_parameter, part)
@@ -145,7 +145,7 @@ class OptimizerLoad:
     def _as_parameter(self, part: Part) -> Tensor:
         module = self.model.module
         if isinstance(module, ParallelModule):
-            return module.parameter_store.wrap(part.local, part.shape, part.tiles)
+            return module.parameter_store.wrap(part.local, part.shape, part.sharding)
         return part.local
 
     def install(self) -> None:

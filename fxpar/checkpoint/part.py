@@ -9,31 +9,31 @@ import torch
 from torch import Tensor
 
 from fxpar.sharding import chunks
-from fxpar.sharding.chunks import Chunk, Held
-from fxpar.sharding.layout import Tiling
+from fxpar.sharding.chunks import Chunk, Runs
+from fxpar.sharding.layout import Sharding
 from fxpar.sharding.mesh import Mesh
 
 
 @dataclass
 class Part:
-    """shape: of the whole tensor. local: this rank's part. tiles: how the tensor lies on the ranks of `mesh`."""
+    """shape: of the full tensor. local: this rank's part. sharding: how the tensor lies on the ranks of `mesh`."""
 
     shape: torch.Size
     local: Tensor
-    tiles: Tiling
+    sharding: Sharding
     mesh: Mesh
     rank: int
-    held: Held = field(init=False)
+    runs: Runs = field(init=False)
 
     def __post_init__(self) -> None:
-        self.held = chunks.held(self.tiles, self.shape, self.mesh, self.rank)
-        if chunks.part_shape(self.held) != tuple(self.local.shape):
+        self.runs = chunks.runs_of(self.sharding, self.shape, self.mesh, self.rank)
+        if chunks.part_shape(self.runs) != tuple(self.local.shape):
             raise RuntimeError(f"rank {self.rank} has {tuple(self.local.shape)} of a tensor of shape {tuple(self.shape)}, "
-                               f"of which it should have {chunks.part_shape(self.held)}")
+                               f"of which it should have {chunks.part_shape(self.runs)}")
 
     def chunks(self) -> Iterator[tuple[Chunk, Tensor]]:
         """The rectangles that this rank holds, with the view of each."""
-        for chunk in chunks.chunks(self.held):
+        for chunk in chunks.chunks(self.runs):
             yield chunk, chunk.of_part(self.local)
 
 
@@ -47,7 +47,7 @@ class Shares:
         self._loads: dict[tuple[str, ...], list[int]] = {}
 
     def mine(self, part: Part) -> bool:
-        axes = chunks.replicas(part.tiles, part.mesh)
+        axes = chunks.replicas(part.sharding, part.mesh)
         loads = self._loads.setdefault(axes, [0] * part.mesh.size(*axes))
         writer = loads.index(min(loads))
         loads[writer] += part.local.nbytes

@@ -130,7 +130,7 @@ class LoadPlanner(DefaultLoadPlanner):
 
     def _reads(self, name: str, part: Part, saved: ChunkStorageMetadata) -> list[ReadItem]:
         start, size = tuple(saved.offsets), tuple(saved.sizes)
-        needed = list(chunks.chunks(chunks.within(part.held, start, size)))
+        needed = list(chunks.chunks(chunks.within(part.runs, start, size)))
         if not needed:
             return []
         index = MetadataIndex(name, saved.offsets)
@@ -156,4 +156,4 @@ class LoadPlanner(DefaultLoadPlanner):
         if len(needed) > 1:
             origin = tuple(read_item.storage_index.offset or ())
             for chunk in needed:
-                chunk.of_part(part.local).copy_(chunk.of_whole(tensor, origin))
+                chunk.of_part(part.local).copy_(chunk.of_full(tensor, origin))

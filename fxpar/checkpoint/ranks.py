@@ -16,7 +16,7 @@ from fxpar.checkpoint.part import Part
 from fxpar.errors import CheckpointError
 from fxpar.run.agreement import digest
 from fxpar.run.module import ParallelModule
-from fxpar.sharding.layout import Tiling
+from fxpar.sharding.layout import Sharding
 from fxpar.sharding.mesh import Mesh
 
 T = TypeVar("T")
@@ -34,10 +34,10 @@ class OneProcess:
         return 0
 
 
-Ranks = Control | OneProcess
+RankControl = Control | OneProcess
 
 
-def alike(ranks: Ranks, where: Path, function: Callable[[], T]) -> T:
+def alike(ranks: RankControl, where: Path, function: Callable[[], T]) -> T:
     """What `function` returns on this rank. If it failed on any, the failure of the first of those is raised on all,
     as a `CheckpointError`."""
     error: CheckpointError | None = None
@@ -57,7 +57,7 @@ def alike(ranks: Ranks, where: Path, function: Callable[[], T]) -> T:
     return made
 
 
-def same(ranks: Ranks, where: Path, what: str, thing: Any) -> None:
+def same(ranks: RankControl, where: Path, what: str, thing: Any) -> None:
     """Raise on every rank unless all of a kind have the same `thing` (by its repr)."""
     everyone = {(ranks.kind_of(rank), found) for rank, found in enumerate(ranks.exchange(digest(repr(thing))))}
     if len(everyone) > ranks.kinds:
@@ -65,7 +65,7 @@ def same(ranks: Ranks, where: Path, what: str, thing: Any) -> None:
 
 
 class LocalModel:
-    """What this process holds of a model: a `ParallelModule` under its plan, or a plain module whole.
+    """What this process holds of a model: a `ParallelModule` under its plan, or all of a plain module.
 
     parameters: under their first names, ties once. buffers: the persistent ones, likewise. aliases: for each of
     both its names. elsewhere: names of parameters that ranks of other kinds hold, and this one does not.
@@ -78,8 +78,8 @@ class LocalModel:
             store = module.parameter_store
             self.model: nn.Module = store.model
             self.mesh, self.rank, self.device = store.mesh, store.rank, store.device
-            self.ranks: Ranks = store.control
-            self._layouts: dict[str, Tiling] = store.layouts
+            self.ranks: RankControl = store.control
+            self._layouts: dict[str, Sharding] = store.layouts
             self._owners, self.kind, self.elsewhere = store.owners, store.bound.kind, store.elsewhere
         elif isinstance(module, nn.Module):
             self.model, self.mesh, self.rank = module, Mesh((), ()), 0
@@ -115,8 +115,8 @@ class LocalModel:
         owners = (self._owners[alias] for alias in self.aliases.get(name, [name]) if alias in self._owners)
         return next(owners, 0) == self.kind
 
-    def tiles(self, name: str) -> Tiling:
-        """How a parameter lies on the ranks; anything else is whole on each."""
+    def sharding(self, name: str) -> Sharding:
+        """How a parameter lies on the ranks; anything else is replicated."""
         for alias in self.aliases.get(name, ()):
             if alias in self._layouts:
                 return self._layouts[alias]
@@ -128,16 +128,16 @@ class LocalModel:
             raise CheckpointError(f"parameter {name} is a DTensor that fxpar did not make", "of a plain module",
                                   "save modules of FSDP2 and the like with torch.distributed.checkpoint")
         local = compat.local_part(tensor) if isinstance(tensor, DTensor) else tensor.detach()
-        return Part(tensor.shape, local, self.tiles(name), self.mesh, self.rank)
+        return Part(tensor.shape, local, self.sharding(name), self.mesh, self.rank)
 
-    def whole(self, name: str, tensor: Tensor) -> Part:
+    def replicated(self, name: str, tensor: Tensor) -> Part:
         """A tensor of which every rank has all."""
         return Part(tensor.shape, tensor.detach(), tuple(() for _ in tensor.shape), self.mesh, self.rank)
 
     def parts(self) -> dict[str, Part]:
         """The model's state: its parameters and persistent buffers."""
         return {n: self.part(n, p) for n, p in self.parameters.items()} | {
-            n: self.whole(n, b) for n, b in self.buffers.items()}
+            n: self.replicated(n, b) for n, b in self.buffers.items()}
 
     def require_real(self, where: Path) -> None:
         """Raises `CheckpointError` if a parameter or persistent buffer is on the meta device."""
@@ -147,10 +147,10 @@ class LocalModel:
                                   "fill the model first, with init_weights(seed), a checkpoint, or to_empty(device=...)")
 
     def gather(self, part: Part) -> Tensor:
-        """The whole of a tensor, on every rank."""
+        """The full tensor, on every rank."""
         if not isinstance(self.module, ParallelModule):
             return part.local
-        return self.module.parameter_store.unsharded(part.local, part.shape, part.tiles)
+        return self.module.parameter_store.unsharded(part.local, part.shape, part.sharding)
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fxpar.checkpoint import folder
 from fxpar.checkpoint.optimizer import merged, saved_state
 from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.planners import Contents, Key, SavePlanner, contents
-from fxpar.checkpoint.ranks import LocalModel, Ranks, alike, same
+from fxpar.checkpoint.ranks import LocalModel, RankControl, alike, same
 from fxpar.errors import CheckpointError
 from fxpar.run.module import ParallelModule
 
@@ -92,7 +92,7 @@ def save_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
         return _collect(model, optimizer, target)
 
     parts, summary = alike(model.ranks, target, collect)
-    described = [(key, part.shape, part.local.dtype, part.tiles) for key, part in parts.items()]
+    described = [(key, part.shape, part.local.dtype, part.sharding) for key, part in parts.items()]
     same(model.ranks, target, "what they save", (os.fspath(path), asynchronous, optimizer is None, described))
     if optimizer is not None:
         summary["optimizer"] = merged(model.ranks.exchange(summary["optimizer"]))
@@ -127,7 +127,7 @@ def _side_channel(world: dist.ProcessGroup) -> Control:
     return Control()
 
 
-def _write(made: Contents, target: Path, ranks: Ranks, rank: int) -> None:
+def _write(made: Contents, target: Path, ranks: RankControl, rank: int) -> None:
     """Write this rank's share beside `target`; when every rank has, rank 0 puts the folder in its place."""
     # Copying ahead on a stream of the current device would open that device in a background thread.
     writer = dcp.FileSystemWriter(folder.saving(target), per_thread_copy_ahead=0)

@@ -16,7 +16,7 @@ from fxpar.run import initialize
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedTensor:
     """A tensor in a file. dtype: None if it is one that this torch does not know."""
 
     shape: tuple[int, ...]
@@ -26,7 +26,7 @@ class Saved:
 class ModelLoad:
     """A model that is about to be filled. `parts`: by the name in the file, where each tensor is to be read to."""
 
-    def __init__(self, model: LocalModel, saved: dict[str, Saved], where: Path, spare: Collection[str] = ()):
+    def __init__(self, model: LocalModel, saved: dict[str, SavedTensor], where: Path, spare: Collection[str] = ()):
         """spare: names in the file that the model need not have.
 
         Raises: `CheckpointError` if names, shapes or kinds of numbers differ, or the model cannot be filled.
@@ -49,7 +49,7 @@ class ModelLoad:
         for name, buffer in self.model.buffers.items():
             if buffer.is_meta:
                 self.made[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=self.model.device)
-                parts[name] = self.model.whole(name, self.made[name])
+                parts[name] = self.model.replicated(name, self.made[name])
         return parts
 
     def install(self) -> None:
@@ -59,7 +59,7 @@ class ModelLoad:
                 table[key] = buffer
 
 
-def _match(model: LocalModel, saved: dict[str, Saved], where: Path, spare: Collection[str]) -> dict[str, str]:
+def _match(model: LocalModel, saved: dict[str, SavedTensor], where: Path, spare: Collection[str]) -> dict[str, str]:
     """The name in the file of every tensor of the model: its first name, or another that it is tied to."""
     names = {n: next((a for a in model.aliases[n] if a in saved), n) for n in (*model.parameters, *model.buffers)}
     missing = [n for n, s in names.items() if s not in saved]
@@ -72,7 +72,7 @@ def _match(model: LocalModel, saved: dict[str, Saved], where: Path, spare: Colle
     return names
 
 
-def _check_shapes(parts: dict[str, Part], names: dict[str, str], saved: dict[str, Saved], where: Path) -> None:
+def _check_shapes(parts: dict[str, Part], names: dict[str, str], saved: dict[str, SavedTensor], where: Path) -> None:
     for name, part in parts.items():
         there = saved[names[name]]
         if there.shape != tuple(part.shape):

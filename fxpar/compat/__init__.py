@@ -1,6 +1,6 @@
 """Every private torch API that fxpar touches, in one place, so that a torch release breaks one folder.
 
-Supported: torch 2.11 to 2.15. tests/test_compat.py has a test per entry.
+Supported: torch 2.11 to 2.15. tests/test_compat*.py have a test per entry.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fxpar.compat.steps import (
     Cut,
     Make,
     SharedOutputs,
-    Traced,
+    TracedForward,
     after_graph_passes,
     as_traced,
     compile_steps,
@@ -42,7 +42,7 @@ __all__ = [
     "Make",
     "SharedOutputs",
     "SymmetricSlots",
-    "Traced",
+    "TracedForward",
     "as_traced",
     "autocast_region",
     "compile_graph",
@@ -228,7 +228,7 @@ def strided_shard(dim: int, split_factor: int) -> Any:
 
 
 def _says_an_order(placements: Sequence[Any], mesh: Any) -> bool:
-    """Whether strided shards are but an order in which whole shards were made: each rank holds consecutive elements."""
+    """Whether strided shards are but an order in which plain shards were made: each rank holds consecutive elements."""
     return _dtensor_spec.DTensorSpec._maybe_convert_StridedShard_to_shard_order(tuple(placements), mesh) is not None
 
 

@@ -35,7 +35,7 @@ class SharedOutputs(Exception):
 
 
 @dataclass
-class Traced:
+class TracedForward:
     """A flat graph's forward.
 
     run: gives the outputs, and behind them what it saves for the backward, so many tensors. seeds: which outputs have a gradient,
@@ -54,7 +54,7 @@ def as_traced() -> Iterator[None]:
         yield
 
 
-def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Graph], None], cut: Cut) -> Traced:
+def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Graph], None], cut: Cut) -> TracedForward:
     """As `partition_eagerly`, but the two graphs are handed over.
 
     ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. Raises: `SharedOutputs`.
@@ -62,7 +62,7 @@ def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Gr
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    found: list[Traced] = []
+    found: list[TracedForward] = []
 
     def partition(module: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
         joint(module.graph)
@@ -81,14 +81,14 @@ def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Gr
     return found[0]
 
 
-def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut) -> Traced:
+def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut) -> TracedForward:
     """As `compile_graph`, but what was compiled is handed over. Nothing is left to be compiled later. Raises: `SharedOutputs`."""
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx_inner
 
     from fxpar.compat import _mend_reductions, graph_pass
 
-    def whole(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
+    def compile_forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
         return compile_fx_inner(module, example, **options)
 
     def part(options: dict[str, Any], module: fx.GraphModule, example: Sequence[Tensor], donated: Sequence[int],
@@ -106,13 +106,13 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
                       for x, stride in zip(values, strides or [None] * len(values), strict=True)]
 
     _mend_reductions()
-    return _through_inductor(gm, inputs, config, cut, whole, part)
+    return _through_inductor(gm, inputs, config, cut, compile_forward, part)
 
 
 def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], interpreter: type[fx.Interpreter],
-                    cut: Cut) -> Traced:
+                    cut: Cut) -> TracedForward:
     """As `compile_steps`, but `interpreter` runs the graphs for which code would have been generated, after all graph passes."""
-    def whole(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
+    def compile_forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
         after_graph_passes(module, example, options.get("is_inference", False))
         return output_code(_interpreted(module, interpreter))
 
@@ -120,7 +120,7 @@ def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, 
         after_graph_passes(module, example)
         return _interpreted(module, interpreter), _values(module)
 
-    return _through_inductor(gm, inputs, config, cut, whole, part)
+    return _through_inductor(gm, inputs, config, cut, compile_forward, part)
 
 
 def after_graph_passes(module: fx.GraphModule, example: Sequence[Any], is_inference: bool = False) -> None:
@@ -153,11 +153,11 @@ def output_code(run: Callable[[list[Any]], Any]) -> Any:
     return Code()
 
 
-def _through_inductor(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut, whole: Callable[..., Any],
-                      part: Callable[..., tuple[Code, list[Tensor]]]) -> Traced:
+def _through_inductor(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut,
+                      compile_forward: Callable[..., Any], part: Callable[..., tuple[Code, list[Tensor]]]) -> TracedForward:
     from torch._inductor.compile_fx import compile_fx
 
-    found: list[Traced] = []
+    found: list[TracedForward] = []
 
     def inner(module: fx.GraphModule, example: Any, **options: Any) -> Any:
         if options.get("is_backward"):
@@ -165,7 +165,7 @@ def _through_inductor(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str
             cut(module, list(example), found[0].saved, list(meta.bw_donated_idxs or []), functools.partial(part, options))
             return output_code(_never)
         made = _traced(module, len(inputs), lambda given: code(given))
-        code = whole(module, example, options)
+        code = compile_forward(module, example, options)
         found.append(made)
         return code
 
@@ -208,7 +208,7 @@ def _values(module: fx.GraphModule) -> list[Tensor]:
     return [n.meta["val"] for n in results]
 
 
-def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> Traced:
+def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> TracedForward:
     """Raises: `SharedOutputs`; NotImplementedError where the graph is not all that AOTAutograd has a forward do."""
     from torch._functorch._aot_autograd.schemas import OutputType
 
@@ -220,4 +220,4 @@ def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> Traced:
     if meta.num_mutated_inp_runtime_indices or len(forward.graph.find_nodes(op="placeholder")) != inputs:
         raise NotImplementedError("a program that writes to its inputs, or has tensors of its own, cannot be run in steps")
     seeds = [i for i, info in enumerate(meta.output_info) if info.requires_grad]
-    return Traced(run, seeds, len(_values(forward)) - len(meta.output_info))
+    return TracedForward(run, seeds, len(_values(forward)) - len(meta.output_info))

@@ -24,7 +24,8 @@ from fxpar.ops.dropout_attention import dropout_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
 from fxpar.program import Program
-from fxpar.sharding.layout import held_shape
+from fxpar.sharding.facts import local_value
+from fxpar.sharding.layout import shard_shape
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -33,7 +34,7 @@ CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, a
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class TensorSpec:
     """A tensor of one rank, but for its elements. requires_grad: whether a gradient may flow back through it."""
 
     shape: tuple[int, ...]
@@ -42,7 +43,7 @@ class Value:
     requires_grad: bool
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Value:
+    def of(cls, tensor: Tensor) -> TensorSpec:
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
 
     @property
@@ -70,8 +71,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the nodes of a program: values (a `Value`; a tuple of them for an operator of several results; a number or None as it
-    is) and, of the operators, costs."""
+    """Of the nodes of a program: values (a `TensorSpec`; a tuple of them for an operator of several results; a number or None as
+    it is) and, of the operators, costs."""
 
     values: dict[fx.Node, Any]
     costs: dict[fx.Node, Cost]
@@ -109,9 +110,11 @@ def measure(program: Program) -> Costs:
                 if not isinstance(source.value, Tensor):
                     values[node] = source.value
                     continue
-                held = node.meta.get("global", source.value)
-                shape = held_shape(node.meta["tiling"], mesh) if "tiling" in node.meta else held.shape
-                values[node] = Value.of(torch.empty(shape, dtype=held.dtype, device=META, requires_grad=source.requires_grad))
+                local = local_value(node)
+                full = source.value if local.full is None else local.full
+                shape = full.shape if local.sharding is None else shard_shape(local.sharding, mesh)
+                values[node] = TensorSpec.of(
+                    torch.empty(shape, dtype=full.dtype, device=META, requires_grad=source.requires_grad))
             elif node.op == "get_attr":
                 values[node] = _described(getattr(program.module, node.target))
             elif node.op == "call_function":
@@ -200,7 +203,7 @@ def _replaced(tree: Any, change: Callable[[Any], Any]) -> Any:
 
 def _made(leaf: Any) -> Any:
     """What an operator is called on."""
-    if isinstance(leaf, Value):
+    if isinstance(leaf, TensorSpec):
         return leaf.empty()
     return META if isinstance(leaf, torch.device) else leaf
 
@@ -208,7 +211,7 @@ def _made(leaf: Any) -> Any:
 def _described(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return tuple(_described(t) for t in tree)
-    return Value.of(tree) if isinstance(tree, Tensor) else tree
+    return TensorSpec.of(tree) if isinstance(tree, Tensor) else tree
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -223,7 +226,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def _key(tree: Any) -> Any:
     """Equal for arguments that are equal; 1, 1.0 and True are not."""
-    if isinstance(tree, Value):
+    if isinstance(tree, TensorSpec):
         return tree
     if isinstance(tree, list | tuple):
         return type(tree), tuple(_key(t) for t in tree)

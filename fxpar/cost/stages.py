@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxpar.cost.clusters import Cluster, Link
-from fxpar.cost.operators import Value, measure
+from fxpar.cost.operators import TensorSpec, measure
 from fxpar.ops.collectives import typed
 from fxpar.pipeline.schedules import Schedule
 from fxpar.pipeline.timeline import StageTimes, Timeline, timeline
@@ -48,7 +48,7 @@ def step_on(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad]) ->
 
 def stage_times(cluster: Cluster, load: StageLoad) -> StageTimes:
     """Seconds that a stage takes on its rank; see the head of this file for what is assumed. Raises as `step_on`."""
-    clock = _Clock(cluster, load.program)
+    clock = _OperatorTimes(cluster, load.program)
     forward = inputs = weights = unshard = reduce = 0.0
     for node in clock.costs:
         ahead, back = clock.seconds(node)
@@ -81,7 +81,7 @@ def _hop(cluster: Cluster, one: int, other: int, ranks: int, size: int) -> float
     return max(cluster.between(one * ranks + r, other * ranks + r).seconds(size) for r in range(ranks))
 
 
-class _Clock:
+class _OperatorTimes:
     """Seconds of a program's operators. early: nodes through which the gradients of what the stage receives flow."""
 
     def __init__(self, cluster: Cluster, program: Program):
@@ -95,7 +95,7 @@ class _Clock:
 
     def wants_gradient(self, node: fx.Node) -> bool:
         value = self.values[node]
-        return any(isinstance(v, Value) and v.requires_grad for v in (value if isinstance(value, tuple) else [value]))
+        return any(isinstance(v, TensorSpec) and v.requires_grad for v in (value if isinstance(value, tuple) else [value]))
 
     def early_part(self, node: fx.Node) -> float:
         """The part of a node's backward that the gradients of what the stage receives take."""
@@ -148,5 +148,5 @@ def _collective(link: Link, kind: str | None, ranks: int, result: int) -> float:
     """Seconds of a ring. result: bytes that it leaves on one rank."""
     if kind is None or ranks == 1:
         return 0.0
-    whole = result * ranks if kind == "reduce_scatter" else result
-    return (2 if kind == "all_reduce" else 1) * (ranks - 1) * link.seconds(whole / ranks)
+    full = result * ranks if kind == "reduce_scatter" else result
+    return (2 if kind == "all_reduce" else 1) * (ranks - 1) * link.seconds(full / ranks)

@@ -44,7 +44,7 @@ def check(model: nn.Module) -> None:
         used = next((named[id(p)][0] for p, state in optimizer.state.items() if id(p) in named and state), None)
         if used is not None:
             raise PlanError("model", type(model).__name__, f"has parameter {used!r}, for which a {type(optimizer).__name__} has "
-                            "state already; that is of the whole parameter, and each rank is to update a part",
+                            "state already; that is of the full parameter, and each rank is to update a part",
                             "an optimizer that has made no step; load its state after `parallelize` (`fxpar.load_checkpoint`)")
 
 
@@ -60,21 +60,21 @@ def _references(p: Tensor) -> int:
 def inherit(old: nn.Parameter, new: Tensor, name: str, part: Callable[[Tensor], Tensor]) -> None:
     """Give `new`, a DTensor, what belongs to `old` besides its value: hooks and attributes. `old` gives up its memory.
 
-    part: a whole tensor -> the DTensor laid out as `new` is. Hooks on gradients were written for whole ones: they get those.
+    part: a full tensor -> the DTensor laid out as `new` is. Hooks on gradients were written for full ones: they get those.
     """
     new.__dict__.update(old.__dict__)
-    compat.move_hooks(old, new, lambda hook: _on_whole(hook, part), lambda hook: _after(hook, name))
+    compat.move_hooks(old, new, lambda hook: _on_full(hook, part), lambda hook: _after(hook, name))
     if old.requires_grad:  # graphs that were made before may still be there
         torch.autograd.graph.get_gradient_edge(old).node.register_prehook(_too_late)
     old.grad = None
     old.data = old.data.new_empty(0)
 
 
-def _on_whole(hook: Callable[[Tensor], Tensor | None], part: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
+def _on_full(hook: Callable[[Tensor], Tensor | None], part: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
     def on_part(grad: Any) -> Tensor:
-        whole = grad.full_tensor()
-        result = hook(whole)
-        return part(whole if result is None else result)
+        full = grad.full_tensor()
+        result = hook(full)
+        return part(full if result is None else result)
 
     return on_part
 
@@ -87,7 +87,7 @@ def _after(hook: Callable[[Tensor], None], name: str) -> Callable[[Tensor], None
             if "mixed torch.Tensor and DTensor" not in str(error):
                 raise
             raise InputError(f"hook {_place(hook)} runs after the gradient of parameter {name!r} was accumulated, and mixes "
-                             "plain tensors with that DTensor; `register_hook` gives hooks whole gradients, or distribute "
+                             "plain tensors with that DTensor; `register_hook` gives hooks full gradients, or distribute "
                              "what is mixed (`torch.distributed.tensor.distribute_tensor(t, p.device_mesh, p.placements)`)"
                              ) from error
 

@@ -48,7 +48,7 @@ class Reads:
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, str], tuple[Any, str]] = {}
-        self.whole: dict[int, Any] = {}  # objects that cannot be watched: any of their attributes
+        self.unwatched: dict[int, Any] = {}  # objects that cannot be watched: any of their attributes
         self.buffers: set[str] = set()
         self._left: set[tuple[int, Any]] = set()
         self._holders: set[int] = set()
@@ -74,7 +74,7 @@ class Reads:
                 name = f"{path}.{key}".strip(".")
                 if name in self.buffers:
                     made[id(module._buffers), key] = Slot(module._buffers, module._buffers.get, key, name)
-        for owner in self.whole.values():
+        for owner in self.unwatched.values():
             made[id(owner), ""] = Slot(owner, _Fields(owner), "", type(owner).__name__)
         for owner, name in self.found.values():
             if id(vars(owner)) not in paths and type(owner).__module__.startswith(_TRACERS):
@@ -195,8 +195,8 @@ def recorded() -> Iterator[Reads]:
             for part in (value.values() if kind is dict else value) if len(value) <= LONGEST and depth < DEEPEST else ():
                 follow(part, depth + 1)
         elif kind in unwatched:
-            if id(value) not in reads.whole:
-                reads.whole[id(value)] = value
+            if id(value) not in reads.unwatched:
+                reads.unwatched[id(value)] = value
                 for part in _Fields(value)().values():
                     follow(part)
         elif kind not in known:
@@ -248,8 +248,8 @@ def everything(model: nn.Module) -> Reads:
         if isinstance(value, CONTAINERS) and len(value) <= LONGEST and depth < DEEPEST:
             for part in value.values() if isinstance(value, dict) else value:
                 follow(part, depth + 1)
-        elif _has_attributes(value) and id(value) not in reads.whole and depth < DEEPEST:
-            reads.whole[id(value)] = value
+        elif _has_attributes(value) and id(value) not in reads.unwatched and depth < DEEPEST:
+            reads.unwatched[id(value)] = value
             follow(_Fields(value)(), depth)
 
     for module in model.modules():

@@ -38,7 +38,7 @@ class State:
         self._slots: list[Slot] = []
         self._getters: list[Any] = []
         self._names: list[str] = []
-        self._seen: list[_Values] = []
+        self._seen: list[_SlotValues] = []
         self._look()
 
     def key(self) -> tuple:
@@ -147,10 +147,10 @@ class State:
         number = 0
         if self._seen:
             number = self._change(2, self._difference(self._seen[0], values))
-        self._seen = [_Values(values, number), *self._seen[: KNOWN - 1]]
+        self._seen = [_SlotValues(values, number), *self._seen[: KNOWN - 1]]
         return number
 
-    def _difference(self, seen: _Values, values: list[Any]) -> str:
+    def _difference(self, seen: _SlotValues, values: list[Any]) -> str:
         texts = [f"{s.text}: {_short(a)}, then {_short(b)}" for s, a, b in zip(self._slots, seen.values, values, strict=True)
                  if not same(a, b) and s.name]
         inside = [self._slots[i].text for i, was in seen.inside if content(values[i]) != was]
@@ -169,7 +169,7 @@ def _alike(before: list[Any], now: list[Any]) -> bool:
     return any(a is not b for a, b in zip(before, now, strict=True))
 
 
-class _Values:
+class _SlotValues:
     """Values of all slots, as they once were, and the number of that state."""
 
     def __init__(self, values: list[Any], number: int):

@@ -38,7 +38,7 @@ from torch import Tensor, fx
 
 from fxpar.sharding.mesh import Axes, Mesh
 
-Place = tuple[int, int]
+PlaceInDim = tuple[int, int]
 P = ParamSpec("P")
 
 
@@ -91,10 +91,10 @@ def use_runtime(runtime: Runtime) -> Iterator[None]:
         _active.reset(token)
 
 
-def _front(x: Tensor, place: Place, ranks: int) -> Tensor:
+def _front(x: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
     """Bring what ranks exchange to the front: all ranks' parts along dim 0, one after the other, contiguous.
 
-    A whole dim is only moved there, so that whoever makes the tensor can write it in that order at once; a run inside a
+    A dim in one piece is only moved there, so that whoever makes the tensor can write it in that order at once; a run inside a
     dim (``outer > 1``) is ``[..., outer, ranks, inner, ...] -> [ranks * outer * inner, ...]``.
     """
     dim, outer = place
@@ -106,7 +106,7 @@ def _front(x: Tensor, place: Place, ranks: int) -> Tensor:
     return y.reshape(shape[dim], *y.shape[3:]).contiguous()
 
 
-def _back(y: Tensor, place: Place, ranks: int) -> Tensor:
+def _back(y: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
     """The inverse of `_front`, of a tensor that now has the parts of `ranks` ranks along dim 0."""
     dim, outer = place
     if outer == 1:
@@ -126,9 +126,9 @@ class Direction:
     -1 where it is one of so many parts of it.
     """
 
-    before: Callable[[Tensor, Place, Place, int, int], Tensor]
+    before: Callable[[Tensor, PlaceInDim, PlaceInDim, int, int], Tensor]
     comm: str | None
-    after: Callable[[Tensor, Place, Place, int], Tensor]
+    after: Callable[[Tensor, PlaceInDim, PlaceInDim, int], Tensor]
     op: str | None = None
     grows: int = 0
 
@@ -137,7 +137,7 @@ class Direction:
         return Direction(lambda x, p, t, n, i: self.before(x, t, p, n, i), self.comm, lambda y, p, t, n: self.after(y, t, p, n))
 
 
-def _slice(x: Tensor, place: Place, to: Place, ranks: int, index: int) -> Tensor:
+def _slice(x: Tensor, place: PlaceInDim, to: PlaceInDim, ranks: int, index: int) -> Tensor:
     dim, outer = place
     shape = list(x.shape)
     y = x.reshape(*shape[:dim], outer, ranks, shape[dim] // (outer * ranks), *shape[dim + 1 :])
@@ -155,7 +155,7 @@ SCATTER = Direction(lambda x, place, to, n, _: _front(x, place, n), "reduce_scat
 EXCHANGE = Direction(lambda x, place, to, n, _: _parts(x, to, n), "all_to_all", lambda y, place, to, n: _joined(y, place))
 
 
-def _parts(x: Tensor, place: Place, ranks: int) -> Tensor:
+def _parts(x: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
     """``[ranks, ...]``: the part of each rank, with the other dims as they were."""
     dim, outer = place
     shape = list(x.shape)
@@ -164,7 +164,7 @@ def _parts(x: Tensor, place: Place, ranks: int) -> Tensor:
     return y.reshape(ranks, *shape[:dim], outer * inner, *shape[dim + 1 :]).contiguous()
 
 
-def _joined(y: Tensor, place: Place) -> Tensor:
+def _joined(y: Tensor, place: PlaceInDim) -> Tensor:
     """The inverse of `_parts`."""
     dim, outer = place
     ranks, shape = y.shape[0], list(y.shape[1:])
@@ -187,7 +187,7 @@ CONJUGATE: dict[str, tuple[Direction, Direction | None]] = {
 them."""
 
 
-def run_direction(step: Direction, run: Runtime, x: Tensor, axes: Axes, place: Place, to: Place) -> Tensor:
+def run_direction(step: Direction, run: Runtime, x: Tensor, axes: Axes, place: PlaceInDim, to: PlaceInDim) -> Tensor:
     """One direction on this rank."""
     x = step.before(x, place, to, run.size(axes), run.index(axes))
     if step.comm is not None:
@@ -215,8 +215,8 @@ class Collective:
     kind: str
     value: Any
     axes: Axes
-    place: Place = (0, 1)
-    to: Place = (0, 1)
+    place: PlaceInDim = (0, 1)
+    to: PlaceInDim = (0, 1)
     dtype: torch.dtype | None = None
     reduce: torch.dtype | None = None
     unsharded: Any = None
@@ -233,7 +233,7 @@ class Collective:
 
     @property
     def gathers(self) -> bool:
-        """Whether its result is the whole of what ranks hold parts of."""
+        """Whether its result is the full tensor that ranks hold parts of."""
         return self.forward is GATHER
 
     @property

@@ -49,14 +49,14 @@ def dropout_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *, p: float
 
     Takes: q [b, h, q, d], k [b, kv, k, d], v [b, kv, k, e]; kv is h, or divides it if `enable_gqa`. attn_mask: as
     `scaled_dot_product_attention` takes it, without a gradient. window: causal attention to so many keys at most. grid: where the
-    elements of [b, h, q] lie in the global tensor, as of `dropout_mask` (default: they are whole); local queries must follow one
-    another. Keys are whole. Returns [b, h, q, e].
+    elements of [b, h, q] lie in the global tensor, as of `dropout_mask` (default: they are the full tensor); local queries must follow one
+    another. Keys are not split. Returns [b, h, q, e].
     """
     (b, h, length, d), columns = q.shape, k.shape[2]
     places: Grid = tuple(grid)[:3] if grid else tuple(((int(n), 0, int(n)),) for n in (b, h, length))
     heads = global_index((b, h), places[:2], q.device).expand(b, h).contiguous()
     first_row, rows = _span(places[2])
-    total = math.prod(whole for runs in places for _, _, whole in runs) * columns
+    total = math.prod(full for runs in places for _, _, full in runs) * columns
     scale = scale if scale is not None else 1 / math.sqrt(d)
     mask = None if attn_mask is None else attn_mask.expand(b, h, length, columns)
     return attend(q, k, v, mask, seed, heads, p, site, scale, is_causal or window is not None, window or 0, first_row, rows,
@@ -84,9 +84,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, enable_gqa: bo
 def _span(runs: tuple[tuple[int, int, int], ...]) -> tuple[int, int]:
     """(the first, how many there are globally) of local elements that follow one another."""
     first, count = 0, 1
-    for i, (local, offset, whole) in enumerate(runs):
-        assert i == 0 or local == whole, "local queries do not follow one another"
-        first, count = first * whole + offset, count * whole
+    for i, (local, offset, full) in enumerate(runs):
+        assert i == 0 or local == full, "local queries do not follow one another"
+        first, count = first * full + offset, count * full
     return first, count
 
 

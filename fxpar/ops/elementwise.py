@@ -31,11 +31,11 @@ def _kernels() -> Any:
             row = table + 2 * tl.program_id(0)
             count = tl.load(row)
             x = address(row + 1, like)
-            whole = count // BLOCK * BLOCK
-            for start in range(0, whole, BLOCK):
+            blocked = count // BLOCK * BLOCK
+            for start in range(0, blocked, BLOCK):
                 at = start + tl.arange(0, BLOCK)
                 tl.store(x + at, tl.load(x + at) * by)
-            at = whole + tl.arange(0, BLOCK)
+            at = blocked + tl.arange(0, BLOCK)
             tl.store(x + at, tl.load(x + at, mask=at < count) * by, mask=at < count)
 
     @triton.jit
@@ -43,13 +43,13 @@ def _kernels() -> Any:
         row = table + 4 * tl.program_id(0)
         count = tl.load(row)
         x, first, second = address(row + 1, source), address(row + 2, to), address(row + 3, to)
-        whole = count // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
+        blocked = count // BLOCK * BLOCK
+        for start in range(0, blocked, BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = tl.load(x + at).to(to.dtype.element_ty)
             tl.store(first + at, value)
             tl.store(second + at, value)
-        at = whole + tl.arange(0, BLOCK)
+        at = blocked + tl.arange(0, BLOCK)
         value = tl.load(x + at, mask=at < count).to(to.dtype.element_ty)
         tl.store(first + at, value, mask=at < count)
         tl.store(second + at, value, mask=at < count)
@@ -59,11 +59,11 @@ def _kernels() -> Any:
         row = table + 4 * tl.program_id(0)
         count = tl.load(row)
         to, one, other = address(row + 1, like), address(row + 2, like), address(row + 3, like)
-        whole = count // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
+        blocked = count // BLOCK * BLOCK
+        for start in range(0, blocked, BLOCK):
             at = start + tl.arange(0, BLOCK)
             tl.store(to + at, tl.load(one + at) + tl.load(other + at))
-        at = whole + tl.arange(0, BLOCK)
+        at = blocked + tl.arange(0, BLOCK)
         tl.store(to + at, tl.load(one + at, mask=at < count) + tl.load(other + at, mask=at < count), mask=at < count)
 
     return SimpleNamespace(scale=scale, spread=spread, add=add)

@@ -38,7 +38,7 @@ def logsumexp(x: Tensor) -> Tensor:
     """``torch.logsumexp(x, -1)``: x [..., n], floating point -> [...].
 
     A row that does not fit into registers is read twice, for its maximum and for its sum. Parts of it that do are
-    read once; what is left to do is a logsumexp over the parts. A row that cannot be cut, or is short, stays whole.
+    read once; what is left to do is a logsumexp over the parts. A row that cannot be cut, or is short, stays in one piece.
     """
     part = min(LONGEST, x.shape[-1] & -x.shape[-1])
     if part < SHORTEST or x.shape[-1] < LONGEST * SHORTEST:

@@ -40,9 +40,9 @@ def _mix(h: Tensor) -> Tensor:
 def coordinates(runs, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """The global coordinates of a dim's local elements, from its runs of (local size, offset, global size)."""
     at = torch.zeros((), dtype=dtype, device=device)
-    for local, offset, whole in runs:
+    for local, offset, full in runs:
         here = torch.arange(local, dtype=dtype, device=device) + offset
-        at = (at.unsqueeze(-1) * whole + here) if at.dim() else here
+        at = (at.unsqueeze(-1) * full + here) if at.dim() else here
         at = at.reshape(-1)
     return at
 
@@ -55,8 +55,8 @@ def global_index(shape, grid, device: torch.device, dtype: torch.dtype = torch.i
     for back, runs in enumerate(reversed(list(grid))):
         at = coordinates(runs, device, dtype) if runs else torch.zeros(1, dtype=dtype, device=device)
         index = index + at.reshape(-1, *([1] * back)) * stride
-        for _, _, whole in runs:
-            stride *= whole
+        for _, _, full in runs:
+            stride *= full
     return index
 
 
@@ -64,10 +64,10 @@ def dropout_mask(x: Tensor, seed: Tensor, *, p: float, site: int, shape=None, gr
     """A boolean tensor like `x`: True with probability ``1 - p``, the same whatever part of the tensor this is.
 
     seed: int64 scalar; site: which random operator of the model this is. shape: the mask's shape, where it is not
-    `x`'s (dropout of whole channels). grid: where the local elements lie in the global tensor (default: x is whole).
+    `x`'s (dropout of whole channels). grid: where the local elements lie in the global tensor (default: x is the full tensor).
     """
     shape = x.shape if shape is None else shape
-    total = math.prod(whole for runs in grid for _, _, whole in runs) if grid else math.prod(shape)
+    total = math.prod(full for runs in grid for _, _, full in runs) if grid else math.prod(shape)
     dtype = torch.int32 if total <= 2**31 else torch.int64
     return kept(global_index(shape, grid, x.device, dtype), seed, p=p, site=site)
 

@@ -89,11 +89,11 @@ def _check_collectives(schedule: Schedule) -> None:
                 _refuse(schedule, f"must gather and reduce once for all microbatches, and has {action}")
 
 
-_Message = tuple[int, int, int | None]
+_Link = tuple[int, int, int | None]
 """(sending stage, receiving stage, microbatch)"""
 
 
-def _message(action: Action) -> _Message:
+def _message(action: Action) -> _Link:
     other = action.stage + (1 if action.kind in (Kind.SEND_F, Kind.RECV_B) else -1)
     stages = (action.stage, other) if action.kind in (Kind.SEND_F, Kind.SEND_B) else (other, action.stage)
     return *stages, action.microbatch
@@ -101,7 +101,7 @@ def _message(action: Action) -> _Message:
 
 def _check_messages(schedule: Schedule) -> None:
     owner = schedule.owner
-    needed: dict[_Message, None] = {
+    needed: dict[_Link, None] = {
         (source, target, microbatch): None for stage in range(schedule.stages - 1) if owner[stage] != owner[stage + 1]
         for source, target in ((stage, stage + 1), (stage + 1, stage)) for microbatch in range(schedule.microbatches)}
     for kinds, verb, end in (((Kind.SEND_F, Kind.SEND_B), "send", 0), ((Kind.RECV_F, Kind.RECV_B), "receive", 1)):

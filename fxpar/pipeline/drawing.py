@@ -44,7 +44,7 @@ def text(timeline: Timeline, width: int = 120, kept: Sequence[float] | None = No
 
 def _shade(timeline: Timeline, rank: int, span: Span) -> int:
     """0 for a rank's first, third, ... stage, 1 for the others."""
-    return timeline.schedule.held(rank).index(span.action.stage) % 2
+    return timeline.schedule.stages_of(rank).index(span.action.stage) % 2
 
 
 def _drawn(timeline: Timeline) -> list[Kind]:

@@ -94,7 +94,7 @@ class Schedule:
     def stages(self) -> int:
         return len(self.owner)
 
-    def held(self, rank: int) -> tuple[int, ...]:
+    def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank holds."""
         return tuple(stage for stage, owner in enumerate(self.owner) if owner == rank)
 
@@ -103,6 +103,10 @@ class Schedule:
         if not action.kind.is_message:
             raise ValueError(f"{action} communicates with no rank of the pipeline")
         return self.owner[action.stage + (1 if action.kind in (Kind.SEND_F, Kind.RECV_B) else -1)]
+
+    def splits(self, stage: int) -> bool:
+        """Whether a stage's backward is run in two halves, for some microbatch."""
+        return any(action.kind is Kind.I and action.stage == stage for action in self.actions[self.owner[stage]])
 
     def alive(self) -> tuple[int, ...]:
         """For each stage, the most microbatches whose forward has begun and whose backward (B or W) has not ended."""
@@ -119,7 +123,7 @@ class Schedule:
         left = kept if kept_for_weights is None else kept_for_weights
         if not len(kept) == len(left) == self.stages:
             raise ValueError(f"a schedule of {self.stages} stages needs as many sizes, not {len(kept)} and {len(left)}")
-        return tuple(self._peak(set(self.held(rank)), kept, left) for rank in range(self.ranks))
+        return tuple(self._peak(set(self.stages_of(rank)), kept, left) for rank in range(self.ranks))
 
     def _peak(self, stages: set[int], kept: Sequence[float], left: Sequence[float]) -> float:
         """The most that is held for these stages, all of one rank."""
@@ -198,14 +202,14 @@ def _looped(rank: int, ranks: int, virtual_stages: int, microbatches: int, warm_
 
     split: whether a backward is I, with W after `delay` further ones.
     """
-    held = [rank + ranks * i for i in range(virtual_stages)]
+    own = [rank + ranks * i for i in range(virtual_stages)]
     forwards: deque[tuple[int, int]] = deque()
     backwards: list[tuple[int, int]] = []
     begin = 0
     for size in _rounds(ranks, microbatches):
         members = range(begin, begin + size)
-        forwards.extend((stage, microbatch) for stage in held for microbatch in members)
-        backwards.extend((stage, microbatch) for stage in reversed(held) for microbatch in members)
+        forwards.extend((stage, microbatch) for stage in own for microbatch in members)
+        backwards.extend((stage, microbatch) for stage in reversed(own) for microbatch in members)
         begin += size
     order = [_action(Kind.F, forwards.popleft()) for _ in range(min(warm_up, len(forwards)))]
     for i, at in enumerate(backwards):
@@ -284,7 +288,7 @@ def _unshard(order: _Order) -> _Order:
 
 
 _UNITS = {Kind.F: 1, Kind.B: 2, Kind.I: 1, Kind.W: 1}
-Value = tuple[int, bool, int | None]
+Transfer = tuple[int, bool, int | None]
 """What travels between stages: (the stage that makes it, whether its forward does, microbatch)."""
 
 
@@ -293,7 +297,7 @@ def _communicate(orders: Sequence[_Order], owner: Sequence[int]) -> list[_Order]
     waiting = [deque(order) for order in orders]
     lists: list[_Order] = [[] for _ in orders]
     running: dict[int, tuple[Action, int]] = {}
-    made: set[Value] = set()
+    made: set[Transfer] = set()
     now = 0
     while any(waiting):
         for rank, (action, end) in sorted(running.items()):
@@ -314,12 +318,12 @@ def _communicate(orders: Sequence[_Order], owner: Sequence[int]) -> list[_Order]
     return lists
 
 
-def makes(action: Action) -> set[Value]:
+def makes(action: Action) -> set[Transfer]:
     """What a computation makes for other stages, or for its own backward."""
     return set() if action.kind is Kind.W else {(action.stage, action.kind is Kind.F, action.microbatch)}
 
 
-def needs(action: Action, stages: int) -> set[Value]:
+def needs(action: Action, stages: int) -> set[Transfer]:
     """What must have been made before a rank can go on with an action that is next in its list."""
     if action.kind is Kind.F and action.stage > 0:
         return {(action.stage - 1, True, action.microbatch)}

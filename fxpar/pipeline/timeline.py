@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxpar.pipeline.schedules import Action, Kind, Schedule, Value, makes, needs
+from fxpar.pipeline.schedules import Action, Kind, Schedule, Transfer, makes, needs
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class _Clock:
         self.network = [0.0] * schedule.ranks  # the same of its gathers and reductions
         self.link: dict[tuple[int, int], float] = {}  # and of messages from one rank to another
         self.gathered: dict[int, float] = {}
-        self.sent: dict[Value, Span] = {}
-        self.there: dict[tuple[int, Value], float] = {}  # when a value is on a rank
+        self.sent: dict[Transfer, Span] = {}
+        self.there: dict[tuple[int, Transfer], float] = {}  # when a value is on a rank
 
     def advance(self, rank: int) -> bool:
         """Runs a rank until it needs what has not been made; whether it moved."""

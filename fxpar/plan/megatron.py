@@ -58,10 +58,10 @@ _FLAGS: dict[str, tuple[str, str | None]] = {
 }
 
 _Flags = dict[str, Any]
-_Fields = dict[str, Any]
+_PlanFields = dict[str, Any]
 
 
-def plan_fields(args: str | Sequence[str], world_size: int | None = None) -> _Fields:
+def plan_fields(args: str | Sequence[str], world_size: int | None = None) -> _PlanFields:
     """The keyword arguments of the `Plan` that Megatron's flags `args` describe.
 
     args: a command line, or its words; `--flag value` and `--flag=value` both do.
@@ -128,7 +128,7 @@ def _up(number: int, step: int) -> int:
 _NEED_DP = ("--expert-model-parallel-size", "--num-distributed-optimizer-instances", "--global-batch-size")
 
 
-def _data_parallel(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
+def _data_parallel(flags: _Flags, fields: _PlanFields, world_size: int | None) -> _PlanFields:
     others = fields.get("tp", 1) * fields.get("pp", 1) * fields.get("cp", 1)
     if world_size is None:
         for flag in _NEED_DP:
@@ -143,7 +143,7 @@ def _data_parallel(flags: _Flags, fields: _Fields, world_size: int | None) -> _F
     return {"dp": world_size // others}
 
 
-def _zero(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
+def _zero(flags: _Flags, fields: _PlanFields, world_size: int | None) -> _PlanFields:
     """The strategy if it is named, else 3 for FSDP; never less than the distributed optimizer's 1."""
     least = int("--use-distributed-optimizer" in flags)
     fsdp = any(flag in flags for flag in ("--use-megatron-fsdp", "--use-custom-fsdp", "--use-torch-fsdp2"))
@@ -156,7 +156,7 @@ def _zero(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
     return {"zero": max(least, ZERO_NAMES.index(flags[flag]))}
 
 
-def _stages(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
+def _stages(flags: _Flags, fields: _PlanFields, world_size: int | None) -> _PlanFields:
     """Virtual stages, as a number a rank or as layers a stage; more than one: the schedule is interleaved."""
     stages = flags.get("--num-virtual-stages-per-pipeline-rank", 1)
     flag = "--num-layers-per-virtual-pipeline-stage"
@@ -173,7 +173,7 @@ def _stages(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
     return {"virtual_stages": stages, "schedule": "interleaved1f1b"} if stages > 1 else {}
 
 
-def _microbatches(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
+def _microbatches(flags: _Flags, fields: _PlanFields, world_size: int | None) -> _PlanFields:
     """How many micro batches (in samples) make one replica's part of the global batch (in samples)."""
     flag, micro = "--global-batch-size", flags.get("--micro-batch-size")
     if flag not in flags:
@@ -187,7 +187,7 @@ def _microbatches(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fi
     return {"microbatches": flags[flag] // step}
 
 
-def _context(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
+def _context(flags: _Flags, fields: _PlanFields, world_size: int | None) -> _PlanFields:
     flag = "--cp-comm-type"
     kinds = flags.get(flag, [])
     if len(set(kinds)) > 1:
@@ -195,7 +195,7 @@ def _context(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
     return {"cp_comm": kinds[0]} if kinds else {}
 
 
-def _experts(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
+def _experts(flags: _Flags, fields: _PlanFields, world_size: int | None) -> _PlanFields:
     flag, ep = "--num-experts", fields.get("ep", 1)
     if flags.get(flag, 0) % ep:
         raise PlanError(
@@ -208,7 +208,7 @@ def _experts(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
     return {}
 
 
-def _recompute(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
+def _recompute(flags: _Flags, fields: _PlanFields, world_size: int | None) -> _PlanFields:
     default = "selective" if "--recompute-activations" in flags else "none"
     flag = "--recompute-granularity"
     kind = flags.get(flag, default)
@@ -221,7 +221,7 @@ def _recompute(flags: _Flags, fields: _Fields, world_size: int | None) -> _Field
     return {"recompute": kind}
 
 
-def _dtypes(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
+def _dtypes(flags: _Flags, fields: _PlanFields, world_size: int | None) -> _PlanFields:
     """As in Megatron, bf16 reduces gradients in fp32 unless told to do it in bf16."""
     if "--bf16" in flags and "--fp16" in flags:
         raise PlanError("--fp16", True, "must not be given with --bf16", "--bf16")
@@ -236,6 +236,6 @@ def _dtypes(flags: _Flags, fields: _Fields, world_size: int | None) -> _Fields:
 
 
 # In order: `_microbatches` reads the dp that `_data_parallel` found.
-_DERIVED: tuple[Callable[[_Flags, _Fields, int | None], _Fields], ...] = (
+_DERIVED: tuple[Callable[[_Flags, _PlanFields, int | None], _PlanFields], ...] = (
     _data_parallel, _zero, _stages, _microbatches, _context, _experts, _recompute, _dtypes,
 )  # fmt: skip

@@ -445,11 +445,11 @@ def require_virtual_stages(schedule: str, virtual_stages: int) -> None:
         raise PlanError("virtual_stages", virtual_stages, requirement, "virtual_stages=2, or schedule=zb1p")
 
 
-def _check_divides(name: str, value: int, of_what: str, whole: int) -> None:
-    if whole % value:
-        largest = min(value, whole, 2**16)  # bounds the search; 1 always divides
-        near = next(divisor for divisor in range(largest, 0, -1) if whole % divisor == 0)
-        raise PlanError(name, value, f"must divide {of_what} = {whole}", f"{name}={near}")
+def _check_divides(name: str, value: int, of_what: str, total: int) -> None:
+    if total % value:
+        largest = min(value, total, 2**16)  # bounds the search; 1 always divides
+        near = next(divisor for divisor in range(largest, 0, -1) if total % divisor == 0)
+        raise PlanError(name, value, f"must divide {of_what} = {total}", f"{name}={near}")
 
 
 Plans = list[Plan | str] | list[Plan] | list[str] | tuple[Plan | str, ...]

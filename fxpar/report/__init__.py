@@ -3,6 +3,8 @@
 report    `fxpar.inspect`: layouts of parameters, collectives, memory, FLOPs
 pipeline  what it says of a pipeline: stages, cuts, what each rank holds, the timeline
 memory    the predicted peak of one rank, or of each rank of a pipeline
+brief     its graphs, of which a few of many equal blocks are traced
+kept      proof that those keep for the backward pass what all would
 text      tables
 dump      programs as readable and runnable Python
 """

@@ -13,6 +13,7 @@ from torch import fx
 from fxpar.ops.collectives import typed
 from fxpar.program import Program, user_line
 from fxpar.sharding.factors import Factor, leaves
+from fxpar.sharding.facts import global_value, if_local, sharding_at
 
 _BINARY = {operator.mul: "*", operator.add: "+", operator.sub: "-", operator.floordiv: "//"}
 
@@ -33,7 +34,7 @@ class Dumper:
 
 def readable(program: Program, stage: str = "replicas") -> str:
     """The program as a Python module: `forward` on flat inputs, and a main that runs it on made-up ones."""
-    local = any("tiling" in n.meta for n in program.placeholders())
+    local = any(if_local(n).sharding is not None for n in program.placeholders())
     modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})
     lines = [f'"""After pass {stage!r}. Plan {program.plan}; mesh {program.mesh}; '
              f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch",
@@ -94,16 +95,17 @@ def _text(value: Any) -> str:
 
 def _comment(node: fx.Node, extra: str = "") -> str:
     parts = [extra] if extra else []
-    if "shows" in node.meta:
-        parts.append(node.meta["shows"])
-    elif "dims" in node.meta and isinstance(node.meta["dims"], tuple):
-        parts.append(f"[{', '.join(' '.join(_factor(f) for f in leaves(d)) or '1' for d in node.meta['dims'])}]")
+    dims = global_value(node).dims
+    if if_local(node).layout_text:
+        parts.append(if_local(node).layout_text)
+    elif dims is not None:
+        parts.append(f"[{', '.join(' '.join(_factor(f) for f in leaves(d)) or '1' for d in dims)}]")
     elif isinstance(node.meta.get("val"), torch.Tensor):
         value = node.meta["val"]
         parts.append(f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
     made = typed(node)
     if made is not None:
-        parts.append(f"{made.label} over {', '.join(made.axes)} for {node.meta['for']}")
+        parts.append(f"{made.label} over {', '.join(made.axes)} for {if_local(node).made_for}")
     return f"  # {'; '.join(parts)}" if parts else ""
 
 
@@ -115,14 +117,15 @@ def _main(program: Program, local: bool) -> list[str]:
     """Runs the program on made-up inputs; a local one as a rank whose partners all hold the same."""
     lines = ["def made_up_inputs():", "    return ["]
     for node, source in zip(program.placeholders(), program.sources, strict=True):
-        value = node.meta.get("global", node.meta.get("val"))
+        known = if_local(node).full
+        value = node.meta.get("val") if known is None else known
         if not isinstance(value, torch.Tensor):
             lines.append("        None,")
             continue
         shape = list(value.shape)
-        if local and "tiling" in node.meta:
+        if local and if_local(node).sharding is not None:
             size = program.mesh.size
-            shape = [math.prod(p.size // size(*p.axes) for p in dim) for dim in node.meta["tiling"]]
+            shape = [math.prod(p.size // size(*p.axes) for p in dim) for dim in sharding_at(node)]
         make = "torch.rand" if value.is_floating_point() else "torch.zeros"
         lines.append(f"        {make}({shape}, dtype={value.dtype}),  # {source.name}")
     lines += ["    ]", "", "", 'if __name__ == "__main__":']

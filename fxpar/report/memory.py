@@ -29,7 +29,10 @@ from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
 from fxpar.pipeline.schedules import Schedule
 from fxpar.program import Program, module_path
-from fxpar.sharding.layout import held_shape
+from fxpar.report import brief
+from fxpar.report.brief import Input
+from fxpar.sharding.facts import full_value, local_value, sharding_at
+from fxpar.sharding.layout import shard_shape
 from fxpar.sharding.mesh import Axes, Mesh
 
 aten = torch.ops.aten
@@ -57,12 +60,13 @@ class Peak:
         return f"{self.bytes / 2**30:.3f} GiB in the {self.phase} pass ({self.where}): {parts}"
 
 
-def predict(program: Program) -> Peak:
+def predict(program: Program, briefly: bool = True) -> Peak:
     """The peak of a partitioned program under the Inductor backend; of the forward pass alone if it is not for training.
 
-    Under a plan with microbatches: of the last of them, where the program is that of one.
+    Under a plan with microbatches: of the last of them, where the program is that of one. briefly: a few of many equal blocks
+    may stand for all in what takes long (see `fxpar.backends.repeats`); the result is the same.
     """
-    return _Step(program, *trace(program)).peak()
+    return _Step(program, *trace(program, briefly)).peak()
 
 
 def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak]:
@@ -75,13 +79,13 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak
     """
     steps = [_Step(p, *trace(p)) for p in programs]
     peaks = [step.peak() for step in steps]
-    held, alive = schedule.memory([peak.kept for peak in peaks]), schedule.alive()
+    activations, alive = schedule.memory([peak.kept for peak in peaks]), schedule.alive()
     out = []
     for rank in range(schedule.ranks):
-        stages = schedule.held(rank)
+        stages = schedule.stages_of(rank)
         outputs = sum((schedule.microbatches - (alive[s] if programs[s].training else 1)) * _output_bytes(programs[s])
                       for s in stages)
-        twice = _held_twice([programs[s] for s in stages])
+        twice = _counted_twice([programs[s] for s in stages])
         together = []
         for s in stages:
             parts = dict(peaks[s].parts)
@@ -89,8 +93,8 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak
                 parts[part] += size
             for part, size in twice.items():
                 parts[part] -= size
-            parts["activations"] += outputs + (int(held[rank]) - peaks[s].kept if programs[s].training else 0)
-            together.append(replace(peaks[s], bytes=sum(parts.values()), parts=parts, kept=int(held[rank])))
+            parts["activations"] += outputs + (int(activations[rank]) - peaks[s].kept if programs[s].training else 0)
+            together.append(replace(peaks[s], bytes=sum(parts.values()), parts=parts, kept=int(activations[rank])))
         out.append(max(together, key=lambda peak: peak.bytes))
     return out
 
@@ -98,18 +102,19 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak
 def _output_bytes(program: Program) -> int:
     """Bytes of what a stage returns to the user, scalars left out."""
     pairs = zip(program.tensor_sinks(), program.outputs(), strict=True)
-    found = [(held_shape(n.meta["tiling"], program.mesh), n.meta["global"].dtype) for sink, n in pairs if sink.kind == "output"]
+    found = [(shard_shape(sharding_at(n), program.mesh), full_value(n).dtype)
+             for sink, n in pairs if sink.kind == "output"]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in found if shape)
 
 
-def _held_twice(programs: Sequence[Program]) -> dict[str, int]:
+def _counted_twice(programs: Sequence[Program]) -> dict[str, int]:
     """What was counted too often of parameters that several stages of one rank use."""
     seen: set[str] = set()
     twice = {"parameters": 0, "optimizer": 0}
     for program in programs:
         for node, source in program.source_of().items():
             if source.kind == "param" and source.name in seen:
-                size = size_of(torch.empty(held_shape(node.meta["tiling"], program.mesh), dtype=node.meta["global"].dtype,
+                size = size_of(torch.empty(shard_shape(sharding_at(node), program.mesh), dtype=full_value(node).dtype,
                                            device="meta"))
                 twice["parameters"] += size
                 twice["optimizer"] += 2 * size if source.requires_grad and program.training else 0
@@ -137,48 +142,52 @@ class _Shapes(FunctionalRuntime):
         return str(axes)
 
 
-@dataclass
-class _Input:
-    """A tensor that the graphs take: fake, of local shape; which of `PARTS` it is; whether the optimizer has state for it. What a
-    stage receives is an activation."""
+def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[Input]]:
+    """The forward graph, and the backward graph if there is one, as Inductor lowers them; and what the forward takes.
 
-    value: Tensor
-    part: str
-    trained: bool = False
-
-
-def trace(program: Program) -> tuple[list[fx.Graph], list[_Input]]:
-    """The forward graph, and the backward graph if there is one, as Inductor lowers them; and what the forward takes."""
+    briefly: of a long run of equal blocks, few may be traced.
+    """
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
-    inputs: list[_Input | None] = []
+    inputs: list[Input | None] = []
     for node, source in program.source_of().items():
         part = {"param": "parameters", "received": "activations"}.get(source.kind, "inputs")
         value = _local(mode, node, source.value, program.mesh, source.requires_grad)
         trained = source.kind == "param" and source.requires_grad
-        inputs.append(_Input(value, part, trained) if isinstance(value, Tensor) else None)
-    module = program.module
-    with use_runtime(_Shapes(program.mesh)), compat.memory_budget(program.plan.memory_budget):
-        if program.training and program.plan.microbatches > 1:
+        inputs.append(Input(value, part, trained) if isinstance(value, Tensor) else None)
+    module, plan = program.module, program.plan
+    with use_runtime(_Shapes(program.mesh)), compat.memory_budget(plan.memory_budget):
+        if program.training and plan.microbatches > 1:
             module, more = _last_microbatch(program, [i.value for i in inputs if i is not None and i.part == "parameters"])
             inputs += more
-        plain, keep = tensor_inputs_only(module, [None if i is None else i.value for i in inputs], fused=True)
-        _as_on_gpu(plain)
-        taken = [i for i in (inputs[k] for k in keep) if i is not None]
+        values = [None if i is None else i.value for i in inputs]
+        taken = [i for i in inputs if i is not None]
         with torch.set_grad_enabled(program.training):
-            lowered = compat.lowered_graphs(plain, [i.value for i in taken], inductor.settings(program.plan, as_on_gpu=True))
+            if briefly:
+                made = brief.lowered(_plain(module, values), taken, plan)
+                if made is not None:
+                    return made
+            settings = inductor.settings(plan, as_on_gpu=True)
+            lowered = compat.lowered_graphs(_plain(module, values), [i.value for i in taken], settings)
     return [m.graph for m in lowered], taken
+
+
+def _plain(module: fx.GraphModule, values: list[Tensor | None]) -> fx.GraphModule:
+    plain, _ = tensor_inputs_only(module, values, fused=True)
+    _as_on_gpu(plain)
+    return plain
 
 
 def _local(mode: Any, node: fx.Node, value: Any, mesh: Mesh, requires_grad: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
-    held = node.meta.get("global", value)
-    shape = tuple(held.shape) if "tiling" not in node.meta else held_shape(node.meta["tiling"], mesh)
+    known = local_value(node)
+    full = value if known.full is None else known.full
+    shape = tuple(full.shape) if known.sharding is None else shard_shape(known.sharding, mesh)
     with mode:
-        return torch.empty(shape, dtype=held.dtype, requires_grad=requires_grad)
+        return torch.empty(shape, dtype=full.dtype, requires_grad=requires_grad)
 
 
-def _last_microbatch(program: Program, parameters: list[Tensor]) -> tuple[fx.GraphModule, list[_Input]]:
+def _last_microbatch(program: Program, parameters: list[Tensor]) -> tuple[fx.GraphModule, list[Input]]:
     """The program as the last microbatch of a step runs it (see `fxpar.run.steps`), and what it takes besides."""
     plan, mesh = program.plan, program.mesh
     if plan.gathers_each_use or mesh.size(*mesh.axes("dp")) == 1:
@@ -188,8 +197,8 @@ def _last_microbatch(program: Program, parameters: list[Tensor]) -> tuple[fx.Gra
         return program.module, []
     with torch.no_grad(), parameters[0].fake_mode:  # type: ignore[attr-defined]
         values = dict(zip(phases.boundaries, phases.unshard(*parameters), strict=True))
-        more = [_Input(torch.empty_like(values[b], dtype=b.dtype), "gradients") if kind == "unreduced" else
-                _Input(values[b], "parameter copies") for kind, b in phases.compute_and_reduce.extra]
+        more = [Input(torch.empty_like(values[b], dtype=b.dtype), "gradients") if kind == "unreduced" else
+                Input(values[b], "parameter copies") for kind, b in phases.compute_and_reduce.extra]
     return phases.compute_and_reduce.module, more
 
 
@@ -218,7 +227,7 @@ def _grouped_attention(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 class _Step:
     """The kernels of forward and backward, one after the other, and what is held while each of them runs."""
 
-    def __init__(self, program: Program, graphs: list[fx.Graph], inputs: list[_Input]):
+    def __init__(self, program: Program, graphs: list[fx.Graph], inputs: list[Input]):
         places = graphs[0].find_nodes(op="placeholder")
         self.given = [Buffer(n, i.value.dtype, size_of(i.value), freed=False, reusable=False)
                       for n, i in zip(places, inputs, strict=True)]
@@ -258,12 +267,12 @@ class _Step:
                 self.part |= {b: "parameter copies" for b in kernel.writes if self.part.get(b) != "gradients"}
 
     def _moments(self) -> Iterator[tuple[str, Kernel, dict[Buffer, None]]]:
-        held = dict.fromkeys(self.given)
-        for kernel, live in timeline(self.forward, list(held)):
-            held = live
+        resident = dict.fromkeys(self.given)
+        for kernel, live in timeline(self.forward, list(resident)):
+            resident = live
             yield "forward", kernel, live
         if self.backward is not None:
-            for kernel, live in timeline(self.backward, [*held, *self.tangents]):
+            for kernel, live in timeline(self.backward, [*resident, *self.tangents]):
                 yield "backward", kernel, live
 
     def between(self) -> dict[str, int]:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from fxpar.cost.clusters import Cluster, cluster
 from fxpar.cost.stages import StageLoad, step_on
 from fxpar.errors import PlanError
@@ -20,6 +18,7 @@ from fxpar.pipeline.schedules import Schedule
 from fxpar.pipeline.timeline import Timeline
 from fxpar.report.memory import Peak, predict_stages
 from fxpar.report.text import GIB, MIB, ranges, table
+from fxpar.sharding.facts import full_value
 
 CLUSTER = "dgx-h100"
 """What times are given for, where nobody says another one."""
@@ -74,7 +73,7 @@ class PipelineReport:
     @functools.cached_property
     def peaks(self) -> list[Peak]:
         """The predicted peak of each pipeline rank (see `fxpar.report.memory.predict_stages`). Traced when it is first asked for:
-        about a second a layer. Raises as `Report.peak`."""
+        about a second a layer; of many equal layers, a few are traced. Raises as `Report.peak`."""
         return predict_stages([stage.program for stage in self._cut], self.schedule)
 
     @property
@@ -121,12 +120,12 @@ class PipelineReport:
         return [*drawing.caption(made), f"(step and bubble by the cost model, on {on.name}: {on.device})"]
 
 
-def describe(schedule: Schedule, stages: Sequence[Stage], held: dict[int, set[str]], sizes: dict[str, tuple[int, int]]
+def describe(schedule: Schedule, stages: Sequence[Stage], on_rank: dict[int, set[str]], sizes: dict[str, tuple[int, int]]
              ) -> PipelineReport:
     """The report of stages under a schedule.
 
-    held: the names of the parameters that each pipeline rank holds. sizes: name -> bytes that one rank stores of a parameter, and
-    of a gradient of it (0 for one that is not trained).
+    on_rank: the names of the parameters that each pipeline rank holds. sizes: name -> bytes that one rank stores of a parameter,
+    and of a gradient of it (0 for one that is not trained).
     """
     count, total = schedule.microbatches, sum(stage.flops for stage in stages) or 1
     rows = [StageRow(s.index, schedule.owner[s.index], s.first, s.last, _numbers(s), s.parameter_bytes, s.flops * count,
@@ -134,8 +133,8 @@ def describe(schedule: Schedule, stages: Sequence[Stage], held: dict[int, set[st
             for s in stages for returned in [s.bytes_returned if s.program.training else 0]]
     ranks = []
     for rank in range(schedule.ranks):
-        parameters, gradients = (sum(sizes[name][i] for name in held[rank]) for i in (0, 1))
-        ranks.append(PipelineRankRow(rank, schedule.held(rank),
+        parameters, gradients = (sum(sizes[name][i] for name in on_rank[rank]) for i in (0, 1))
+        ranks.append(PipelineRankRow(rank, schedule.stages_of(rank),
                                      {"parameters": parameters, "gradients": gradients, "optimizer": 2 * gradients}))
     return PipelineReport(schedule, rows, ranks, stages)
 
@@ -146,4 +145,4 @@ def uses(stage: Stage) -> dict[str, Any]:
 
 
 def _numbers(stage: Stage) -> int:
-    return sum(math.prod(n.meta["global"].shape) for n in uses(stage).values() if isinstance(n.meta["global"], Tensor))
+    return sum(math.prod(full_value(n).shape) for n in uses(stage).values())

@@ -12,6 +12,7 @@ from typing import Any, overload
 from torch import fx, nn
 
 from fxpar.compiler import Captured, capture
+from fxpar.cost.operators import measure
 from fxpar.ops.collectives import typed
 from fxpar.passes.partition.phases import once_a_step
 from fxpar.passes.strategies.stages import Stage, cut_stages
@@ -21,7 +22,8 @@ from fxpar.program import Program, module_path
 from fxpar.report.memory import Peak, predict
 from fxpar.report.pipeline import PipelineReport, describe, uses
 from fxpar.report.text import GIB, MIB, ranges, table
-from fxpar.sharding.layout import held_shape
+from fxpar.sharding.facts import full_value, local_value, sharding_at
+from fxpar.sharding.layout import shard_shape
 from fxpar.sharding.mesh import KIND, Mesh
 
 
@@ -61,7 +63,8 @@ class Report:
 
     mesh: of the ranks that run one program; under pp there are as many meshes as pipeline ranks.
     memory: bytes that are there between steps: "parameters", "optimizer" (AdamW's two moments, in the parameters' dtypes); and
-    "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward.
+    "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward (see
+    `fxpar.cost.operators`); a gradient that nothing asks for, such as that of the model's input, counts nothing.
     pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are each those of the
     pipeline rank that has most.
     """
@@ -78,7 +81,8 @@ class Report:
 
     @functools.cached_property
     def peak(self) -> Peak:
-        """When a step of the Inductor backend holds most, and what. Traced when it is first asked for: about a second a layer.
+        """When a step of the Inductor backend holds most, and what. Traced when it is first asked for (or the report is printed):
+        about a second a layer; of many equal layers, a few are traced.
 
         Raises what PyTorch raises for a model that Inductor cannot compile.
         """
@@ -178,14 +182,15 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
     if not stages:
         size, gradients = (sum(each[i] for each in sizes.values()) for i in (0, 1))
         memory = {"parameters": size, "gradients": gradients, "optimizer": 2 * gradients}
-        forward = count * sum(n.meta.get("flops", 0) for n in program.graph.nodes)
-        return Report(plan, mesh, parameters, _collectives(program, count), memory, forward * (3 if program.training else 1),
-                      list(program.notes), predicted=functools.partial(predict, program))
+        costs = measure(program).costs.values()
+        flops = count * sum(cost.forward + (cost.backward if program.training else 0) for cost in costs)
+        return Report(plan, mesh, parameters, _collectives(program, count), memory, flops, list(program.notes),
+                      predicted=functools.partial(predict, program))
     order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=count,
                      unshard=plan.stores_parts)
-    held = {rank: {p.name for p in parameters if not p.stages or {*p.stages} & {*order.held(rank)}}
+    on_rank = {rank: {p.name for p in parameters if not p.stages or {*p.stages} & {*order.stages_of(rank)}}
             for rank in range(plan.pp)}
-    pipeline = describe(order, stages, held, sizes)
+    pipeline = describe(order, stages, on_rank, sizes)
     rows = [row for stage in stages for row in _collectives(stage.program, count, stage.index)]
     rows += _sums_over_stages([p for p in parameters if p.name in trained and program.training], order.owner)
     memory = max((rank.memory for rank in pipeline.ranks), key=lambda each: sum(each.values()))
@@ -215,9 +220,9 @@ def _sums_over_stages(trained: Sequence[ParameterRow], owner: Sequence[int]) -> 
 
 
 def _parameter(node: fx.Node, mesh: Mesh) -> ParameterRow:
-    value, shape = node.meta["global"], held_shape(node.meta["tiling"], mesh)
+    value, shape = full_value(node), shard_shape(sharding_at(node), mesh)
     size = math.prod(shape) * value.element_size()
-    return ParameterRow(node.meta["source"], tuple(value.shape), node.meta["shows"], shape, size)
+    return ParameterRow(local_value(node).source, tuple(value.shape), local_value(node).layout_text, shape, size)
 
 
 def _collectives(program: Program, count: int, stage: int | None = None) -> list[CollectiveRow]:
@@ -239,10 +244,10 @@ def _collectives(program: Program, count: int, stage: int | None = None) -> list
         made = typed(node)
         if made is None:
             continue
-        size = node.meta.get("bytes", 0)
+        size = local_value(node).bytes
         if made.forward.comm is not None:
             add(made.forward.comm, made.axes, "forward", node, size, 1 if node in once_forward else times)
-        if node.meta.get("needs_grad") and made.backward is not None and made.backward.comm is not None:
+        if local_value(node).needs_grad and made.backward is not None and made.backward.comm is not None:
             add(made.backward.comm, made.axes, "backward", node, made.operand_bytes(size, program.mesh),
                 1 if node in once_backward else times)
     ordered = sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from fxpar.backends.transport.runtime import Control
 from fxpar.errors import FxparError, MismatchError
 from fxpar.program import Program
+from fxpar.sharding.facts import local_value
 
 PARTS = ("their inputs", "the mode (training) of submodule {}", "whether parameter {} wants gradients",
          "the parts of the model ({})", "hooks ({})", "attributes that the forward reads ({})", "autocast",
@@ -37,7 +38,7 @@ def agree_on_call(control: Control, key: tuple, names: Callable[[int], list[str]
         numbers = control.compare(digest(repr([p for i, p in enumerate(key) if i not in OF_KIND])),
                                   digest(repr([key[i] for i in OF_KIND])))
 
-    def settle() -> tuple[int, ...]:
+    def await_agreement() -> tuple[int, ...]:
         if (of_kinds := numbers()) is not None:
             return of_kinds
         everyone = control.exchange([[repr(x) for x in p] if i in (1, 2) else (p, *names(i)) if i in (3, 4, 5) else repr(p)
@@ -54,7 +55,7 @@ def agree_on_call(control: Control, key: tuple, names: Callable[[int], list[str]
             f"ranks were called differently in {PARTS[part].format(name)}: rank {one} with {mine}, rank {other} with {theirs}; "
             "every rank must pass inputs of the same shapes and dtypes to a model in the same state")
 
-    return settle
+    return await_agreement
 
 
 def _difference(control: Control, everyone: list[list]) -> tuple[int, int, int]:
@@ -107,5 +108,5 @@ def fingerprint(program: Program) -> str:
     text = [str(program.plan), str(program.mesh)]
     for node in program.graph.nodes:
         target = getattr(node.target, "__name__", str(node.target))
-        text.append(f"{node.op} {node.name} {target} {node.args} {node.kwargs} {node.meta.get('shows', '')}")
+        text.append(f"{node.op} {node.name} {target} {node.args} {node.kwargs} {local_value(node).layout_text}")
     return hashlib.sha256(re.sub(r", index=\d+|(?<=cuda):\d+", "", "\n".join(text)).encode()).hexdigest()

@@ -34,9 +34,10 @@ from fxpar.errors import InputError
 from fxpar.ops.collectives import Runtime
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.mesh import BoundMesh
 
-Kind = Literal["part", "alike", "loss"]
+OutputKind = Literal["part", "alike", "loss"]
 """Of an output: this replica's part; the same on all replicas; the same, and a number computed from the batch."""
 
 
@@ -60,7 +61,7 @@ class _Leave(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, out: Tensor, crossing: Crossing, kind: Kind) -> Tensor:
+    def forward(ctx, out: Tensor, crossing: Crossing, kind: OutputKind) -> Tensor:
         ctx.crossing, ctx.kind = crossing, kind
         return out.detach()
 
@@ -109,7 +110,7 @@ class Crossing:
             self._seeds = now, set()
         return self._seeds[1]
 
-    def back(self, kind: Kind, grad: Tensor) -> Tensor:
+    def back(self, kind: OutputKind, grad: Tensor) -> Tensor:
         """The gradient of an output, from outside to inside."""
         edges = self.edges
         self.seeds.add("part" if kind == "part" else "loss")
@@ -155,7 +156,7 @@ class Edges:
         self.axes = tuple(a for a in dp if mesh.size(a) > 1)
         self.replicas = mesh.size(*dp)
         self.parts = tuple(mesh.index(rank, dp) for rank in range(mesh.world_size))
-        self._programs: dict[int, tuple[Program, dict[str, bool], tuple[Kind, ...]]] = {}
+        self._programs: dict[int, tuple[Program, dict[str, bool], tuple[OutputKind, ...]]] = {}
         self._warned = False
 
     def enter(self, program: Program, named: dict[str, Any]) -> tuple[dict[str, Any], Crossing]:
@@ -192,15 +193,16 @@ class Edges:
         """The program will not be run again."""
         self._programs.pop(id(program), None)
 
-    def _of(self, program: Program) -> tuple[dict[str, bool], tuple[Kind, ...]]:
+    def _of(self, program: Program) -> tuple[dict[str, bool], tuple[OutputKind, ...]]:
         """Which inputs of a program are split over replicas, and the kinds of its outputs."""
         if id(program) not in self._programs:
-            inputs = {s.name: self._split(n) for n, s in program.source_of().items() if s.kind == "input" and "tiling" in n.meta}
+            inputs = {s.name: self._split(n) for n, s in program.source_of().items()
+                      if s.kind == "input" and local_value(n).sharding is not None}
             fed = {n for n, s in program.source_of().items() if s.kind == "input"}
             for node in program.graph.nodes:
                 if any(n in fed for n in node.all_input_nodes):
                     fed.add(node)
-            kinds: list[Kind] = ["part" if self._split(n) else "loss" if n in fed and n.meta["global"].dim() == 0 else "alike"
+            kinds: list[OutputKind] = ["part" if self._split(n) else "loss" if n in fed and full_value(n).dim() == 0 else "alike"
                                  for n in program.outputs()]
             if self.axes:
                 self._bound.group(self.axes)
@@ -208,7 +210,7 @@ class Edges:
         return self._programs[id(program)][1:]
 
     def _split(self, node: Any) -> bool:
-        return any(a in self.axes for dim in node.meta["tiling"] for part in dim for a in part.axes)
+        return any(a in self.axes for dim in sharding_at(node) for part in dim for a in part.axes)
 
     def _checked(self, origin: _Origin, split: bool) -> _Origin:
         for node in origin.outputs:
@@ -233,8 +235,8 @@ class Edges:
         return origin
 
 
-def whole(named: dict[str, Any]) -> dict[str, Any]:
-    """Outputs of parallel modules that tp splits, whole again."""
+def with_full_outputs(named: dict[str, Any]) -> dict[str, Any]:
+    """Outputs of parallel modules that tp splits, as full tensors."""
     if not any(isinstance(leaf, DTensor) for leaf in named.values()):
         return named
     return {path: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for path, leaf in named.items()}

@@ -24,7 +24,7 @@ from fxpar.errors import CaptureError, InputError, UnsupportedOperator
 from fxpar.model import inputs as calls
 from fxpar.model.hugging_face import say
 from fxpar.model.state import PARTS, TRAINED, State
-from fxpar.passes.capture.attributes import Left, put_back
+from fxpar.passes.capture.attributes import AttributeStates, put_back
 from fxpar.passes.strategies.stages import Stage, cut_like, cut_stages
 from fxpar.pipeline.schedules import Schedule, schedule
 from fxpar.plan import Plan
@@ -32,14 +32,15 @@ from fxpar.program import Program
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
 from fxpar.run.board import Board
-from fxpar.run.edges import Edges, whole
+from fxpar.run.edges import Edges, with_full_outputs
 from fxpar.run.feed import Feed
 from fxpar.run.loss import loss_of
 from fxpar.run.numbers import Numbers
 from fxpar.run.pipeline import Pipeline
 from fxpar.run.steps import Steps
 from fxpar.run.store import ParameterStore
-from fxpar.sharding.layout import Tiling
+from fxpar.sharding.facts import local_value, sharding_at
+from fxpar.sharding.layout import Sharding
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Engine:
     they depend on, newest last.
     """
 
-    def __init__(self, store: ParameterStore, plan: Plan, compile_call: Callable[[calls.Call, dict[str, Tiling], int], Program],
+    def __init__(self, store: ParameterStore, plan: Plan, compile_call: Callable[[calls.Call, dict[str, Sharding], int], Program],
                  backend: ModuleType, transport: str):
         self.store, self.plan, self.device = store, plan, store.device
         self.programs: dict[tuple, Program] = {}
@@ -90,7 +91,7 @@ class Engine:
         self._numbers = Numbers(self.device)
         self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime)
         self._steps = Steps(plan, store.mesh, self._lower, store.tensor)
-        self._left = Left()
+        self._left = AttributeStates()
         self._said: set[int] = set()  # numbers of programs
         self._board = Board(self._groups) if plan.pp > 1 else None
 
@@ -117,10 +118,10 @@ class Engine:
         if self._board is not None:
             with self._board.watched():
                 return self._run_stages(call)
-        named, compiled, settle = self._found(call, 1)
+        named, compiled, await_agreement = self._found(call, 1)
         seed = self.seeds.next()
         outs = self._run(compiled, named, seed, last)
-        settle()
+        await_agreement()
         self.store.update_buffers(compiled.program, outs)
         return self._outputs(compiled.program, outs)
 
@@ -128,8 +129,8 @@ class Engine:
         """`run` under a plan with pipeline stages: forward and backward of the step's microbatches, or the forward alone."""
         assert self._board is not None
         self._require_divides(call, self.plan.microbatches)
-        named, compiled, settle = self._found(call, self.plan.microbatches)
-        settle()
+        named, compiled, await_agreement = self._found(call, self.plan.microbatches)
+        await_agreement()
         program, pipeline, seed, grad = compiled.program, compiled.pipeline, self.seeds.next(), torch.is_grad_enabled()
         assert pipeline is not None
         if grad and pipeline.loss is None:
@@ -151,7 +152,7 @@ class Engine:
             if sink.kind == "literal":
                 flat.append(sink.constant)
             elif (number := next(numbers)) in made and sink.kind == "output":
-                flat.append(self._as_output(made[number], microbatches.whole_tiling(program, number)))
+                flat.append(self._as_output(made[number], microbatches.step_output_sharding(program, number)))
             elif sink.kind == "output":
                 flat.append(None)
         put_back(program.writes, [])
@@ -164,8 +165,8 @@ class Engine:
         Raises: `InputError` for a batch that does not divide into microbatches.
         """
         self._require_divides(call, self.plan.microbatches)
-        named, compiled, settle = self._found(call, self.plan.microbatches)
-        settle()
+        named, compiled, await_agreement = self._found(call, self.plan.microbatches)
+        await_agreement()
         program, seed = compiled.program, self.seeds.next()
 
         def forward(microbatch: dict[str, Any], is_last: bool) -> list[Tensor]:
@@ -209,7 +210,7 @@ class Engine:
         """Input path -> batch dim, as the newest program that takes these inputs has them; nothing where there is none."""
 
         def dims(program: Program) -> dict[str, int | None]:
-            return {s.name: n.meta.get("batch_dim") for n, s in program.source_of().items() if s.kind == "input"}
+            return {s.name: local_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
 
         return next((d for p in reversed(list(self.programs.values())) if (d := dims(p)).keys() == named.keys()), {})
 
@@ -218,7 +219,7 @@ class Engine:
     def _found(self, call: calls.Call, count: int) -> tuple[dict[str, Any], Compiled, Callable[[], Any]]:
         """The leaves of a call as its program takes them, and what `_lookup` returns for it. count: of microbatches."""
         prepared = self._numbers.prepared(call)
-        named = whole(calls.leaves(prepared))
+        named = with_full_outputs(calls.leaves(prepared))
         try:
             return named, *self._lookup(prepared, named, count)
         except (CaptureError, UnsupportedOperator):
@@ -235,11 +236,11 @@ class Engine:
         control = self.store.control
         captured = self._captured(named, count)
         key = (*captured, torch.is_grad_enabled())
-        settle = agree_on_call(control, key, lambda part: self._depends.names(part - 1))
+        await_agreement = agree_on_call(control, key, lambda part: self._depends.names(part - 1))
         of_kinds: tuple[int, ...] = ()
         if control.kinds > 1 or key not in self.compiled or self.device.type != "cuda":
-            of_kinds = settle()
-            settle = tuple
+            of_kinds = await_agreement()
+            await_agreement = tuple
         captured = _of_all(captured, of_kinds)
         key = (*captured, torch.is_grad_enabled())
         if key not in self.compiled:
@@ -258,7 +259,7 @@ class Engine:
                 self.programs[captured] = made[0]
             self.compiled[key] = self._compile(self.programs[captured], named)
         self.compiled.move_to_end(key)
-        return self.compiled[key], settle
+        return self.compiled[key], await_agreement
 
     def _captured(self, named: dict[str, Any], count: int) -> tuple:
         """What a captured program depends on: the call's leaves, the state of the model (see `State.key`), autocast, and what
@@ -330,18 +331,18 @@ class Engine:
                 continue
             out, node = next(made)
             if sink.kind != "buffer":
-                (flat if sink.kind == "output" else stored).append(self._as_output(out, node.meta["tiling"]))
+                (flat if sink.kind == "output" else stored).append(self._as_output(out, sharding_at(node)))
         put_back(program.writes, stored)
         return pytree.tree_unflatten(flat, program.out_spec)
 
-    def _as_output(self, out: Tensor, tiles: Tiling) -> Any:
+    def _as_output(self, out: Tensor, sharding: Sharding) -> Any:
         """This replica's output: a DTensor over the axes within the replica, if one of them splits it."""
         mesh, dp = self.store.mesh, self.store.mesh.axes("dp")
-        split = {a for dim in tiles for piece in dim for a in piece.axes}
+        split = {a for dim in sharding for piece in dim for a in piece.axes}
         if not split - {a for a in dp if mesh.size(a) > 1}:
             return out
         within = [a for a in mesh.names if a not in dp or mesh.size(a) == 1]
-        places = [p for a, p in zip(mesh.names, storage.placements(tiles, mesh), strict=True) if a in within]
+        places = [p for a, p in zip(mesh.names, storage.placements(sharding, mesh), strict=True) if a in within]
         device_mesh: DeviceMesh = self.store.bound.device_mesh
         return DTensor.from_local(out, device_mesh[tuple(within)] if len(within) < len(mesh.names) else device_mesh, places,
                                   run_check=False)

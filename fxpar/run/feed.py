@@ -15,7 +15,7 @@ from fxpar.program import Program, Source
 from fxpar.run.gradients import Receipt, UnreducedGradients
 from fxpar.run.steps import Microbatch
 
-Place = tuple[dict[str, Any], str]
+ModuleSlot = tuple[dict[str, Any], str]
 """The table of a module, and the name in it, of a parameter or buffer."""
 
 
@@ -59,7 +59,7 @@ class Feed:
     not wait for hundreds of them.
     """
 
-    def __init__(self, program: Program, places: dict[str, Place], gradients: UnreducedGradients, device: torch.device):
+    def __init__(self, program: Program, places: dict[str, ModuleSlot], gradients: UnreducedGradients, device: torch.device):
         self.program, self.places, self.device = program, places, device
         self._receipt = Receipt(gradients)
         self._parameters = [places[s.name] for s in program.sources if s.kind == "param"]

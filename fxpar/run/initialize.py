@@ -3,7 +3,7 @@
 The model's own initialisation is run once with every parameter on meta, while a tape notes what it does to each of
 them; random operators are carried out on a throw-away tensor, so that the generator advances as it would have. Then
 each parameter's part of the tape is played on its own, from the generator's state at that moment: only
-one whole parameter is in memory at a time, and each rank keeps its part.
+one full parameter is in memory at a time, and each rank keeps its part.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxpar import compat
-from fxpar.sharding.layout import Tiling, take
+from fxpar.sharding.layout import Sharding, take
 from fxpar.sharding.mesh import BoundMesh
 
 SMALL = 2**20
 """Elements up to which a parameter's value from the constructor is kept while it is on meta."""
 
 
-def init_weights(model: nn.Module, seed: int, tilings: dict[str, Tiling], mesh: BoundMesh, device: torch.device,
+def init_weights(model: nn.Module, seed: int, shardings: dict[str, Sharding], mesh: BoundMesh, device: torch.device,
                  elsewhere: Collection[str] = ()) -> None:
     """Fill `model`'s parameters (DTensors) and its meta buffers as ``torch.manual_seed(seed)`` and the model's own
     initialisation on a CPU would.
@@ -49,7 +49,7 @@ def init_weights(model: nn.Module, seed: int, tilings: dict[str, Tiling], mesh: 
             if value is None or (value.is_floating_point() and value.isnan().any()):
                 raise ValueError(f"the model's own initialisation does not fill parameter {name}: give its module a "
                                  "reset_parameters(), or the model an init_weights(), that does; or load a checkpoint")
-            part = take(value, tilings[name], mesh.mesh, mesh.rank)
+            part = take(value, shardings[name], mesh.mesh, mesh.rank)
             compat.local_part(slot[0][slot[1]]).copy_(part)
         for name, buffer in fresh.named_buffers():
             table, key = _slot(model, name)
@@ -118,7 +118,7 @@ def _parameters_on_meta(tape: _Tape) -> Iterator[None]:
 @contextlib.contextmanager
 def _tracing(tape: _Tape) -> Iterator[None]:
     """Inside, initialisation is recorded, of meta tensors, too, that it would leave alone."""
-    with compat.trunc_normal_as(tape.whole), _NotMeta(), tape:
+    with compat.trunc_normal_as(tape.record_fill), _NotMeta(), tape:
         yield
 
 
@@ -161,7 +161,7 @@ class _Tape(TorchDispatchMode):
         self.entries.append((func, *refs, ids, state))
         return out
 
-    def whole(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def record_fill(self, function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Record a random function that fills `tensor` as one operator."""
         if tensor.device.type != "meta":
             return function(tensor, *args, **kwargs)

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from fxpar.errors import InputError
 from fxpar.program import Program
+from fxpar.sharding.facts import full_value
 
 
 def loss_of(outputs: Any) -> Tensor:
@@ -25,7 +26,7 @@ def loss_of(outputs: Any) -> Tensor:
 
 def loss_among(program: Program) -> int | None:
     """Which of the program's tensor outputs (see `Program.tensor_sinks`) is the loss; None if none is."""
-    marks = [torch.zeros(n.meta["global"].shape, dtype=n.meta["global"].dtype, device="meta") for n in program.outputs()]
+    marks = [torch.zeros(full_value(n).shape, dtype=full_value(n).dtype, device="meta") for n in program.outputs()]
     values = iter([m for m, s in zip(marks, program.tensor_sinks(), strict=True) if s.kind == "output"])
     flat = [s.constant if s.kind == "literal" else next(values) for s in program.sinks if s.kind in ("output", "literal")]
     try:

@@ -16,7 +16,8 @@ from fxpar.passes.capture.attributes import put_back
 from fxpar.passes.strategies.prologue import joined
 from fxpar.program import Microbatches, Program
 from fxpar.run.feed import Feed
-from fxpar.sharding.layout import Piece, Tiling
+from fxpar.sharding.facts import local_value, sharding_at
+from fxpar.sharding.layout import Piece, Sharding
 from fxpar.sharding.mesh import MICROBATCH
 
 
@@ -34,7 +35,7 @@ def parts(program: Program, feed: Feed, named: dict[str, Any], seed: int, runtim
     the prologue computes from the whole batch."""
     step = program.microbatches
     assert step is not None
-    dims = {s.name: n.meta["batch_dim"] for n, s in program.source_of().items()
+    dims = {s.name: local_value(n).batch_dim for n, s in program.source_of().items()
             if s.kind == "input" and (s.kind, s.name) in step.rows}
     rows = {path: named[path].chunk(step.count, dim) for path, dim in dims.items()}
     made = [{**named, **{path: mine[i] for path, mine in rows.items()}} for i in range(step.count)]
@@ -88,11 +89,11 @@ def train(program: Program, microbatches: list[dict[str, Any]], forward: Callabl
         for values, k in zip(attributes, stored, strict=True):
             values.append(outs[k].detach())
     if stored:
-        put_back(program.writes, [whole(step, k, values) for k, values in zip(stored, attributes, strict=True)])
+        put_back(program.writes, [step_output(step, k, values) for k, values in zip(stored, attributes, strict=True)])
     return torch.stack(losses).sum()
 
 
-def whole(step: Microbatches, output: int, values: list[Tensor]) -> Tensor:
+def step_output(step: Microbatches, output: int, values: list[Tensor]) -> Tensor:
     """A rank's part of an output of the step, from those of its microbatches."""
     for dim, pieces in enumerate(step.output_rows.get(output, ())):
         outer = 1
@@ -103,10 +104,10 @@ def whole(step: Microbatches, output: int, values: list[Tensor]) -> Tensor:
     return step.joined(output, values)
 
 
-def whole_tiling(program: Program, output: int) -> Tiling:
-    """How what `whole` returns lies over the ranks."""
+def step_output_sharding(program: Program, output: int) -> Sharding:
+    """How what `step_output` returns lies over the ranks."""
     step = program.microbatches
     if step is None or output not in step.output_rows:
-        return program.outputs()[output].meta["tiling"]
+        return sharding_at(program.outputs()[output])
     rows = step.output_rows[output]
     return tuple(tuple(Piece(p.size, tuple(a for a in p.axes if a != MICROBATCH)) for p in dim) for dim in rows)

@@ -152,8 +152,8 @@ class ParallelModule(nn.Module):
         count, and not where each divides by one of its own (of labels that are not ignored): `train_step` has that of the
         whole batch for any loss.
 
-        Under zero=0 and 1 gradients are kept aside, whole and unsummed (``.grad`` does not have them), until the next backward
-        outside sums them all; under zero=2 and 3 each backward reduces them to parts. Under zero=1 and 2 parameters are
+        Under zero=0 and 1 gradients are kept aside, unsharded and not summed (``.grad`` does not have them), until the next
+        backward outside sums them all; under zero=2 and 3 each backward reduces them to parts. Under zero=1 and 2 parameters are
         gathered once, and kept until then, or until an optimizer's step or a write in place to one of them (operators that
         write to lists of tensors, such as ``torch._foreach_mul_``, are noticed inside of an optimizer only).
         """

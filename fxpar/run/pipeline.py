@@ -17,10 +17,11 @@ from fxpar.pipeline.execute import Execution
 from fxpar.pipeline.schedules import Kind, Schedule
 from fxpar.program import Program
 from fxpar.run.loss import loss_among
-from fxpar.run.microbatches import whole
+from fxpar.run.microbatches import step_output
 from fxpar.run.post import GroupPost
 from fxpar.run.stage import InSteps, StageOfRank
 from fxpar.run.store import ParameterStore
+from fxpar.sharding.facts import full_value
 
 FORWARD = (Kind.UNSHARD, Kind.F, Kind.SEND_F, Kind.RECV_F)
 """The actions of an evaluation."""
@@ -39,8 +40,8 @@ class Pipeline:
         _require_apart(program, stages)
         self.program, self.schedule, self.store = program, schedule, store
         self.across, self.rank = store.bound.across, store.bound.kind
-        self.stages = {s: stages[s] for s in schedule.held(self.rank)}
-        self.runners = {s: StageOfRank(stage, store, in_steps) for s, stage in self.stages.items()}
+        self.stages = {s: stages[s] for s in schedule.stages_of(self.rank)}
+        self.runners = {s: StageOfRank(stage, store, in_steps, schedule.splits(s)) for s, stage in self.stages.items()}
         self.loss = loss_among(program)
         self.makers = {output: stage.index for stage in stages for output in stage.outputs}
         self._graded: dict[str, bool] = {}
@@ -88,14 +89,14 @@ class Pipeline:
         at = self.stages[stage].outputs.index(output)
         parts = [outputs[at] for outputs in self.runners[stage].outputs]
         step = self.program.microbatches
-        return parts[0] if step is None else whole(step, output, parts)
+        return parts[0] if step is None else step_output(step, output, parts)
 
     def _loss(self) -> Tensor:
         """The loss, on every rank, and 0 where there is none. It is there once all have done their part of the step."""
         if self.loss is not None and self.makers[self.loss] in self.stages:
             loss = self._joined(self.loss).detach().clone()
         else:
-            dtype = torch.float32 if self.loss is None else self.program.outputs()[self.loss].meta["global"].dtype
+            dtype = torch.float32 if self.loss is None else full_value(self.program.outputs()[self.loss]).dtype
             loss = torch.zeros((), dtype=dtype, device=self.store.device)
         dist.all_reduce(loss, group=self.across)
         return loss
@@ -105,8 +106,8 @@ class Pipeline:
 
     def _sum_shared(self, grads: dict[str, Tensor]) -> None:
         """Sum the gradients of parameters that ranks of several kinds hold, over those, whichever use them here."""
-        held = {name: group for name, group in self.store.shared.items() if name not in self.store.elsewhere}
-        for name, group in held.items():
+        here = {name: group for name, group in self.store.shared.items() if name not in self.store.elsewhere}
+        for name, group in here.items():
             if name not in self._graded:
                 flag = torch.tensor(int(name in grads), device=self.store.device)
                 dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxpar import compat
-from fxpar.backends.stepped import Left, Saved, Stepped
+from fxpar.backends.stepped import SavedForBackward, SavedForWeightGradients, Stepped
 from fxpar.passes.partition.phases import Boundary, Compute, split_phases
 from fxpar.passes.strategies.stages import Stage
 from fxpar.run.feed import Feed
@@ -24,11 +24,12 @@ class StageOfRank:
     """See `fxpar.pipeline.execute.Runner`.
 
     Parameters are unsharded once a step, and gradients reduced once, where the plan keeps that (see
-    `fxpar.passes.partition.phases`); under zero=3 every microbatch gathers and reduces. grads: name -> the gradient of this
-    rank's part of a parameter, of the step so far.
+    `fxpar.passes.partition.phases`); under zero=3 every microbatch gathers and reduces. splits: whether the schedule runs the
+    backward in two halves; else it is compiled as one. grads: name -> the gradient of this rank's part of a parameter, of the
+    step so far.
     """
 
-    def __init__(self, stage: Stage, store: ParameterStore, in_steps: InSteps):
+    def __init__(self, stage: Stage, store: ParameterStore, in_steps: InSteps, splits: bool):
         self.stage, self.program, self.store, self.in_steps = stage, stage.program, store, in_steps
         plan, mesh = self.program.plan, self.program.mesh
         keeps = mesh.size(*mesh.axes("dp")) > 1 and not plan.gathers_each_use
@@ -37,7 +38,8 @@ class StageOfRank:
         if self.phases is not None and self.phases.boundaries:
             self.compute = self.phases.compute_and_reduce if plan.reduces_each_backward else self.phases.compute
         self.feed = Feed(self.program, store.places, UnreducedGradients(_nobody), store.device)
-        self.early = [i for i, s in enumerate(self.program.sources) if s.kind == "received"]
+        self.splits = splits
+        self.received = [i for i, s in enumerate(self.program.sources) if s.kind == "received"]
         self.updated = {s.name for s in self.program.sinks if s.kind == "buffer"}
         self.outputs: list[list[Tensor]] = []
         self.grads: dict[str, Tensor] = {}
@@ -51,8 +53,8 @@ class StageOfRank:
         self.grads = {}
         self._unsharded: dict[Boundary, Tensor] = {}
         self._unreduced: dict[Boundary, Tensor] = {}
-        self._saved: dict[int, Saved] = {}
-        self._left: dict[int, Left] = {}
+        self._saved: dict[int, SavedForBackward] = {}
+        self._left: dict[int, SavedForWeightGradients] = {}
 
     def unshard(self) -> None:
         if self.compute.extra and self.phases is not None:
@@ -87,12 +89,19 @@ class StageOfRank:
             weight = self.seeds.get(i)
             seeds.append(torch.full_like(out, weight) if weight is not None and count + i in made.roots else None)
         early, self._left[microbatch] = made.input_gradients(self._saved.pop(microbatch), seeds)
-        return [torch.zeros(m.shape, dtype=m.dtype, device=self.store.device) if g is None else g
-                for m, g in zip(self.stage.receives, early, strict=True) if m.requires_grad]
+        self._add_up(made.early, early)
+        found = dict(zip(made.early, early, strict=True))
+        return [torch.zeros(m.shape, dtype=m.dtype, device=self.store.device) if (grad := found[i]) is None else grad
+                for i, m in zip(self.received, self.stage.receives, strict=True) if m.requires_grad]
 
     def weight_gradients(self, microbatch: int) -> None:
-        made, sources = self._made["compute"], self.program.sources
-        for i, grad in zip(made.late, made.weight_gradients(self._left.pop(microbatch)), strict=True):
+        made = self._made["compute"]
+        self._add_up(made.late, made.weight_gradients(self._left.pop(microbatch)))
+
+    def _add_up(self, inputs: Sequence[int], grads: list[Tensor | None]) -> None:
+        """Add gradients of a microbatch to those of the step: of parameters, and of what they were unsharded to."""
+        sources = self.program.sources
+        for i, grad in zip(inputs, grads, strict=True):
             if grad is None:
                 continue
             if i < len(sources):
@@ -129,7 +138,8 @@ class StageOfRank:
     def _run(self, name: str, graph: fx.GraphModule, example: list[Any]) -> Stepped:
         if name not in self._made:
             with torch.enable_grad():
-                self._made[name] = self.in_steps(graph, example, early=self.early if name == "compute" else [])
+                early = [] if name != "compute" else self.received if self.splits else range(len(example))
+                self._made[name] = self.in_steps(graph, example, early=early)
         return self._made[name]
 
 

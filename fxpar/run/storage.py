@@ -1,4 +1,4 @@
-"""How parameters are stored: DTensors on the one mesh, made from tilings."""
+"""How parameters are stored: DTensors on the one mesh, made from shardings."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from fxpar import compat
 from fxpar.ops.collectives import Runtime
 from fxpar.sharding import chunks
-from fxpar.sharding.layout import Tiling, take
+from fxpar.sharding.layout import Sharding, take
 from fxpar.sharding.mesh import BoundMesh, Mesh
 
 
-def placements(tiles: Tiling, mesh: Mesh) -> list[Placement]:
+def placements(sharding: Sharding, mesh: Mesh) -> list[Placement]:
     """The DTensor placement per mesh axis, each splitting what the axes before it left.
 
     A factor inside a dim (heads within a fused qkv) is a strided shard: of each of the runs before it.
     """
     out: list[Placement] = [Replicate()] * len(mesh.names)
-    for i, dim in enumerate(tiles):
+    for i, dim in enumerate(sharding):
         for k, piece in enumerate(dim):
             for axis in piece.axes:
                 earlier = mesh.names[: mesh.names.index(axis)]
@@ -30,30 +30,30 @@ def placements(tiles: Tiling, mesh: Mesh) -> list[Placement]:
     return out
 
 
-def distribute(full: Tensor, tiles: Tiling, mesh: BoundMesh, device: torch.device, dtype: torch.dtype | None = None) -> DTensor:
-    """This rank's part of a tensor that it has whole (or on meta: then uninitialised), as a DTensor."""
-    part = take(full.detach(), tiles, mesh.mesh, mesh.rank)
+def distribute(full: Tensor, sharding: Sharding, mesh: BoundMesh, device: torch.device) -> DTensor:
+    """This rank's part of a tensor that it has in full (or on meta: then uninitialised), as a DTensor."""
+    part = take(full.detach(), sharding, mesh.mesh, mesh.rank)
     local = torch.empty(part.shape, dtype=part.dtype, device=device) if part.is_meta else part.to(device).clone()
-    return wrap(local, full.shape, tiles, mesh)
+    return wrap(local, full.shape, sharding, mesh)
 
 
-def wrap(local: Tensor, shape: torch.Size, tiles: Tiling, mesh: BoundMesh) -> DTensor:
+def wrap(local: Tensor, shape: torch.Size, sharding: Sharding, mesh: BoundMesh) -> DTensor:
     """A local part as the DTensor of the given global shape."""
     stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return DTensor.from_local(local.contiguous(), mesh.device_mesh, placements(tiles, mesh.mesh), run_check=False,
+    return DTensor.from_local(local.contiguous(), mesh.device_mesh, placements(sharding, mesh.mesh), run_check=False,
                               shape=torch.Size(shape), stride=tuple(stride))
 
 
-def parameter(full: Tensor, tiles: Tiling, mesh: BoundMesh, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(distribute(full, tiles, mesh, device), requires_grad=full.requires_grad)
+def parameter(full: Tensor, sharding: Sharding, mesh: BoundMesh, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(distribute(full, sharding, mesh, device), requires_grad=full.requires_grad)
 
 
-def whole(local: Tensor, tiles: Tiling, shape: torch.Size, mesh: BoundMesh, runtime: Runtime) -> Tensor:
-    """The whole tensor on every rank, from the parts that they hold. A collective; replicas send nothing twice.
+def unshard(local: Tensor, sharding: Sharding, shape: torch.Size, mesh: BoundMesh, runtime: Runtime) -> Tensor:
+    """The full tensor on every rank, from the parts that they hold. A collective; replicas send nothing twice.
 
     Bytes are gathered, so that every dtype can be.
     """
-    axes = mesh.ordered(tuple(chunks.split_axes(tiles)))
+    axes = mesh.ordered(tuple(chunks.split_axes(sharding)))
     if mesh.mesh.size(*axes) == 1:
         return local
     flat = local.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -61,6 +61,6 @@ def whole(local: Tensor, tiles: Tiling, shape: torch.Size, mesh: BoundMesh, runt
     out = torch.empty(shape, dtype=local.dtype, device=local.device)
     ranks = next(group for group in mesh.mesh.groups(axes) if mesh.rank in group)
     for part, rank in zip(parts, ranks, strict=True):
-        for chunk in chunks.chunks(chunks.held(tiles, tuple(shape), mesh.mesh, rank)):
-            chunk.of_whole(out).copy_(chunk.of_part(part))
+        for chunk in chunks.chunks(chunks.runs_of(sharding, tuple(shape), mesh.mesh, rank)):
+            chunk.of_full(out).copy_(chunk.of_part(part))
     return out

@@ -16,8 +16,9 @@ from fxpar.errors import InputError, MismatchError
 from fxpar.model import identity
 from fxpar.program import Program
 from fxpar.run import storage
-from fxpar.run.feed import Place
-from fxpar.sharding.layout import Tiling
+from fxpar.run.feed import ModuleSlot
+from fxpar.sharding.facts import full_value, sharding_at
+from fxpar.sharding.layout import Sharding
 from fxpar.sharding.mesh import BoundMesh
 
 
@@ -35,8 +36,8 @@ class ParameterStore:
         self.model, self.bound, self.control, self.device = model, bound, control, device
         self.mesh, self.rank = bound.mesh, bound.rank
         self.runtime = GroupRuntime(bound)
-        self.layouts: dict[str, Tiling] = {}
-        self.places: dict[str, Place] = {}
+        self.layouts: dict[str, Sharding] = {}
+        self.places: dict[str, ModuleSlot] = {}
         self.owners: dict[str, int] = {}
         self.elsewhere: set[str] = set()
         self._absent: list[tuple[dict[str, Any], str, str]] = []
@@ -55,7 +56,7 @@ class ParameterStore:
         for kind, program in ((kind, program) for kind, its in enumerate(programs) for program in its):
             for node, source in program.source_of().items():
                 if source.kind == "param":
-                    self.layouts[source.name] = node.meta["tiling"]
+                    self.layouts[source.name] = sharding_at(node)
                     if node.users and kind not in holders.setdefault(source.name, []):
                         holders[source.name].append(kind)
             self.owners |= {s.name: kind for s in program.sinks if s.kind == "buffer"}
@@ -112,8 +113,8 @@ class ParameterStore:
             return
         known: dict[str, tuple[int, Any]] = {}
         mine = {n: (p.shape, p.dtype, p.requires_grad) for n, p in self.model.named_parameters()}
-        for rank, held in enumerate(self.control.exchange(mine)):
-            for name, this in held.items():
+        for rank, theirs in enumerate(self.control.exchange(mine)):
+            for name, this in theirs.items():
                 first, one = known.setdefault(name, (rank, this))
                 if one != this:
                     raise MismatchError(f"parameter {name!r} is on ranks {first} and {rank}, with (dtype, requires_grad) "
@@ -134,30 +135,30 @@ class ParameterStore:
         """
         names = {id(table[key]): name for name, (table, key) in self.places.items()
                  if name in self.layouts and isinstance(table.get(key), DTensor)}
-        found: dict[str, Place] = {}
+        found: dict[str, ModuleSlot] = {}
         for path, module in self.model.named_modules():
             for key, p in module._parameters.items():
                 name = _name(path, key)
                 found[name] = module._parameters, key
-                tiles = self.layouts.get(names.get(id(p), name))
-                if p is not None and (tiles is None or not isinstance(p, DTensor) or p.dim() != len(tiles)
-                                      or list(p.placements) != storage.placements(tiles, self.mesh)):
+                sharding = self.layouts.get(names.get(id(p), name))
+                if p is not None and (sharding is None or not isinstance(p, DTensor) or p.dim() != len(sharding)
+                                      or list(p.placements) != storage.placements(sharding, self.mesh)):
                     raise InputError(
                         f"parameter {name!r} was put into the model after it was made parallel: it is not laid out over the "
                         "ranks; change the model first, and call fxpar.parallelize on the plain model (fxpar.save_checkpoint "
                         "and fxpar.load_checkpoint carry what was trained over)")
-                if p is not None and tiles is not None:
-                    self.layouts[name] = tiles
+                if p is not None and sharding is not None:
+                    self.layouts[name] = sharding
             found |= {_name(path, key): (module._buffers, key) for key in module._buffers}
         self.places = found
 
-    def wrap(self, local: Tensor, shape: torch.Size, tiles: Tiling) -> DTensor:
+    def wrap(self, local: Tensor, shape: torch.Size, sharding: Sharding) -> DTensor:
         """This rank's part of a tensor of that global shape, as a DTensor."""
-        return storage.wrap(local, shape, tiles, self.bound)
+        return storage.wrap(local, shape, sharding, self.bound)
 
-    def unsharded(self, local: Tensor, shape: torch.Size, tiles: Tiling) -> Tensor:
+    def unsharded(self, local: Tensor, shape: torch.Size, sharding: Sharding) -> Tensor:
         """All of a tensor, on every rank, from the parts that they hold: a collective."""
-        return storage.whole(local, tiles, shape, self.bound, self.runtime)
+        return storage.unshard(local, sharding, shape, self.bound, self.runtime)
 
     @torch.no_grad()
     def update_buffers(self, program: Program, outs: list[Tensor], last: bool = True) -> None:
@@ -168,15 +169,15 @@ class ParameterStore:
         in_order = program.microbatches.in_order if program.microbatches is not None and not last else None
         for sink, out, node in zip(program.tensor_sinks(), outs, program.outputs(), strict=True):
             if sink.kind == "buffer" and (in_order is None or sink.name in in_order):
-                tiles = node.meta["tiling"]
-                split = any(piece.axes for dim in tiles for piece in dim)
-                self.tensor(sink.name).copy_(self.unsharded(out, node.meta["global"].shape, tiles) if split else out)
+                sharding = sharding_at(node)
+                split = any(piece.axes for dim in sharding for piece in dim)
+                self.tensor(sink.name).copy_(self.unsharded(out, full_value(node).shape, sharding) if split else out)
 
-    def _parameter(self, name: str, p: nn.Parameter, tiles: Tiling) -> nn.Parameter:
+    def _parameter(self, name: str, p: nn.Parameter, sharding: Sharding) -> nn.Parameter:
         def part(full: Tensor) -> DTensor:
-            return storage.distribute(full, tiles, self.bound, self.device)
+            return storage.distribute(full, sharding, self.bound, self.device)
 
-        new = storage.parameter(self._of_rank_0(p), tiles, self.bound, self.device)
+        new = storage.parameter(self._of_rank_0(p), sharding, self.bound, self.device)
         if p.grad is not None:
             new.grad = part(self._of_rank_0(p.grad))
         identity.inherit(p, new, name, part)

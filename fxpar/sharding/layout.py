@@ -60,17 +60,17 @@ def show(dims: Dims, layout: Layout, mesh: Mesh) -> str:
     return "[" + ", ".join(" ".join(one(f) for f in leaves(d)) or "1" for d in dims) + "]"
 
 
-Tiling = tuple[tuple[Piece, ...], ...]
-"""A layout apart from the program that it was found in: for each dim of a tensor its pieces, major to minor."""
+Sharding = tuple[tuple[Piece, ...], ...]
+"""How a tensor lies on a mesh, apart from the program whose factors its layout names: for each dim its pieces, major to minor."""
 
 
-def tiling(dims: Dims, layout: Layout, mesh: Mesh) -> Tiling:
+def sharding_of(dims: Dims, layout: Layout, mesh: Mesh) -> Sharding:
     return tuple(tuple(pieces(d, layout, mesh)) for d in dims)
 
 
-def held_shape(tiles: Tiling, mesh: Mesh) -> tuple[int, ...]:
+def shard_shape(sharding: Sharding, mesh: Mesh) -> tuple[int, ...]:
     """The shape of one rank's part."""
-    return tuple(math.prod(p.size // mesh.size(*p.axes) for p in dim) for dim in tiles)
+    return tuple(math.prod(p.size // mesh.size(*p.axes) for p in dim) for dim in sharding)
 
 
 def place_of(dims: Dims, layout: Layout, mesh: Mesh, leaf: Factor) -> tuple[int, int]:
@@ -84,9 +84,9 @@ def place_of(dims: Dims, layout: Layout, mesh: Mesh, leaf: Factor) -> tuple[int,
     raise KeyError(leaf)
 
 
-def take(tensor: torch.Tensor, tiles: Tiling, mesh: Mesh, rank: int) -> torch.Tensor:
+def take(tensor: torch.Tensor, sharding: Sharding, mesh: Mesh, rank: int) -> torch.Tensor:
     """The part of a global tensor that `rank` holds."""
-    for i, dim in enumerate(tiles):
+    for i, dim in enumerate(sharding):
         before = 1
         for k, piece in enumerate(dim):
             if piece.axes:
@@ -101,16 +101,16 @@ def take(tensor: torch.Tensor, tiles: Tiling, mesh: Mesh, rank: int) -> torch.Te
     return tensor
 
 
-def put(parts: list[torch.Tensor], tiles: Tiling, shape: torch.Size, mesh: Mesh) -> torch.Tensor:
+def put(parts: list[torch.Tensor], sharding: Sharding, shape: torch.Size, mesh: Mesh) -> torch.Tensor:
     """The global tensor from every rank's part (differentiable; replicas are taken from the first that has them)."""
     index = torch.arange(math.prod(shape)).reshape(shape)
     flat = parts[0].new_zeros(math.prod(shape))
     seen: set[tuple] = set()
-    axes = tuple(a for d in tiles for p in d for a in p.axes)
+    axes = tuple(a for d in sharding for p in d for a in p.axes)
     for rank, part in enumerate(parts):
         at = mesh.coordinate(rank)
         key = tuple(at[a] for a in axes)
         if key not in seen:
             seen.add(key)
-            flat = flat.index_put((take(index, tiles, mesh, rank).reshape(-1),), part.reshape(-1))
+            flat = flat.index_put((take(index, sharding, mesh, rank).reshape(-1),), part.reshape(-1))
     return flat.reshape(shape)

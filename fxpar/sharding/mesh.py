@@ -145,10 +145,10 @@ class BoundMesh:
     def __init__(self, mesh: Mesh, device_type: str, kinds: int = 1):
         self.mesh, self.kinds = mesh, kinds
         self.kind, self.rank = divmod(torch.distributed.get_rank(), mesh.world_size)
-        whole = init_device_mesh(device_type, (kinds, *mesh.sizes), mesh_dim_names=(KIND, *mesh.names)) if kinds > 1 else \
+        all_kinds = init_device_mesh(device_type, (kinds, *mesh.sizes), mesh_dim_names=(KIND, *mesh.names)) if kinds > 1 else \
             init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
-        self.device_mesh: DeviceMesh = whole[mesh.names] if kinds > 1 else whole
-        self.across: torch.distributed.ProcessGroup | None = whole.get_group(KIND) if kinds > 1 else None
+        self.device_mesh: DeviceMesh = all_kinds[mesh.names] if kinds > 1 else all_kinds
+        self.across: torch.distributed.ProcessGroup | None = all_kinds.get_group(KIND) if kinds > 1 else None
         """The ranks at this one's place in the meshes of all kinds, in order."""
         for strategy, axes in mesh.strategies.items():
             if len(axes) > 1:

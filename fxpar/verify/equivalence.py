@@ -26,9 +26,10 @@ from fxpar.ops.vocabulary import DRAWN
 from fxpar.passes.strategies.prologue import joined, part_of
 from fxpar.plan import Plan, Plans
 from fxpar.program import Program, user_line
-from fxpar.sharding.layout import Piece, Tiling, put
+from fxpar.sharding.facts import full_value, local_value, sharding_at
+from fxpar.sharding.layout import Piece, Sharding, put
 from fxpar.verify.simulation import Simulation
-from fxpar.verify.step import Step, StepResult, scalar_of, unflatten
+from fxpar.verify.step import SimulatedStep, StepResult, scalar_of, unflatten
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
@@ -112,8 +113,8 @@ def _assert_equivalent(captured: Captured, plan: Plan, lowered: bool, backend: s
                 apart += [_apart(*draw(number)) for number in range(1, DRAWS)]
                 problem = too_far(apart)
         if problem is not None and plan.pp > 1:
-            whole = replace(plan, pp=1, virtual_stages=1, stage_boundaries=(), schedule="1f1b")
-            _assert_equivalent(captured, whole, True, backend, transport, loss_tolerance, gradient_tolerance, seed)
+            unstaged = replace(plan, pp=1, virtual_stages=1, stage_boundaries=(), schedule="1f1b")
+            _assert_equivalent(captured, unstaged, True, backend, transport, loss_tolerance, gradient_tolerance, seed)
             raise EquivalenceError(f"{problem}; with pp=1 it agrees: the cut into stages or their schedule makes the "
                                    f"difference; plan {plan}")
         if problem is not None and simulation.lowered:
@@ -176,7 +177,7 @@ def _is_estimated(program: Program) -> bool:
     step, sinks = program.microbatches, program.tensor_sinks()
     if step is None:
         return False
-    outputs = [torch.zeros(n.meta["global"].shape, dtype=n.meta["global"].dtype) for n in program.outputs()]
+    outputs = [torch.zeros(full_value(n).shape, dtype=full_value(n).dtype) for n in program.outputs()]
     loss = scalar_of(unflatten(program, outputs))
     own = [k for k, out in enumerate(outputs) if out is loss] or range(len(outputs))
     return not all(step.exact[k] for k, sink in enumerate(sinks) if k in own or sink.kind == "buffer")
@@ -188,7 +189,7 @@ def _in_microbatches(captured: Captured, plan: Plan, narrow: bool, seed: int) ->
     program = captured.partition(
         replace(alone, param_dtype=plan.param_dtype, reduce_dtype=plan.reduce_dtype) if narrow else alone)
     _deal(program, plan.dp)
-    made = Step(captured.model, program, Lockstep(program.mesh), input_leaves(captured.call), seed).run()
+    made = SimulatedStep(captured.model, program, Lockstep(program.mesh), input_leaves(captured.call), seed).run()
     return Reference(made.loss, made.grads, made.input_grads, made.buffers)
 
 
@@ -197,9 +198,9 @@ def _deal(program: Program, replicas: int) -> None:
     step = program.microbatches
     assert step is not None
 
-    def dealt(tiles: Tiling) -> Tiling:
+    def dealt(sharding: Sharding) -> Sharding:
         return tuple(tuple(p for piece in dim for p in (
-            (Piece(replicas), Piece(piece.size // replicas, piece.axes)) if piece.axes else (piece,))) for dim in tiles)
+            (Piece(replicas), Piece(piece.size // replicas, piece.axes)) if piece.axes else (piece,))) for dim in sharding)
 
     program.microbatches = replace(step, rows={k: dealt(t) for k, t in step.rows.items()},
                                    output_rows={k: dealt(t) for k, t in step.output_rows.items()})
@@ -214,12 +215,12 @@ def _deal(program: Program, replicas: int) -> None:
 
 def _dealt_run(graph: fx.Graph, run: tuple[int, Any, int], replicas: int) -> list[tuple[int, Any, int]]:
     """A run of elements that begins at a multiple of its length, as so many of each replica."""
-    local, offset, whole = run
+    local, offset, full = run
     if not isinstance(offset, fx.Node):
         return [run]
     with graph.inserting_after(offset):
         mine = graph.call_function(operator.floordiv, (offset, replicas))
-    return [(replicas, 0, replicas), (local // replicas, mine, whole // replicas)]
+    return [(replicas, 0, replicas), (local // replicas, mine, full // replicas)]
 
 
 def _is_narrow(plan: Plan) -> bool:
@@ -395,14 +396,14 @@ def _explain(problem: str, model: nn.Module, simulation: Simulation, stages: lis
     mesh = simulation.program.mesh
 
     def watch(node: fx.Node, values: list[Any]) -> None:
-        made = node.meta.get("of")
+        made = local_value(node).global_name
         if found or made not in expected or not isinstance(values[0], Tensor) or node.op == "placeholder":
             return
         want = expected[made]
-        have = put([v.detach() for v in values], node.meta["tiling"], want.shape, mesh)
+        have = put([v.detach() for v in values], sharding_at(node), want.shape, mesh)
         floats = want.is_floating_point()
         if not (_relative(*_finite(have, want)) <= 1e-5 if floats else torch.equal(have, want)):
-            found.append(f"first value that differs: {made} {node.meta['shows']} ({user_line(node)})")
+            found.append(f"first value that differs: {made} {local_value(node).layout_text} ({user_line(node)})")
 
     simulation.watch = watch
     simulation.step(*call[0], **call[1], seed=seed)

@@ -20,9 +20,10 @@ from fxpar.passes.strategies.stages import cut_stages
 from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan, require_one_of
 from fxpar.program import Program
-from fxpar.sharding.layout import Tiling
-from fxpar.verify.pipelined import PipelinedStep
-from fxpar.verify.step import Ranks, Step, StepResult
+from fxpar.sharding.facts import sharding_at
+from fxpar.sharding.layout import Sharding
+from fxpar.verify.pipelined import SimulatedPipelinedStep
+from fxpar.verify.step import SimulatedRanks, SimulatedStep, StepResult
 
 BACKENDS = ("eager", "inductor")
 
@@ -48,8 +49,8 @@ class Simulation:
         self.watch: simulate_backend.Watch | None = None
         self._depends = State(model)
         self._programs: dict[tuple, Program] = {}
-        self._stored: dict[str, Tiling] = {}  # the parameters' storage, which the first program decides
-        self._ranks: dict[int, Ranks] = {}
+        self._stored: dict[str, Sharding] = {}  # the parameters' storage, which the first program decides
+        self._ranks: dict[int, SimulatedRanks] = {}
         self.program = self._compile(self.captured.call)
 
     def _compile(self, call: Call) -> Program:
@@ -67,10 +68,10 @@ class Simulation:
             self._depends.add(self._programs[key].reads)
             for node, source in self._programs[key].source_of().items():
                 if source.kind == "param":
-                    self._stored.setdefault(source.name, node.meta["tiling"])
+                    self._stored.setdefault(source.name, sharding_at(node))
         return self._programs[key]
 
-    def _ranks_of(self, program: Program) -> Ranks:
+    def _ranks_of(self, program: Program) -> SimulatedRanks:
         if id(program) not in self._ranks:
             self._ranks[id(program)] = Lowered(
                 program.mesh, self.plan, self.backend == "inductor", self.transport, self.passes
@@ -86,12 +87,12 @@ class Simulation:
         program = self.program = self._compile(call)
         ranks, named = self._ranks_of(program), leaves(call)
         if self.plan.pp == 1:
-            return Step(self.model, program, ranks, named, seed, self.watch).run()
+            return SimulatedStep(self.model, program, ranks, named, seed, self.watch).run()
         assert isinstance(ranks, Lowered)
         plan = self.plan
         order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=plan.microbatches)
         stages = cut_stages(program, order.stages)
-        return PipelinedStep(self.model, program, ranks, named, seed, stages, order).run()
+        return SimulatedPipelinedStep(self.model, program, ranks, named, seed, stages, order).run()
 
 
 def simulate(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any = None, *, lowered: bool = False,

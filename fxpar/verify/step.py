@@ -15,7 +15,8 @@ from fxpar.backends.inductor.lowered import Lowered
 from fxpar.errors import EquivalenceError, FxparError
 from fxpar.passes.partition.phases import Boundary, Compute, split_phases
 from fxpar.program import Program, Source
-from fxpar.sharding.layout import Tiling, put, take
+from fxpar.sharding.facts import full_value, sharding_at
+from fxpar.sharding.layout import Sharding, put, take
 from fxpar.sharding.mesh import MICROBATCH, Mesh
 
 
@@ -55,16 +56,16 @@ def scalar_of(outputs: Any) -> Tensor:
     return sum(distances[1:], distances[0])
 
 
-Ranks = Lowered | simulate_backend.Lockstep
+SimulatedRanks = Lowered | simulate_backend.Lockstep
 
 
-class Step:
+class SimulatedStep:
     """One step of a program, on all ranks of its mesh; of all microbatches where the program is that of one.
 
     named: the global batch, by paths. seed: what dropout draws from.
     """
 
-    def __init__(self, model: nn.Module, program: Program, ranks: Ranks, named: dict[str, Any], seed: int,
+    def __init__(self, model: nn.Module, program: Program, ranks: SimulatedRanks, named: dict[str, Any], seed: int,
                  watch: simulate_backend.Watch | None = None):
         self.model, self.program, self.ranks, self.watch = model, program, ranks, watch
         self.mesh, self.microbatches = program.mesh, program.microbatches
@@ -81,9 +82,9 @@ class Step:
         before = dict(self.known["buffer"])
         outs, grads = self.passes(self._prologue())
         self.known["buffer"] = before
-        whole = self._together(outs)
-        outputs = unflatten(self.program, whole)
-        buffers = {s.name: t for s, t in zip(self.sinks, whole, strict=True) if s.kind == "buffer"}
+        full = self._together(outs)
+        outputs = unflatten(self.program, full)
+        buffers = {s.name: t for s, t in zip(self.sinks, full, strict=True) if s.kind == "buffer"}
         loss = scalar_of(outputs).detach()
         return StepResult(loss, self._gradients("param", grads), outputs, self._gradients("input", grads), buffers)
 
@@ -92,9 +93,9 @@ class Step:
 
         passed: what `_prologue` returns.
         """
-        kept: Kept | None = None
+        kept: BetweenMicrobatches | None = None
         if isinstance(self.ranks, Lowered) and self.count > 1 and training_over_replicas(self.program):
-            kept = Kept(self.program, self.ranks, self._feeds(0, passed))
+            kept = BetweenMicrobatches(self.program, self.ranks, self._feeds(0, passed))
         outs: list[list[list[Tensor]]] = []
         grads: list[dict[int, list[Tensor]]] = []
         cotangents: dict[int, Tensor] | None = None
@@ -130,16 +131,16 @@ class Step:
         if not isinstance(value, Tensor):
             return value
         node = self.placeholder[id(source)]
-        tiles, mesh, at = self._rows(source, node.meta["tiling"], rank, i)
-        part = take(value.detach(), tiles, mesh, at).clone()
+        sharding, mesh, at = self._rows(source, sharding_at(node), rank, i)
+        part = take(value.detach(), sharding, mesh, at).clone()
         if source.kind == "param":
-            part = part.to(node.meta["global"].dtype)
+            part = part.to(full_value(node).dtype)
         return part.contiguous().requires_grad_(source.requires_grad)
 
-    def _rows(self, source: Source, tiles: Tiling, rank: int, i: int) -> tuple[Tiling, Mesh, int]:
-        """Where a rank's part of an input lies in the global one: its tiling, a mesh, and the rank's number there."""
+    def _rows(self, source: Source, sharding: Sharding, rank: int, i: int) -> tuple[Sharding, Mesh, int]:
+        """Where a rank's part of an input lies in the global one: its sharding, a mesh, and the rank's number there."""
         if self.microbatches is None or (source.kind, source.name) not in self.microbatches.rows:
-            return tiles, self.mesh, rank
+            return sharding, self.mesh, rank
         return self.microbatches.rows[source.kind, source.name], self.microbatches.mesh, i * self.mesh.world_size + rank
 
     def _prologue(self) -> dict[str, list[list[Tensor]]]:
@@ -165,12 +166,12 @@ class Step:
         """If output k, of which the ranks made these parts, is a buffer that the next microbatch takes from this one, keep it."""
         sink, node = self.sinks[k], self.nodes[k]
         if self.microbatches is not None and sink.kind == "buffer" and sink.name in self.microbatches.in_order:
-            whole = put([p.detach() for p in parts], node.meta["tiling"], node.meta["global"].shape, self.mesh)
-            self.known["buffer"][sink.name] = whole
+            full = put([p.detach() for p in parts], sharding_at(node), full_value(node).shape, self.mesh)
+            self.known["buffer"][sink.name] = full
 
     # ---- forward ----
 
-    def _forward(self, feeds: list[list[Any]], kept: Kept | None, last: bool) -> list[list[Tensor]]:
+    def _forward(self, feeds: list[list[Any]], kept: BetweenMicrobatches | None, last: bool) -> list[list[Tensor]]:
         if isinstance(self.ranks, simulate_backend.Lockstep):
             return self.ranks.forward(self.program.module, feeds, self.watch)
         if kept is None:
@@ -191,35 +192,36 @@ class Step:
 
     def _together(self, outs: list[list[list[Tensor]]]) -> list[Tensor]:
         """The step's outputs, as one device would have them, from those of each microbatch and rank."""
-        whole: list[Tensor] = []
+        full: list[Tensor] = []
         for k, node in enumerate(self.nodes):
             step = self.microbatches
             if step is not None and k in step.output_rows:
-                tiles = step.output_rows[k]
+                sharding = step.output_rows[k]
                 sizes = [n * (self.count if along else 1) for n, along in zip(
-                    node.meta["global"].shape, (any(MICROBATCH in p.axes for p in dim) for dim in tiles), strict=True)]
-                whole.append(put([mine[k] for made in outs for mine in made], tiles, torch.Size(sizes), step.mesh))
+                    full_value(node).shape, (any(MICROBATCH in p.axes for p in dim) for dim in sharding), strict=True)]
+                full.append(put([mine[k] for made in outs for mine in made], sharding, torch.Size(sizes), step.mesh))
                 continue
-            parts = [put([mine[k] for mine in made], node.meta["tiling"], node.meta["global"].shape, self.mesh) for made in outs]
-            whole.append(parts[0] if step is None else step.joined(k, parts))
-        return whole
+            parts = [put([mine[k] for mine in made], sharding_at(node), full_value(node).shape, self.mesh)
+                     for made in outs]
+            full.append(parts[0] if step is None else step.joined(k, parts))
+        return full
 
     # ---- backward ----
 
     def _of_a_loss(self) -> dict[int, Tensor]:
         """The derivative by the outputs where the loss is one of them: known before anything runs. Else nothing."""
         device = next((p.device for p in self.model.parameters()), None)
-        outputs = [torch.zeros(n.meta["global"].shape, dtype=n.meta["global"].dtype, device=device) for n in self.nodes]
+        outputs = [torch.zeros(full_value(n).shape, dtype=full_value(n).dtype, device=device) for n in self.nodes]
         loss = scalar_of(unflatten(self.program, outputs))
         return {k: torch.ones_like(loss) for k, out in enumerate(outputs) if out is loss}
 
     def _cotangents(self, outs: list[list[list[Tensor]]]) -> dict[int, Tensor]:
         """The derivative of the loss by the step's outputs."""
         made = self._together([[[t.detach() for t in mine] for mine in each] for each in outs])
-        whole = [t.requires_grad_(t.is_floating_point() or t.is_complex()) for t in made]
-        loss = scalar_of(unflatten(self.program, whole))
-        wanted = [k for k, t in enumerate(whole) if t.requires_grad]
-        found = torch.autograd.grad(loss, [whole[k] for k in wanted], allow_unused=True) if loss.requires_grad else []
+        full = [t.requires_grad_(t.is_floating_point() or t.is_complex()) for t in made]
+        loss = scalar_of(unflatten(self.program, full))
+        wanted = [k for k, t in enumerate(full) if t.requires_grad]
+        found = torch.autograd.grad(loss, [full[k] for k in wanted], allow_unused=True) if loss.requires_grad else []
         return {k: g for k, g in zip(wanted, found, strict=False) if g is not None}
 
     def cotangent(self, k: int, grad: Tensor, rank: int, i: int) -> Tensor:
@@ -227,11 +229,11 @@ class Step:
         step = self.microbatches
         if step is not None and k in step.output_rows:
             return take(grad, step.output_rows[k], step.mesh, i * self.mesh.world_size + rank).contiguous()
-        part = take(grad, self.nodes[k].meta["tiling"], self.mesh, rank).contiguous()
+        part = take(grad, sharding_at(self.nodes[k]), self.mesh, rank).contiguous()
         return part if step is None else part * step.weight(k)
 
     def _backward(self, feeds: list[list[Any]], outs: list[list[Tensor]], cotangents: dict[int, Tensor], i: int,
-                  kept: Kept | None) -> dict[int, list[Tensor]]:
+                  kept: BetweenMicrobatches | None) -> dict[int, list[Tensor]]:
         """Number of a source -> rank by rank its gradient of one microbatch."""
         n, last = range(self.mesh.world_size), i == self.count - 1
         roots = [[out[k] for k in cotangents if out[k].requires_grad] for out in outs]
@@ -240,8 +242,8 @@ class Step:
         if not any(roots):
             return {}
         wants = [k for k, s in enumerate(self.program.sources) if s.requires_grad]
-        held = [[] for _ in n] if kept is None or last else kept.held
-        found = self.ranks.backward(roots, seeds, [[*(feeds[r][k] for k in wants), *held[r]] for r in n])
+        detached = [[] for _ in n] if kept is None or last else kept.detached
+        found = self.ranks.backward(roots, seeds, [[*(feeds[r][k] for k in wants), *detached[r]] for r in n])
         if kept is not None and not last:
             kept.hold([mine[len(wants):] for mine in found])
         grads: dict[int, list[Tensor]] = {}
@@ -259,14 +261,14 @@ class Step:
             if source.kind != kind or not each:
                 continue
             node, step = self.placeholder[id(source)], self.microbatches
-            tiles, shape = node.meta["tiling"], node.meta["global"].shape
+            sharding, shape = sharding_at(node), full_value(node).shape
             if step is not None and (source.kind, source.name) in step.rows:
-                tiles, shape = step.rows[source.kind, source.name], self.known["input"][source.name].shape
-                grads[source.name] = put([part for parts in each for part in parts], tiles, shape, step.mesh)
+                sharding, shape = step.rows[source.kind, source.name], self.known["input"][source.name].shape
+                grads[source.name] = put([part for parts in each for part in parts], sharding, shape, step.mesh)
                 continue
             parts = [torch.stack(mine).sum(0) for mine in zip(*each, strict=True)] if len(each) > 1 else each[0]
-            grads[source.name] = put(parts, tiles, shape, self.mesh)
-            _check_replicas(source.name, parts, grads[source.name], tiles, self.mesh)
+            grads[source.name] = put(parts, sharding, shape, self.mesh)
+            _check_replicas(source.name, parts, grads[source.name], sharding, self.mesh)
         return grads
 
 
@@ -275,19 +277,19 @@ def training_over_replicas(program: Program) -> bool:
     return not program.plan.gathers_each_use and program.mesh.size(*program.mesh.axes("dp")) > 1
 
 
-class Kept:
+class BetweenMicrobatches:
     """What ranks keep between the microbatches of a step, as `fxpar.run.steps` keeps it on one rank.
 
-    feeds: local inputs of the program. held: rank -> the inputs of the last graph whose gradients are kept.
+    feeds: local inputs of the program. detached: rank -> the inputs of the last graph whose gradients are kept.
     """
 
-    def __init__(self, program: Program, ranks: Ranks, feeds: list[list[Any]]):
+    def __init__(self, program: Program, ranks: SimulatedRanks, feeds: list[list[Any]]):
         self.plan, self.phases = program.plan, split_phases(program)
         parameters = [i for i, s in enumerate(program.sources) if s.kind == "param"]
         with torch.no_grad():
             self.values = ranks.forward(self.phases.unshard, [[feed[i] for i in parameters] for feed in feeds])
         self.pending: list[dict[Boundary, Tensor]] = [{} for _ in feeds]
-        self.held: list[list[Tensor]] = [[] for _ in feeds]
+        self.detached: list[list[Tensor]] = [[] for _ in feeds]
 
     def compute(self, last: bool) -> Compute:
         return self.phases.compute_and_reduce if last or self.plan.reduces_each_backward else self.phases.compute
@@ -304,11 +306,11 @@ class Kept:
                     out[-1].append(self.pending[rank].get(boundary, zero))
                 else:
                     out[-1].append(at[boundary].detach().requires_grad_(kind == "detached"))
-            self.held[rank] = [x for (kind, _), x in zip(compute.extra, out[-1], strict=True) if kind == "detached"]
+            self.detached[rank] = [x for (kind, _), x in zip(compute.extra, out[-1], strict=True) if kind == "detached"]
         return out
 
     def hold(self, grads: list[list[Tensor | None]]) -> None:
-        """Add up the gradients of what is `held`."""
+        """Add up the gradients of what is `detached`."""
         boundaries = self.compute(last=False).boundaries("detached")
         for pending, mine in zip(self.pending, grads, strict=True):
             for boundary, grad in zip(boundaries, mine, strict=True):
@@ -317,12 +319,12 @@ class Kept:
                     pending[boundary] = grad.to(boundary.dtype) if before is None else before + grad.to(boundary.dtype)
 
 
-def _check_replicas(name: str, parts: Iterable[Tensor], total: Tensor, tiles: Tiling, mesh: Mesh) -> None:
+def _check_replicas(name: str, parts: Iterable[Tensor], total: Tensor, sharding: Sharding, mesh: Mesh) -> None:
     if not total.numel() or total.isnan().any():  # a model that is not finite is not fxpar's doing
         return
     scale = total.abs().max().item() or 1.0
     for rank, part in enumerate(parts):
-        mine = take(total, tiles, mesh, rank)
+        mine = take(total, sharding, mesh, rank)
         worst = (mine - part).abs().max().item() if part.numel() else 0.0
         if not worst <= 1e-4 * scale:
             raise EquivalenceError(f"ranks disagree about the gradient of {name} (rank {rank}: off by {worst:.3g} of "

@@ -55,7 +55,7 @@ class Band:
     data: Tensor
 
 
-Value = Plain | Band
+MaskValue = Plain | Band
 
 
 # ---- between tensors and values ----
@@ -83,7 +83,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool((a == b).all())
 
 
-def diagonals(value: Value, rows: int, columns: int) -> Tensor | None:
+def diagonals(value: MaskValue, rows: int, columns: int) -> Tensor | None:
     """What the value, broadcast to [..., rows, columns], holds on each diagonal.
 
     One dim of rows + columns - 1 elements; or, if the value is uniform, one element, in no dims if the value
@@ -103,7 +103,7 @@ def diagonals(value: Value, rows: int, columns: int) -> Tensor | None:
     return torch.cat([matrix[:, 0].flip(0), matrix[0, 1:]])
 
 
-def from_diagonals(shape: tuple[int, ...], data: Tensor) -> Value:
+def from_diagonals(shape: tuple[int, ...], data: Tensor) -> MaskValue:
     """A Band; or what is simpler, if it is uniform, or has a single row or column."""
     rows, columns = shape[-2:]
     if _same(data, data[:1]):
@@ -117,7 +117,7 @@ def from_diagonals(shape: tuple[int, ...], data: Tensor) -> Value:
 # ---- where bands come from ----
 
 
-def of_ranges(target: Any, a: Value, b: Value, rows: int, columns: int) -> Tensor | None:
+def of_ranges(target: Any, a: MaskValue, b: MaskValue, rows: int, columns: int) -> Tensor | None:
     """The diagonals of a column and a row of evenly spaced integers, compared, subtracted or added.
 
     Takes: a comparison, a subtraction, or an addition (of a range that ascends and one that descends).
@@ -152,7 +152,7 @@ def _step(line: Tensor) -> int | None:
     return int(steps[0]) if len(steps) and bool((steps == steps[0]).all()) else None
 
 
-def triangle(value: Value, lower: bool, boundary: int) -> Value | None:
+def triangle(value: MaskValue, lower: bool, boundary: int) -> MaskValue | None:
     """`tril` or `triu` of a matrix that is uniform or a band."""
     rows, columns = value.shape[-2:]
     data = diagonals(value, rows, columns)
@@ -166,7 +166,7 @@ def triangle(value: Value, lower: bool, boundary: int) -> Value | None:
 # ---- views of bands ----
 
 
-def reshaped(band: Band, shape: tuple[int, ...]) -> Value | None:
+def reshaped(band: Band, shape: tuple[int, ...]) -> MaskValue | None:
     """A view of other shape and the same order of elements, broadcasting included.
 
     If the last two dims are as they were, they are the same dims: neither has extent 1.
@@ -174,14 +174,14 @@ def reshaped(band: Band, shape: tuple[int, ...]) -> Value | None:
     return Band(shape, band.data) if shape[-2:] == band.shape[-2:] else None
 
 
-def permuted(band: Band, order: Sequence[int], shape: tuple[int, ...]) -> Value | None:
+def permuted(band: Band, order: Sequence[int], shape: tuple[int, ...]) -> MaskValue | None:
     rows, columns = len(band.shape) - 2, len(band.shape) - 1
     if tuple(order[-2:]) == (rows, columns):
         return Band(shape, band.data)
     return Band(shape, band.data.flip(0)) if tuple(order[-2:]) == (columns, rows) else None
 
 
-def sliced(band: Band, dim: int, start: int, shape: tuple[int, ...]) -> Value:
+def sliced(band: Band, dim: int, start: int, shape: tuple[int, ...]) -> MaskValue:
     """The slice of extent ``shape[dim]`` that begins at `start`, in steps of 1."""
     rows, columns = band.shape[-2:]
     kept = shape[dim]

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxpar import compat
 from fxpar.passes.canonical import bands
-from fxpar.passes.canonical.bands import Band, Plain, Value
+from fxpar.passes.canonical.bands import Band, MaskValue, Plain
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ def given(t: Tensor) -> Plain | None:
     return None if unknown or not 0 < t.numel() <= LIMIT_GIVEN else bands.plain(t.detach().cpu())
 
 
-def evaluate(node: fx.Node, values: Mapping[fx.Node, Value | None]) -> Value | None:
+def evaluate(node: fx.Node, values: Mapping[fx.Node, MaskValue | None]) -> MaskValue | None:
     """The value of `node`, given those of its arguments.
 
     Takes: a call with its (fake) result in ``meta["val"]``; the value of what it reads, unless it `is_fill`.
@@ -94,10 +94,10 @@ def evaluate(node: fx.Node, values: Mapping[fx.Node, Value | None]) -> Value | N
     return value
 
 
-_Rule = Callable[[Any, tuple, dict, Tensor], "Value | None"]
+_BandRule = Callable[[Any, tuple, dict, Tensor], "MaskValue | None"]
 
 
-def _rule(target: Any) -> _Rule:
+def _rule(target: Any) -> _BandRule:
     packet = target.overloadpacket
     for packets, rule in _RULES:
         if packet in packets:
@@ -105,7 +105,7 @@ def _rule(target: Any) -> _Rule:
     return _pointwise if compat.is_pointwise(target) else _small
 
 
-def _prepared(tree: Any, values: Mapping[fx.Node, Value | None]) -> Any:
+def _prepared(tree: Any, values: Mapping[fx.Node, MaskValue | None]) -> Any:
     """The arguments with values for nodes, as they are for a computation on the CPU."""
     if isinstance(tree, fx.Node):
         return values[tree]
@@ -119,19 +119,19 @@ def _prepared(tree: Any, values: Mapping[fx.Node, Value | None]) -> Any:
     return tree
 
 
-def _values(tree: Any) -> list[Value]:
+def _values(tree: Any) -> list[MaskValue]:
     """All values among the arguments."""
-    if isinstance(tree, Value):
+    if isinstance(tree, MaskValue):
         return [tree]
     items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
     return [v for x in items for v in _values(x)]
 
 
-def _call(target: Any, args: tuple, kwargs: dict, tensor_of: Callable[[Value], Tensor]) -> Tensor:
+def _call(target: Any, args: tuple, kwargs: dict, tensor_of: Callable[[MaskValue], Tensor]) -> Tensor:
     """Run the operator, with `tensor_of(value)` for each value among the arguments."""
 
     def put(tree: Any) -> Any:
-        if isinstance(tree, Value):
+        if isinstance(tree, MaskValue):
             return tensor_of(tree)
         return [put(x) for x in tree] if isinstance(tree, (list, tuple)) else tree
 
@@ -141,7 +141,7 @@ def _call(target: Any, args: tuple, kwargs: dict, tensor_of: Callable[[Value], T
 # ---- the rules ----
 
 
-def _fill(node: fx.Node, out: Tensor) -> Value | None:
+def _fill(node: fx.Node, out: Tensor) -> MaskValue | None:
     packet = node.target.overloadpacket
     number: Any = _FILLS.get(packet)
     if number is None:
@@ -152,14 +152,14 @@ def _fill(node: fx.Node, out: Tensor) -> Value | None:
     return Plain(tuple(out.shape), torch.full((1,) * out.dim(), number, dtype=out.dtype))
 
 
-def _uniform(value: Value, out: Tensor) -> Value | None:
+def _uniform(value: MaskValue, out: Tensor) -> MaskValue | None:
     """The same number in another shape, if `value` is but one number."""
     if isinstance(value, Band) or value.data.numel() > 1:
         return None
     return Plain(tuple(out.shape), value.data.reshape((1,) * out.dim()))
 
 
-def _small(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _small(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     """Any function of small tensors: run it."""
     values = _values((args, kwargs))
     large = any(isinstance(v, Band) or math.prod(v.shape) > bands.LIMIT for v in values)
@@ -168,12 +168,12 @@ def _small(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
     return bands.plain(_call(target, args, kwargs, lambda v: v.full))
 
 
-def _copy(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _copy(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     value = args[0]
     return type(value)(value.shape, value.data.to(out.dtype))
 
 
-def _reshape(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _reshape(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     value, shape = args[0], tuple(out.shape)
     if isinstance(value, Band):
         return bands.reshaped(value, shape)
@@ -183,12 +183,12 @@ def _reshape(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | Non
     )
 
 
-def _expand(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _expand(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     value, shape = args[0], tuple(out.shape)
     return bands.reshaped(value, shape) if isinstance(value, Band) else bands.plain(value.full.expand(shape))
 
 
-def _repeat(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _repeat(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     """Along the dims in which the tensor is uniform, that is no more than expanding it."""
     value, times = args
     added = len(times) - len(value.shape)
@@ -199,7 +199,7 @@ def _repeat(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None
     return Plain(tuple(out.shape), value.data.reshape((1,) * added + tuple(value.data.shape)))
 
 
-def _swap(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _swap(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     value, dims = args[0], args[1:]
     if isinstance(value, Plain):
         return bands.plain(target(value.full, *dims, **kwargs))
@@ -216,7 +216,7 @@ def _swap(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
     return bands.permuted(value, order, tuple(out.shape))
 
 
-def _cut(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _cut(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     value = args[0]
     dim, start, _, step = args[1:] + (0, None, None, 1)[len(args) - 1 :]
     if isinstance(value, Plain):
@@ -232,14 +232,14 @@ def _cut(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
     return bands.sliced(value, dim, min(max(start + size if start < 0 else start, 0), size), tuple(out.shape))
 
 
-def _triangle(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _triangle(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     if isinstance(args[0], Plain) and out.numel() <= bands.LIMIT:
         return _small(target, args, kwargs, out)
     boundary = args[1] if len(args) > 1 else kwargs.get("diagonal", 0)
     return bands.triangle(args[0], target.overloadpacket is aten.tril, boundary)
 
 
-def _along(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _along(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     """Uniform dims stay uniform, except the one that the operator works along."""
     at, default = _ALONG[target.overloadpacket]
     dim = args[at] if len(args) > at else kwargs.get("dim", default)
@@ -254,7 +254,7 @@ def _along(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
     return bands.plain(result.expand(out.shape))
 
 
-def _index(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _index(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     """Whatever is picked from a uniform tensor is uniform (picks out of range are an error, and not ours)."""
     source, picks = args
     uniform = _uniform(source, out)
@@ -264,7 +264,7 @@ def _index(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
     return uniform if all(-n <= int(p.data.min()) and int(p.data.max()) < n for p, n in limits) else None
 
 
-def _pointwise(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | None:
+def _pointwise(target: Any, args: tuple, kwargs: dict, out: Tensor) -> MaskValue | None:
     """On the distinct elements; where those of the result would be too many, on one of each diagonal."""
     values = _values((args, kwargs))
     if not any(isinstance(v, Band) for v in values):
@@ -277,17 +277,17 @@ def _pointwise(target: Any, args: tuple, kwargs: dict, out: Tensor) -> Value | N
     if target.overloadpacket in _COMPARISONS | _DIFFERENCES and len(values) == len(args) == 2 and not kwargs:
         data = bands.of_ranges(target, values[0], values[1], rows, columns)
     if data is None:
-        held: dict[int, Tensor] = {}
+        lines: dict[int, Tensor] = {}
         for value in values:
             line = bands.diagonals(value, rows, columns)
             if line is None:
                 return None
-            held[id(value)] = line
-        data = _call(target, args, kwargs, lambda v: held[id(v)])
+            lines[id(value)] = line
+        data = _call(target, args, kwargs, lambda v: lines[id(v)])
     return bands.from_diagonals(tuple(out.shape), data)
 
 
-_RULES: list[tuple[Any, _Rule]] = [
+_RULES: list[tuple[Any, _BandRule]] = [
     (_COPIES, _copy), (_RESHAPES, _reshape), (_EXPANSIONS, _expand), ({aten.repeat}, _repeat),
     (_SWAPS, _swap), (_CUTS, _cut), ({aten.tril, aten.triu}, _triangle), (_ALONG, _along),
     ({aten.index}, _index), (_POINTWISE, _pointwise),

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fxpar import compat
 from fxpar.ops.attention import takes, windowed_attention
 from fxpar.ops.vocabulary import SDPA
-from fxpar.passes.canonical.bands import Value, diagonals
+from fxpar.passes.canonical.bands import MaskValue, diagonals
 from fxpar.passes.canonical.constants import evaluate, given, is_fill, is_function
 from fxpar.program import Program, value_of
 
@@ -65,7 +65,7 @@ def fold_masks(program: Program) -> Program:
     return program
 
 
-def verdict(mask: Value, rows: int, columns: int) -> Verdict | None:
+def verdict(mask: MaskValue, rows: int, columns: int) -> Verdict | None:
     """Which keys a mask allows, if it is one of the masks that attention can do without."""
     data = diagonals(mask, rows, columns)
     allowed = None if data is None else _allowed(data)
@@ -123,10 +123,10 @@ def _cone(mask: fx.Node) -> set[fx.Node]:
     return cone
 
 
-def _value(program: Program, mask: fx.Node) -> Value | None:
+def _value(program: Program, mask: fx.Node) -> MaskValue | None:
     cone = _cone(mask)
     sources = program.source_of()
-    values: dict[fx.Node, Value | None] = {}
+    values: dict[fx.Node, MaskValue | None] = {}
     for node in program.graph.nodes:
         if node in cone:
             values[node] = given(sources[node].value) if node in sources else evaluate(node, values)

@@ -10,6 +10,7 @@ import torch
 
 from fxpar.errors import CaptureError
 from fxpar.program import Program, user_line
+from fxpar.sharding.facts import describe_global
 
 aten = torch.ops.aten
 PRODUCTS = {aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.baddbmm, aten.convolution, aten.conv1d, aten.conv2d,
@@ -21,7 +22,7 @@ def cast_parameters(program: Program) -> Program:
 
     Takes: a program captured in the plan's `param_dtype`. Afterwards: the placeholder of a parameter has the dtype it is
     stored in, that of a floating-point input the one it is given in, and one cast makes what is computed with.
-    ``meta["reduce_dtype"]`` on a parameter's cast tells the partitioner in which dtype the gradient is summed over ranks: the
+    `GlobalValue.reduce_dtype` of a parameter's cast tells the partitioner in which dtype the gradient is summed over ranks: the
     plan's `reduce_dtype`, else the storage dtype. Raises: `CaptureError` for a product of values in different dtypes, which
     PyTorch has not: the model makes a value of its own in the dtype that parameters are stored in.
     """
@@ -39,7 +40,7 @@ def cast_parameters(program: Program) -> Program:
         node.replace_all_uses_with(cast, delete_user_cb=functools.partial(operator.is_not, cast))
         cast.meta["val"] = computed
         if reduced is not None:
-            cast.meta["reduce_dtype"] = reduced
+            describe_global(cast, reduce_dtype=reduced)
         fake: Any = computed
         with fake.fake_mode:
             node.meta["val"] = torch.empty_strided(

@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.errors import CaptureError
-from fxpar.passes.capture.traced import Traced
+from fxpar.passes.capture.traced import TraceGuard
 from fxpar.program import Program
+from fxpar.sharding.facts import sharding_at
 
 SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 OWN = {"_parameters", "_buffers", "_modules", "forward"}
@@ -29,7 +30,7 @@ DEPTH = 3
 WAY_OUT = "return it from forward, or keep a tensor in a buffer (register_buffer)"
 
 Holder = dict | list
-Place = tuple[Holder, Any]
+AttributePlace = tuple[Holder, Any]
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Recorded:
 
     writes: list[Write] = field(default_factory=list)
     names: list[str | None] = field(default_factory=list)
-    places: dict[int, Place] = field(default_factory=dict)
+    places: dict[int, AttributePlace] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
-def recorded_attributes(model: nn.Module, traced: Traced, watch: bool = True) -> Iterator[Recorded]:
+def recorded_attributes(model: nn.Module, traced: TraceGuard, watch: bool = True) -> Iterator[Recorded]:
     """Inside, the model's forward returns its outputs and a tuple of tensors: those that it stores, then the marks of hooks;
     hooks around it do not run. watch: see what it reads; otherwise (Dynamo traces no watched module) it may have read everything.
 
@@ -124,18 +125,18 @@ def _write_buffers(module: nn.Module, before: dict[str, Tensor | None]) -> None:
 
 
 @contextlib.contextmanager
-def _watched(held: dict[int, _Held]) -> Iterator[None]:
-    """Inside, modules' `_Held` know which of their attributes were read as they had been."""
+def _watched(by_table: dict[int, _Attributes]) -> Iterator[None]:
+    """Inside, modules' `_Attributes` know which of their attributes were read as they had been."""
 
     def getattribute(module: nn.Module, name: str) -> Any:
         value = before(module, name)
-        mine = held.get(id(object.__getattribute__(module, "__dict__")))
+        mine = by_table.get(id(object.__getattribute__(module, "__dict__")))
         if mine is not None and name in mine.before and mine.before[name] is value:
             mine.read.add(name)
         return value
 
     def absent(module: nn.Module, name: str) -> Any:
-        mine = held.get(id(module.__dict__))
+        mine = by_table.get(id(module.__dict__))
         if mine is not None:
             mine.read.add(name)
         return original(module, name)
@@ -152,11 +153,11 @@ def _watched(held: dict[int, _Held]) -> Iterator[None]:
             nn.Module.__getattribute__ = own  # type: ignore[method-assign]
 
 
-class Left:
+class AttributeStates:
     """The places that the forwards of a model write or read besides parameters and buffers, as far as its programs show."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[int, Any], Place] = {}
+        self._places: dict[tuple[int, Any], AttributePlace] = {}
         self._split: dict[tuple[int, Any], str] = {}
         self._numbers: dict[tuple, Any] = {}
 
@@ -171,7 +172,7 @@ class Left:
         which ranks hold parts.
         """
         parts = {s.name for s, n in zip(program.tensor_sinks(), program.outputs(), strict=True)
-                 if s.kind == "attribute" and any(p.axes for dim in n.meta["tiling"] for p in dim)}
+                 if s.kind == "attribute" and any(p.axes for dim in sharding_at(n) for p in dim)}
         for write in program.writes:
             place = id(write.holder), write.key
             if write.read:
@@ -235,7 +236,7 @@ def _parts(model: nn.Module) -> list[Any]:
             for m in model.modules()]
 
 
-class _Held:
+class _Attributes:
     """A dict or list that the model holds, and what was in it."""
 
     def __init__(self, name: str, holder: Holder, where: str | None, module: nn.Module | None = None):
@@ -308,15 +309,15 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is dict and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
 
 
-def _snapshot(model: nn.Module) -> list[_Held]:
+def _snapshot(model: nn.Module) -> list[_Attributes]:
     """Every module's attributes, and what they hold: dicts, lists, and the attributes of plain objects."""
-    found: dict[int, _Held] = {}
+    found: dict[int, _Attributes] = {}
 
     def hold(name: str, value: Any, where: str | None, depth: int) -> None:
         if id(value) in found or depth > DEPTH:
             return
         if isinstance(value, dict | list | deque):
-            found[id(value)] = _Held(name, value, where)  # type: ignore[arg-type]
+            found[id(value)] = _Attributes(name, value, where)  # type: ignore[arg-type]
             for key, item in found[id(value)].entries():
                 hold(f"{name}.{key}", item, where, depth + 1)
         elif isinstance(value, tuple):
@@ -329,8 +330,8 @@ def _snapshot(model: nn.Module) -> list[_Held]:
         name = f"{path} ({type(module).__name__})" if path else type(module).__name__
         code = getattr(type(module).forward, "__code__", None)
         where = f"{code.co_filename}:{code.co_firstlineno}" if code else None
-        found[id(module.__dict__)] = held = _Held(name, module.__dict__, where, module)
-        for key, value in held.entries():
+        found[id(module.__dict__)] = own = _Attributes(name, module.__dict__, where, module)
+        for key, value in own.entries():
             hold(f"{name}.{key}", value, where, 1)
     return list(found.values())
 

@@ -28,7 +28,7 @@ from fxpar.passes.capture.batchnorm import expand_batch_norm
 from fxpar.passes.capture.functions import expand_functions, recorded_functions
 from fxpar.passes.capture.grouped import GroupedProducts
 from fxpar.passes.capture.regions import inline_regions
-from fxpar.passes.capture.traced import Traced, host_draws
+from fxpar.passes.capture.traced import TraceGuard, host_draws
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source, is_library_file, user_line
 from fxpar.sharding.mesh import Mesh
@@ -157,7 +157,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
     """The exported program, the prefix its names carry ("model." where autocast had to be moved inside), and what the forward
     left in attributes. (Forward hooks of submodules are part of it; the model's own run around the program.)"""
     _refuse_hooks(model)
-    traced = Traced({id(p): _place(model, name) for name, p in originals.items()})
+    traced = TraceGuard({id(p): _place(model, name) for name, p in originals.items()})
     root, device, prefix = model, next((t.device.type for t in model.parameters()), "cpu"), ""
     if torch.is_autocast_enabled(device):
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."

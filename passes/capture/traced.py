@@ -40,7 +40,7 @@ Places = Mapping[int, tuple[dict[str, Any], str]]
 """Where the model keeps each of its parameters: id -> the module's table and the name in it."""
 
 
-class Traced(TorchFunctionMode):
+class TraceGuard(TorchFunctionMode):
     """What a trace does not see as it is meant.
 
     ``torch.rand([]) < p`` is answered where it does not depend on the draw: p is 0 or 1 (layer dropping is off). ``x.data``,
@@ -94,7 +94,7 @@ class Traced(TorchFunctionMode):
         assert kept is not None
         t, line = self._made[kept][0](), self._made[kept][1]
         raise CaptureError(f"a forward that keeps a tensor of shape {tuple(t.shape)} outside of the model's attributes"
-                           f"{_held(t)}", line, "keep it in an attribute of a module, or in a list or dict that an "
+                           f"{_where_kept(t)}", line, "keep it in an attribute of a module, or in a list or dict that an "
                            "attribute holds, or return it")
 
     def _is_kept(self, t: Any) -> bool:
@@ -143,7 +143,7 @@ def _frame() -> str:
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _held(t: torch.Tensor) -> str:
+def _where_kept(t: torch.Tensor) -> str:
     for holder in gc.get_referrers(t):
         if type(holder) is dict:
             key = next((k for k, v in holder.items() if v is t), None)

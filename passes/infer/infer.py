@@ -14,17 +14,18 @@ from fxpar.passes.infer.roles import assign_roles
 from fxpar.passes.infer.rules.registry import find, spec_for
 from fxpar.program import Program, user_line
 from fxpar.sharding.factors import Dims, Factors
-from fxpar.sharding.layout import Tiling
+from fxpar.sharding.facts import describe_global, global_value
+from fxpar.sharding.layout import Sharding
 
 
-def infer(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
+def infer(program: Program, pinned: dict[str, Sharding] | None = None) -> Program:
     """Find the factors of every value by one walk over the graph.
 
     Takes: a canonical program. pinned: how parameters are already stored (a module that was parallelized before);
     their dims start from those pieces, so that they can be expressed again.
-    Afterwards: ``node.meta["dims"]`` holds the factors of every tensor (a list of them for several outputs),
-    ``node.meta["spec"]`` what the operator's rule said, ``node.meta["needs_grad"]`` whether a gradient flows to it,
-    and each factor its role. Operators without a rule are noted: they run whole.
+    Afterwards: the `GlobalValue` of every node has the factors of its tensor, what the rule of its operator said (with the
+    factors of several outputs), and whether a gradient flows to it; and each factor has its role. Operators without a rule are
+    noted: they run replicated.
     Raises: `UnsupportedOperator` for random operators, whose result would depend on the plan.
     """
     factors = Factors()
@@ -32,20 +33,19 @@ def infer(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
     for node in program.graph.nodes:
         if node.op == "placeholder":
             source = sources[node]
-            node.meta["needs_grad"], node.meta["is_param"] = source.requires_grad, source.kind == "param"
+            describe_global(node, needs_grad=source.requires_grad, is_param=source.kind == "param")
             if isinstance(node.meta["val"], torch.Tensor):
-                tiles = (pinned or {}).get(source.name) if source.kind == "param" else None
-                node.meta["dims"] = factors.beside(
-                    _pinned(factors, tiles) if tiles is not None else factors.fresh(node.meta["val"].shape)
-                )
+                sharding = (pinned or {}).get(source.name) if source.kind == "param" else None
+                describe_global(node, dims=factors.beside(
+                    _pinned(factors, sharding) if sharding is not None else factors.fresh(node.meta["val"].shape)))
         elif node.op == "call_function":
             _infer_call(program, node, factors)
     assign_roles(program)
     return program
 
 
-def _pinned(factors: Factors, tiles: Tiling) -> Dims:
-    return tuple(tuple(f for piece in dim for f in factors.new(piece.size)) for dim in tiles)
+def _pinned(factors: Factors, sharding: Sharding) -> Dims:
+    return tuple(tuple(f for piece in dim for f in factors.new(piece.size)) for dim in sharding)
 
 
 def _infer_call(program: Program, node: fx.Node, factors: Factors) -> None:
@@ -65,13 +65,12 @@ def _infer_call(program: Program, node: fx.Node, factors: Factors) -> None:
     if not isinstance(value, torch.Tensor | tuple | list):
         return
     spec = spec_for(node, factors)
-    node.meta["spec"] = spec
     if spec.unknown and spec.operands:
-        program.note(f"no rule for {node.target}: it runs whole on every rank ({user_line(node)})")
+        program.note(f"no rule for {node.target}: it runs replicated, on full operands ({user_line(node)})")
     for dims in spec.outs:
         factors.beside(dims)
-    node.meta["dims"] = spec.outs[0] if isinstance(value, torch.Tensor) else spec.outs
-    node.meta["needs_grad"] = _needs_grad(node, value)
+    describe_global(node, spec=spec, dims=spec.outs[0] if isinstance(value, torch.Tensor) else None,
+                    needs_grad=_needs_grad(node, value))
 
 
 def _infer_getitem(node: fx.Node) -> None:
@@ -80,13 +79,14 @@ def _infer_getitem(node: fx.Node) -> None:
     values = made.meta["val"]
     index = index % len(values)
     position = sum(isinstance(v, torch.Tensor) for v in values[:index])
-    node.meta["position"] = position
-    node.meta["dims"] = made.meta["dims"][position]
-    node.meta["needs_grad"] = made.meta["needs_grad"] and node.meta["val"].is_floating_point()
+    known = global_value(made)
+    assert known.spec is not None
+    describe_global(node, position=position, dims=known.spec.outs[position],
+                    needs_grad=known.needs_grad and node.meta["val"].is_floating_point())
 
 
 def _needs_grad(node: fx.Node, value: Any) -> bool:
     if node.target is torch.ops.aten.detach.default:
         return False
     floats = value.is_floating_point() or value.is_complex() if isinstance(value, torch.Tensor) else True
-    return floats and any(n.meta.get("needs_grad", False) for n in node.all_input_nodes)
+    return floats and any(global_value(n).needs_grad for n in node.all_input_nodes)

@@ -17,6 +17,7 @@ from fxpar.passes.infer.rules.matmul import grouped_product
 from fxpar.passes.infer.rules.registry import find
 from fxpar.program import Program
 from fxpar.sharding.factors import Factor, leaves
+from fxpar.sharding.facts import describe_global, dims_of, global_value
 
 aten = torch.ops.aten
 ROLES = ("batch", "seq", "heads", "head_dim", "ffn", "vocab", "experts", "hidden")
@@ -36,7 +37,7 @@ def assign_roles(program: Program) -> None:
     other weights contract. The first that applies stays. Raises `PlanError` if an override names no such dim.
     """
     params = [n for n, s in program.source_of().items() if s.kind == "param"]
-    in_params = {f for n in params for d in n.meta["dims"] for f in leaves(d)}
+    in_params = {f for n in params for d in dims_of(n) for f in leaves(d)}
     _overrides(program)
     one_head = _attention(program, in_params)
     _batch(program)
@@ -55,10 +56,10 @@ def _overrides(program: Program) -> None:
     for key, role in dict(program.plan.roles or ()).items():
         name, _, index = key.rstrip("]").partition("[")
         node = sources.get(name)
-        if node is None or not index.isdigit() or int(index) >= len(node.meta["dims"]):
+        if node is None or not index.isdigit() or int(index) >= len(global_value(node).dims or ()):
             known = ", ".join(list(sources)[:6])
             raise PlanError("roles", key, 'must name a dim of a parameter or input, as "name[dim]"', f"one of {known}")
-        for f in leaves(node.meta["dims"][int(index)]):
+        for f in leaves(dims_of(node)[int(index)]):
             f.role = role or "none"
 
 
@@ -69,7 +70,7 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
     one_head: set[Factor] = set()
     for node in program.graph.nodes:
         if node.target in ATTENTION:
-            q, k, v = (n.meta["dims"] for n in node.args[:3])
+            q, k, v = (dims_of(n) for n in node.args[:3])
             _give(q[-2], "seq")
             _give(k[-2], "seq")
             if len(q) == 4:
@@ -77,8 +78,8 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
                 _give([f for f in leaves(k[1]) if f in in_params], "heads")
             for dims in (q, k, v):
                 _head_dim(dims[-1], q[:-2], one_head)
-        elif node.target in SOFTMAX and len(node.meta["dims"]) >= 3:
-            rows, columns = (leaves(d) for d in node.meta["dims"][-2:])
+        elif node.target in SOFTMAX and len(dims_of(node)) >= 3:
+            rows, columns = (leaves(d) for d in dims_of(node)[-2:])
             if any((r, c) in scores for r in rows for c in columns):
                 _give(rows, "seq")
                 _give(columns, "seq")
@@ -116,14 +117,14 @@ def _product(node: fx.Node) -> _Product | None:
             return None
     else:
         nodes = args[:2]
-        a, b = (len(n.meta["dims"]) for n in nodes)
+        a, b = (len(dims_of(n)) for n in nodes)
         if a < 3 or b < 3:
             return None
         lead = "abcdefgh"[: max(a, b) - 2]
         one, other, right = (lead[len(lead) - r + 2 :] + end for r, end in ((a, "mk"), (b, "kn"), (max(a, b), "mn")))
-    if not all(n.meta["needs_grad"] and not _is_weight(n) for n in nodes):
+    if not all(global_value(n).needs_grad and not _is_weight(n) for n in nodes):
         return None
-    first, second, made = ({c: leaves(d) for c, d in zip(text, n.meta["dims"], strict=True)}
+    first, second, made = ({c: leaves(d) for c, d in zip(text, dims_of(n), strict=True)}
                            for text, n in ((one, nodes[0]), (other, nodes[1]), (right, node)))
 
     def of(dims: dict[str, list[Factor]], letters: set[str]) -> list[Factor]:
@@ -148,7 +149,7 @@ def _head_dim(dim: Iterable[Factor], lead: Iterable[Iterable[Factor]], one_head:
 
 
 def _batch(program: Program) -> None:
-    inputs = [(n, s) for n, s in program.source_of().items() if s.kind == "input" and n.meta.get("dims")]
+    inputs = [(n, s) for n, s in program.source_of().items() if s.kind == "input" and global_value(n).dims]
     asked = dict(program.plan.batch_dims or ())
     unknown = set(asked) - {s.name for _, s in inputs}
     if unknown:
@@ -157,7 +158,7 @@ def _batch(program: Program) -> None:
         )
     first: int | None = None
     for node, source in inputs:
-        dims = node.meta["dims"]
+        dims = dims_of(node)
         if source.name in asked:
             at = asked[source.name]
         else:
@@ -168,14 +169,14 @@ def _batch(program: Program) -> None:
             continue
         size = node.meta["val"].shape[at]
         first = int(size) if first is None else first
-        node.meta["batch_dim"] = at
+        describe_global(node, batch_dim=at)
         for f in leaves(dims[at]):
             f.role = "batch"
 
 
 def _batch_dim(program: Program, node: fx.Node, first: int | None) -> int | None:
     """Dim 0, unless attention showed it to be a sequence: then the first dim that is not. Other inputs follow in size."""
-    dims, shape = node.meta["dims"], node.meta["val"].shape
+    dims, shape = dims_of(node), node.meta["val"].shape
     for i, dim in enumerate(dims):
         flat = leaves(dim)
         if any(f.role == "seq" for f in flat):
@@ -196,11 +197,11 @@ def _vocab(program: Program) -> None:
             table, ids = node.args[:2]
             rows, columns = table.meta["val"].shape
             if ids in from_inputs and rows > columns:
-                _give(table.meta["dims"][0], "vocab")
+                _give(dims_of(table)[0], "vocab")
         elif node.target is pick:
-            _give(node.args[0].meta["dims"][-1], "vocab")
-        elif find(node.target) is grouped_product and "spec" in node.meta:
-            _give(node.args[1].meta["dims"][0], "experts")
+            _give(dims_of(node.args[0])[-1], "vocab")
+        elif find(node.target) is grouped_product and global_value(node).spec is not None:
+            _give(dims_of(node.args[1])[0], "experts")
 
 
 def _weights(program: Program, in_params: set[Factor], one_head: set[Factor]) -> None:
@@ -209,8 +210,8 @@ def _weights(program: Program, in_params: set[Factor], one_head: set[Factor]) ->
     contracted: Counter[Factor] = Counter()
     reduced: set[Factor] = set()
     for node in program.graph.nodes:
-        spec = node.meta.get("spec")
-        if spec is None or not node.meta.get("needs_grad"):
+        spec = global_value(node).spec
+        if spec is None or not global_value(node).needs_grad:
             continue
         sums = {f for s in spec.sums for f in s.leaves()}
         weights = [o for o in spec.operands if not o.deferred and _is_weight(o.node)] if sums else []
@@ -223,7 +224,7 @@ def _weights(program: Program, in_params: set[Factor], one_head: set[Factor]) ->
             made.update(f for f in flat if f not in sums)
         else:
             reduced |= sums
-        reduced |= {f for s in (*spec.whole, *spec.inner, *spec.maxes) for f in s.leaves()}
+        reduced |= {f for s in (*spec.replicated, *spec.inner, *spec.maxes) for f in s.leaves()}
     for f in in_params:
         if f.role is None and made[f] and contracted[f] and f not in reduced:
             f.role = "head_dim" if f in one_head else "ffn"
@@ -236,4 +237,4 @@ def _is_weight(node: fx.Node) -> bool:
     """A parameter, possibly cast or rearranged."""
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    return node.op == "placeholder" and bool(node.meta.get("is_param"))
+    return node.op == "placeholder" and global_value(node).is_param

@@ -15,11 +15,11 @@ from torch import fx
 from fxpar.ops.collectives import Collective, axis_index, make, typed
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec
 from fxpar.passes.partition.reshard import Resharder, measure
-from fxpar.passes.place.cost import forward_flops
 from fxpar.passes.place.place import fits
 from fxpar.program import Program, copy_provenance
 from fxpar.sharding.factors import Dim, Dims, Factor, leaves
-from fxpar.sharding.layout import Layout, local_extent, local_shape, place_of, show, tiling
+from fxpar.sharding.facts import describe_local, dims_of, global_value, local_value
+from fxpar.sharding.layout import Layout, local_extent, local_shape, place_of, sharding_of, show
 from fxpar.sharding.mesh import Axes
 
 aten = torch.ops.aten
@@ -29,10 +29,9 @@ def partition(program: Program) -> Program:
     """Build the local program.
 
     Takes: a placed program, whose graph it leaves as it is.
-    Afterwards: `program.module` computes on local tensors; ``meta["tiling"]`` of every placeholder and output says which
-    part of the global tensor it is, ``meta["global"]`` its global shape and dtype; ``meta["for"]`` of every collective names
-    the operator that it was inserted for, ``meta["bytes"]`` the size of its result on one rank. Outputs that hold a batch are
-    this replica's part.
+    Afterwards: `program.module` computes on local tensors, and its nodes have their `LocalValue`: that of a placeholder or output
+    says which part of which global tensor it is, that of a collective for which operator it was inserted, and what one rank has
+    of its result. Outputs that hold a batch are this replica's part.
     """
     return _Partitioner(program).run()
 
@@ -58,7 +57,7 @@ class _Partitioner:
 
     def _placeholder(self, node: fx.Node) -> fx.Node:
         new = self.graph.placeholder(node.name)
-        new.meta["source"] = self.sources[node].name
+        describe_local(new, source=self.sources[node].name)
         return self._describe(new, node)
 
     def _get_attr(self, node: fx.Node) -> fx.Node:
@@ -67,20 +66,22 @@ class _Partitioner:
     def _describe(self, new: fx.Node, old: fx.Node, layout: Layout | None = None, dims: Dims | None = None) -> fx.Node:
         """`new` is the local part of the global value `old`."""
         copy_provenance(new, old)
-        value = old.meta.get("val")
-        if isinstance(value, torch.Tensor) and "dims" in old.meta:
-            dims = old.meta["dims"] if dims is None else dims
+        value, known = old.meta.get("val"), global_value(old)
+        if isinstance(value, torch.Tensor) and known.dims is not None:
+            dims = known.dims if dims is None else dims
             layout = self.placed.storage(old) if layout is None else layout
-            new.meta.update(
-                tiling=tiling(dims, layout, self.mesh),
-                shows=show(dims, layout, self.mesh),
-                needs_grad=old.meta.get("needs_grad", False),
+            describe_local(
+                new,
+                full=value,
+                sharding=sharding_of(dims, layout, self.mesh),
+                layout_text=show(dims, layout, self.mesh),
+                global_name=old.name,
+                batch_dim=known.batch_dim,
+                reduce_dtype=known.reduce_dtype,
+                stored=self.placed.stored.get(old),
                 dtype=value.dtype,
+                needs_grad=known.needs_grad,
             )
-            new.meta["global"], new.meta["of"] = value, old.name
-            new.meta.update({k: old.meta[k] for k in ("reduce_dtype", "batch_dim") if k in old.meta})
-            if old in self.placed.stored:
-                new.meta["stored"] = self.placed.stored[old]
         return new
 
     def _call_function(self, node: fx.Node) -> Any:
@@ -88,13 +89,13 @@ class _Partitioner:
             args: Any = node.args
             new = self.graph.call_function(operator.getitem, (self.local[args[0]], args[1]))
             return self._describe(new, node)
-        if "spec" not in node.meta:
+        if global_value(node).spec is None:
             return self.graph.node_copy(node, lambda n: self.local[n])
         return Local(self, node).build()
 
     def _output(self, node: fx.Node) -> fx.Node:
         """An output's batch goes to dp, as its inputs' did; elsewhere it stays as it is."""
-        layout, dims = dict(self.placed.layouts.get(node) or {}), node.meta.get("dims", ())
+        layout, dims = dict(self.placed.layouts.get(node) or {}), global_value(node).dims or ()
         want: Layout = {}
         for axis in self.mesh.axes("dp"):
             batch = next(
@@ -109,7 +110,7 @@ class _Partitioner:
             if axis not in layout and batch is not None and self.mesh.size(axis) > 1:
                 want[axis] = batch
         new = self.reshard.to(self.local[node], dims, layout, {**layout, **want}, node)
-        return self._describe(new, node, {**layout, **want}) if want or "tiling" not in new.meta else new
+        return self._describe(new, node, {**layout, **want}) if want or local_value(new).sharding is None else new
 
 
 class Local:
@@ -118,7 +119,9 @@ class Local:
     def __init__(self, owner: _Partitioner, node: fx.Node):
         self.owner, self.node = owner, node
         self.mesh, self.graph = owner.mesh, owner.graph
-        self.spec: Spec = node.meta["spec"]
+        spec = global_value(node).spec
+        assert spec is not None
+        self.spec: Spec = spec
         self.placement = owner.placed.operators[node]
         self.at = self.placement.at
         self.op = Op(node, None)  # type: ignore[arg-type]
@@ -135,7 +138,7 @@ class Local:
         return fx.map_arg(tree, lambda n: None if n in skipped else self._operands.get(n, self.owner.local[n]))
 
     def _bring(self, operand: Operand, at: Layout) -> fx.Node:
-        """The operand in the layout the operator runs in: split like it, or whole; varying where the op is split.
+        """The operand in the layout the operator runs in: split like it, or replicated; varying where the op is split.
 
         What is made from a parameter as it is stored takes it as it is stored."""
         if self.node in self.owner.placed.stored:
@@ -144,17 +147,15 @@ class Local:
         want: dict[str, Factor | bool] = {a: (f if f in own else True) for a, f in at.items()}
         want.update(dict.fromkeys(self.placement.varies, True))
         old = operand.node
-        return self.owner.reshard.to(self.owner.local[old], old.meta["dims"], self.owner.placed.layouts[old], want, self.node)
+        return self.owner.reshard.to(self.owner.local[old], dims_of(old), self.owner.placed.layouts[old], want, self.node)
 
     def build(self) -> Any:
         made = self.spec.emit(self) if self.spec.emit is not None else self.default()
-        if isinstance(made, fx.Node):
-            made.meta["flops"] = forward_flops(self.node, self.spec, self.at, self.mesh)
         if isinstance(self.node.meta["val"], torch.Tensor):
             made = self._resolve(made)
             if made in self._operands.values():
                 return made
-            made.meta["varied"] = self.placement.varies
+            describe_local(made, varied=self.placement.varies)
             return self.owner._describe(made, self.node)
         copy_provenance(made, self.node)
         return made
@@ -197,12 +198,12 @@ class Local:
     def _communicate(self, made: Collective) -> fx.Node:
         new = make(self.graph, made)
         copy_provenance(new, self.node)
-        new.meta["for"] = self.node.name
+        describe_local(new, made_for=self.node.name)
         return new
 
     def _measured(self, made: Collective, layout: Layout) -> fx.Node:
         new = self._communicate(made)
-        new.meta["needs_grad"] = bool(self.node.meta.get("needs_grad"))
+        describe_local(new, needs_grad=global_value(self.node).needs_grad)
         measure(new, self.node, self.spec.outs[0], layout, self.mesh)
         return new
 
@@ -237,7 +238,7 @@ class Local:
         return self.mesh.size(*self.axes(factors))
 
     def offset(self, dim: Dim) -> fx.Node | None:
-        """Where this rank's (contiguous) part of a dim begins; None if the dim is whole."""
+        """Where this rank's (contiguous) part of a dim begins; None if the dim is not split."""
         axes = self.axes(dim)
         if not axes:
             return None
@@ -257,7 +258,7 @@ class Local:
         return tuple(out)
 
     def exchanged_dim(self) -> int | None:
-        """The dim along which the first operand was just gathered, or else the output will be scattered, if it is whole."""
+        """The dim along which the first operand was just gathered, or else the output will be scattered, if it is not split."""
         first = typed(self.operand(0))
         if first is not None and first.gathers:
             dim, outer = first.place
@@ -273,6 +274,6 @@ class Local:
 
     def vary(self, value: fx.Node, axes: Axes) -> fx.Node:
         """`value` is used differently on the ranks of `axes` from here on."""
-        if not self.node.meta.get("needs_grad"):
+        if not global_value(self.node).needs_grad:
             return value
         return self._communicate(Collective("vary", value, axes))

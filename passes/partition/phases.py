@@ -17,6 +17,7 @@ from torch import fx
 
 from fxpar.ops.collectives import Collective, typed
 from fxpar.program import Program, Source
+from fxpar.sharding.facts import local_value
 from fxpar.sharding.mesh import Axes
 
 
@@ -45,7 +46,9 @@ class Boundary:
         """In which its gradients are summed."""
         made = typed(self.node)
         assert made is not None
-        return made.value.meta["dtype"]
+        dtype = local_value(made.value).dtype
+        assert dtype is not None
+        return dtype
 
 
 @dataclass

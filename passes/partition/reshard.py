@@ -7,7 +7,6 @@ gradients are summed before they are communicated.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import fx
 from fxpar.ops.collectives import Collective, make, typed
 from fxpar.program import copy_provenance
 from fxpar.sharding.factors import Dims, Factor
+from fxpar.sharding.facts import UNKNOWN, describe_local, if_local, local_value
 from fxpar.sharding.layout import Layout, local_shape, place_of
 from fxpar.sharding.mesh import Axes, Mesh
 
 Want = Mapping[str, "Factor | bool"]
-"""axis -> the factor to split there; True: whole, but used differently on every rank; absent: whole and the same."""
+"""axis -> the factor to split there; True: replicated, but used differently on every rank; absent: replicated and used alike."""
 
 
 class Resharder:
@@ -30,14 +30,14 @@ class Resharder:
         self._made: dict[Collective | tuple, fx.Node] = {}
 
     def to(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, user: fx.Node) -> fx.Node:
-        """`value`, kept in `layout` (or, with ``meta["stored"]``, in that one, to be used in `layout`), as `want` asks for it.
+        """`value`, kept in `layout` (or `LocalValue.stored`, to be used in `layout`), as `want` asks for it.
 
         Where the axes on one factor change, the common major ones stay; the others are gathered minor to major and
         sliced major to minor. An axis that moves from one factor to another is exchanged.
         """
-        grad = bool(value.meta.get("needs_grad")) if isinstance(value, fx.Node) else False
-        layout = dict(layout)
-        if isinstance(value, fx.Node) and "stored" in value.meta:
+        known = local_value(value) if isinstance(value, fx.Node) else UNKNOWN
+        grad, layout = known.needs_grad, dict(layout)
+        if known.stored is not None:
             value, layout = self._unshard(value, dims, layout, want, user)
         for axis in self.mesh.names:
             old, new = layout.get(axis), want.get(axis)
@@ -59,7 +59,7 @@ class Resharder:
         vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in self._varied(value))
         if not vary or not grad:
             return value
-        if "reduce_dtype" in value.meta:
+        if local_value(value).reduce_dtype is not None:
             return self._vary_as(value, dims, layout, vary, user)
         return self._emit(Collective("vary", value, vary), user, dims, layout)
 
@@ -71,12 +71,13 @@ class Resharder:
         It is cast before it is gathered. Its gradient is first summed onto the stored parts and then, part by part, over the
         other axes along which its uses differ, in the reduction dtype.
         """
-        layout, grad = dict(value.meta["stored"]), value.meta.get("needs_grad", False)
+        known = local_value(value)
+        layout, grad = dict(known.stored or {}), known.needs_grad
         over = [a for a, f in layout.items() if used.get(a) is not f and want.get(a) is not f]
         if not over:
             return value, layout
         dtype = reduce = None
-        if grad and "reduce_dtype" in value.meta:
+        if grad and known.reduce_dtype is not None:
             args: Any = value.args
             dtype = args[1]
             value, reduce = self._wide(value)
@@ -86,7 +87,7 @@ class Resharder:
         for axis in sorted(over, key=self.mesh.names.index, reverse=True):
             varying = grad and want.get(axis) is True
             value = self._gather(value, dims, layout, axis, varying, user, dtype, reduce)
-            value.meta["unshard"] = True
+            describe_local(value, unshard=True)
         return value, layout
 
     def _vary_as(self, cast: fx.Node, dims: Dims, layout: Layout, axes: Axes, user: fx.Node) -> fx.Node:
@@ -99,18 +100,19 @@ class Resharder:
         """What a parameter's cast is made from, in a dtype that loses nothing of it and of its gradient's sum; and the dtype
         of that sum where it is narrower."""
         args: Any = cast.args
-        reduce = cast.meta["reduce_dtype"]
-        wide = torch.promote_types(args[0].meta["dtype"], reduce)
+        stored, reduce = local_value(args[0]).dtype, local_value(cast).reduce_dtype
+        assert stored is not None and reduce is not None
+        wide = torch.promote_types(stored, reduce)
         return self._cast(args[0], wide, cast), reduce if reduce != wide else None
 
     def _cast(self, value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
-        if value.meta.get("dtype") == dtype:
+        if local_value(value).dtype == dtype:
             return value
         key = (value, "cast", dtype)
         if key not in self._made:
             new = self.graph.call_function(torch.ops.aten.to.dtype, (value, dtype))
             copy_provenance(new, like)
-            new.meta.update({k: v for k, v in like.meta.items() if k in ("needs_grad", "global")}, dtype=dtype)
+            describe_local(new, full=local_value(like).full, dtype=dtype, needs_grad=local_value(like).needs_grad)
             self._made[key] = new
         return self._made[key]
 
@@ -131,14 +133,14 @@ class Resharder:
         """Axes that the last steps already made varying: by `vary`, or a gather whose backward is a reduce-scatter; or that
         what the value was made from is varying along."""
         done: list[str] = []
-        while isinstance(value, fx.Node) and value.meta.get("resharded"):
+        while isinstance(value, fx.Node) and local_value(value).resharded:
             made = typed(value)
             assert made is not None
             if made.varies:
                 done += made.axes
             value = made.value
         if isinstance(value, fx.Node):
-            done += value.meta.get("varied", ())
+            done += local_value(value).varied
         return tuple(done)
 
     def _gather(self, value, dims, layout, axis, varying, user, dtype=None, reduce=None) -> fx.Node:
@@ -165,19 +167,17 @@ class Resharder:
         if made not in self._made:
             value, new = made.value, make(self.graph, made)
             copy_provenance(new, user)
-            new.meta.update(needs_grad=value.meta.get("needs_grad", False), resharded=True,
-                            dtype=made.dtype or value.meta.get("dtype"))
-            new.meta["global"], new.meta["for"] = value.meta.get("global"), user.name
+            known = local_value(value)
+            describe_local(new, full=known.full, dtype=made.dtype or known.dtype, needs_grad=known.needs_grad, made_for=user.name,
+                           resharded=True)
             measure(new, value, dims, layout, self.mesh)
             self._made[made] = new
         return self._made[made]
 
 
 def measure(node: fx.Node, value: fx.Node, dims: Dims, layout: Layout, mesh: Mesh) -> None:
-    """Record shape and dtype of the result that one rank holds, and its bytes (what the report counts). value: the global value,
-    or what it is made of."""
-    held = value.meta.get("val", value.meta.get("global"))
-    if isinstance(held, torch.Tensor):
-        dtype = node.meta.get("dtype") or value.meta.get("dtype") or held.dtype
-        shape = local_shape(dims, layout, mesh)
-        node.meta["held"], node.meta["bytes"] = (shape, dtype), math.prod(shape) * dtype.itemsize
+    """Record shape and dtype of the result that one rank has. value: the global value, or what it is made of."""
+    known = value.meta.get("val", if_local(value).full)
+    if isinstance(known, torch.Tensor):
+        dtype = local_value(node).dtype or if_local(value).dtype or known.dtype
+        describe_local(node, result=(tuple(local_shape(dims, layout, mesh)), dtype))

@@ -2,5 +2,4 @@
 
 axes   finer mesh axes where a model's heads call for them
 place  the layouts
-cost   what an operator's layout costs
 """

@@ -7,6 +7,7 @@ import math
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.program import Program
 from fxpar.sharding.factors import leaves
+from fxpar.sharding.facts import dims_of
 
 
 def refine_axes(program: Program) -> Program:
@@ -21,7 +22,7 @@ def refine_axes(program: Program) -> Program:
     for node in program.graph.nodes:
         if tp == 1 or len(mesh.strategies["tp"]) > 1 or node.target not in ATTENTION:
             continue
-        heads = [f for f in leaves(node.args[0].meta["dims"][-3]) if f.role == "heads"]
+        heads = [f for f in leaves(dims_of(node.args[0])[-3]) if f.role == "heads"]
         if len(heads) > 1 and heads[0].size % tp:
             major = math.gcd(heads[0].size, tp)
             if major > 1 and heads[1].size % (tp // major) == 0:

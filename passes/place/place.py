@@ -22,7 +22,8 @@ from fxpar.passes.infer.rules import Spec
 from fxpar.plan import Plan
 from fxpar.program import Program, Source
 from fxpar.sharding.factors import Dims, Factor, leaves
-from fxpar.sharding.layout import Layout, Tiling, restrict
+from fxpar.sharding.facts import dims_of, global_value
+from fxpar.sharding.layout import Layout, Sharding, restrict
 from fxpar.sharding.mesh import MICROBATCH, Mesh
 from fxpar.sharding.placement import Placement, Placements
 
@@ -48,7 +49,7 @@ def preferences(plan: Plan) -> list[Preference]:
     return [*out, Preference("batch", "dp")]
 
 
-def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
+def place(program: Program, pinned: dict[str, Sharding] | None = None) -> Program:
     """Give every operator its `Placement` and every value its layout.
 
     Takes: an inferred program, whose graph it leaves as it is. pinned: parameters whose storage is given.
@@ -57,25 +58,26 @@ def place(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
     Raises: `PlanError` if a batch does not divide by dp.
     """
     placed = program.placements = Placements()
-    walk = _Walk(program, placed, pinned or {})
+    walk = _Placer(program, placed, pinned or {})
     for node in program.graph.nodes:
         if node.op == "placeholder":
             walk.source(node, walk.sources[node])
         elif node.op == "call_function":
             walk.call(node)
     for node in program.graph.nodes:
-        if placed.layouts.get(node) is None and "dims" in node.meta:
+        known = global_value(node)
+        if placed.layouts.get(node) is None and (known.dims is not None or known.spec is not None):
             placed.layouts[node] = {}
-            if "spec" in node.meta:
-                placed.operators[node] = Placement({}, [{} for _ in node.meta["spec"].outs])
+            if known.spec is not None:
+                placed.operators[node] = Placement({}, [{} for _ in known.spec.outs])
     for chain in {id(c): c for c in walk.chains.values()}.values():
-        _settle_differences(chain[1:], placed)
+        _set_varies(chain[1:], placed)
     _note_unsplit(program, placed, walk.prefs)
     return program
 
 
-class _Walk:
-    def __init__(self, program: Program, placed: Placements, pinned: dict[str, Tiling]):
+class _Placer:
+    def __init__(self, program: Program, placed: Placements, pinned: dict[str, Sharding]):
         self.program, self.mesh, self.pinned = program, program.mesh, pinned
         self.layouts, self.operators, self.preferred = placed.layouts, placed.operators, placed.preferred
         self.prefs = preferences(program.plan)
@@ -87,7 +89,7 @@ class _Walk:
             self.layouts[node] = None
             self.chains[node] = [node]
             return
-        dims: Dims = node.meta.get("dims", ())
+        dims: Dims = global_value(node).dims or ()
         layout: Layout = {}
         if source.kind == "param":
             stored = pinned_layout(dims, self.pinned[source.name], self.mesh)
@@ -120,9 +122,9 @@ class _Walk:
     def call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
             made = self.operators.get(node.all_input_nodes[0])
-            self.layouts[node] = dict(made.layouts[node.meta["position"]]) if made else {}
+            self.layouts[node] = dict(made.layouts[global_value(node).position]) if made else {}
             return
-        spec: Spec | None = node.meta.get("spec")
+        spec: Spec | None = global_value(node).spec
         if spec is None:
             return
         root = self._flexible_root(node, spec)
@@ -130,14 +132,14 @@ class _Walk:
             self.chains[root].append(node)
             self.chains[node] = self.chains[root]
             given: Layout | None = self.layouts[root]
-            self.layouts[node] = None if given is None else restrict(given, node.meta["dims"], ())
+            self.layouts[node] = None if given is None else restrict(given, dims_of(node), ())
             if given is not None:
                 self.operators[node] = Placement(dict(self.layouts[node]), [self.layouts[node]])
             return
         at = self._assign(node, spec)
         for operand in spec.operands:
             if self.layouts[operand.node] is None:
-                self._settle(operand.node, at, operand.gathered)
+                self._decide_use(operand.node, at, operand.gathered)
         placement = self._outcome(spec, at)
         self.operators[node] = placement
         self.layouts[node] = placement.layouts[0] if isinstance(node.meta["val"], torch.Tensor) else placement.layouts
@@ -145,7 +147,7 @@ class _Walk:
     def _flexible_root(self, node: fx.Node, spec: Spec) -> fx.Node | None:
         """The parameter that an operator only casts or rearranges, which stays undecided until something uses it, unless its
         storage is given."""
-        if len(spec.operands) != 1 or spec.sums or spec.maxes or spec.inner or spec.whole or len(spec.outs) != 1:
+        if len(spec.operands) != 1 or spec.sums or spec.maxes or spec.inner or spec.replicated or len(spec.outs) != 1:
             return None
         source = spec.operands[0].node
         return source if source in self.chains and (self.layouts[source] is None or self._is_given(source)) else None
@@ -153,23 +155,23 @@ class _Walk:
     def _is_given(self, node: fx.Node) -> bool:
         return self.sources[self.chains[node][0]].name in self.pinned
 
-    def _settle(self, node: fx.Node, at: Layout, gathered: Iterable[Factor]) -> None:
+    def _decide_use(self, node: fx.Node, at: Layout, gathered: Iterable[Factor]) -> None:
         """The first use decides how a parameter (and what was made from it alone) is used, and what it would have it stored
         like (`Placements.preferred`)."""
         zero = self.mesh.axes("zero")
         param = self.chains[node][0]
-        self.preferred[param] = {a: f for a, f in restrict(at, param.meta["dims"], gathered).items() if a in zero}
+        self.preferred[param] = {a: f for a, f in restrict(at, dims_of(param), gathered).items() if a in zero}
         at = _used(at, zero)
         for link in self.chains[node]:
-            layout = restrict(at, link.meta["dims"], gathered)
+            layout = restrict(at, dims_of(link), gathered)
             self.layouts[link] = layout
-            if "spec" in link.meta:
+            if global_value(link).spec is not None:
                 self.operators[link] = Placement(dict(layout), [layout])
 
     def _assign(self, node: fx.Node, spec: Spec) -> Layout:
         """The rule of this module, for one operator. The axes of one strategy go to factors of one role."""
         order = _candidates(spec)
-        held = {(a, f) for o in spec.operands for a, f in (self.layouts[o.node] or {}).items()}
+        inherited = {(a, f) for o in spec.operands for a, f in (self.layouts[o.node] or {}).items()}
         roles = {f.role for o in spec.operands for d in o.dims for f in leaves(d)}
         roles |= {f.role for d in spec.outs[0] for f in leaves(d)} if spec.outs else set()
         at: Layout = {}
@@ -181,12 +183,12 @@ class _Walk:
                 continue
             for axis in axes:
                 wanting = [f for f in order if f.role == pref.role and not (pref.lookup and f in at.values())]
-                wanting.sort(key=lambda f: (axis, f) not in held)
+                wanting.sort(key=lambda f: (axis, f) not in inherited)
                 self._take(at, axis, wanting)
                 if pref.beside and axis not in at:
                     self._note_indivisible(wanting, pref, axis)
         for axis in self.mesh.names:
-            self._take(at, axis, [f for f in order if (axis, f) in held])
+            self._take(at, axis, [f for f in order if (axis, f) in inherited])
         return at
 
     def _take(self, at: Layout, axis: str, wanting: list[Factor]) -> None:
@@ -201,7 +203,7 @@ class _Walk:
         n = self.mesh.size(axis)
         for leaf in wanting:
             if n > 1 and leaf.size % n:
-                self.program.note(f"{pref.role} {leaf.size} does not divide by {axis}={n}: left whole")
+                self.program.note(f"{pref.role} {leaf.size} does not divide by {axis}={n}: left replicated")
 
     def _outcome(self, spec: Spec, at: Layout) -> Placement:
         sums = {f for s in spec.sums for f in s.leaves()}
@@ -240,12 +242,12 @@ def _looks_up_few(node: fx.Node) -> bool:
     return args[1].meta["val"].numel() <= args[0].meta["val"].shape[0]
 
 
-def _settle_differences(chain: list[fx.Node], placed: Placements) -> None:
+def _set_varies(chain: list[fx.Node], placed: Placements) -> None:
     """Fill in `Placement.varies` of the operators that rearrange one parameter, in their order.
 
     Not of its cast: its gradient is summed in a dtype of its own, and where it is used.
     """
-    for node in reversed([n for n in chain if "reduce_dtype" not in n.meta]):
+    for node in reversed([n for n in chain if global_value(n).reduce_dtype is None]):
         different = [_different_for(user, node, placed) for user in node.users]
         placement = placed.operators[node]
         placement.varies = tuple(a for a in different[0] if all(a in d for d in different)) if different else ()
@@ -253,23 +255,23 @@ def _settle_differences(chain: list[fx.Node], placed: Placements) -> None:
 
 def _different_for(user: fx.Node, node: fx.Node, placed: Placements) -> tuple[str, ...]:
     """The axes along which `user` runs differently on every rank, although `node` is not split there."""
-    placement = placed.operators.get(user)
-    if placement is None or "spec" not in user.meta:
+    placement, spec = placed.operators.get(user), global_value(user).spec
+    if placement is None or spec is None:
         return ()
-    operand = next(o for o in user.meta["spec"].operands if o.node is node)
+    operand = next(o for o in spec.operands if o.node is node)
     if operand.deferred:
         return ()
     own = {f for d in operand.dims for f in leaves(d)} - {g for f in operand.gathered for g in f.leaves()}
     return (*(a for a, f in placement.at.items() if f not in own), *placement.varies)
 
 
-def pinned_layout(dims: Dims, tiles: Tiling, mesh: Mesh) -> Layout:
-    """The layout that stores a parameter as `tiles`; a piece's axes lie on the major factor of what it became.
+def pinned_layout(dims: Dims, sharding: Sharding, mesh: Mesh) -> Layout:
+    """The layout that stores a parameter as `sharding`; a piece's axes lie on the major factor of what it became.
 
     Raises: `PlanError` if that factor has become too small for them.
     """
     layout: Layout = {}
-    for dim, pieces in zip(dims, tiles, strict=True):
+    for dim, pieces in zip(dims, sharding, strict=True):
         flat = leaves(dim)
         for piece in pieces:
             size = 1
@@ -301,8 +303,8 @@ def scatterable(spec: Spec) -> list[Factor]:
     """The output's factors that a pending sum may be scattered onto: all, or those that what is added later shares."""
     flat = [f for d in spec.outs[0] for f in leaves(d)]
     if any(o.deferred for o in spec.operands):
-        whole = {f for s in spec.whole for f in s.leaves()}
-        return [f for f in flat if f not in whole]
+        replicated = {f for s in spec.replicated for f in s.leaves()}
+        return [f for f in flat if f not in replicated]
     return flat
 
 
@@ -314,7 +316,7 @@ def appends(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
 
 def _candidates(spec: Spec) -> list[Factor]:
     """The factors that may be split at this operator, in the order they occur."""
-    barred = {f for s in spec.whole for f in s.leaves()}
+    barred = {f for s in spec.replicated for f in s.leaves()}
     barred |= {f for d in spec.leading for f in leaves(d)[1:]}
     reduced = {f for s in (*spec.sums, *spec.maxes, *spec.inner) for f in s.leaves()}
     outs = [{f for d in dims for f in leaves(d)} for dims in spec.outs]
@@ -329,7 +331,7 @@ def _note_unsplit(program: Program, placed: Placements, prefs: list[Preference])
     for node, source in program.source_of().items():
         if source.kind != "param":
             continue
-        for i, dim in enumerate(node.meta["dims"]):
+        for i, dim in enumerate(dims_of(node)):
             for leaf in leaves(dim):
                 pref = next((p for p in prefs if p.role == leaf.role and not p.beside), None)
                 axes = program.mesh.axes(pref.strategy) if pref else ()
@@ -337,5 +339,5 @@ def _note_unsplit(program: Program, placed: Placements, prefs: list[Preference])
                 if n > 1 and leaf.size % n and leaf not in placed.layouts[node].values() and leaf.size > 1:
                     program.note(
                         f"{pref.role} {leaf.size} (dim {i} of {source.name}) does not divide by "
-                        f"{pref.strategy}={n}: left whole"
+                        f"{pref.strategy}={n}: left replicated"
                     )

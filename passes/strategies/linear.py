@@ -2,10 +2,10 @@
 
 A value is, along the axis of microbatches,
 
-    alike       whole, and the same for every microbatch: made of parameters, constants, and sums that a prologue computes
+    alike       replicated, the same for every microbatch: made of parameters, constants, and sums that a prologue computes
     split       this microbatch's own: its rows, what is made of them, or its part of a sum over the batch
     part        its sum over microbatches is the value: a sum over the batch of what depends on parameters, what is linear in one
-    estimate    stands for a value that is whole, but was computed from `count` times this microbatch's part of a sum
+    estimate    stands for a replicated value, but was computed from `count` times this microbatch's part of a sum
 
 A loss is a part as a rule: a sum over the batch, divided by a count that is alike. What is alike and added to it (a penalty on
 parameters) is divided by the number of microbatches, so that it counts once.
@@ -24,10 +24,11 @@ from torch import fx
 from fxpar.errors import PlanError
 from fxpar.ops.collectives import axis_index, typed
 from fxpar.program import Program, Source, user_line
+from fxpar.sharding.facts import local_value
 from fxpar.sharding.mesh import MICROBATCH
 
 aten = torch.ops.aten
-Kind = Literal["alike", "split", "part", "estimate"]
+MicrobatchKind = Literal["alike", "split", "part", "estimate"]
 
 MOVES = (
     aten.neg, aten.positive, aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.squeeze, aten.unsqueeze, aten.expand,
@@ -52,26 +53,26 @@ _MOVES, _ADDS, _PRODUCTS, _CHOICES, _SHAPES, _QUOTIENTS = map(
 
 
 @dataclass
-class Values:
+class Classification:
     """What `classify` finds. kinds: of every value. outside: collectives over microbatches that a prologue computes.
 
     alone: sums over microbatches of what is the same for all of them: so many times that. sliced: where a microbatch takes its
-    slice of a value that is whole. divided: (node, its operand or the place of a number among its arguments) for what is
-    added to a part. whole: (node, operand) where a part is used in a way that is not linear. in_order: buffers whose new value is
-    an estimate. inexact: values that are computed from an estimate.
+    slice of a replicated value. divided: (node, its operand or the place of a number among its arguments) for what is
+    added to a part. nonlinear: (node, operand) where a part is used in a way that is not linear. in_order: buffers whose new
+    value is an estimate. inexact: values that are computed from an estimate.
     """
 
-    kinds: dict[fx.Node, Kind] = field(default_factory=dict)
+    kinds: dict[fx.Node, MicrobatchKind] = field(default_factory=dict)
     outside: list[fx.Node] = field(default_factory=list)
     alone: list[fx.Node] = field(default_factory=list)
     sliced: list[fx.Node] = field(default_factory=list)
     divided: list[tuple[fx.Node, fx.Node | int]] = field(default_factory=list)
-    whole: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    nonlinear: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     in_order: frozenset[str] = frozenset()
     inexact: set[fx.Node] = field(default_factory=set)
 
 
-def classify(program: Program) -> Values:
+def classify(program: Program) -> Classification:
     """The kind of every value of a partitioned program whose mesh has an axis of microbatches; the program stays as it is.
 
     Raises: `PlanError` for what microbatches cannot compute: a value that depends on parameters and on rows of several of them in
@@ -79,7 +80,7 @@ def classify(program: Program) -> Values:
     """
     in_order: frozenset[str] = frozenset()
     while True:
-        values = _Walk(program, in_order).run()
+        values = _Classifier(program, in_order).run()
         found = in_order | {s.name for s, n in zip(program.tensor_sinks(), program.outputs(), strict=True)
                             if s.kind == "buffer" and values.kinds[n] in ("part", "estimate")}
         if found == in_order:
@@ -89,18 +90,18 @@ def classify(program: Program) -> Values:
 
 def along_microbatches(node: fx.Node) -> bool | None:
     """Whether a value is laid out along the axis of microbatches; None where its layout is not known."""
-    tiles = node.meta.get("tiling")
-    return None if tiles is None else any(MICROBATCH in piece.axes for dim in tiles for piece in dim)
+    sharding = local_value(node).sharding
+    return None if sharding is None else any(MICROBATCH in piece.axes for dim in sharding for piece in dim)
 
 
-class _Walk:
+class _Classifier:
     def __init__(self, program: Program, in_order: frozenset[str]):
         self.program, self.sources = program, program.source_of()
-        self.found = Values(in_order=in_order)
+        self.found = Classification(in_order=in_order)
         self.free: set[fx.Node] = set()
         self.varying: set[fx.Node] = set()
 
-    def run(self) -> Values:
+    def run(self) -> Classification:
         for node in self.program.graph.nodes:
             if node.op == "output":
                 continue
@@ -124,7 +125,7 @@ class _Walk:
             return source.kind != "param" and not source.requires_grad and source.name not in self.found.in_order
         return all(n in self.free for n in node.all_input_nodes)
 
-    def _source(self, node: fx.Node) -> Kind:
+    def _source(self, node: fx.Node) -> MicrobatchKind:
         source: Source | None = self.sources.get(node)
         if source is not None and source.kind == "param" and along_microbatches(node):
             raise _refusal(self.program, next(iter(node.users), node), f"a dim of parameter {source.name!r} is that of the batch")
@@ -132,7 +133,7 @@ class _Walk:
             return "split"
         return "estimate" if source is not None and source.kind == "buffer" and source.name in self.found.in_order else "alike"
 
-    def _call(self, node: fx.Node) -> Kind:
+    def _call(self, node: fx.Node) -> MicrobatchKind:
         if node.target is axis_index:
             axes: Any = node.args[0]
             return "split" if MICROBATCH in axes else "alike"
@@ -146,9 +147,9 @@ class _Walk:
             self.found.outside.append(node)
             return "split" if made.kind in ("shard", "reduce_scatter", "all_to_all") else "alike"
         varies = made.value in self.varying
-        if made.kind == "shard":  # of what is whole here: this microbatch's slice
+        if made.kind == "shard":  # of a replicated value: this microbatch's slice
             self.found.sliced.append(node)
-            self.found.whole += [(node, made.value)] if kind == "part" else []
+            self.found.nonlinear += [(node, made.value)] if kind == "part" else []
             self.found.inexact.update([node] if kind == "part" else [])
             return "split"
         if made.kind == "psum" and not varies:
@@ -160,7 +161,7 @@ class _Walk:
             return "alike"
         raise _refusal(self.program, node, "its value takes rows of all microbatches together, and depends on parameters")
 
-    def _local(self, node: fx.Node) -> Kind:
+    def _local(self, node: fx.Node) -> MicrobatchKind:
         kinds = self.found.kinds
         operands = _read(node)
         parts = [n for n in operands if kinds[n] == "part"]
@@ -169,7 +170,7 @@ class _Walk:
         if parts and divided is not None:
             self.found.divided += [(node, what) for what in divided]
             return "part"
-        self.found.whole += [(node, n) for n in parts]
+        self.found.nonlinear += [(node, n) for n in parts]
         self.found.inexact.update([node] if parts else [])
         return "split" if split else "estimate" if parts or any(kinds[n] == "estimate" for n in operands) else "alike"
 
@@ -199,7 +200,7 @@ def _only_inside_of_split(node: fx.Node) -> bool:
     return bool(known) and all(_only_inside_of_split(user) if split is None else split for user, split in known)
 
 
-def linear(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def linear(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     """Of an operator on parts: what must be divided by the number of microbatches for its result to be a part, an operand or the
     place of a number among its arguments; None if it is not linear in its parts."""
     target: Any = node.target
@@ -216,36 +217,36 @@ def linear(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | N
 
 
 def _floats(node: fx.Node) -> bool:
-    dtype = node.meta.get("dtype")
+    dtype = local_value(node).dtype
     return dtype is None or dtype.is_floating_point or dtype.is_complex
 
 
-def _moved(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _moved(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     """An operator that is linear in all of its operands together."""
     if not _floats(node) and all(_floats(n) for n in node.all_input_nodes):
         return None
     return [n for n in node.all_input_nodes if kinds[n] != "part"]
 
 
-def _added(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _added(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     terms = node.args[:2]
     return [n if isinstance(n, fx.Node) else i for i, n in enumerate(terms) if not _is_part(n, kinds)]
 
 
-def _scaled(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _scaled(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     one, other = node.args[:2]
     if _is_part(one, kinds) == _is_part(other, kinds):
         return None
     return [] if _is_alike(other if _is_part(one, kinds) else one, kinds) else None
 
 
-def _divided(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _divided(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     if node.kwargs.get("rounding_mode") is not None or not _is_part(node.args[0], kinds):
         return None
     return [] if _is_alike(node.args[1], kinds) else None
 
 
-def _chosen(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | None:
+def _chosen(node: fx.Node, kinds: dict[fx.Node, MicrobatchKind]) -> list[fx.Node | int] | None:
     """One or the other, by a condition that is the same for all microbatches."""
     at = 1 if node.target in _overloads(aten.masked_fill) else 0
     if len(node.args) != 3 or not _is_alike(node.args[at], kinds):
@@ -253,22 +254,22 @@ def _chosen(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node | int] | 
     return [n if isinstance(n, fx.Node) else i for i, n in enumerate(node.args) if i != at and not _is_part(n, kinds)]
 
 
-def _is_part(value: Any, kinds: dict[fx.Node, Kind]) -> bool:
+def _is_part(value: Any, kinds: dict[fx.Node, MicrobatchKind]) -> bool:
     return isinstance(value, fx.Node) and kinds[value] == "part"
 
 
-def _is_alike(value: Any, kinds: dict[fx.Node, Kind]) -> bool:
+def _is_alike(value: Any, kinds: dict[fx.Node, MicrobatchKind]) -> bool:
     return not isinstance(value, fx.Node) or kinds[value] == "alike"
 
 
-Test = Callable[[fx.Node, dict[fx.Node, Kind]], list[fx.Node | int] | None]
+Test = Callable[[fx.Node, dict[fx.Node, MicrobatchKind]], list[fx.Node | int] | None]
 _TESTS: tuple[tuple[frozenset[Any], Test], ...] = (
     (_MOVES, _moved), (_ADDS, _added), (_PRODUCTS, _scaled), (_QUOTIENTS, _divided), (_CHOICES, _chosen))
 
 
 def _refusal(program: Program, node: fx.Node, why: str) -> PlanError:
     made = typed(node)
-    name = node.meta.get("for", node.name) if made is not None else node.name
+    name = node.name if made is None else local_value(node).made_for or node.name
     line = user_line(node)
     where = f"operator {name}" + (f" ({line})" if line else "")
     count = program.mesh.size(MICROBATCH)

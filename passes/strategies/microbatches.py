@@ -13,16 +13,17 @@ import torch
 from torch import fx
 
 from fxpar.ops.collectives import axis_index, typed
-from fxpar.passes.strategies.linear import Values, along_microbatches, classify
+from fxpar.passes.strategies.linear import Classification, along_microbatches, classify
 from fxpar.passes.strategies.prologue import prologue, rank_index
 from fxpar.program import Join, Microbatches, Program, Source, copy_provenance, user_line
-from fxpar.sharding.layout import Piece, Tiling
+from fxpar.sharding.facts import UNKNOWN, describe_local, full_value, local_value, sharding_at
+from fxpar.sharding.layout import Piece, Sharding
 from fxpar.sharding.mesh import MICROBATCH, Mesh, of_ranks
 
 aten = torch.ops.aten
 JOINS: dict[str, Join] = {"part": "sum", "estimate": "mean", "alike": "same", "split": "rows"}
 
-DESCRIPTION = ("tiling", "shows", "needs_grad", "dtype", "global", "of", "varied")
+DESCRIPTION = ("full", "sharding", "layout_text", "global_name", "needs_grad", "dtype", "varied")
 """What `partition` writes on a value that is the local part of a global one."""
 
 
@@ -66,8 +67,8 @@ def take_out_time(program: Program) -> Program:
     return program
 
 
-def _rows(nodes: dict[Any, fx.Node], mesh: Mesh) -> dict[Any, Tiling]:
-    return {key: tuple(tuple(_replica_first(piece, mesh) for piece in dim) for dim in node.meta["tiling"])
+def _rows(nodes: dict[Any, fx.Node], mesh: Mesh) -> dict[Any, Sharding]:
+    return {key: tuple(tuple(_replica_first(piece, mesh) for piece in dim) for dim in sharding_at(node))
             for key, node in nodes.items() if along_microbatches(node)}
 
 
@@ -79,9 +80,9 @@ def _replica_first(piece: Piece, mesh: Mesh) -> Piece:
     return Piece(piece.size, (*dp, MICROBATCH, *(a for a in piece.axes if a != MICROBATCH and a not in dp)))
 
 
-def _note_estimates(program: Program, values: Values, count: int) -> None:
+def _note_estimates(program: Program, values: Classification, count: int) -> None:
     """Say what is not linear in microbatches, by the lines of the model."""
-    lines = list(dict.fromkeys(user_line(n) or n.name for n, _ in values.whole if n.users))
+    lines = list(dict.fromkeys(user_line(n) or n.name for n, _ in values.nonlinear if n.users))
     buffers = sorted(values.in_order)
     if lines:
         more = f", and {len(lines) - 3} more" if len(lines) > 3 else ""
@@ -93,7 +94,7 @@ def _note_estimates(program: Program, values: Values, count: int) -> None:
                      f"its own rows")
 
 
-def _pass_in(program: Program, values: Values, step: Microbatches) -> dict[fx.Node, fx.Node]:
+def _pass_in(program: Program, values: Classification, step: Microbatches) -> dict[fx.Node, fx.Node]:
     """Have collectives over microbatches of what depends on no parameter passed in; returns what took their place."""
     wanted = _frontier(program, set(values.outside))
     if not wanted:
@@ -102,10 +103,12 @@ def _pass_in(program: Program, values: Values, step: Microbatches) -> dict[fx.No
     step.prologue, step.prologue_inputs = made.module, made.inputs
     moved: dict[fx.Node, fx.Node] = {}
     for node, places in zip(wanted, made.places, strict=True):
-        shape, dtype = node.meta["held"]
+        known = local_value(node)
+        assert known.result is not None
+        shape, dtype = known.result
         moved[node] = _placeholder(program, f"batch_{node.name}", torch.empty(shape, dtype=dtype, device="meta"))
-        described = DESCRIPTION if "tiling" in node.meta else ("dtype",)
-        moved[node].meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", *described)})
+        copy_provenance(moved[node], node)
+        describe_local(moved[node], **(_description(node) if known.sharding is not None else {"dtype": known.dtype}))
         step.passed[moved[node].name] = places
         node.replace_all_uses_with(moved[node])
     return moved
@@ -126,12 +129,12 @@ def _frontier(program: Program, outside: set[fx.Node]) -> list[fx.Node]:
 def _placeholder(program: Program, name: str, value: torch.Tensor) -> fx.Node:
     with program.graph.inserting_after(program.placeholders()[-1]):
         node = program.graph.placeholder(name)
-    node.meta["global"] = value
+    describe_local(node, full=value)
     program.sources.append(Source("microbatch", node.name, value))
     return node
 
 
-def _divide(program: Program, values: Values, moved: dict[fx.Node, fx.Node], count: int) -> None:
+def _divide(program: Program, values: Classification, moved: dict[fx.Node, fx.Node], count: int) -> None:
     """What is added to a part, and is not one, counts once in the sum over microbatches."""
     for node, what in values.divided:
         if isinstance(what, int):
@@ -145,32 +148,37 @@ def _divide(program: Program, values: Values, moved: dict[fx.Node, fx.Node], cou
         node.replace_input_with(operand, share)
 
 
-def _estimate(program: Program, values: Values, count: int) -> None:
+def _estimate(program: Program, values: Classification, count: int) -> None:
     """Where a part is not used linearly, its sum over microbatches is taken to be `count` times this one's."""
     times: dict[fx.Node, fx.Node] = {}
 
-    def whole(part: fx.Node, user: fx.Node) -> fx.Node:
+    def estimated(part: fx.Node, user: fx.Node) -> fx.Node:
         if part not in times:
             with program.graph.inserting_after(part):
                 times[part] = program.graph.call_function(aten.mul.Tensor, (part, count))
             _describe(times[part], part, user)
         return times[part]
 
-    for node, part in values.whole:
-        node.replace_input_with(part, whole(part, node))
+    for node, part in values.nonlinear:
+        node.replace_input_with(part, estimated(part, node))
     output = program.graph.output_node()
-    outs = [whole(n, n) if sink.kind == "buffer" and values.kinds[n] == "part" else n
+    outs = [estimated(n, n) if sink.kind == "buffer" and values.kinds[n] == "part" else n
             for sink, n in zip(program.tensor_sinks(), program.outputs(), strict=True)]
     output.args = (tuple(outs),)
 
 
 def _describe(new: fx.Node, old: fx.Node, at: fx.Node) -> None:
     """`new` is laid out as `old`, and was inserted for what `at` does."""
-    new.meta.update({k: v for k, v in old.meta.items() if k in DESCRIPTION})
+    describe_local(new, **_description(old))
     copy_provenance(new, at)
 
 
-def _take_out_collectives(graph: fx.Graph, values: Values, count: int) -> None:
+def _description(node: fx.Node) -> dict[str, Any]:
+    known = local_value(node)
+    return {name: getattr(known, name) for name in DESCRIPTION}
+
+
+def _take_out_collectives(graph: fx.Graph, values: Classification, count: int) -> None:
     for node in list(graph.nodes):
         made = typed(node) if node.op == "call_function" else None
         if made is None or MICROBATCH not in made.axes or not node.users:
@@ -186,26 +194,29 @@ def _take_out_collectives(graph: fx.Graph, values: Values, count: int) -> None:
             node.args, node.kwargs = replace(made, axes=axes).args, {}
         else:
             value = made.value
-            value.meta.update({k: v for k, v in node.meta.items() if k not in value.meta and k in DESCRIPTION})
+            known = local_value(value)
+            unknown = [name for name in DESCRIPTION if getattr(known, name) is getattr(UNKNOWN, name)]
+            describe_local(value, **{name: getattr(local_value(node), name) for name in unknown})
             node.replace_all_uses_with(value)
 
 
-def _take_out_slices(program: Program, values: Values, index: fx.Node) -> None:
-    """What a microbatch takes of a value that is whole on this rank: of each replica's rows, those of its number."""
+def _take_out_slices(program: Program, values: Classification, index: fx.Node) -> None:
+    """What a microbatch takes of a value that is replicated over them: of each replica's rows, those of its number."""
     graph, mesh = program.graph, program.mesh
     count = mesh.size(MICROBATCH)
     replicas = mesh.size(*mesh.axes("dp")) // count
     for node in values.sliced:
         made = typed(node)
-        assert made is not None
-        (dim, outer), (held, _) = made.place, node.meta["held"]
+        result = local_value(node).result
+        assert made is not None and result is not None
+        (dim, outer), local = made.place, result[0]
         outer *= replicas
-        apart = [*held[:dim], outer, count, held[dim] // outer, *held[dim + 1 :]]
+        apart = [*local[:dim], outer, count, local[dim] // outer, *local[dim + 1 :]]
         with graph.inserting_before(node):
             value = graph.call_function(aten.reshape.default, (made.value, apart))
             number = graph.call_function(aten.reshape.default, (index, [1]))
             mine = graph.call_function(aten.index_select.default, (value, dim + 1, number))
-            mine = graph.call_function(aten.reshape.default, (mine, list(held)))
+            mine = graph.call_function(aten.reshape.default, (mine, list(local)))
         _describe(mine, node, node)
         node.replace_all_uses_with(mine)
 
@@ -233,11 +244,11 @@ def _without_time(program: Program, count: int) -> None:
     """Layouts of what one microbatch holds."""
     for node in program.graph.nodes:
         if along_microbatches(node):
-            tiles = node.meta["tiling"]
-            node.meta["tiling"] = tuple(tuple(_piece(p, count) for p in dim) for dim in tiles)
+            sharding = sharding_at(node)
             shape = [n // (count if any(MICROBATCH in p.axes for p in dim) else 1)
-                     for n, dim in zip(node.meta["global"].shape, tiles, strict=True)]
-            node.meta["global"] = node.meta["global"].new_empty(shape)
+                     for n, dim in zip(full_value(node).shape, sharding, strict=True)]
+            describe_local(node, full=full_value(node).new_empty(shape),
+                           sharding=tuple(tuple(_piece(p, count) for p in dim) for dim in sharding))
         made = typed(node) if node.op == "call_function" else None
         assert made is None or MICROBATCH not in made.axes, f"{node.name} communicates over microbatches"
 

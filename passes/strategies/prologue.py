@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpar.ops.collectives import Collective, Place, axis_index, make, typed
+from fxpar.ops.collectives import Collective, PlaceInDim, axis_index, make, typed
 from fxpar.passes.strategies.linear import along_microbatches
 from fxpar.program import Program, Source
 from fxpar.sharding.mesh import MICROBATCH, Axes, Mesh
@@ -136,10 +136,10 @@ class _Unroller:
         assert made.kind == "all_to_all", made.kind
         return self._parts([self._joined(xs, made.place)] * self.count, made.to)
 
-    def _joined(self, xs: list[Any], place: Place) -> fx.Node:
+    def _joined(self, xs: list[Any], place: PlaceInDim) -> fx.Node:
         return self.graph.call_function(joined, (list(xs), place[0], place[1] * self.replicas))
 
-    def _parts(self, xs: list[Any], place: Place) -> list[Any]:
+    def _parts(self, xs: list[Any], place: PlaceInDim) -> list[Any]:
         """A replica's microbatches follow one another: of what dp splits further, each part has one of each."""
         return [self.graph.call_function(part_of, (x, place[0], place[1] * self.replicas, self.count, i))
                 for i, x in enumerate(xs)]

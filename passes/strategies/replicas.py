@@ -8,18 +8,18 @@ rounding. A gradient that is summed over ranks last is the same on all of them.
 
 from __future__ import annotations
 
-import math
-
+import torch
 from torch import fx
 
 from fxpar.ops.collectives import Collective, make, typed
 from fxpar.program import Program, copy_provenance
-from fxpar.sharding.layout import held_shape
+from fxpar.sharding.facts import describe_local, full_value, local_value, sharding_at
+from fxpar.sharding.layout import shard_shape
 from fxpar.sharding.mesh import Axes
 
 
 def average_replicas(program: Program) -> Program:
-    """Average gradients over the ranks that would each compute the whole of them, in place.
+    """Average gradients over the ranks that would each compute all of them, in place.
 
     Takes: a partitioned program. Afterwards: along every axis that a trained parameter is replicated over in storage, its
     gradients are communicated last: summed, scattered or gathered, or else averaged by `collectives.average`.
@@ -28,7 +28,7 @@ def average_replicas(program: Program) -> Program:
     for node, source in program.source_of().items():
         if source.kind != "param" or not source.requires_grad or not program.training:
             continue
-        split = {a for dim in node.meta["tiling"] for part in dim for a in part.axes}
+        split = {a for dim in sharding_at(node) for part in dim for a in part.axes}
         replicated = tuple(a for a in mesh.names if mesh.size(a) > 1 and a not in split)
         alike: dict[Axes, list[fx.Node]] = {}
         for user in node.users:
@@ -36,8 +36,7 @@ def average_replicas(program: Program) -> Program:
             if axes and user.op == "call_function":
                 alike.setdefault(axes, []).append(user)
         for axes, users in alike.items():
-            size = math.prod(held_shape(node.meta["tiling"], mesh)) * node.meta["global"].element_size()
-            _average(program.graph, node, axes, users, size)
+            _average(program.graph, node, axes, users, (shard_shape(sharding_at(node), mesh), full_value(node).dtype))
     program.module.recompile()
     return program
 
@@ -48,16 +47,18 @@ def _communicated(user: fx.Node, axis: str) -> bool:
     if made is not None and made.returns_alike:
         if axis in made.axes:
             return True
-    elif user.op != "call_function" or len(user.all_input_nodes) != 1 or not user.meta.get("resharded"):
+    elif user.op != "call_function" or len(user.all_input_nodes) != 1 or not local_value(user).resharded:
         return False
     return bool(user.users) and all(_communicated(u, axis) for u in user.users)
 
 
-def _average(graph: fx.Graph, node: fx.Node, axes: Axes, users: list[fx.Node], size: int) -> None:
+def _average(graph: fx.Graph, node: fx.Node, axes: Axes, users: list[fx.Node],
+             result: tuple[tuple[int, ...], torch.dtype]) -> None:
     with graph.inserting_before(min(users)):
         new = make(graph, Collective("average", node, axes))
     copy_provenance(new, users[0])
-    new.meta.update({k: node.meta[k] for k in ("tiling", "shows", "needs_grad", "dtype", "global") if k in node.meta})
-    new.meta.update({"for": users[0].name, "bytes": size})
+    known = local_value(node)
+    describe_local(new, full=known.full, sharding=known.sharding, layout_text=known.layout_text, needs_grad=known.needs_grad,
+                   dtype=known.dtype, made_for=users[0].name, result=result)
     for user in users:
         user.replace_input_with(node, new)

@@ -5,7 +5,7 @@ stage's mesh, and collectives stay within a stage. A node of the program is one 
 
 - *free*: depends on no parameter and on no input that wants a gradient (positions, masks, label counts);
 - *weight*: depends on parameters, and on nothing of the batch (gathered or cast parameters, relative positions);
-- *echo*: one activation in another form that takes as many bytes or more (gathered, marked as varying, widened, viewed);
+- *echo*: one activation in another form that takes as many bytes or more (gathered, marked as varying, cast up, viewed);
 - *activation*: everything else.
 
 Activations are made by one stage, and sent to later ones that use them, through the stages between. The other kinds are made
@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxpar.cost.operators import Costs, Value, measure
+from fxpar.cost.operators import Costs, TensorSpec, measure
 from fxpar.cost.stages import recomputed
 from fxpar.errors import PlanError
 from fxpar.ops.collectives import GATHER, SAME, typed
 from fxpar.ops.vocabulary import RESHAPES, is_view
 from fxpar.program import Program, Sink, Source, copy_provenance, module_path, user_line
-from fxpar.sharding.layout import Piece, held_shape
+from fxpar.sharding.facts import describe_local, local_value
+from fxpar.sharding.layout import Piece, shard_shape
 
 aten = torch.ops.aten
 FREE, WEIGHT, ECHO, ACTIVATION = "free", "weight", "echo", "activation"
@@ -186,7 +187,7 @@ class _Depth:
             return False
         made, before, after = typed(node), self.value(node.all_input_nodes[0]), self.value(node)
         moves = made.forward in (GATHER, SAME) if made is not None else is_view(node) or node.target in COPIES
-        return (moves and isinstance(before, Value) and isinstance(after, Value) and before.bytes <= after.bytes
+        return (moves and isinstance(before, TensorSpec) and isinstance(after, TensorSpec) and before.bytes <= after.bytes
                 and before.requires_grad == after.requires_grad)
 
     def value(self, node: fx.Node) -> Any:
@@ -227,18 +228,18 @@ def cut_like(program: Program, stages: Sequence[Stage]) -> list[Stage]:
     another one updates.
     """
     depth = _Depth(program)
-    held = [_parameters(s.program) for s in stages]
+    parameters = [_parameters(s.program) for s in stages]
     uses = _uses(depth)
     at: list[int] = []
     for i in range(1, len(stages)):
-        new = held[i] - set().union(*held[:i])
-        earlier = set().union(*held[:i]) - held[i]
+        new = parameters[i] - set().union(*parameters[:i])
+        earlier = set().union(*parameters[:i]) - parameters[i]
         behind = -1 if new else max((uses[name][-1] for name in earlier if name in uses), default=-1)
-        mine = [place for name in new or held[i] for place in uses.get(name, ()) if place > behind]
+        mine = [place for name in new or parameters[i] for place in uses.get(name, ()) if place > behind]
         at.append(min(mine, default=-1))
     bounds = [0, *at, len(depth.order)]
     made = [_stage(depth, i, bounds) for i in range(len(stages))] if all(a < b for a, b in pairwise(bounds)) else []
-    if not made or not all(_parameters(s.program) <= have for s, have in zip(made, held, strict=True)):
+    if not made or not all(_parameters(s.program) <= have for s, have in zip(made, parameters, strict=True)):
         _refuse((), "must say where stages begin: called like this the model uses its parameters in another order than it did "
                 "first, and they are on the ranks of their stages already", IN_EVERY_CALL)
     for each, others in ((stages, made), (made, stages)):
@@ -478,12 +479,14 @@ def _receive(depth: _Depth, graph: fx.Graph, node: fx.Node) -> fx.Node:
     part of no global one (a sum before it is complete, a part between two reshardings) as its local self."""
     new, value = graph.placeholder(node.name), depth.value(node)
     copy_provenance(new, node)
-    new.meta.update(source=node.name, needs_grad=value.requires_grad, dtype=value.dtype)
-    if "tiling" in node.meta and held_shape(node.meta["tiling"], depth.program.mesh) == value.shape:
-        new.meta.update({k: node.meta[k] for k in ("tiling", "shows", "global", "of") if k in node.meta})
+    describe_local(new, source=node.name, needs_grad=value.requires_grad, dtype=value.dtype)
+    known = local_value(node)
+    if known.sharding is not None and shard_shape(known.sharding, depth.program.mesh) == value.shape:
+        describe_local(new, full=known.full, sharding=known.sharding, layout_text=known.layout_text,
+                       global_name=known.global_name)
     else:
-        new.meta.update(tiling=tuple((Piece(n),) for n in value.shape), shows=str(list(value.shape)))
-        new.meta["global"] = value.empty().detach()
+        describe_local(new, full=value.empty().detach(), sharding=tuple((Piece(n),) for n in value.shape),
+                       layout_text=str(list(value.shape)))
     return new
 
 

@@ -13,11 +13,12 @@ from torch import fx
 from fxpar.passes.place.place import pinned_layout
 from fxpar.program import Program
 from fxpar.sharding.factors import Dims, Factor, leaves
-from fxpar.sharding.layout import Layout, Tiling, place_of
+from fxpar.sharding.facts import dims_of, global_value
+from fxpar.sharding.layout import Layout, Sharding, place_of
 from fxpar.sharding.mesh import Mesh
 
 
-def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> Program:
+def shard_storage(program: Program, pinned: dict[str, Sharding] | None = None) -> Program:
     """Give every parameter the layout that it is stored in.
 
     Takes: a placed program. pinned: parameters whose storage is given. Afterwards: where a parameter is stored in more parts
@@ -27,7 +28,7 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
     largest. A parameter without one stays as it is, and the report says so.
     """
     axes = program.mesh.axes("zero")
-    whole: list[str] = []
+    unsharded: list[str] = []
     placed = program.placements
     assert placed is not None
     for node, source in program.source_of().items():
@@ -35,25 +36,25 @@ def shard_storage(program: Program, pinned: dict[str, Tiling] | None = None) -> 
             continue
         used: Layout = placed.layouts[node]
         if pinned and source.name in pinned:
-            stored = pinned_layout(node.meta["dims"], pinned[source.name], program.mesh)
+            stored = pinned_layout(dims_of(node), pinned[source.name], program.mesh)
         else:
-            stored = _with_axes(node.meta["dims"], {**used, **placed.preferred.get(node, {})}, axes, program.mesh)
+            stored = _with_axes(dims_of(node), {**used, **placed.preferred.get(node, {})}, axes, program.mesh)
         if not set(axes) & stored.keys():
-            whole.append(source.name)
+            unsharded.append(source.name)
             continue
         placed.stored[node] = stored
         for cast in node.users:
-            if "reduce_dtype" in cast.meta:
+            if global_value(cast).reduce_dtype is not None:
                 placed.stored[cast] = stored
-    _note_whole(program, whole)
+    _note_unsharded(program, unsharded)
     return program
 
 
 def _with_axes(dims: Dims, used: Layout, axes: tuple[str, ...], mesh: Mesh) -> Layout:
     stored = dict(used)
     for axis in axes:
-        whole = [d for d in dims if not set(leaves(d)) & set(stored.values())]
-        free = [f for d in whole for f in leaves(d) if f.size and f.size % mesh.size(axis) == 0]
+        unsplit = [d for d in dims if not set(leaves(d)) & set(stored.values())]
+        free = [f for d in unsplit for f in leaves(d) if f.size and f.size % mesh.size(axis) == 0]
         if axis not in stored and free:
             stored[axis] = min(free, key=lambda f: _cost(dims, stored, mesh, f))
     return stored
@@ -64,13 +65,13 @@ def _cost(dims: Dims, layout: Layout, mesh: Mesh, leaf: Factor) -> tuple[bool, i
     return place_of(dims, layout, mesh, leaf) != (0, 1), -leaf.size
 
 
-def _note_whole(program: Program, names: list[str]) -> None:
+def _note_unsharded(program: Program, names: list[str]) -> None:
     sources = {s.name: n for n, s in program.source_of().items() if s.kind == "param"}
     elements = {name: _numel(node) for name, node in sources.items()}
     if names and sum(elements.values()):
         share = sum(elements[n] for n in names) / sum(elements.values())
         program.note(f"{len(names)} parameters ({share:.2%} of all elements; the first is {names[0]}) are not sharded by "
-                     f"ZeRO: no dim that is still whole divides")
+                     f"ZeRO: no dim that is not split yet divides")
 
 
 def _numel(node: fx.Node) -> int:

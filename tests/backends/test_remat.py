@@ -17,7 +17,7 @@ PRODUCTS = ("mm", "addmm", "bmm")
 ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu",)
 GATHER, SCATTER = "all_gather_into_tensor", "reduce_scatter_tensor"
 WEIGHTS = {(24, 8), (8, 24), (HIDDEN, WIDTH), (WIDTH, HIDDEN)}
-"""The shapes of blocks' weights, whole, as they are and transposed: no other value has them."""
+"""The shapes of blocks' weights, unsharded, as they are and transposed: no other value has them."""
 
 
 class Block(nn.Module):

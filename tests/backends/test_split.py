@@ -16,7 +16,7 @@ from fxpar import compat
 from fxpar.backends import eager, stepped
 from fxpar.backends.inductor.lowered import Lowered
 from fxpar.backends.split import Halves, split_backward
-from fxpar.backends.stepped import Left, Saved, Stepped
+from fxpar.backends.stepped import SavedForBackward, SavedForWeightGradients, Stepped
 from fxpar.backends.transport.threads import Threads
 from fxpar.errors import InputError
 from fxpar.plan import Plan
@@ -164,7 +164,7 @@ def test_a_backward_that_writes_is_refused():
     x, y = graph.placeholder("x"), graph.placeholder("y")
     graph.output((graph.call_function(aten.mul_.Tensor, (x, y)), y))
     module = fx.GraphModule(nn.Module(), graph)
-    with pytest.raises(NotImplementedError, match=r"aten\.mul_.* writes to an operand.*take it whole"):
+    with pytest.raises(NotImplementedError, match=r"aten\.mul_.* writes to an operand.*run it in one piece"):
         split_backward(module, [0])
     assert split_backward(module, []).first is None
 
@@ -189,7 +189,7 @@ def test_microbatches_in_flight(kind, recompute):
         done, value = state.pop(i)
         if done == "start":
             outputs, saved = steps.forward(*batches[i])
-            assert isinstance(saved, Saved) and not outputs[0].requires_grad
+            assert isinstance(saved, SavedForBackward) and not outputs[0].requires_grad
             torch.testing.assert_close(outputs, plain(mlp, batches[i], [grads[i]])[0])
             state[i] = "forward", saved
         elif done == "forward" and i == 4:
@@ -197,7 +197,7 @@ def test_microbatches_in_flight(kind, recompute):
         elif done == "forward":
             kept = [(x, x.clone()) for x in value.tensors or []]
             early, left = steps.input_gradients(value, [grads[i]])
-            assert isinstance(left, Left)
+            assert isinstance(left, SavedForWeightGradients)
             still = [(x, before) for x, before in kept if any(x is y for y in left.tensors or [])]
             assert still and all(torch.equal(x, before) for x, before in still)
             state[i] = "input", (early, [g.clone() for g in early], left)

@@ -19,6 +19,7 @@ from fxpar.backends.inductor.lowered import Lowered
 from fxpar.backends.split import Half, Halves, split_backward
 from fxpar.backends.stepped import Stepped
 from fxpar.ops.vocabulary import WAIT
+from fxpar.sharding.facts import local_value
 from fxpar.testing import assert_equivalent
 from fxpar.verify import simulation
 from tests import zoo
@@ -53,7 +54,7 @@ class InSteps(Lowered):
         if self.early is not None:
             return sorted(Random(self.early).sample(wanted, len(wanted) // 2))
         places = module.graph.find_nodes(op="placeholder")
-        return [i for i in wanted if places[i].meta.get("batch_dim") is not None]
+        return [i for i in wanted if local_value(places[i]).batch_dim is not None]
 
     def backward(self, roots: list[list[Tensor]], seeds: list[list[Tensor]],
                  inputs: list[list[Tensor]]) -> list[list[Tensor | None]]:

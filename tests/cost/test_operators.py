@@ -15,9 +15,10 @@ import fxpar
 from fxpar.backends import simulate
 from fxpar.compiler import compile_program
 from fxpar.cost import operators
-from fxpar.cost.operators import Cost, Value, measure
+from fxpar.cost.operators import Cost, TensorSpec, measure
 from fxpar.model.inputs import leaves
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.sharding.facts import sharding_at
 from fxpar.sharding.layout import take
 from tests import zoo
 
@@ -93,7 +94,7 @@ def test_values_are_those_of_a_run(name, plan):
     for node, source in program.source_of().items():
         value: Any = torch.tensor(0) if source.kind == "seed" else known.get(source.kind, {}).get(source.name, source.value)
         for rank, feed in enumerate(feeds):
-            feed.append(take(value.detach(), node.meta["tiling"], program.mesh, rank).contiguous().requires_grad_(
+            feed.append(take(value.detach(), sharding_at(node), program.mesh, rank).contiguous().requires_grad_(
                 source.requires_grad) if isinstance(value, Tensor) else value)
 
     def check(have: Any, want: Any) -> None:
@@ -125,4 +126,4 @@ def test_equal_operators_are_looked_at_once(monkeypatch):
 
 def test_a_value_makes_a_tensor_like_it():
     tensor = torch.randn(3, 4, dtype=torch.float64, requires_grad=True).t()
-    assert Value.of(Value.of(tensor).empty()) == Value.of(tensor) and Value.of(tensor).empty().is_meta
+    assert TensorSpec.of(TensorSpec.of(tensor).empty()) == TensorSpec.of(tensor) and TensorSpec.of(tensor).empty().is_meta

@@ -13,7 +13,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,12 +36,17 @@ PLANS = {2: ("dp=2", "tp=2", "dp=2,zero=1", "dp=2,zero=2", "dp=2,zero=3"),
          4: ("dp=2,tp=2", "dp=2,tp=2,zero=3", "dp=4,dp_replicate=2,zero=3", "tp=4,sequence_parallel=false")}  # fmt: skip
 RECOMPUTE = ("none", "selective", "full", "0.5")
 DTYPES = ("", "param_dtype=bf16")
+PIPELINED = ("llama_padded", "llama_tied", "gpt2_padded", "t5", "bert", "qwen3", "gemma2_padded")
+PIPELINES = ("pp=2,tp=2", "pp=4", "pp=2,dp=2,zero=3")
+SCHEDULES = ("1f1b", "gpipe", "interleaved1f1b,virtual_stages=2", "zb1p", "zbv,virtual_stages=2")
 GROUP = 6
 """How many cases share a process group."""
 WHOLE = ("clip", "mixtral", "qwen3_moe", "gpt_oss")
 """They are refused in microbatches: they compare rows with each other, or sort tokens of all rows."""
 CASES = {gpus: [(*case, 1 if case[0] in WHOLE else count)
                 for *case, count in pairwise(FAMILIES, plans, RECOMPUTE, DTYPES, (1, 2))] for gpus, plans in PLANS.items()}
+PIPELINE_CASES = [(name, plan, recompute, ",".join(filter(None, [f"schedule={schedule}", dtype])), 4) for
+                  name, plan, schedule, recompute, dtype in pairwise(PIPELINED, PIPELINES, SCHEDULES, RECOMPUTE, DTYPES)]
 
 
 def runs(gpus: int, plan: str, cases: list[tuple]) -> None:
@@ -62,18 +69,28 @@ def runs(gpus: int, plan: str, cases: list[tuple]) -> None:
     assert done.returncode == 0 and len(lines) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def groups() -> list[tuple[int, str, list[tuple]]]:
+def groups(gpus: int, plans: Sequence[str], cases: list[tuple]) -> list[Any]:
+    """Cases of one plan each, that share a process group."""
     found = []
-    for gpus, plan in ((gpus, plan) for gpus, plans in PLANS.items() for plan in plans):
-        cases = [(name, *rest) for name, mine, *rest in CASES[gpus] if mine == plan]
-        found += [(gpus, plan, cases[i:i + GROUP]) for i in range(0, len(cases), GROUP)]
+    for plan in plans:
+        its = [(name, *rest) for name, mine, *rest in cases if mine == plan]
+        found += [pytest.param(gpus, plan, part, id=f"{gpus}gpus-{plan}-{part[0][0]}")
+                  for part in (its[i:i + GROUP] for i in range(0, len(its), GROUP))]
     return found
 
 
 @pytest.mark.gpu
 @pytest.mark.multiproc
-@pytest.mark.parametrize("gpus, plan, cases", [pytest.param(*g, id=f"{g[0]}gpus-{g[1]}-{g[2][0][0]}") for g in groups()])
+@pytest.mark.parametrize("gpus, plan, cases", [g for gpus, plans in PLANS.items() for g in groups(gpus, plans, CASES[gpus])])
 def test_architectures(gpus, plan, cases):
+    runs(gpus, plan, cases)
+
+
+@pytest.mark.gpu
+@pytest.mark.multiproc
+@pytest.mark.parametrize("gpus, plan, cases", groups(4, PIPELINES, PIPELINE_CASES))
+def test_pipelines(gpus, plan, cases):
+    """Every schedule, with uneven counts of labels in the microbatches."""
     runs(gpus, plan, cases)
 
 
@@ -94,8 +111,6 @@ def test_simulated(name, plan, recompute, more, microbatches):
     if not torch.cuda.is_available():
         pytest.skip("a GPU is needed")
     model, inputs = zoo.build(name)
-    if microbatches > 1 and "labels" in inputs and inputs["labels"].dim() > 1:
-        inputs["labels"].clamp_(min=1)  # as many labels in each
     whole = ",".join(filter(None, [plan, more, f"recompute={recompute}", f"microbatches={microbatches}"]))
     plan = fxpar.Plan.parse(whole)
     assert_equivalent(without_dropout(model).cuda(), plan, on_gpu(enough(inputs, plan)), backend="inductor")

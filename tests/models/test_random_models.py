@@ -234,9 +234,9 @@ def in_any_layout(r: Random) -> None:
         if name == "infer":
             break
         program = apply(program)
-    held = dict(model.named_parameters()) | inputs
+    values = dict(model.named_parameters()) | inputs
     feeds = [
-        torch.tensor(7) if s.kind == "seed" else held[s.name].detach() if s.name in held else s.value
+        torch.tensor(7) if s.kind == "seed" else values[s.name].detach() if s.name in values else s.value
         for s in program.sources
     ]
     check_program(program, feeds, r)

@@ -248,13 +248,13 @@ def test_what_is_communicated_in_each_half(ranks):
                 for kind in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")]
 
     parameters = list(net()[0].named_parameters())
-    whole = sum(p.numel() == 1 for _, p in parameters)
-    parts = len(parameters) - whole
+    scalars = sum(p.numel() == 1 for _, p in parameters)
+    parts = len(parameters) - scalars
     # The forward sums the loss and the number of its rows.
     assert counts("dp=2,recompute=none") == [0, 0, 2, 0, 0, len(parameters)]
-    assert counts("dp=2,zero=1") == counts("dp=2,zero=2") == [parts, 0, 2, 0, parts, whole]
+    assert counts("dp=2,zero=1") == counts("dp=2,zero=2") == [parts, 0, 2, 0, parts, scalars]
     gathered = counts("dp=2,zero=3")
-    assert gathered[:3] == [parts, 0, 2] and gathered[4:] == [parts, whole]
+    assert gathered[:3] == [parts, 0, 2] and gathered[4:] == [parts, scalars]
     assert 2 * 4 <= gathered[3] < parts  # the weights of two blocks, and not the table that the head needs at once
 
 

@@ -51,7 +51,8 @@ class Noting:
 def execute(made: Schedule, **options) -> list[Noting]:
     runners = [Noting(stage, made.stages - 1) for stage in range(made.stages)]
     post: Mailbox[int] = Mailbox()
-    run_together([Execution(made, rank, {s: runners[s] for s in made.held(rank)}, post, **options) for rank in range(made.ranks)])
+    run_together([Execution(made, rank, {s: runners[s] for s in made.stages_of(rank)}, post, **options)
+                  for rank in range(made.ranks)])
     return runners
 
 

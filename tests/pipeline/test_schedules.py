@@ -31,8 +31,8 @@ def test_tables_of_production(name: str):
 
 def written(table: Schedule, rank: int) -> str:
     """What a rank computes, as in "F0 B0", or "F0.0 F1.0" where it holds several stages."""
-    held = table.held(rank)
-    return " ".join(a.kind.value + (f"{held.index(a.stage)}." if len(held) > 1 else "") + str(a.microbatch)
+    own = table.stages_of(rank)
+    return " ".join(a.kind.value + (f"{own.index(a.stage)}." if len(own) > 1 else "") + str(a.microbatch)
                     for a in table.actions[rank] if a.kind.computes)
 
 
@@ -70,10 +70,18 @@ def test_backwards_of_the_first_stage_are_whole():
         assert all({Kind.I, Kind.W} <= found for stage, found in kinds.items() if stage > 0)
 
 
+@pytest.mark.parametrize("name, virtual_stages, split", [
+    ("gpipe", 1, []), ("1f1b", 1, []), ("interleaved1f1b", 2, []), ("zb1p", 1, [1, 2]), ("zbv", 2, [1, 2, 3, 4, 5]),
+])
+def test_stages_whose_backward_is_in_halves(name: str, virtual_stages: int, split: list[int]):
+    table = schedule(name, ranks=3, virtual_stages=virtual_stages, microbatches=6)
+    assert [s for s in range(table.stages) if table.splits(s)] == split
+
+
 def test_zbv_has_the_last_stage_on_the_first_rank():
     table = schedule("zbv", ranks=3, virtual_stages=2, microbatches=5)
     assert table.owner == (0, 1, 2, 2, 1, 0)
-    assert table.held(0) == (0, 5)
+    assert table.stages_of(0) == (0, 5)
     assert not any(a.kind.is_message and a.stage == 2 and table.peer(a) != 1 for a in table.actions[2])
 
 
@@ -114,7 +122,7 @@ def test_no_promise_is_larger_than_what_a_rank_comes_to_hold(table: Schedule):
 
 def test_memory_is_that_of_all_stages_of_a_rank_at_one_time():
     table = schedule("zbv", ranks=2, virtual_stages=2, microbatches=6)
-    assert table.held(0) == (0, 3) and table.alive() == (4, 3, 2, 1)
+    assert table.stages_of(0) == (0, 3) and table.alive() == (4, 3, 2, 1)
     assert table.memory([1, 1, 1, 1]) == (4, 4)
 
 

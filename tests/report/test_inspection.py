@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxpar
+import fxpar.report.report
+from fxpar.report.memory import Peak
 from tests import zoo
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama_tp2.txt"
@@ -118,6 +122,16 @@ def test_bytes_of_collectives_are_those_of_their_results():
 # ---- memory and compute ----
 
 
+def test_the_peak_is_predicted_when_it_is_asked_for(monkeypatch):
+    asked = []
+    peak = Peak(2**30, "forward", "", {}, 0)
+    monkeypatch.setattr(fxpar.report.report, "predict", lambda program: asked.append(program) or peak)
+    made = fxpar.inspect(Mlp(), "dp=2", (torch.empty(8, 16),))
+    assert made.memory and made.flops and made.count("all_reduce") and repr(made) and not asked
+    assert "peak memory a rank: 1.000 GiB" in str(made) and made.peak_memory == 2**30
+    assert len(asked) == 1
+
+
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -155,10 +169,31 @@ def test_memory_of_half_precision_parameters():
 @pytest.mark.parametrize("plan, dp, ranks", [("dp=1", 1, 1), ("dp=2", 2, 2), ("tp=2", 1, 2), ("dp=2,tp=2", 2, 4)])
 def test_flops(plan, dp, ranks):
     one = fxpar.inspect(nn.Linear(16, 8), plan, (torch.empty(32, 16),))  # alone, it has no dim for tp
-    assert one.flops == 3 * 2 * 32 * 16 * 8 // dp  # the forward, and two products of its size in the backward
+    assert one.flops == 2 * 2 * 32 * 16 * 8 // dp  # the forward, and the gradient of the weight; the input has none
     two = fxpar.inspect(Mlp(), plan, (torch.empty(8, 16),))
-    assert two.flops == 3 * 2 * 8 * (16 * 64 + 64 * 8) // ranks
-    assert fxpar.inspect(Mlp().eval(), plan, (torch.empty(8, 16),)).flops == two.flops // 3
+    assert two.flops == 2 * 8 * (2 * 16 * 64 + 3 * 64 * 8) // ranks
+    assert fxpar.inspect(Mlp().eval(), plan, (torch.empty(8, 16),)).flops == 2 * 8 * (16 * 64 + 64 * 8) // ranks
+
+
+def counted(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_flops_of_convolutions_are_those_that_pytorch_counts():
+    whole = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ConvTranspose2d(16, 4, 2))
+    x = torch.randn(4, 3, 9, 9)
+    for ranks in (1, 2):
+        assert fxpar.inspect(whole, f"dp={ranks}", (x,)).flops == counted(lambda: whole(x).sum().backward()) // ranks
+    depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 3, groups=4))
+    x = torch.randn(4, 8, 9, 9)
+    first, *others = (2 * 4 * n for n in (7 * 7 * 8 * 9, 7 * 7 * 8 * 4, 5 * 5 * 4 * 9))  # batch, positions, channels, taps
+    assert counted(lambda: depthwise(x)) == first + sum(others)
+    for ranks in (1, 2):
+        assert fxpar.inspect(depthwise.eval(), f"dp={ranks}", (x,)).flops == (first + sum(others)) // ranks
+        made = fxpar.inspect(depthwise.train(), f"dp={ranks}", (x,))
+        assert made.flops == (2 * first + 3 * sum(others)) // ranks  # PyTorch counts the backward of groups as if dense
 
 
 def test_parameter_rows_of_a_fused_weight():

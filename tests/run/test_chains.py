@@ -88,7 +88,7 @@ def mine(t: Tensor, plan: str, module: Any) -> Tensor:
 
 
 def outside(t: Tensor) -> Tensor:
-    """As plain operators take it: whole, where tp splits it."""
+    """As plain operators take it: a full tensor, where tp splits it."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 

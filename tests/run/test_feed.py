@@ -42,17 +42,17 @@ def made(backend: str = "eager") -> tuple[Net, nn.Module]:
     return plain, fxpar.parallelize(model, "dp=1", pair(), backend=backend)
 
 
-def whole(t: Tensor) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     return getattr(t, "full_tensor", lambda: t)()
 
 
 def same(plain: nn.Module, module: nn.Module) -> None:
     want = dict(plain.named_parameters())
     for name, p in module.named_parameters():
-        assert (whole(p) - want[name]).norm() <= 1e-5 * want[name].norm(), name
+        assert (full_tensor(p) - want[name]).norm() <= 1e-5 * want[name].norm(), name
         assert (p.grad is None) == (want[name].grad is None), name
         if p.grad is not None:
-            assert (whole(p.grad) - want[name].grad).norm() <= 1e-5 * want[name].grad.norm(), name
+            assert (full_tensor(p.grad) - want[name].grad).norm() <= 1e-5 * want[name].grad.norm(), name
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -153,6 +153,6 @@ def test_a_module_does_not_keep_itself():
     del module
     gc.collect()
     assert gone() is None
-    before = whole(bias.grad).clone()
+    before = full_tensor(bias.grad).clone()
     loss.backward()
-    torch.testing.assert_close(whole(bias.grad), 2 * before)
+    torch.testing.assert_close(full_tensor(bias.grad), 2 * before)

@@ -122,7 +122,7 @@ def test_tensor_parallel_ranks_draw_what_one_device_draws(name):
         check(name, *answer)
 
 
-def test_only_one_whole_parameter_is_made_at_a_time(monkeypatch):
+def test_only_one_full_parameter_is_made_at_a_time(monkeypatch):
     """The first value of a parameter is dropped before the next one is made."""
     from fxpar.run import initialize
 

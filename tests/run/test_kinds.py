@@ -84,7 +84,7 @@ def plain_step() -> tuple[Halves, torch.optim.Optimizer, Tensor]:
     return model, optimizer, norm
 
 
-def held(rank: int, plan: str, folder: str) -> dict[str, Any]:
+def saved_and_loaded(rank: int, plan: str, folder: str) -> dict[str, Any]:
     module, optimizer, norm = stepped(plan)
     fxpar.save_checkpoint(Path(folder) / "saved", module, optimizer)
     fxpar.export_safetensors(Path(folder) / "exported", module)
@@ -102,7 +102,7 @@ def held(rank: int, plan: str, folder: str) -> dict[str, Any]:
 @pytest.mark.multiproc
 @pytest.mark.parametrize("plan, world", [("dp=1", 2), ("dp=2,zero=3", 4)])
 def test_each_kind_holds_its_parameters_and_all_make_one_checkpoint(plan, world, tmp_path):
-    found = launch(world, held, plan, str(tmp_path))
+    found = launch(world, saved_and_loaded, plan, str(tmp_path))
     model, optimizer, norm = plain_step()
     first, second = ["embed.weight", "up.weight", "up.bias"], ["embed.weight", "down.weight", "down.bias"]
     for rank, one in enumerate(found):

@@ -1,4 +1,4 @@
-"""Parameters as DTensors: each rank holds the part that the tiling says, and DTensor knows which part that is."""
+"""Parameters as DTensors: each rank holds the part that the sharding says, and DTensor knows which part that is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import fxpar
 from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.run import storage
 from fxpar.sharding.factors import Factors, leaves
-from fxpar.sharding.layout import Tiling, take, tiling
+from fxpar.sharding.layout import Sharding, sharding_of, take
 from fxpar.sharding.mesh import BoundMesh, Mesh
 from tests import zoo
 from tests.harness import random_dims, random_layout
@@ -34,31 +34,31 @@ def fused(r: Random) -> Any:
     return factors.beside((rows, factors.new(r.choice([4, 6])))[: r.choice([1, 2, 2])])
 
 
-def example(seed: int) -> tuple[Tiling, torch.Tensor]:
+def example(seed: int) -> tuple[Sharding, torch.Tensor]:
     r = Random(seed)
     dims = fused(r) if seed % 2 else random_dims(r)
     layout = random_layout(r, [f for d in dims for f in leaves(d)], MESH, 0.8)
     shape = [math.prod(f.size for f in d) for d in dims]
-    return tiling(dims, layout, MESH), torch.arange(math.prod(shape)).reshape(shape)
+    return sharding_of(dims, layout, MESH), torch.arange(math.prod(shape)).reshape(shape)
 
 
-def one_axis_a_dim(tiles: Tiling) -> bool:
-    return all(len({a for piece in dim for a in piece.axes}) < 2 for dim in tiles)
+def one_axis_a_dim(sharding: Sharding) -> bool:
+    return all(len({a for piece in dim for a in piece.axes}) < 2 for dim in sharding)
 
 
 def distributed(rank: int, seeds: list[int]) -> dict[str, int]:
     """How many examples of each kind agree; fails with the first that does not."""
     bound, seen = BoundMesh(MESH, "cpu"), {"one axis": 0, "two axes": 0, "strided": 0}
     for seed in seeds:
-        tiles, x = example(seed)
-        made = storage.distribute(x, tiles, bound, torch.device("cpu"))
-        part = take(x, tiles, MESH, rank)
-        text = f"seed {seed}: {tiles} as {made.placements!r}"
+        sharding, x = example(seed)
+        made = storage.distribute(x, sharding, bound, torch.device("cpu"))
+        part = take(x, sharding, MESH, rank)
+        text = f"seed {seed}: {sharding} as {made.placements!r}"
         assert made.shape == x.shape and torch.equal(made.to_local(), part), text
         assert torch.equal(distribute_tensor(x, bound.device_mesh, made.placements).to_local(), part), text
-        assert torch.equal(storage.whole(part, tiles, x.shape, bound, GroupRuntime(bound)), x), text
+        assert torch.equal(storage.unshard(part, sharding, x.shape, bound, GroupRuntime(bound)), x), text
         assert torch.equal(made.full_tensor(), x), text
-        seen["one axis" if one_axis_a_dim(tiles) else "two axes"] += 1
+        seen["one axis" if one_axis_a_dim(sharding) else "two axes"] += 1
         seen["strided"] += any("Strided" in repr(p) for p in made.placements)
     return seen
 
@@ -78,19 +78,19 @@ def test_a_meta_tensor_becomes_an_empty_part():
 
 
 def gathered(t: Any) -> Tensor:
-    """The whole tensor, by DTensor's own means; fails where they disagree about it."""
+    """The full tensor, by DTensor's own means; fails where they disagree about it."""
     if not isinstance(t, DTensor):
         return t.detach().clone()
-    whole = t.detach().full_tensor()
+    full = t.detach().full_tensor()
     everywhere = t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)
-    assert torch.equal(t.full_tensor(), whole) and torch.equal(everywhere.to_local(), whole)
+    assert torch.equal(t.full_tensor(), full) and torch.equal(everywhere.to_local(), full)
     assert torch.equal(everywhere.redistribute(placements=t.placements).to_local(), t.to_local())
-    again = distribute_tensor(whole, t.device_mesh, t.placements)
+    again = distribute_tensor(full, t.device_mesh, t.placements)
     assert torch.equal(again.to_local(), t.to_local()) and not (t - again).to_local().any()
-    return whole
+    return full
 
 
-def held(model: nn.Module, batch: Any, clip: Any) -> dict[str, dict[str, Tensor]]:
+def state_after_step(model: nn.Module, batch: Any, clip: Any) -> dict[str, dict[str, Tensor]]:
     """What a training loop has in its hands after one step, gathered."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(**batch).loss.backward()
@@ -106,7 +106,7 @@ def held(model: nn.Module, batch: Any, clip: Any) -> dict[str, dict[str, Tensor]
     }
 
 
-def held_by_ranks(rank: int, plan: str) -> dict[str, dict[str, dict[str, Tensor]]]:
+def state_of_rank(rank: int, plan: str) -> dict[str, dict[str, dict[str, Tensor]]]:
     dp, tp = fxpar.Plan.parse(plan).dp, fxpar.Plan.parse(plan).tp
     out = {}
     for name in FUSED:
@@ -114,17 +114,17 @@ def held_by_ranks(rank: int, plan: str) -> dict[str, dict[str, dict[str, Tensor]
         mine = {k: v.chunk(dp)[rank // tp] for k, v in batch.items()}
         module = fxpar.parallelize(model.eval(), plan, mine, backend="eager")
         assert any("Strided" in repr(p.placements) for p in module.parameters()) == FUSED[name], name
-        out[name] = held(module, mine, module.clip_grad_norm_)
+        out[name] = state_after_step(module, mine, module.clip_grad_norm_)
     return out
 
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize("plan", ["dp=2,tp=2,zero=3", "tp=4", pytest.param("dp=2,tp=2,zero=1", marks=pytest.mark.slow)])
 def test_whatever_is_held_of_fused_weights_can_be_gathered(plan):
-    ranks = launch(4, held_by_ranks, plan)
+    ranks = launch(4, state_of_rank, plan)
     for name in FUSED:
         model, batch = zoo.build(name)
-        want = held(model.eval(), batch, functools.partial(nn.utils.clip_grad_norm_, list(model.parameters())))
+        want = state_after_step(model.eval(), batch, functools.partial(nn.utils.clip_grad_norm_, list(model.parameters())))
         for kind, tensors in want.items():
             for have in ranks:
                 assert have[name][kind].keys() == tensors.keys()

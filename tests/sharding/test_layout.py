@@ -1,4 +1,4 @@
-"""Layouts: the parts that ranks hold make up the whole, each element exactly where the layout says."""
+"""Layouts: the parts that ranks hold make up the full tensor, each element exactly where the layout says."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 from fxpar.sharding.factors import Factors, leaves
-from fxpar.sharding.layout import local_extent, local_shape, pieces, place_of, put, restrict, show, take, tiling
+from fxpar.sharding.layout import local_extent, local_shape, pieces, place_of, put, restrict, sharding_of, show, take
 from fxpar.sharding.mesh import Mesh
 from tests.harness import MESHES, RANDOM, random_dims, random_layout
 
@@ -19,27 +19,27 @@ def example(r: Random):
     return mesh, dims, random_layout(r, [f for d in dims for f in leaves(d)], mesh, 0.7)
 
 
-def whole(dims):
+def numbered(dims):
     shape = [math.prod(f.size for f in d) for d in dims]
     return torch.arange(math.prod(shape)).reshape(shape)
 
 
 @given(RANDOM)
-def test_parts_have_the_local_shape_and_make_up_the_whole(r):
+def test_parts_have_the_local_shape_and_make_up_the_full_tensor(r):
     mesh, dims, layout = example(r)
-    x, tiles = whole(dims), tiling(dims, layout, mesh)
-    parts = [take(x, tiles, mesh, rank) for rank in range(mesh.world_size)]
+    x, sharding = numbered(dims), sharding_of(dims, layout, mesh)
+    parts = [take(x, sharding, mesh, rank) for rank in range(mesh.world_size)]
     assert all(list(p.shape) == local_shape(dims, layout, mesh) for p in parts)
-    assert torch.equal(put(parts, tiles, x.shape, mesh), x)
-    held = torch.cat([p.reshape(-1) for p in parts]).bincount(minlength=x.numel())
+    assert torch.equal(put(parts, sharding, x.shape, mesh), x)
+    counts = torch.cat([p.reshape(-1) for p in parts]).bincount(minlength=x.numel())
     copies = mesh.world_size // mesh.size(*layout)
-    assert (held == copies).all()
+    assert (counts == copies).all()
 
 
 @given(RANDOM)
 def test_take_is_a_slice_of_each_factor(r):
     mesh, dims, layout = example(r)
-    x = whole(dims)
+    x = numbered(dims)
     flat = [f for d in dims for f in leaves(d)]
     rank = r.randrange(mesh.world_size)
     at = mesh.coordinate(rank)
@@ -48,7 +48,7 @@ def test_take_is_a_slice_of_each_factor(r):
         for axis in mesh.names:  # major to minor
             if layout.get(axis) is f:
                 fine = fine.chunk(mesh.size(axis), dim=i)[at[axis]]
-    assert torch.equal(take(x, tiling(dims, layout, mesh), mesh, rank), fine.reshape(local_shape(dims, layout, mesh)))
+    assert torch.equal(take(x, sharding_of(dims, layout, mesh), mesh, rank), fine.reshape(local_shape(dims, layout, mesh)))
 
 
 @given(RANDOM)
@@ -64,10 +64,10 @@ def test_place_finds_the_factor_in_the_local_tensor(r):
             continue
         dim, outer = place_of(dims, rest, mesh, leaf)
         rank = r.randrange(mesh.world_size)
-        before = take(whole(dims), tiling(dims, rest, mesh), mesh, rank)
+        before = take(numbered(dims), sharding_of(dims, rest, mesh), mesh, rank)
         n, shape = mesh.size(axis), list(before.shape)
         cut = before.reshape(*shape[:dim], outer, n, -1, *shape[dim + 1 :]).select(dim + 1, mesh.coordinate(rank)[axis])
-        after = take(whole(dims), tiling(dims, layout, mesh), mesh, rank)
+        after = take(numbered(dims), sharding_of(dims, layout, mesh), mesh, rank)
         assert torch.equal(cut.reshape(after.shape), after)
 
 
@@ -86,9 +86,9 @@ def test_pieces_cover_each_dim(r):
 def test_put_is_differentiable():
     mesh = Mesh(("a", "b"), (2, 2))
     dims = Factors().fresh([4, 2])
-    tiles = tiling(dims, {"a": dims[0][0]}, mesh)
+    sharding = sharding_of(dims, {"a": dims[0][0]}, mesh)
     parts = [torch.ones(2, 2, requires_grad=True) for _ in range(4)]
-    put(parts, tiles, torch.Size([4, 2]), mesh).sum().backward()
+    put(parts, sharding, torch.Size([4, 2]), mesh).sum().backward()
     assert [None if p.grad is None else p.grad.sum().item() for p in parts] == [4, None, 4, None]
 
 

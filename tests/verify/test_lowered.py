@@ -21,6 +21,7 @@ from fxpar.backends.transport.threads import Threads
 from fxpar.errors import CaptureError, EquivalenceError, PlanError
 from fxpar.program import Program
 from fxpar.report.dump import readable
+from fxpar.sharding.facts import sharding_at
 from fxpar.sharding.mesh import Mesh
 from fxpar.testing import assert_equivalent
 from tests import zoo
@@ -40,7 +41,7 @@ CASES = pairwise(NAMES, PLANS, RECOMPUTE, DTYPES, MICROBATCHES, TRANSPORTS)
 
 WHOLE = {"graph", "contrastive", "clip", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe", "lstm_cell"}
 """Models that are refused in microbatches. They compare rows with each other, or name rows of one input by another; sort tokens
-of all rows by their experts; or have an operator that runs whole."""
+of all rows by their experts; or have an operator that runs replicated."""
 
 
 MIXED = {"lstm_cell", "buffers"}
@@ -107,7 +108,7 @@ def test_a_second_program_of_the_same_call_is_the_first(name, plan):
     """Where parameters are stored already, no operator is at another place: gradients are summed in the same dtype."""
     model, inputs = zoo.build(name)
     first = fxpar.compile_program(model, plan, inputs)
-    stored = {s.name: node.meta["tiling"] for node, s in first.source_of().items() if s.kind == "param"}
+    stored = {s.name: sharding_at(node) for node, s in first.source_of().items() if s.kind == "param"}
     again = fxpar.compile_program(model, plan, inputs, pinned=stored)
     assert unnamed(again) == unnamed(first)
 
@@ -116,7 +117,7 @@ def test_microbatches_are_programs_of_stored_parameters():
     model, inputs = zoo.build("gemma2_padded")
     inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
     first = fxpar.compile_program(model, "dp=2", inputs)
-    stored = {s.name: node.meta["tiling"] for node, s in first.source_of().items() if s.kind == "param"}
+    stored = {s.name: sharding_at(node) for node, s in first.source_of().items() if s.kind == "param"}
     alone, again = (fxpar.compile_program(model, "dp=2,microbatches=2", inputs, pinned=p) for p in (None, stored))
     assert unnamed(again) == unnamed(alone)
 
@@ -364,7 +365,7 @@ def test_graphs_have_all_passes(plan, monkeypatch):
     monkeypatch.setattr(inductor, "graph_passes", noted)
     model, batch = mlp()
     fxpar.simulate(model, plan, batch, lowered=True).step(**batch)
-    names = ["widen", "products", "overlap", "prefetch", "buckets"]
+    names = ["fp32_products", "products", "overlap", "prefetch", "buckets"]
     assert seen == names * 2
 
 

@@ -1,7 +1,7 @@
 """The operator rules: for each ATen operator, how the factors of its operands and outputs relate.
 
 spec        what a rule says, and the einsum notation that most are written in
-registry    the table operator -> rule; what has none runs whole, and the report says so
+registry    the table operator -> rule; what has none runs replicated, and the report says so
 pointwise   elementwise operators that PyTorch does not tag as such, dropout
 matmul      products, lookups, attention
 reduce      sums, means, softmax, norms, sorts

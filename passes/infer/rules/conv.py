@@ -1,4 +1,4 @@
-"""Rules of convolutions, pooling and resampling: batch and channels are parallel, space stays whole."""
+"""Rules of convolutions, pooling and resampling: batch and channels are parallel, space stays replicated."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def convolution(op: Op) -> Spec:
     batched = len(own) == len(kernel)
     channels = own[1] if batched else own[0]
     rows, columns = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
-    whole = {f for d in (*own[2 if batched else 1 :], *kernel[2:]) for f in d}
+    replicated = {f for d in (*own[2 if batched else 1 :], *kernel[2:]) for f in d}
     group = op.factors.new(groups)
     if transposed and groups > 1:
-        whole.update((*channels, *rows, *columns))
+        replicated.update((*channels, *rows, *columns))
         out: Dim = op.factors.new(int(op.out.shape[1 if batched else 0]))
-        whole.update(out)
+        replicated.update(out)
         inner: Dim = ()
     else:
         inner = columns
         out = rows
         if not op.factors.align(channels, (*group, *columns)):
-            whole.update(channels, columns, rows)
+            replicated.update(channels, columns, rows)
         if groups > 1 and not op.factors.align(rows, (*group, *op.factors.new(max(extent(rows) // groups, 1)))):
-            whole.update(channels, columns, rows)
+            replicated.update(channels, columns, rows)
     space = op.factors.fresh(op.out.shape[2 if batched else 1 :])
-    whole.update(f for d in space for f in d)
+    replicated.update(f for d in space for f in d)
     operands = [Operand(x, own), Operand(weight, kernel)]
     if bias is not None:
         if not op.factors.align(op.dim(bias, 0), out):
-            whole.update(out, op.dim(bias, 0))
+            replicated.update(out, op.dim(bias, 0))
         operands.append(Operand(bias, op.dims(bias), deferred=True, along=-1 - len(space)))
-    spec = Spec(operands, [(*own[:1], out, *space) if batched else (out, *space)], sums=set(inner), whole=whole)
+    spec = Spec(operands, [(*own[:1], out, *space) if batched else (out, *space)], sums=set(inner), replicated=replicated)
     if groups > 1:
         spec.emit = lambda local: local.default(groups=groups // local.ranks(group))
     return spec
@@ -66,8 +66,8 @@ def pool(op: Op) -> Spec:
     spatial = next(n for k, n in SPACE.items() if k in str(op.target))
     lead = len(own) - spatial
     space = op.factors.fresh(op.outs()[0].shape[lead:])
-    whole = {f for d in (*own[lead:], *space) for f in d}
-    return Spec(op.operands(), [(*own[:lead], *space) for _ in op.outs()], whole=whole)
+    replicated = {f for d in (*own[lead:], *space) for f in d}
+    return Spec(op.operands(), [(*own[:lead], *space) for _ in op.outs()], replicated=replicated)
 
 
 @rule(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.channel_shuffle.default)
@@ -75,5 +75,5 @@ def shuffle(op: Op) -> Spec:
     (x,) = op.tensors()
     own = op.dims(x)
     made = op.factors.fresh(op.out.shape[-3:])
-    whole = {f for d in (*own[-3:], *made) for f in d}
-    return Spec(op.operands(), [(*own[:-3], *made)], whole=whole)
+    replicated = {f for d in (*own[-3:], *made) for f in d}
+    return Spec(op.operands(), [(*own[:-3], *made)], replicated=replicated)

@@ -1,4 +1,4 @@
-"""Rules of operators that make tensors: every rank can make its part, or the whole."""
+"""Rules of operators that make tensors: every rank can make its part, or the full tensor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ aten = torch.ops.aten
 
 @rule(aten.arange, aten.linspace, aten.eye, aten.scalar_tensor.default, aten.tril_indices.default,
       aten.triu_indices.default, aten.logspace, aten.hann_window)  # fmt: skip
-def made_whole(op: Op) -> Spec:
-    """Made whole on every rank and sliced where a part is needed (small, and never communicated)."""
+def made_replicated(op: Op) -> Spec:
+    """Made in full on every rank and sliced where a part is needed (small, and never communicated)."""
     dims = op.factors.fresh(op.out.shape)
-    return Spec(op.operands(), [dims], whole={f for d in dims for f in d})
+    return Spec(op.operands(), [dims], replicated={f for d in dims for f in d})
 
 
 @rule(aten.full, aten.zeros, aten.ones, aten.empty, aten.new_full, aten.new_zeros, aten.new_ones, aten.new_empty,
@@ -24,5 +24,5 @@ def constant(op: Op) -> Spec:
     """The same value everywhere, so any part can be made in place."""
     dims = op.factors.fresh(op.out.shape)
     if op.target in (aten.empty_permuted.default, aten.empty_strided.default, aten.new_empty_strided.default):
-        return Spec([], [dims], whole={f for d in dims for f in d})
+        return Spec([], [dims], replicated={f for d in dims for f in d})
     return Spec([], [dims], sizes={"size": dims})

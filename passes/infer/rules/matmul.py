@@ -18,6 +18,7 @@ from fxpar.passes.infer.rules.registry import notation, rule
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, einsum, unknown
 from fxpar.program import user_line
 from fxpar.sharding.factors import Dim, Factor, extent
+from fxpar.sharding.facts import local_value
 
 aten = torch.ops.aten
 
@@ -67,7 +68,7 @@ def _last(letters: str, rank: int) -> str:
 def _product_and_bias(op: Op, spec: Spec, product: Any) -> Spec:
     """The product alone where the bias has to wait for a pending sum (with factors, the sum is not split)."""
     if op["alpha"] != 1 or op["beta"] != 1:
-        spec.whole |= spec.sums
+        spec.replicated |= spec.sums
     spec.emit = lambda local: local.call(product, *local.args[1:3]) if local.skip_deferred else local.default()
     return spec
 
@@ -94,24 +95,24 @@ def einsum_op(op: Op) -> Spec:
 
 @rule(aten._grouped_mm.default, grouped_mm)
 def grouped_product(op: Op) -> Spec:
-    """Rows of `x` in groups, one matrix for each: rows and groups stay whole, the matrices' own dims are parallel, in pieces of
-    16 bytes (also where it is computed in two bytes an element): the kernels take no others."""
+    """Rows of `x` in groups, one matrix for each: rows and groups stay replicated, the matrices' own dims are parallel, in pieces
+    of 16 bytes (also where it is computed in two bytes an element): the kernels take no others."""
     x, weights, *rest = op.tensors()
     if len(op.dims(x)) != 2 or len(op.dims(weights)) != 3:
         return unknown(op)
     spec = einsum(op, "t! k, e! k n -> t n", [x, weights])
     spec.sums -= set(op.dim(weights, 0))
     spec.operands += [Operand(n, op.dims(n)) for n in rest]
-    spec.whole |= {f for n in rest for d in op.dims(n) for f in d}
+    spec.replicated |= {f for n in rest for d in op.dims(n) for f in d}
     for dim in (op.dim(x, 1), op.dim(weights, 2)):
-        spec.whole |= _inner(op, dim, 8)
+        spec.replicated |= _inner(op, dim, 8)
     if op.target is not grouped_mm:
         spec.emit = _emit_grouped
     return spec
 
 
 def _inner(op: Op, dim: Dim, size: int) -> set[Factor]:
-    """The factors that have to stay whole for a part of `dim` to be a multiple of `size`."""
+    """The factors that have to stay replicated for a part of `dim` to be a multiple of `size`."""
     inner = op.factors.new(size)
     outer = op.factors.new(max(extent(dim) // size, 1))
     if extent(dim) % size or not op.factors.align(dim, (*outer, *inner)):
@@ -122,7 +123,7 @@ def _inner(op: Op, dim: Dim, size: int) -> set[Factor]:
 def _emit_grouped(local):
     """The kernels want rows of 16 bytes: what a gather left transposed is copied, and so is such a cotangent."""
     x, weights, *rest = (
-        local.call(aten.contiguous.default, a) if isinstance(a, fx.Node) and a.meta.get("resharded") else a
+        local.call(aten.contiguous.default, a) if isinstance(a, fx.Node) and local_value(a).resharded else a
         for a in local.args
     )
     made = local.call(local.op.target, x, weights, *rest, **local.kwargs)
@@ -149,19 +150,19 @@ def recurrent(op: Op) -> Spec:
     states = [states] if isinstance(states, fx.Node) else list(states)
     at = 0 if op["batch_first"] else 1
     batch, rest = op.dim(x, at), [d for i, d in enumerate(op.dims(x)) if i != at]
-    spec = Spec(op.operands(), [], whole={f for d in rest for f in d})
+    spec = Spec(op.operands(), [], replicated={f for d in rest for f in d})
     for node in op.tensors():
         dims = list(op.dims(node))
         if node in states:
             if dims[1] and not op.factors.align(batch, dims[1]):
-                spec.whole.update(batch, dims[1])
+                spec.replicated.update(batch, dims[1])
             dims[1] = ()
         if node is not x:
-            spec.whole.update(f for d in dims for f in d)
+            spec.replicated.update(f for d in dims for f in d)
     for i, value in enumerate(op.outs()):
         made = list(op.factors.fresh(value.shape))
         made[at if i == 0 else 1] = ()
-        spec.whole.update(f for d in made for f in d)
+        spec.replicated.update(f for d in made for f in d)
         made[at if i == 0 else 1] = batch
         spec.outs.append(tuple(made))
     return spec
@@ -177,7 +178,7 @@ def embedding(op: Op) -> Spec:
     spec = einsum(op, "v d, ... -> ... d", [table, ids])
     spec.emit, spec.leading = _emit_embedding, [op.dim(table, 0)]
     if op["scale_grad_by_freq"]:  # the gradient depends on how often an id occurs in all of the batch
-        spec.whole |= {f for d in (op.dim(table, 0), *op.dims(ids)) for f in d}
+        spec.replicated |= {f for d in (op.dim(table, 0), *op.dims(ids)) for f in d}
     return spec
 
 
@@ -256,7 +257,7 @@ def _group_heads(op: Op, spec: Spec, q: fx.Node, k: fx.Node) -> None:
     heads, kv = op.dim(q, 1), op.dim(k, 1)
     group = op.factors.new(extent(heads) // max(extent(kv), 1))
     if not op.factors.align(heads, (*kv, *group)):
-        spec.whole.update(heads, kv)
+        spec.replicated.update(heads, kv)
 
 
 def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:
@@ -264,7 +265,7 @@ def _mask_operand(op: Op, spec: Spec, mask: fx.Node) -> None:
     dims, keys, rows = op.dims(mask), spec.operands[1].dims[-2], spec.outs[0][:-1]
     for have, want in zip(reversed(dims), (keys, *reversed(rows)), strict=False):
         if have and not op.factors.align(want, have):
-            spec.whole.update(have, want)
+            spec.replicated.update(have, want)
     spec.operands.append(Operand(mask, dims))
 
 

@@ -49,11 +49,11 @@ def like(op: Op) -> Spec:
 
 @rule(aten.isin.Tensor_Scalar, aten.bucketize.Tensor)
 def first_only(op: Op) -> Spec:
-    """Pointwise in the first operand; a second one (boundaries) is a table that stays whole."""
+    """Pointwise in the first operand; a second one (boundaries) is a table that stays replicated."""
     first, *tables = op.tensors()
     spec = elementwise(op, [first])
     for node in tables:
-        spec.whole.update(f for d in op.dims(node) for f in d)
+        spec.replicated.update(f for d in op.dims(node) for f in d)
         spec.operands.append(op.operands()[op.tensors().index(node)])
     return spec
 
@@ -65,7 +65,7 @@ def prelu(op: Op) -> Spec:
     spec = elementwise(op, [x])
     channel = op.dim(x, 1) if len(op.dims(x)) > 1 else ()
     if op.dims(weight)[0] and not op.factors.align(channel, op.dim(weight, 0)):
-        spec.whole.update(channel, op.dim(weight, 0))
+        spec.replicated.update(channel, op.dim(weight, 0))
     spec.operands.append(op.operands()[1])
     return spec
 
@@ -76,9 +76,9 @@ def glu(op: Op) -> Spec:
     (x,) = op.tensors()
     dims, at = list(op.dims(x)), op["dim"] % len(op.dims(x))
     halves, rest = op.factors.new(2), op.factors.new(op.shape(x)[at] // 2)
-    spec = Spec(op.operands(), [], whole=set(halves))
+    spec = Spec(op.operands(), [], replicated=set(halves))
     if not op.factors.align(dims[at], (*halves, *rest)):
-        spec.whole.update(dims[at], rest)
+        spec.replicated.update(dims[at], rest)
     dims[at] = rest
     spec.outs = [tuple(dims)]
     return spec

@@ -1,4 +1,4 @@
-"""Rules of reductions, and of operators that need a whole dimension (softmax, norms, sorts, scans)."""
+"""Rules of reductions, and of operators that need a dimension in full (softmax, norms, sorts, scans)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fxpar.ops.logsumexp import known_logsumexp
 from fxpar.passes.infer.rules.registry import rule
 from fxpar.passes.infer.rules.spec import Op, Spec, untouched
 from fxpar.sharding.factors import leaves
+from fxpar.sharding.facts import local_value
 
 aten = torch.ops.aten
 
@@ -51,12 +52,12 @@ def _emit_mean(local):
 
 @rule(aten.amax, aten.max.default, aten.max.dim)
 def maximum(op: Op) -> Spec:
-    """A pending maximum, where no gradient flows and no index is asked for; else the dim stays whole."""
+    """A pending maximum, where no gradient flows and no index is asked for; else the dim stays replicated."""
     spec = _reduction(op)
     (x,) = op.tensors()
     reduced = {f for i in _reduced(op)[0] for f in op.dim(x, i)}
     if op.needs_grad() or len(op.outs()) > 1:
-        spec.whole = reduced
+        spec.replicated = reduced
     else:
         spec.maxes = reduced
     return spec
@@ -65,10 +66,10 @@ def maximum(op: Op) -> Spec:
 @rule(aten.amin, aten.min.default, aten.min.dim, aten.any, aten.all, aten.prod, aten.argmax, aten.argmin, aten.std,
       aten.var, aten.std_mean, aten.var_mean, aten.linalg_vector_norm, aten.norm, aten.median, aten.nanmedian,
       aten.mode, aten.aminmax, aten.count_nonzero, aten.kthvalue)  # fmt: skip
-def whole_reduction(op: Op) -> Spec:
+def replicated_reduction(op: Op) -> Spec:
     spec = _reduction(op)
     (x,) = op.tensors()
-    spec.whole = {f for i in _reduced(op)[0] for f in op.dim(x, i)}
+    spec.replicated = {f for i in _reduced(op)[0] for f in op.dim(x, i)}
     return spec
 
 
@@ -80,7 +81,7 @@ def logsumexp(op: Op) -> Spec:
     if len(dims) == 1:
         spec.emit, spec.inner = _emit_logsumexp, set(op.dim(op.tensors()[0], dims[0]))
     else:
-        spec.whole = {f for i in dims for f in op.dim(op.tensors()[0], i)}
+        spec.replicated = {f for i in dims for f in op.dim(op.tensors()[0], i)}
     return spec
 
 
@@ -118,7 +119,7 @@ def _emit_softmax(local):
         return local.default()
     x, log = local.args[0], "log" in str(op.target)
     dtype = op.out.dtype
-    if x.meta.get("dtype", dtype) is not dtype:
+    if (local_value(x).dtype or dtype) is not dtype:
         x = local.call(aten.to.dtype, x, dtype)
     x = _at_least_float32(local, x)
     top = local.reduce(local.call(aten.amax.default, local.call(aten.detach.default, x), [dim], True), axes, "max")
@@ -134,14 +135,14 @@ def _emit_softmax(local):
 
 def _at_least_float32(local, x):
     """A 16-bit operand in float32: what kernels for it do inside of one rank, sums over ranks need, too."""
-    dtype = x.meta.get("dtype", local.op.out.dtype)
+    dtype = local_value(x).dtype or local.op.out.dtype
     return local.call(aten.to.dtype, x, torch.float32) if dtype.itemsize < 4 else x
 
 
 @rule(aten.cumsum, aten.cumprod, aten.sort, aten.argsort, aten.topk, aten.logcumsumexp, aten.cummax, aten.cummin,
       aten.flip, aten.roll)  # fmt: skip
 def along(op: Op) -> Spec:
-    """Works along some dims, which stay whole. A place in a sorted dim is not one of the dim that was sorted."""
+    """Works along some dims, which stay replicated. A place in a sorted dim is not one of the dim that was sorted."""
     x = op.tensors()[0]
     rank = len(op.dims(x))
     dim = op["dim"] if "dim" in op.args else op["dims"]
@@ -151,7 +152,7 @@ def along(op: Op) -> Spec:
     if getattr(op.target, "overloadpacket", None) in (aten.sort, aten.argsort, aten.topk):
         made = {d: op.factors.new(int(op.outs()[0].shape[d])) for d in dims}
         spec.outs = [tuple(made.get(j, d) for j, d in enumerate(out)) for out in spec.outs]
-        spec.whole.update(f for d in made.values() for f in d)
+        spec.replicated.update(f for d in made.values() for f in d)
     return spec
 
 
@@ -170,8 +171,8 @@ def histogram(op: Op) -> Spec:
     made = op.factors.fresh(op.out.shape)
     everything, bins = {f for d in op.dims(x) for f in d}, {f for d in made for f in d}
     if op["min"] == op["max"]:
-        return Spec(op.operands(), [made], whole=everything | bins)
-    return Spec(op.operands(), [made], sums=everything, whole=bins)
+        return Spec(op.operands(), [made], replicated=everything | bins)
+    return Spec(op.operands(), [made], sums=everything, replicated=bins)
 
 
 @rule(aten.diff.default)
@@ -179,43 +180,43 @@ def diff(op: Op) -> Spec:
     (x, *more) = op.tensors()
     at = op["dim"] % len(op.dims(x))
     dims = list(op.dims(x))
-    whole = {f for node in op.tensors() for f in op.dim(node, at)}
+    replicated = {f for node in op.tensors() for f in op.dim(node, at)}
     for node in more:
         for i, d in enumerate(op.dims(node)):
             if i != at and not op.factors.align(dims[i], d):
-                whole.update(d, dims[i])
+                replicated.update(d, dims[i])
     dims[at] = op.factors.new(int(op.out.shape[at]))
-    return Spec(op.operands(), [tuple(dims)], whole=whole | set(dims[at]))
+    return Spec(op.operands(), [tuple(dims)], replicated=replicated | set(dims[at]))
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default)
 def layer_norm(op: Op) -> Spec:
-    """Normalises over the last dims, which stay whole; weights lie along them."""
+    """Normalises over the last dims, which stay replicated; weights lie along them."""
     x = op["input"]
     own = op.dims(x)
     last = len(op["normalized_shape"])
-    whole = {f for d in own[len(own) - last :] for f in d}
+    replicated = {f for d in own[len(own) - last :] for f in d}
     for node in op.tensors():
         if node is not x:
             for d, n in zip(own[len(own) - last :], op.dims(node), strict=True):
                 op.factors.align(d, n)
-            whole.update(f for d in op.dims(node) for f in d)
+            replicated.update(f for d in op.dims(node) for f in d)
     reduced = (*own[: len(own) - last], *([()] * last))
     outs = [reduced if i else own for i in range(len(op.outs()))]
-    return Spec(op.operands(), outs, whole=whole)
+    return Spec(op.operands(), outs, replicated=replicated)
 
 
 @rule(aten.group_norm.default, aten.instance_norm.default)
 def group_norm(op: Op) -> Spec:
-    """The batch is parallel; channels and space stay whole."""
+    """The batch is parallel; channels and space stay replicated."""
     x = op["input"]
     own = op.dims(x)
-    whole = {f for d in own[1:] for f in d}
+    replicated = {f for d in own[1:] for f in d}
     for node in op.tensors():
         if node is not x:
             op.factors.align(own[1], op.dim(node, 0))
-            whole.update(op.dim(node, 0))
-    return Spec(op.operands(), [own], whole=whole)
+            replicated.update(op.dim(node, 0))
+    return Spec(op.operands(), [own], replicated=replicated)
 
 
 @rule(aten.batch_norm.default)
@@ -224,8 +225,8 @@ def batch_norm_eval(op: Op) -> Spec:
     x = op["input"]
     spec = Spec(op.operands(), [op.dims(x)])
     if op["training"]:
-        spec.whole = {f for i, d in enumerate(op.dims(x)) if i != 1 for f in d}
+        spec.replicated = {f for i, d in enumerate(op.dims(x)) if i != 1 for f in d}
     for node in op.tensors():
         if node is not x and not op.factors.align(op.dim(x, 1), op.dim(node, 0)):
-            spec.whole.update(leaves(op.dim(x, 1)), op.dim(node, 0))
+            spec.replicated.update(leaves(op.dim(x, 1)), op.dim(node, 0))
     return spec

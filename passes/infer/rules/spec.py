@@ -20,13 +20,14 @@ import torch
 from torch import fx
 
 from fxpar.sharding.factors import Dim, Dims, Factor, Factors, extent, leaves
+from fxpar.sharding.facts import dims_of, global_value
 
 
 @dataclass
 class Operand:
     """One tensor operand.
 
-    gathered: factors that it must hold whole although the op splits them. deferred: it is added after a
+    gathered: factors that it must hold in full although the op splits them. deferred: it is added after a
     pending sum; its last dim then lies along the output's dim `along`, counted from the end.
     """
 
@@ -44,11 +45,11 @@ class Spec:
     operands: every tensor operand, in the order of the node's arguments.
     outs: the dims of each output tensor. sums, maxes: factors that the op reduces; split, they leave a
     pending sum or maximum. inner: factors that the op reduces by collectives of its own (see `emit`).
-    whole: factors that may not be split while the op runs. leading: dims of which only the first factor may be
+    replicated: factors that may not be split while the op runs. leading: dims of which only the first factor may be
     split, so that each rank's part is contiguous.
     sizes: arguments that spell sizes, and the dims they spell (rewritten to local sizes).
     emit: how to build the local program, where calling the same operator on local operands is not it.
-    contiguous: its operands must be (what was gathered need not be). unknown: the operator has no rule; it runs whole.
+    contiguous: its operands must be (what was gathered need not be). unknown: the operator has no rule; it runs replicated.
     """
 
     operands: list[Operand]
@@ -56,7 +57,7 @@ class Spec:
     sums: set[Factor] = field(default_factory=set)
     maxes: set[Factor] = field(default_factory=set)
     inner: set[Factor] = field(default_factory=set)
-    whole: set[Factor] = field(default_factory=set)
+    replicated: set[Factor] = field(default_factory=set)
     leading: list[Dim] = field(default_factory=list)
     sizes: dict[str, Dims] = field(default_factory=dict)
     emit: Callable[[Any], Any] | None = None
@@ -77,10 +78,10 @@ class Op:
         return self.args.get(name)
 
     def dims(self, node: fx.Node) -> Dims:
-        return node.meta["dims"]
+        return dims_of(node)
 
     def dim(self, node: fx.Node, index: int) -> Dim:
-        return node.meta["dims"][index]
+        return dims_of(node)[index]
 
     @property
     def out(self) -> Any:
@@ -101,7 +102,7 @@ class Op:
         return [int(n) for n in node.meta["val"].shape]
 
     def needs_grad(self) -> bool:
-        return any(n.meta.get("needs_grad", False) for n in self.tensors())
+        return any(global_value(n).needs_grad for n in self.tensors())
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
@@ -115,8 +116,8 @@ def bind(node: fx.Node) -> dict[str, Any]:
     }
 
 
-def relate(op: Op, dims: Sequence[Dim], spec_whole: set[Factor], size: int) -> Dim:
-    """One dimension that these operand dims share: their factors made the same, or all whole if they can't be."""
+def relate(op: Op, dims: Sequence[Dim], replicated: set[Factor], size: int) -> Dim:
+    """One dimension that these operand dims share: their factors made the same, or all replicated if they can't be."""
     first = dims[0] if dims else op.factors.new(size)
     ok = True
     for other in dims[1:]:
@@ -124,14 +125,14 @@ def relate(op: Op, dims: Sequence[Dim], spec_whole: set[Factor], size: int) -> D
     if ok and all(leaves(d) == leaves(first) for d in dims[1:]):
         return first
     for d in dims:
-        spec_whole.update(d)
+        replicated.update(d)
     fresh = op.factors.new(size)
-    spec_whole.update(fresh)
+    replicated.update(fresh)
     return fresh
 
 
 def finish(op: Op, spec: Spec) -> Spec:
-    """Keep the invariant that no tensor has one factor twice: a repeated one is renamed and held whole."""
+    """Keep the invariant that no tensor has one factor twice: a repeated one is renamed and replicated."""
     for k, dims in enumerate(spec.outs):
         if op.factors.distinct(dims):
             continue
@@ -140,9 +141,9 @@ def finish(op: Op, spec: Spec) -> Spec:
         for d in dims:
             flat = leaves(d)
             if seen.intersection(flat):
-                spec.whole.update(flat)
+                spec.replicated.update(flat)
                 d = op.factors.new(extent(d))
-                spec.whole.update(d)
+                spec.replicated.update(d)
             seen.update(leaves(d))
             renamed.append(d)
         spec.outs[k] = tuple(renamed)
@@ -152,17 +153,17 @@ def finish(op: Op, spec: Spec) -> Spec:
 def elementwise(op: Op, nodes: Sequence[fx.Node] | None = None) -> Spec:
     """Each output element from the operand elements at the same place, with broadcasting."""
     operands = [Operand(n, op.dims(n)) for n in (op.tensors() if nodes is None else nodes)]
-    whole: set[Factor] = set()
-    dims = broadcast(op, [o.dims for o in operands], [int(n) for n in op.outs()[0].shape], whole)
-    return Spec(operands, [dims for _ in op.outs()], whole=whole)
+    replicated: set[Factor] = set()
+    dims = broadcast(op, [o.dims for o in operands], [int(n) for n in op.outs()[0].shape], replicated)
+    return Spec(operands, [dims for _ in op.outs()], replicated=replicated)
 
 
-def broadcast(op: Op, operands: Sequence[Dims], shape: Sequence[int], whole: set[Factor]) -> Dims:
+def broadcast(op: Op, operands: Sequence[Dims], shape: Sequence[int], replicated: set[Factor]) -> Dims:
     """The dims of operands broadcast against each other to `shape`."""
     out = []
     for back in range(len(shape), 0, -1):
         here = [d[len(d) - back] for d in operands if len(d) >= back and extent(d[len(d) - back]) != 1]
-        out.append(relate(op, here, whole, int(shape[-back])) if here else op.factors.new(int(shape[-back])))
+        out.append(relate(op, here, replicated, int(shape[-back])) if here else op.factors.new(int(shape[-back])))
     return tuple(out)
 
 
@@ -198,25 +199,25 @@ def einsum(op: Op, notation: str, nodes: Sequence[fx.Node | None] | None = None)
         for letter, dim in zip(letters, dims[len(dims) - len(letters) :], strict=True):
             where.setdefault(letter, []).append(dim)
     shape = [int(n) for n in op.outs()[0].shape]
-    named = {c: relate(op, [d for d in ds if d] or ds[:1], spec.whole, max(map(extent, ds))) for c, ds in where.items()}
-    lead = broadcast(op, batches, shape[: len(shape) - len(result) + 1], spec.whole) if result[:1] == ["..."] else ()
+    named = {c: relate(op, [d for d in ds if d] or ds[:1], spec.replicated, max(map(extent, ds))) for c, ds in where.items()}
+    lead = broadcast(op, batches, shape[: len(shape) - len(result) + 1], spec.replicated) if result[:1] == ["..."] else ()
     spec.outs = [(*lead, *(named[c] for c in result if c != "..."))]
-    spec.whole.update(f for c in marks["!"] if c in named for d in (*where[c], named[c]) for f in d)
+    spec.replicated.update(f for c in marks["!"] if c in named for d in (*where[c], named[c]) for f in d)
     spec.maxes.update(f for c in marks["^"] for f in named[c])
     spec.sums.update(f for c, d in named.items() if c not in result and c not in marks["^"] for f in d)
     return spec
 
 
 def untouched(op: Op, node: fx.Node, dims: Iterable[int]) -> Spec:
-    """The output has the operand's shape, and the op works along `dims`, which stay whole (softmax, cumsum)."""
+    """The output has the operand's shape, and the op works along `dims`, which stay replicated (softmax, cumsum)."""
     own = op.dims(node)
-    whole = {f for i in dims for f in own[i]}
-    return Spec(op.operands(), [own for _ in op.outs()], whole=whole)
+    replicated = {f for i in dims for f in own[i]}
+    return Spec(op.operands(), [own for _ in op.outs()], replicated=replicated)
 
 
 def unknown(op: Op) -> Spec:
-    """No rule: every operand whole, and every output."""
+    """No rule: every operand is replicated, and every output."""
     operands = op.operands()
     outs = [op.factors.fresh(v.shape) for v in op.outs()]
-    whole = {f for o in operands for d in o.dims for f in d} | {f for o in outs for d in o for f in d}
-    return Spec(operands, outs, whole=whole, contiguous=True, unknown=True)
+    replicated = {f for o in operands for d in o.dims for f in d} | {f for o in outs for d in o for f in d}
+    return Spec(operands, outs, replicated=replicated, contiguous=True, unknown=True)

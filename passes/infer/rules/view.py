@@ -18,26 +18,26 @@ def _plain(op: Op, dims: Dims) -> Spec:
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
       aten._reshape_alias.default)  # fmt: skip
 def view(op: Op) -> Spec:
-    """The same factors in the same order, cut into dims differently (whole where there is nothing to cut)."""
+    """The same factors in the same order, cut into dims differently (replicated where there is nothing to cut)."""
     (x,) = op.tensors()
-    whole: set[Factor] = set()
-    out = regroup(op, op.dims(x), [int(n) for n in op.out.shape], whole)
+    replicated: set[Factor] = set()
+    out = regroup(op, op.dims(x), [int(n) for n in op.out.shape], replicated)
     return Spec(
         op.operands(),
         [out],
-        whole=whole,
+        replicated=replicated,
         emit=lambda local: local.call(aten.reshape.default, local.operand(0), local.shape(local.spec.outs[0])),
     )
 
 
-def regroup(op: Op, dims: Dims, shape: list[int], whole: set[Factor]) -> Dims:
+def regroup(op: Op, dims: Dims, shape: list[int], replicated: set[Factor]) -> Dims:
     """Cut the factors of `dims`, in order, into dims of the given extents.
 
     Runs of dims with equal products on both sides are matched on their own, so that a cut that cannot be
-    expressed (``[4, 6] -> [8, 3]``) holds only its own run whole.
+    expressed (``[4, 6] -> [8, 3]``) has only its own run replicated.
     """
     if 0 in shape:
-        whole.update(f for d in dims for f in d)
+        replicated.update(f for d in dims for f in d)
         return op.factors.fresh(shape)
     out: list[Dim] = []
     i, j = 0, 0
@@ -54,7 +54,7 @@ def regroup(op: Op, dims: Dims, shape: list[int], whole: set[Factor]) -> Dims:
                 made.append(shape[j])
                 j += 1
                 b = _product(made)
-        out.extend(_match(op, tuple(f for d in run for f in d), made, whole))
+        out.extend(_match(op, tuple(f for d in run for f in d), made, replicated))
     return tuple(out)
 
 
@@ -65,14 +65,14 @@ def _product(sizes: list[int]) -> int:
     return total
 
 
-def _match(op: Op, run: Dim, made: list[int], whole: set[Factor]) -> list[Dim]:
+def _match(op: Op, run: Dim, made: list[int], replicated: set[Factor]) -> list[Dim]:
     if sum(n != 1 for n in made) <= 1:
         return [run if n != 1 else () for n in made]
     fresh = op.factors.fresh(made)
     if not op.factors.align(run, tuple(f for d in fresh for f in d)):
-        whole.update(run)
+        replicated.update(run)
         fresh = op.factors.fresh(made)
-        whole.update(f for d in fresh for f in d)
+        replicated.update(f for d in fresh for f in d)
     return list(fresh)
 
 
@@ -83,19 +83,19 @@ def reinterpret(op: Op) -> Spec:
     if list(op.out.shape) == op.shape(x):
         return _plain(op, own)
     last = op.factors.new(int(op.out.shape[-1]))
-    return Spec(op.operands(), [(*own[:-1], last)], whole={*own[-1], *last}, contiguous=True)
+    return Spec(op.operands(), [(*own[:-1], last)], replicated={*own[-1], *last}, contiguous=True)
 
 
 @rule(aten.view_as.default, aten.reshape_as.default)
 def view_as(op: Op) -> Spec:
     x = op["self"]
-    whole: set[Factor] = set()
-    out = regroup(op, op.dims(x), [int(n) for n in op.out.shape], whole)
+    replicated: set[Factor] = set()
+    out = regroup(op, op.dims(x), [int(n) for n in op.out.shape], replicated)
     at = op.tensors().index(x)
     return Spec(
         [op.operands()[at]],
         [out],
-        whole=whole,
+        replicated=replicated,
         emit=lambda local: local.call(aten.reshape.default, local.operand(0), local.shape(local.spec.outs[0])),
     )
 
@@ -189,13 +189,13 @@ def repeat(op: Op) -> Spec:
     own, times = op.dims(x), list(op["repeats"] if "repeats" in op.args else op["dims"])
     times = [1] * (len(own) - len(times)) + times
     lead = len(times) - len(own)
-    whole: set[Factor] = set()
+    replicated: set[Factor] = set()
     dims = []
     for i, n in enumerate(times):
         copies = op.factors.new(n)
-        whole.update(copies)
+        replicated.update(copies)
         dims.append((*copies, *(own[i - lead] if i >= lead else ())))
-    return Spec(op.operands(), [tuple(dims)], whole=whole)
+    return Spec(op.operands(), [tuple(dims)], replicated=replicated)
 
 
 @rule(aten.repeat_interleave.self_int)
@@ -212,12 +212,12 @@ def repeat_interleave(op: Op) -> Spec:
     def emit(local):
         return local.call(aten.repeat_interleave.self_int, local.operand(0), op["repeats"], at)
 
-    return Spec(op.operands(), [tuple(dims)], whole=set(copies), emit=emit)
+    return Spec(op.operands(), [tuple(dims)], replicated=set(copies), emit=emit)
 
 
 @rule(aten.diagonal.default, aten.unfold.default, aten.tril.default, aten.triu.default)
 def two_dims(op: Op) -> Spec:
-    """The dims these work on stay whole; the others are untouched."""
+    """The dims these work on stay replicated; the others are untouched."""
     (x,) = op.tensors()
     own, rank = op.dims(x), len(op.dims(x))
     if op.target is aten.unfold.default:
@@ -226,13 +226,13 @@ def two_dims(op: Op) -> Spec:
         used = [op["dim1"] % rank, op["dim2"] % rank]
     else:
         used = [rank - 2, rank - 1]
-    whole = {f for i in used for f in own[i]}
+    replicated = {f for i in used for f in own[i]}
     if op.target in (aten.tril.default, aten.triu.default):
-        return Spec(op.operands(), [own], whole=whole)
+        return Spec(op.operands(), [own], replicated=replicated)
     if op.target is aten.unfold.default:
         made = op.factors.fresh((op.out.shape[used[0]], op.out.shape[-1]))
         dims = (*own[: used[0]], made[0], *own[used[0] + 1 :], made[1])
     else:
         made = op.factors.fresh((op.out.shape[-1],))
         dims = (*(d for i, d in enumerate(own) if i not in used), made[0])
-    return Spec(op.operands(), [dims], whole=whole | {f for d in made for f in d})
+    return Spec(op.operands(), [dims], replicated=replicated | {f for d in made for f in d})

@@ -52,10 +52,10 @@ def exchange(rank: int, folder: str, nbytes: int) -> int:
             want = sum(x[i].double().chunk(n)[rank] for x in wide)
             torch.testing.assert_close(c10d.wait_tensor(y).double(), want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6,
                                        atol=1e-6 if dtype != torch.bfloat16 else 1e-1)
-        turned, whole = every[rank][3].t(), torch.cat([x[3].t() for x in every])
-        made = torch.empty_like(whole)
+        turned, full = every[rank][3].t(), torch.cat([x[3].t() for x in every])
+        made = torch.empty_like(full)
         group.allgather_into_tensor_coalesced([made], [turned]).wait()
-        assert torch.equal(made, whole)
+        assert torch.equal(made, full)
         turns += len(rounds(tuple((x.numel(), x.dtype) for x in every[rank]), nbytes))
     return turns
 
@@ -157,7 +157,7 @@ def test_a_bucket_fits_into_a_slot(ranks: int):
 
 
 class Net(nn.Module):
-    """Nine classes: two ranks cannot share the last bias, so its gradient is summed whole, over the same group."""
+    """Nine classes: two ranks cannot share the last bias, so its gradient is summed without scattering, over the same group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ def with_and_without(rank: int, folder: str) -> tuple[list[list[Tensor]], list[i
         module = fxpar.parallelize(copy.deepcopy(model), plan, {"x": x[:2]}, backend="inductor")
         module(x=x[2 * rank : 2 * rank + 2]).backward()
         found.append([p.grad.full_tensor() for p in module.parameters()])
-    assert asked == [(2 * 32 * 32, 4 * 32 * 32)]  # the largest parameter, whole
+    assert asked == [(2 * 32 * 32, 4 * 32 * 32)]  # the largest parameter, unsharded
     return found, counts
 
 

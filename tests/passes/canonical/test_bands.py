@@ -12,11 +12,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxpar.passes.canonical import bands, constants
-from fxpar.passes.canonical.bands import Band, Plain, Value
+from fxpar.passes.canonical.bands import Band, MaskValue, Plain
 from fxpar.passes.canonical.masks import verdict
 
 
-def dense(value: Value) -> Tensor:
+def dense(value: MaskValue) -> Tensor:
     if isinstance(value, Plain):
         return value.full
     m, n = value.shape[-2:]
@@ -24,10 +24,10 @@ def dense(value: Value) -> Tensor:
     return value.data[at].expand(value.shape)
 
 
-def evaluated(make: Callable[[], Tensor], limit: int) -> list[tuple[Value | None, Tensor]]:
+def evaluated(make: Callable[[], Tensor], limit: int) -> list[tuple[MaskValue | None, Tensor]]:
     """Each node of the graph of `make`: what `evaluate` says, and what it is."""
     graph = make_fx(make, tracing_mode="fake")().graph
-    values: dict[fx.Node, Value | None] = {}
+    values: dict[fx.Node, MaskValue | None] = {}
     whole: dict[fx.Node, Tensor] = {}
     original, bands.LIMIT = bands.LIMIT, limit
     try:

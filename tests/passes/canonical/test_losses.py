@@ -86,7 +86,7 @@ def test_a_loss_is_that_of_the_global_batch(name, plan):
 
 
 @pytest.mark.parametrize("plan", ["tp=2", "tp=4", "dp=2,tp=2"])
-def test_a_vocabulary_that_does_not_divide_is_left_whole_and_said_so(plan):
+def test_a_vocabulary_that_does_not_divide_is_left_replicated_and_said_so(plan):
     model = Head(LOSSES["shifted"], vocab=27)
     assert_equivalent(model, plan, batch(27))
     assert any("vocab 27" in note for note in fxpar.inspect(model, plan, batch(27)).notes)

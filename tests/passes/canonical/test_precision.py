@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxpar
 from fxpar.backends import simulate
 from fxpar.ops import collectives
+from fxpar.sharding.facts import full_value, local_value
 
 aten = torch.ops.aten
 HALF = 2.0**-8
@@ -34,7 +35,7 @@ def net() -> tuple[Net, dict[str, Tensor]]:
 
 def dtypes(program: fxpar.program.Program, target: object) -> set[torch.dtype]:
     """Of what the global values were that an operator made."""
-    return {n.meta["global"].dtype for n in program.graph.nodes if n.target is target and "global" in n.meta}
+    return {full_value(n).dtype for n in program.graph.nodes if n.target is target and local_value(n).full is not None}
 
 
 def is_half(t: Tensor) -> bool:
@@ -58,7 +59,7 @@ def test_casts_are_in_the_program_and_parameters_stay_wide():
     model, batch = net()
     program = fxpar.compile_program(model, "dp=2,param_dtype=bf16", batch)
     assert dtypes(program, aten.linear.default) == dtypes(program, aten.layer_norm.default) == {torch.bfloat16}
-    kept = {s.name: n.meta["global"].dtype for n, s in program.source_of().items() if s.kind == "param"}
+    kept = {s.name: full_value(n).dtype for n, s in program.source_of().items() if s.kind == "param"}
     assert set(kept.values()) == {torch.float32} and kept.keys() == dict(model.named_parameters()).keys()
     casts = [n for n in program.graph.nodes if n.target is aten.to.dtype and n.args[1] is torch.bfloat16]
     assert len(casts) >= len(kept)
@@ -107,8 +108,8 @@ def test_what_ranks_send_of_parameters_and_their_gradients(monkeypatch, plan, ga
 
         monkeypatch.setitem(simulate._COMM, kind, watched)
     simulation, received = fxpar.simulate(model, plan, batch), set()
-    stored = [n for n in simulation.program.placeholders() if "stored" in n.meta]
-    gathers = [n for n in simulation.program.graph.nodes if n.meta.get("unshard")]
+    stored = [n for n in simulation.program.placeholders() if local_value(n).stored is not None]
+    gathers = [n for n in simulation.program.graph.nodes if local_value(n).unshard]
     simulation.watch = lambda node, values: received.add(values[0].dtype) if node in gathers else None
     simulation.step(**batch)
     assert len(gathers) == len(stored) > 3 and received == {gathered}

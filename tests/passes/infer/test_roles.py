@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxpar
 from fxpar.sharding.factors import leaves
+from fxpar.sharding.facts import dims_of
 from fxpar.testing import assert_equivalent
 from tests import zoo
 from tests.processes import launch
@@ -112,7 +113,7 @@ def roles(model: nn.Module, batch: Any) -> dict[str, list[list[str | None]]]:
 
     def observe(name: str, program: fxpar.Program) -> None:
         if name == "infer":
-            found.update({re.sub(r"^.*attn\.|_proj", "", s.name): [[f.role for f in leaves(d)] for d in n.meta["dims"]]
+            found.update({re.sub(r"^.*attn\.|_proj", "", s.name): [[f.role for f in leaves(d)] for d in dims_of(n)]
                           for n, s in program.source_of().items() if s.kind == "param"})
 
     fxpar.compile_program(model, "tp=2", batch, observe=observe)
@@ -126,7 +127,7 @@ def split(report: fxpar.Report) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_heads_that_do_not_divide_leave_attention_whole(name):
+def test_heads_that_do_not_divide_leave_attention_replicated(name):
     torch.manual_seed(0)
     model, batch = MODELS[name]()
     model.train()
@@ -134,7 +135,7 @@ def test_heads_that_do_not_divide_leave_attention_whole(name):
     report = fxpar.inspect(model, "tp=2", batch)
     assert not split(report)
     if name != "one head":
-        assert any(re.match(r"heads 3 .* does not divide by tp=2: left whole", n) for n in report.notes)
+        assert any(re.match(r"heads 3 .* does not divide by tp=2: left replicated", n) for n in report.notes)
 
 
 @pytest.mark.parametrize("name", ["llama", "eager", "merged", "einsum", "function"])
@@ -154,15 +155,15 @@ def test_heads_that_divide_are_split(attend):
     assert_equivalent(model, "tp=2", batch)
 
 
-def test_one_key_head_is_whole_and_the_query_heads_are_split():
+def test_one_key_head_is_replicated_and_the_query_heads_are_split():
     model, batch = language_model("LlamaConfig", **{**LLAMA, "num_key_value_heads": 1})
     report = fxpar.inspect(model, "tp=2", batch)
     layouts = {p.name.removeprefix("model.layers.0.self_attn."): p.layout for p in report.parameters}
     assert "heads4/tp" in layouts["q_proj.weight"] and "heads4/tp" in layouts["o_proj.weight"]
     assert "/tp" not in layouts["k_proj.weight"] + layouts["v_proj.weight"]
-    whole = 4 * 8 * 32 * 4  # bytes of all query heads of the batch, in fp32
+    full = 4 * 8 * 32 * 4  # bytes of all query heads of the batch, in fp32
     inside = [r for r in report.collectives if r.phase == "forward" and r.where.endswith("self_attn")]
-    assert sum(r.bytes for r in inside) < 2 * whole  # in two layers, the one key and value head
+    assert sum(r.bytes for r in inside) < 2 * full  # in two layers, the one key and value head
     assert_equivalent(model, "tp=2", batch)
 
 

@@ -11,7 +11,8 @@ from fxpar.backends import simulate
 from fxpar.ops import collectives
 from fxpar.passes.partition.reshard import Resharder
 from fxpar.sharding.factors import Factor, Factors, leaves
-from fxpar.sharding.layout import local_shape, take, tiling
+from fxpar.sharding.facts import describe_local, local_value
+from fxpar.sharding.layout import local_shape, sharding_of, take
 from fxpar.sharding.mesh import Mesh
 from tests.harness import MESHES, RANDOM, random_dims, random_layout
 
@@ -23,7 +24,7 @@ class Exchange:
         self.mesh, self.dims, self.layout = mesh, dims, layout
         self.graph = fx.Graph()
         self.value = self.graph.placeholder("x")
-        self.value.meta["needs_grad"] = grad
+        describe_local(self.value, needs_grad=grad)
         self.reshard = Resharder(self.graph, mesh)
         shape = [int(torch.tensor([f.size for f in d]).prod()) for d in dims]
         self.x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -35,13 +36,13 @@ class Exchange:
     def run(self, outputs):
         self.graph.output(tuple(outputs))
         self.module = fx.GraphModule(torch.nn.Module(), self.graph)
-        tiles = tiling(self.dims, self.layout, self.mesh)
-        self.inputs = [take(self.x, tiles, self.mesh, r).clone().requires_grad_() for r in range(self.mesh.world_size)]
+        sharding = sharding_of(self.dims, self.layout, self.mesh)
+        self.inputs = [take(self.x, sharding, self.mesh, r).clone().requires_grad_() for r in range(self.mesh.world_size)]
         return simulate.run(self.module, self.mesh, [[x] for x in self.inputs])
 
     def part(self, want, rank, x=None):
         split = {a: f for a, f in want.items() if isinstance(f, Factor)}
-        return take(self.x if x is None else x, tiling(self.dims, split, self.mesh), self.mesh, rank)
+        return take(self.x if x is None else x, sharding_of(self.dims, split, self.mesh), self.mesh, rank)
 
 
 def example(r: Random, varying=True):
@@ -116,11 +117,11 @@ def test_a_value_without_gradient_is_never_varied(r):
 @given(RANDOM)
 def test_measured_bytes_are_what_a_rank_holds(r):
     e, wants = example(r)
-    e.value.meta["global"] = e.x
+    describe_local(e.value, full=e.x)
     nodes = [e.to(w) for w in wants]
     for node, mine in zip(nodes, e.run(nodes)[0], strict=True):
         if node is not e.value:
-            assert node.meta["bytes"] == mine.numel() * mine.element_size()
+            assert local_value(node).bytes == mine.numel() * mine.element_size()
 
 
 # ---- parameters that are stored in other layouts than they are used in ----
@@ -132,12 +133,11 @@ class Stored(Exchange):
     def __init__(self, mesh, dims, stored, used, cast):
         super().__init__(mesh, dims, stored)
         self.used, self.asked = used, self.value
-        self.value.meta.update(stored=stored, dtype=torch.float64)
+        describe_local(self.value, stored=stored, dtype=torch.float64)
         if cast:
             self.asked = self.graph.call_function(torch.ops.aten.to.dtype, (self.value, torch.float32))
-            self.asked.meta.update(
-                stored=stored, needs_grad=True, dtype=torch.float32, reduce_dtype=torch.float64, val=self.x.float()
-            )
+            self.asked.meta["val"] = self.x.float()
+            describe_local(self.asked, stored=stored, needs_grad=True, dtype=torch.float32, reduce_dtype=torch.float64)
 
     def to(self, want, value=None, layout=None):
         return super().to(want, self.asked, self.used)
@@ -197,7 +197,7 @@ def test_a_stored_parameter_is_gathered_once_for_uses_alike(r):
     e, wants = stored_example(r, cast=r.random() < 0.5)
     assert all(e.to(w) is e.to(dict(w)) for w in wants)
     made = {n: made for n in e.graph.nodes if (made := collectives.typed(n)) is not None and made.gathers}
-    assert all(n.meta["unshard"] for n in made)
+    assert all(local_value(n).unshard for n in made)
     assert len(made) == len(set(made.values()))
 
 
@@ -246,7 +246,7 @@ def test_collectives(layout, want, kinds):
     assert issued(named(layout), named(want), dims) == kinds
 
 
-# ---- collectives that reshards of whole values do not use ----
+# ---- collectives that reshards of replicated values do not use ----
 
 
 def partials(kind, *args, axes=("a",), mesh=MESH):
@@ -284,14 +284,14 @@ def test_reduce_scatter_is_a_slice_of_the_sum(dim, outer):
     if outer > 1:
         factors.split(dims[dim][0], outer)
     layout = {"a": leaves(dims[dim])[-1]}
-    tiles = tiling(dims, layout, MESH)
+    sharding = sharding_of(dims, layout, MESH)
     for group in MESH.groups(("a",)):
         total = sum(xs[r] for r in group)
         cotangent = torch.randn(sizes, dtype=torch.float64)
-        parts = [take(cotangent, tiles, MESH, r).contiguous() for r in group]
+        parts = [take(cotangent, sharding, MESH, r).contiguous() for r in group]
         for r in group:
             assert list(ys[r].shape) == local_shape(dims, layout, MESH)
-            assert torch.allclose(ys[r], take(total, tiles, MESH, r))
+            assert torch.allclose(ys[r], take(total, sharding, MESH, r))
         found = torch.autograd.grad([ys[r] for r in group], [xs[r] for r in group], parts, retain_graph=True)
         assert all(torch.equal(g, cotangent) for g in found)
 

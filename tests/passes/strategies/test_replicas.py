@@ -46,12 +46,12 @@ def test_replicas_stay_the_same(name, plan, averaged, monkeypatch):
         return Rounded.apply(out, rank) if isinstance(out, Tensor) and out.requires_grad else out
 
     monkeypatch.setattr(simulate, "_call", rounding)
-    monkeypatch.setattr("fxpar.verify.step._check_replicas", lambda name, parts, total, tiles, mesh: seen.update(
-        {name: (parts, tiles)}))
+    monkeypatch.setattr("fxpar.verify.step._check_replicas", lambda name, parts, total, sharding, mesh: seen.update(
+        {name: (parts, sharding)}))
     simulation.step(**batch)
     mesh = simulation.program.mesh
-    for name, (parts, tiles) in seen.items():
-        split = tuple(a for dim in tiles for part in dim for a in part.axes)
+    for name, (parts, sharding) in seen.items():
+        split = tuple(a for dim in sharding for part in dim for a in part.axes)
         for rank, part in enumerate(parts):
             first = next(r for r in range(mesh.world_size) if mesh.index(r, split) == mesh.index(rank, split))
             assert torch.equal(part, parts[first]), name

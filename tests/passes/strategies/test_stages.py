@@ -28,6 +28,7 @@ from fxpar.plan import Plan
 from fxpar.program import Program, module_path
 from fxpar.report.dump import readable
 from fxpar.report.memory import predict
+from fxpar.sharding.facts import full_value, sharding_at
 from fxpar.sharding.layout import put, take
 from fxpar.verify.equivalence import Reference, _exact, _first_difference, _frozen
 from fxpar.verify.step import StepResult, scalar_of, unflatten
@@ -61,15 +62,15 @@ def run(stages: Sequence[Stage], program: Program, model: nn.Module, inputs: dic
         made.append(outs)
     nodes, sinks = program.outputs(), program.tensor_sinks()
     assert sorted(outputs) == list(range(len(nodes)))
-    whole = [put(outputs[i], n.meta["tiling"], n.meta["global"].shape, mesh) for i, n in enumerate(nodes)]
-    loss = scalar_of(unflatten(program, whole))
-    wanted = [i for i, t in enumerate(whole) if t.requires_grad]
-    seeds = dict(zip(wanted, torch.autograd.grad(loss, [whole[i] for i in wanted], allow_unused=True), strict=True))
+    full = [put(outputs[i], sharding_at(n), full_value(n).shape, mesh) for i, n in enumerate(nodes)]
+    loss = scalar_of(unflatten(program, full))
+    wanted = [i for i, t in enumerate(full) if t.requires_grad]
+    seeds = dict(zip(wanted, torch.autograd.grad(loss, [full[i] for i in wanted], allow_unused=True), strict=True))
     grads: dict[str, dict[str, Tensor]] = {"param": {}, "input": {}}
     returns: list[list[Tensor]] = []
     for stage, backend, feeds, outs in zip(*(reversed(x) for x in (stages, backends, fed, made)), strict=True):
         tangents = [(i, r, returns[i][r]) for i, m in enumerate(stage.sends) if m.requires_grad for r in ranks]
-        tangents += [(len(stage.sends) + i, r, take(seeds[k], nodes[k].meta["tiling"], mesh, r).contiguous())
+        tangents += [(len(stage.sends) + i, r, take(seeds[k], sharding_at(nodes[k]), mesh, r).contiguous())
                      for i, k in enumerate(stage.outputs) if seeds.get(k) is not None for r in ranks]
         tangents = [(i, r, t) for i, r, t in tangents if outs[r][i].requires_grad]
         places = [i for i, s in enumerate(stage.program.sources) if s.requires_grad]
@@ -83,9 +84,9 @@ def run(stages: Sequence[Stage], program: Program, model: nn.Module, inputs: dic
             if source.kind == "received":
                 returns[i] = parts
             elif any(found[r][k] is not None for r in ranks):
-                grad, sums = put(parts, node.meta["tiling"], node.meta["global"].shape, mesh), grads[source.kind]
+                grad, sums = put(parts, sharding_at(node), full_value(node).shape, mesh), grads[source.kind]
                 sums[source.name] = sums[source.name] + grad if source.name in sums else grad
-    buffers = {s.name: t.detach() for s, t in zip(sinks, whole, strict=True) if s.kind == "buffer"}
+    buffers = {s.name: t.detach() for s, t in zip(sinks, full, strict=True) if s.kind == "buffer"}
     return StepResult(loss.detach(), grads["param"], None, grads["input"], buffers)
 
 
@@ -99,7 +100,7 @@ def feed(program: Program, model: nn.Module, inputs: dict[str, Any], rank: int) 
             continue
         value = torch.tensor(0) if source.kind == "seed" else known.get(source.kind, {}).get(source.name, source.value)
         if isinstance(value, Tensor):
-            value = take(value.detach(), node.meta["tiling"], program.mesh, rank).clone().requires_grad_(source.requires_grad)
+            value = take(value.detach(), sharding_at(node), program.mesh, rank).clone().requires_grad_(source.requires_grad)
         out.append(value)
     return out
 
@@ -241,8 +242,8 @@ def test_what_crosses_a_cut():
 def test_a_tied_parameter_is_on_the_stages_that_use_it():
     stages = cut_stages(case("gpt2").program("dp=2"), 3, ["transformer.h.0", "transformer.ln_f"])
     assert [("transformer.wte.weight" in parameters(s)) for s in stages] == [True, False, True]
-    held = [sum(case("gpt2").model.get_parameter(n).nbytes for n in parameters(s)) for s in stages]
-    assert [s.parameter_bytes for s in stages] == held
+    bytes_of_stages = [sum(case("gpt2").model.get_parameter(n).nbytes for n in parameters(s)) for s in stages]
+    assert [s.parameter_bytes for s in stages] == bytes_of_stages
 
 
 def test_a_stage_may_have_no_parameters():

@@ -20,7 +20,8 @@ from fxpar.plan import Plan
 from fxpar.program import Program, Source
 from fxpar.sharding import mesh
 from fxpar.sharding.factors import Factors, leaves
-from fxpar.sharding.layout import local_shape, put, take, tiling
+from fxpar.sharding.facts import describe_global, dims_of, sharding_at
+from fxpar.sharding.layout import local_shape, put, sharding_of, take
 from fxpar.sharding.mesh import Mesh
 from fxpar.sharding.placement import Placements
 from tests import zoo
@@ -42,7 +43,8 @@ def program_of(on: Mesh, parameters: list) -> Program:
         node = graph.placeholder(f"p{i}")
         shape = [math.prod(f.size for f in d) for d in dims]
         value = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
-        node.meta.update(dims=dims, val=value)
+        node.meta["val"] = value
+        describe_global(node, dims=dims)
         placed.layouts[node] = layout
         sources.append(Source("param", node.name, value, requires_grad=True))
     graph.output(())
@@ -67,9 +69,9 @@ def stored_of(program: Program, node: fx.Node) -> dict:
 def test_what_can_be_is_stored_in_parts_and_the_rest_is_noted(r):
     program = shard_storage(example(r))
     (axis,), on = program.mesh.strategies["zero"], program.mesh
-    whole = []
+    unsharded = []
     for node, source in program.source_of().items():
-        dims, used, stored = node.meta["dims"], program.placements.layouts[node], stored_of(program, node)
+        dims, used, stored = dims_of(node), program.placements.layouts[node], stored_of(program, node)
         assert {a: f for a, f in stored.items() if a != axis} == used
         free = {f for d in dims if not set(leaves(d)) & set(used.values()) for f in leaves(d)}
         if any(f.size % on.size(axis) == 0 for f in free):
@@ -77,23 +79,23 @@ def test_what_can_be_is_stored_in_parts_and_the_rest_is_noted(r):
             assert part * on.size(axis) == math.prod(local_shape(dims, used, on)) and stored[axis] in free
         else:
             assert node not in program.placements.stored
-            whole.append(source)
+            unsharded.append(source)
     notes = [n for n in program.notes if "ZeRO" in n]
-    assert len(notes) == bool(whole)
-    if whole:
-        share = sum(s.value.numel() for s in whole) / sum(s.value.numel() for s in program.sources)
-        assert notes[0].startswith(f"{len(whole)} parameters ({share:.2%} of all elements; the first is {whole[0].name})")
+    assert len(notes) == bool(unsharded)
+    if unsharded:
+        share = sum(s.value.numel() for s in unsharded) / sum(s.value.numel() for s in program.sources)
+        assert notes[0].startswith(f"{len(unsharded)} parameters ({share:.2%} of all elements; the first is {unsharded[0].name})")
 
 
 @given(RANDOM)
-def test_parts_make_up_the_whole(r):
+def test_parts_make_up_the_full_tensor(r):
     program = shard_storage(example(r))
     on = program.mesh
     for node, source in program.source_of().items():
-        tiles = tiling(node.meta["dims"], stored_of(program, node), on)
-        parts = [take(source.value, tiles, on, rank) for rank in range(on.world_size)]
-        assert all(list(p.shape) == local_shape(node.meta["dims"], stored_of(program, node), on) for p in parts)
-        assert torch.equal(put(parts, tiles, source.value.shape, on), source.value)
+        sharding = sharding_of(dims_of(node), stored_of(program, node), on)
+        parts = [take(source.value, sharding, on, rank) for rank in range(on.world_size)]
+        assert all(list(p.shape) == local_shape(dims_of(node), stored_of(program, node), on) for p in parts)
+        assert torch.equal(put(parts, sharding, source.value.shape, on), source.value)
         copies = torch.cat([p.reshape(-1) for p in parts]).long().bincount(minlength=source.value.numel())
         assert (copies == on.world_size // on.size(*stored_of(program, node))).all()
 
@@ -102,11 +104,11 @@ def test_parts_make_up_the_whole(r):
 def test_storage_that_is_given_is_kept(r):
     seed = r.getrandbits(32)
     first, second = (example(Random(seed)) for _ in range(2))
-    tiles = {s.name: tiling(n.meta["dims"], stored_of(first, n), first.mesh)
+    sharding = {s.name: sharding_of(dims_of(n), stored_of(first, n), first.mesh)
              for n, s in shard_storage(first).source_of().items()}
-    shard_storage(second, tiles)
+    shard_storage(second, sharding)
     for node, source in second.source_of().items():
-        assert tiling(node.meta["dims"], stored_of(second, node), second.mesh) == tiles[source.name]
+        assert sharding_of(dims_of(node), stored_of(second, node), second.mesh) == sharding[source.name]
 
 
 def test_without_zero_nothing_is_stored_apart():
@@ -153,8 +155,8 @@ def test_the_axes_of_a_plan(plan, names, zero):
     assert made.size(*made.strategies["dp"]) == Plan.parse(plan).dp
 
 
-def tilings(program: Program) -> dict:
-    return {s.name: n.meta["tiling"] for n, s in program.source_of().items() if s.kind == "param"}
+def shardings(program: Program) -> dict:
+    return {s.name: sharding_at(n) for n, s in program.source_of().items() if s.kind == "param"}
 
 
 @pytest.mark.parametrize("plan, parts", [("dp=2,zero=1", 2), ("dp=4,zero=3", 4), ("dp=4,dp_replicate=2,zero=3", 2)])
@@ -164,14 +166,14 @@ def test_every_weight_of_a_model_is_stored_in_parts(plan, parts):
     assert not any("ZeRO" in note for note in program.notes)
     for node, source in program.source_of().items():
         if source.kind == "param":
-            assert take(source.value, node.meta["tiling"], program.mesh, 0).numel() * parts == source.value.numel()
+            assert take(source.value, sharding_at(node), program.mesh, 0).numel() * parts == source.value.numel()
 
 
 def test_the_stages_store_and_compute_alike():
     """But for lookups: see the preferences of a plan."""
     model, batch = zoo.build("timm_vit")
     programs = [fxpar.compile_program(model, f"dp=2,tp=2,zero={zero}", batch) for zero in (1, 2, 3)]
-    assert len({str(tilings(p)) for p in programs}) == 1
+    assert len({str(shardings(p)) for p in programs}) == 1
     assert len({"\n".join(n.format_node() for n in p.graph.nodes) for p in programs}) == 1
 
 
@@ -184,8 +186,8 @@ def test_another_signature_keeps_the_storage(name):
     call = example_call(model, batch)
     halved = pytree.tree_map(lambda x: x[: len(x) // 2] if isinstance(x, torch.Tensor) and x.dim() else x, call)
     for other in (call, halved):  # of one replica: the global batch is twice as large
-        second = compiler.compile_replica(model, plan, device, None, other, tilings(first))
-        assert tilings(second) == tilings(first)
+        second = compiler.compile_replica(model, plan, device, None, other, shardings(first))
+        assert shardings(second) == shardings(first)
 
 
 # ---- what cannot be ----
@@ -203,6 +205,6 @@ def test_storage_that_a_call_cannot_have_is_refused():
     rows = tuple(f for n in (3, 4) for f in factors.new(n))
     program = program_of(Mesh(("dp",), (2,), {"zero": ("dp",)}), [(factors.beside((rows,)), {})])
     other = Factors().fresh([12])
-    tiles = tiling(other, {"dp": other[0][0]}, program.mesh)
+    sharding = sharding_of(other, {"dp": other[0][0]}, program.mesh)
     with pytest.raises(PlanError, match=r"`dp`=2: must divide 3.*try parallelize with an example of this call first"):
-        shard_storage(program, {"p0": tiles})
+        shard_storage(program, {"p0": sharding})

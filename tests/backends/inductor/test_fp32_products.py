@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from fxpar import compat
-from fxpar.backends.inductor import casts, widen
+from fxpar.backends.inductor import casts, fp32_products
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 WIDE = aten.mm.dtype
@@ -40,10 +40,10 @@ def gradient(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, wide: to
     return graph
 
 
-def widened(graph: fx.Graph) -> bool:
+def in_fp32(graph: fx.Graph) -> bool:
     before = {n.target for n in graph.nodes}
     values = [(n.meta["val"].dtype, n.meta["val"].shape) for n in graph.output_node().all_input_nodes]
-    widen.widen_products(graph)
+    fp32_products.accumulate_in_fp32(graph)
     assert [(n.meta["val"].dtype, n.meta["val"].shape) for n in graph.output_node().all_input_nodes] == values
     after = [n for n in graph.nodes if n.target is WIDE]
     for node in after:
@@ -55,19 +55,19 @@ def widened(graph: fx.Graph) -> bool:
 
 @pytest.mark.parametrize("change", [{}, {"dtype": torch.float16}, {"turn": [0, 1]}, {"sums": True}])
 def test_a_gradient_that_is_summed_in_float32_is_written_in_it(two_ranks, change):
-    assert widened(gradient(**change))
+    assert in_fp32(gradient(**change))
 
 
 @pytest.mark.parametrize("change", [
     {"device": "cpu"}, {"dtype": torch.float32, "wide": torch.float64}, {"wide": torch.float64}, {"turn": [1, 0]},
     {"reused": "product"}, {"reused": "cast"}, {"computed": True}])
 def test_what_is_left_alone(two_ranks, change):
-    assert not widened(gradient(**change))
+    assert not in_fp32(gradient(**change))
 
 
 def test_a_graph_that_is_only_looked_at_is_as_on_a_gpu(two_ranks):
     graph = gradient(device="cpu")
-    widen.widen_products(graph, as_on_gpu=True)
+    fp32_products.accumulate_in_fp32(graph, as_on_gpu=True)
     assert sum(n.target is WIDE for n in graph.nodes) == 1
 
 

@@ -1,4 +1,4 @@
-"""widen: gradients that are summed in float32 are computed in it."""
+"""fp32_products: gradients that are summed in float32 are computed in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ aten = torch.ops.aten
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def widen_products(graph: fx.Graph, as_on_gpu: bool = False) -> None:
+def accumulate_in_fp32(graph: fx.Graph, as_on_gpu: bool = False) -> None:
     """Have matrix products write the dtype in which their result is summed over ranks, in place.
 
     Takes: a functional graph. Afterwards: where a reduction whose result only leaves the graph takes a product of
@@ -21,7 +21,7 @@ def widen_products(graph: fx.Graph, as_on_gpu: bool = False) -> None:
     """
     for reduction in [n for n in graph.nodes if n.target in REDUCTIONS and leaves_graph(n)]:
         value = origin(reduction.all_input_nodes[0])
-        if _is_widened_product(value, as_on_gpu):
+        if _is_cast_product(value, as_on_gpu):
             product = value.all_input_nodes[0]
             with graph.inserting_before(product):
                 wide = graph.call_function(aten.mm.dtype, (*product.args, torch.float32))
@@ -32,7 +32,7 @@ def widen_products(graph: fx.Graph, as_on_gpu: bool = False) -> None:
     graph.lint()
 
 
-def _is_widened_product(node: fx.Node, as_on_gpu: bool) -> bool:
+def _is_cast_product(node: fx.Node, as_on_gpu: bool) -> bool:
     if node.target is not CAST or node.args[1] is not torch.float32 or len(node.users) > 1:
         return False
     product = node.all_input_nodes[0]

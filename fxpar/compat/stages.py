@@ -1,0 +1,107 @@
+"""stages: Inductor's graph passes in two parts, so that a graph can be edited between them, and what the partitioner decided."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+
+from fxpar.compat import graph_pass, lowered_graphs
+
+UNBOUNDED = ("pre_grad_custom_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass", "pre_grad_fusion_options",
+             "post_grad_fusion_options", "b2b_gemm_pass", "_micro_pipeline_tp", "_fuse_ddp_communication")
+"""Settings of Inductor, all off, that turn on passes which may look at all of a graph before "post_grad_custom_post_pass"."""
+
+
+def passes_are_local() -> bool:
+    """Whether what Inductor does to an operator before that pass depends on operators near it alone."""
+    from torch._inductor import config as settings
+
+    return not any(getattr(settings, name, None) for name in UNBOUNDED)
+
+
+@dataclass
+class Decision:
+    """What AOTAutograd's partitioner has the forward pass keep, and what it decided that by.
+
+    graph: the joint graph. saved: what is kept. forward: what the forward pass computes, and its inputs.
+    network: a networkx.DiGraph; of an operator ``x`` the nodes "x_in" and "x_out", the capacity between them is the price of
+    keeping it; what hangs at "source" is not made again, what hangs at "sink" is needed in the backward. `saved` is its minimum
+    cut, once all that is `banned` hangs at "source"; it shows what is banned for its own sake. Whether the rest is depends on
+    chains of operators: a value may follow another in one kernel if both are `fusible`, or it is one of `joins`; no ban concerns
+    `exempt`.
+    """
+
+    graph: fx.Graph
+    network: Any
+    saved: set[fx.Node]
+    forward: set[fx.Node]
+    banned: set[fx.Node]
+    fusible: set[fx.Node]
+    joins: set[fx.Node]
+    exempt: set[fx.Node]
+
+
+def graphs_before(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
+                  decided: Callable[[Decision], None] = lambda decision: None) -> list[fx.GraphModule]:
+    """As `lowered_graphs`, but as they are before the pass "post_grad_custom_post_pass" of `config`.
+
+    decided: called with the partitioner's decision, if there is a backward pass; not where a `Decision` does not tell it all
+    (of several networks, as for a memory budget; with operators of higher order).
+    """
+    found: list[fx.GraphModule] = []
+
+    def keep(graph: fx.Graph) -> None:
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(graph, {}))
+        found.append(fx.GraphModule(graph.owning_module or torch.nn.Module(), copy))
+
+    with _observed(decided):
+        lowered_graphs(gm, inputs, {**config, "post_grad_custom_post_pass": graph_pass(keep, __file__)})
+    return found
+
+
+def _observed(decided: Callable[[Decision], None]) -> Any:
+    """Inside, `decided` hears of every decision of the partitioner."""
+    import networkx
+    from torch._functorch import partitioners
+
+    solve = partitioners.solve_min_cut
+
+    def observed(graph: fx.Graph, info: Any, options: Any, *rest: Any, **more: Any) -> Any:
+        result = solve(graph, info, options, *rest, **more)
+        if not rest and not more and not any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in graph.nodes):
+            alone = dataclasses.replace(options, ban_if_long_fusible_chains=False, ban_if_used_far_apart=False)
+            networks: list[Any] = []
+
+            def keep(network: Any, *ends: Any) -> Any:
+                networks.append(network)
+                return 0, (set(), set())
+
+            with mock.patch.object(networkx, "minimum_cut", keep):
+                solve(graph, info, alone)
+            kinds, nodes = partitioners.get_default_op_list(), [n for n in graph.nodes if n.op != "output"]
+            decided(Decision(graph, networks[0], set(result[0]), set(info.required_fw_nodes), set(result[1]),
+                             fusible={n for n in nodes if kinds.is_fusible(n)},
+                             joins={n for n in nodes if partitioners.get_aten_target(n) == torch.ops.aten.cat},
+                             exempt={n for n in nodes if kinds.is_view(n) or partitioners.must_recompute(n)}))
+        return result
+
+    return mock.patch.object(partitioners, "solve_min_cut", observed)
+
+
+def apply_graph_passes(gm: fx.GraphModule, config: dict[str, Any]) -> fx.GraphModule:
+    """A graph of `graphs_before`, in place, as it is after that pass and those of Inductor that follow."""
+    from torch._inductor import compile_fx as inductor
+    from torch._inductor import config as settings
+    from torch._inductor.virtualized import V
+
+    mode = next(n.meta["val"].fake_mode for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
+    with settings.patch({**config, "pattern_matcher": False}), V.set_fake_mode(mode):
+        inductor._recursive_post_grad_passes(gm, is_inference=False)
+    return gm

@@ -1,0 +1,254 @@
+"""brief: the lowered graphs of a long run of equal blocks, of which a few are traced."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxpar.backends import repeats
+from fxpar.backends.inductor import lower as inductor
+from fxpar.backends.remat import BLOCK, UNSHARD
+from fxpar.compat import stages
+from fxpar.plan import Plan
+from fxpar.report import kept
+
+KEPT, WORTH, STEADY = 5, 10, 3
+"""Of a run of equal blocks: how many are traced, and once more with one block more; how many more than `KEPT` there have to be
+for that to gain anything; how many of those that are traced have to have equal traces."""
+
+
+@dataclass
+class Input:
+    """A tensor that the graphs take: fake, of local shape; which part of a peak it is; whether the optimizer has state for it."""
+
+    value: Tensor
+    part: str
+    trained: bool = False
+
+    def facts(self) -> Hashable:
+        """What is equal of inputs that stand for each other in equal blocks."""
+        value = self.value
+        return tuple(value.shape), value.stride(), value.dtype, value.requires_grad, self.part, self.trained
+
+
+@dataclass
+class _Traced:
+    """A program's graphs before the passes that look at all of a graph, what it takes, and what the partitioner decided."""
+
+    graphs: list[fx.GraphModule]
+    inputs: list[Input]
+    decisions: list[stages.Decision]
+
+    def saved(self) -> tuple[list[Any], dict[fx.Node, fx.Node]]:
+        """What the forward graph returns but for the backward graph, and, of each placeholder of that one, what fills it."""
+        outputs: Any = self.graphs[0].graph.output_node().args[0]
+        if len(self.graphs) == 1:
+            return list(outputs), {}
+        places = [n for n in self.graphs[1].graph.find_nodes(op="placeholder") if not _is_tangent(n)]
+        count = len(outputs) - len(places)
+        return list(outputs[:count]), dict(zip(places, outputs[count:], strict=True))
+
+    def text(self) -> Hashable:
+        """Equal for graphs of which memory is the same."""
+        fills = dict(zip(self.graphs[0].graph.find_nodes(op="placeholder"), self.inputs, strict=True))
+        texts, numbers = zip(*(repeats.written(g.graph, lambda n: (_shapes(n), fills[n].facts() if n in fills else ()))
+                               for g in self.graphs), strict=True)
+        results, saved = self.saved()
+        returned = [[numbers[0].get(r, r) for r in results]]
+        for module in self.graphs[1:]:
+            returned += [[numbers[1][n] for n in module.graph.find_nodes(op="placeholder") if _is_tangent(n)],
+                         sorted(numbers[1].get(n, -1) for n in module.graph.output_node().args[0]),
+                         sorted((numbers[0][n], numbers[1][place]) for place, n in saved.items())]
+        return texts, str(returned)
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return node.name.startswith("tangents")
+
+
+def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan) -> tuple[list[fx.Graph], list[Input]] | None:
+    """What `memory.trace` gives, of a program (it is spoilt) of which few of many equal blocks are traced.
+
+    Proved, by operators and their connections: that the blocks are equal; that their traces are, in the middle; that the trace of
+    one block more is the trace of the few with a copy of a block; that what the few keep is what the partitioner would have all
+    blocks keep. Then the traces get the other blocks back, before the passes of Inductor and ours that look at all of a graph.
+    None where one of these cannot be proved: no long run of equal blocks; traces that do not repeat as blocks do; a memory
+    budget, which is for all blocks together; passes of Inductor that somebody turned on and that may look at all blocks.
+    """
+    if plan.memory_budget is not None or not stages.passes_are_local():
+        return None
+    run = _run(plain, taken, KEPT + WORTH)
+    if run is None:
+        return None
+    missing, settings = run.count - KEPT - 1, inductor.settings(plan, as_on_gpu=True)
+    try:
+        repeats.check_names(run)
+        inputs = _shortened(plain, taken, run, missing)
+        if len(inputs) == len(taken):
+            return None  # how many blocks are put back is told by the inputs that they take
+        more = _trace(_copy(plain), inputs, settings)
+        run = _run(plain, inputs, KEPT + 1)
+        if run is None or run.count != KEPT + 1:
+            return None
+        few = _trace(plain, _shortened(plain, inputs, run, 1), settings)
+        _lengthen(few, 1)
+        if few.text() != more.text():
+            return None
+        _lengthen(more, missing)
+        if len(more.decisions) != len(more.graphs) - 1:
+            return None  # another partitioner, or one that asks for more than a cut
+        for decision in more.decisions:
+            kept.confirm(decision, missing, len(taken), STEADY)
+    except repeats.NotEqual:
+        return None
+    if Counter(i.facts() for i in more.inputs) != Counter(i.facts() for i in taken):
+        return None
+    return [stages.apply_graph_passes(g, settings).graph for g in more.graphs], more.inputs
+
+
+def _run(plain: fx.GraphModule, taken: list[Input], least: int) -> repeats.Repeats | None:
+    fills = dict(zip(plain.graph.find_nodes(op="placeholder"), taken, strict=True))
+    return repeats.find(plain.graph, lambda n: fills[n].facts() if n in fills else _marks(n), least)
+
+
+def _shortened(plain: fx.GraphModule, taken: list[Input], run: repeats.Repeats, missing: int) -> list[Input]:
+    """Take blocks out of a program, in place; what it then takes."""
+    fills = dict(zip(plain.graph.find_nodes(op="placeholder"), taken, strict=True))
+    _relabel(run, missing)
+    repeats.shorten(run, missing)
+    plain.recompile()
+    return [fills[n] for n in plain.graph.find_nodes(op="placeholder")]
+
+
+def _copy(plain: fx.GraphModule) -> fx.GraphModule:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(plain.graph, {}))
+    return fx.GraphModule(plain, copy)
+
+
+def _trace(plain: fx.GraphModule, inputs: list[Input], settings: dict[str, Any]) -> _Traced:
+    decisions: list[stages.Decision] = []
+    graphs = stages.graphs_before(plain, [i.value for i in inputs], settings, decisions.append)
+    return _Traced(graphs, inputs, decisions)
+
+
+def _marks(node: fx.Node) -> Hashable:
+    custom = node.meta.get("custom", {})
+    return bool(custom.get(BLOCK)), bool(custom.get(UNSHARD))
+
+
+def _relabel(run: repeats.Repeats, missing: int) -> None:
+    """Prepare a run for being shortened: what comes after the missing blocks is in the blocks that follow then."""
+    before: dict[str, str] = {}
+    for members in run.families[: run.region]:
+        for q, node in members.items():
+            if q + 1 in members:
+                a, b = _label(node), _label(members[q + 1])
+                if before.setdefault(b, a) != a:
+                    raise repeats.NotEqual
+    if len(set(before.values())) != len(before):
+        raise repeats.NotEqual
+    passed, last = False, (run.count - missing - 1) // 2 + missing
+    for node in run.graph.nodes:
+        family, number = run.place.get(node, (-1, 0))
+        passed = passed or (0 <= family < run.region and number > last)
+        label = _label(node)
+        if not label or not (passed if family < 0 else number > last):
+            continue
+        for _ in range(missing):
+            label = before.get(label, label)
+        node.meta["custom"] = {**node.meta["custom"], BLOCK: label}
+
+
+def _label(node: fx.Node) -> str:
+    return node.meta.get("custom", {}).get(BLOCK, "")
+
+
+def _lengthen(traced: _Traced, missing: int) -> None:
+    """Put the missing blocks into the forward graph, and into the backward graph if there is one."""
+    graphs = traced.graphs
+    fills = dict(zip(graphs[0].graph.find_nodes(op="placeholder"), traced.inputs, strict=True))
+    forward = repeats.find(graphs[0].graph, lambda n: (_shapes(n), fills[n].facts() if n in fills else ()), STEADY)
+    if forward is None:
+        raise repeats.NotEqual
+    results, kept = traced.saved()
+    backward = None
+    if len(graphs) > 1:
+        backward = repeats.find(graphs[1].graph, _shapes, STEADY)
+        if backward is None:
+            raise repeats.NotEqual
+        repeats.align(forward, backward, kept)
+    bases = {n: base for module in graphs for n, base in _bases(module.graph).items()}
+    made = repeats.lengthen(forward, missing)
+    bases |= {new: bases[old] for (old, _), new in made.items()}
+    fills |= {new: fills[old] for (old, _), new in made.items() if old in fills}
+    if backward is not None:
+        for (old, r), new in repeats.lengthen(backward, missing).items():
+            bases[new] = bases[old]
+            if old in kept:
+                family, _ = forward.place[kept[old]]
+                kept[new] = made[forward.families[family][forward.split(family)], missing + 1 - r]
+        places = [n for n in graphs[1].graph.find_nodes(op="placeholder") if not _is_tangent(n)]
+        graphs[0].graph.output_node().args = ((*results, *(kept[n] for n in places)),)
+    for module in graphs:
+        module.graph.lint()
+        _own_values(module.graph, bases)
+    traced.inputs = [fills[n] for n in graphs[0].graph.find_nodes(op="placeholder")]
+
+
+Bases = list[int | None]
+"""Of every tensor that a node makes: which of the node's inputs it is a view of."""
+
+
+def _bases(graph: fx.Graph) -> dict[fx.Node, Bases]:
+    """Raises `NotEqual` if a value shares memory with another that it is not made from."""
+    seen: set[int] = set()
+    out = {}
+    for node in graph.nodes:
+        inputs = [{_memory(v) for v in _tensors(x)} for x in node.all_input_nodes]
+        own = [_memory(v) for v in _tensors(node)]
+        out[node] = [next((i for i, held in enumerate(inputs) if m in held), None) for m in own]
+        fresh = [m for m, base in zip(own, out[node], strict=True) if base is None]
+        if len({*fresh}) < len(fresh) or seen & {*fresh}:
+            raise repeats.NotEqual
+        seen |= {*fresh}
+    return out
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    return [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage()._cdata
+
+
+def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases]) -> None:
+    """Give every node a value of its own in ``meta``, or a view of its input's: Inductor reads from shared memory what may be
+    written in place, and a copied node has the memory of what it was copied from."""
+    for node in graph.nodes:
+        if node.target is operator.getitem:
+            node.meta["val"] = node.args[0].meta["val"][node.args[1]]
+        elif _tensors(node):
+            feed = iter(bases[node])
+            node.meta["val"] = pytree.tree_map_only(Tensor, lambda v: _anew(v, node, next(feed)), node.meta["val"])  # noqa: B023
+
+
+def _anew(value: Tensor, node: fx.Node, base: int | None) -> Tensor:
+    if base is None:
+        return value.new_empty_strided(value.shape, value.stride())
+    held = _tensors(node.all_input_nodes[base])
+    if any(v.dtype != value.dtype for v in held) or len({_memory(v) for v in held}) > 1:
+        raise repeats.NotEqual
+    return held[0].as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _shapes(node: fx.Node) -> Hashable:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return (*((str(tuple(v.shape)), str(v.stride()), v.dtype) if isinstance(v, Tensor) else str(v) for v in leaves), _marks(node))
