@@ -74,4 +74,4 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: 
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
             return compat.trace_steps(plain, given, lambda g: choose_recomputation(g, plan), cut)
 
-    return in_steps(graph, example, keep, early, trace, lambda: use_runtime(runtime))
+    return in_steps(graph, example, keep, early, trace, lambda: use_runtime(runtime), plan)

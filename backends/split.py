@@ -22,6 +22,15 @@ SUMS = (aten.sum.default, aten.sum.dim_IntList)
 CONVOLUTION = aten.convolution_backward.default
 
 
+class Unsplittable(Exception):
+    """An operator keeps a backward from being split: `what` it does, and on which `line` of the model."""
+
+    def __init__(self, node: fx.Node, does: str):
+        line = user_line(node)
+        super().__init__(node.name, does)
+        self.what = f"operator {node.target}" + (f" ({line})" if line else "") + f" {does}"
+
+
 @dataclass
 class Half:
     """A part of a backward graph.
@@ -56,19 +65,35 @@ def split_backward(module: fx.GraphModule, early: Collection[int]) -> Halves:
     in the first, but for a convolution's, which becomes two; so are sums that are smaller than what would be kept to add up.
     The second reads what was saved for it alone from where the first reads. Of what the first made it is handed what it needs,
     and makes views of that again.
-    Raises: `NotImplementedError` for an operator that writes to its operands, or makes what is no tensor, between the halves.
+    Raises: `Unsplittable` for an operator that writes to its operands, or makes what is no tensor, between the halves.
     """
+    graph, outputs, soon, later = _copied(module, early)
+    if soon and later:
+        _require_functional(graph)
+        _convolutions_apart(graph, outputs, soon)
+    first = _made_with(graph, _cone(outputs[i] for i in soon))
+    return _halves(module, graph, outputs, soon, later, _with_sums(graph, first, [outputs[i] for i in later]))
+
+
+def whole_backward(module: fx.GraphModule, early: Collection[int]) -> Halves:
+    """As `split_backward`, but the first half makes everything, and the second gives the other gradients, which were kept: for
+    whoever runs one behind the other."""
+    graph, outputs, soon, later = _copied(module, early)
+    return _halves(module, graph, outputs, soon, later, {n for n in graph.nodes if n.op != "output"} if soon else set())
+
+
+def _copied(module: fx.GraphModule, early: Collection[int]) -> tuple[fx.Graph, list[fx.Node | None], list[int], list[int]]:
+    """The graph, its outputs, and the positions of those that come first and of those that come later."""
     graph = fx.Graph()
     outputs: list[fx.Node | None] = list(graph.graph_copy(module.graph, {}))  # type: ignore[arg-type]
     graph.output(tuple(outputs))
     wanted = [i for i, node in enumerate(outputs) if node is not None]
-    soon, later = ([i for i in wanted if (i in early) is first] for first in (True, False))
-    if soon and later:
-        _require_functional(graph)
-        _convolutions_apart(graph, outputs, soon)
-    roots = [outputs[i] for i in later]
-    first = _with_sums(graph, _made_with(graph, _cone(outputs[i] for i in soon)), roots)
-    second, carried = _rest(first, roots)
+    return graph, outputs, [i for i in wanted if i in early], [i for i in wanted if i not in early]
+
+
+def _halves(module: fx.GraphModule, graph: fx.Graph, outputs: list[fx.Node | None], soon: list[int], later: list[int],
+            first: set[fx.Node]) -> Halves:
+    second, carried = _rest(first, [outputs[i] for i in later])
     kept = [n for n in graph.nodes if n in carried]
     return Halves(_half(module, graph, first, [], soon, [*(outputs[i] for i in soon), *kept]) if soon else None,
                   _half(module, graph, second, kept, later, [outputs[i] for i in later]) if later else None, kept)
@@ -77,8 +102,7 @@ def split_backward(module: fx.GraphModule, early: Collection[int]) -> Halves:
 def _require_functional(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if compat.mutates(node.target):
-            raise NotImplementedError(f"a backward in which {node.target} writes to an operand cannot be split (at "
-                                      f"{user_line(node) or node.name}); run it in one piece, as 1f1b does")
+            raise Unsplittable(node, "writes to an operand in the backward")
 
 
 def _cone(roots: Iterable[fx.Node | None]) -> set[fx.Node]:
@@ -115,8 +139,7 @@ def _rest(first: set[fx.Node], roots: Iterable[fx.Node | None]) -> tuple[set[fx.
             continue
         if node.op == "call_function" and node in first and not _made_again(node):
             if not is_tensor(node):
-                raise NotImplementedError(f"a backward of which both halves need what is no tensor ({node.target} makes it at "
-                                          f"{user_line(node) or node.name}) cannot be split; run it in one piece, as 1f1b does")
+                raise Unsplittable(node, "makes what is no tensor, and gradients of activations and of parameters need it")
             carried.add(node)
         else:
             second.add(node)

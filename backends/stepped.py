@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from fxpar import compat
-from fxpar.backends.split import Halves, split_backward
-from fxpar.errors import InputError
+from fxpar.backends.split import Halves, Unsplittable, split_backward, whole_backward
+from fxpar.errors import InputError, PlanError
+from fxpar.pipeline.schedules import PUTS_OFF
+from fxpar.plan import Plan
+from fxpar.program import user_line
 
 CarriedKind = Literal["saved", "given", "made"]
 Running = Callable[[], AbstractContextManager[Any]]
@@ -130,6 +133,11 @@ class Stepped:
         found = dict(zip(self.early, early, strict=True)) | dict(zip(self.late, self.weight_gradients(left), strict=True))
         return [found[i] for i in range(len(found))]
 
+    def pull_back(self, inputs: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of all inputs, as `backward` gives them. A program that saves nothing (it is linear) is not run."""
+        saved = self.forward(*inputs)[1] if self._forward.saved else SavedForBackward(self, [])
+        return self.backward(saved, grads)
+
     def input_gradients(self, saved: SavedForBackward, grads: Sequence[Tensor | None]
                         ) -> tuple[list[Tensor | None], SavedForWeightGradients]:
         """The gradients of the `early` inputs, and what those of the others need. `saved` is used up."""
@@ -173,11 +181,13 @@ class Stepped:
 
 
 def in_steps(plain: fx.GraphModule, example: list[Any], keep: list[int], early: Collection[int], trace: Trace,
-             running: Running) -> Stepped:
+             running: Running, plan: Plan) -> Stepped:
     """The steps of a program.
 
     plain, keep: of `tensor_inputs_only`. example: all local inputs. early: the positions of those whose gradients come first.
-    trace: has AOTAutograd make the graphs, and the backend what runs them. running: around every step.
+    trace: has AOTAutograd make the graphs, and the backend what runs them. running: around every step. plan: its schedule says
+    whether the backward has to be split; where it does not, and cannot be, it is whole.
+    Raises: `PlanError` for a backward that has to be split and cannot be, and for a program that writes to its inputs.
     """
     if not {*early} <= {*range(len(example))}:
         raise InputError(f"gradients of inputs {sorted(early)} come first, and there are {len(example)} inputs")
@@ -186,20 +196,40 @@ def in_steps(plain: fx.GraphModule, example: list[Any], keep: list[int], early: 
     given = [example[i] for i in keep]
 
     def cut(graph: fx.GraphModule, like: list[Tensor], saved: int, donated: list[int], make: compat.Make) -> None:
-        halves = split_backward(graph, first)
+        try:
+            halves = split_backward(graph, first)
+        except Unsplittable as error:
+            if plan.schedule in PUTS_OFF:
+                raise PlanError("schedule", plan.schedule, f"must put off gradients of parameters, and cannot: {error.what}",
+                                "schedule=1f1b, whose backwards are whole") from error
+            halves = whole_backward(graph, first)
         backward.seeds = [_Like(tuple(x.shape), x.stride(), x.dtype, x.device) for x in like[saved:]]
         backward.carried = _carried(halves, saved)
         _make_halves(backward, halves, like, donated, make)
 
+    def traced() -> compat.TracedForward:
+        try:
+            return trace(plain, given, cut)
+        except compat.NotInSteps as error:
+            raise _not_in_steps(plain.graph, plan) from error
+
     try:
-        forward = trace(plain, given, cut)
+        forward = traced()
     except compat.SharedOutputs as shared:
         _own_memory(plain.graph, shared.positions)
         plain.recompile()
-        forward = trace(plain, given, cut)
+        forward = traced()
     outputs: Any = plain.graph.output_node().args[0]
     late = [i for i in range(len(example)) if i not in early]
     return Stepped(list(dict.fromkeys(early)), late, keep, len(outputs), forward, backward, running)
+
+
+def _not_in_steps(graph: fx.Graph, plan: Plan) -> PlanError:
+    node = next(n for n in graph.nodes if compat.mutates(n.target) or n.op == "get_attr")
+    line = user_line(node)
+    does = "writes to an input of its stage" if compat.mutates(node.target) else "is a tensor that no pass has made an input"
+    return PlanError("pp", plan.pp, f"has each stage compute forwards and backwards by themselves, and operator {node.target}"
+                     f"{f' ({line})' if line else ''} {does}", "pp=1, or an operator that returns what it makes")
 
 
 def _own_memory(graph: fx.Graph, positions: list[int]) -> None:

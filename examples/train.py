@@ -3,6 +3,7 @@
     python examples/train.py                                                  one process
     torchrun --nproc-per-node=4 examples/train.py --plan dp=2,tp=2            four
     torchrun --nproc-per-node=4 examples/train.py --plan dp=2,tp=2 --check    ... and prove them equal to one
+    torchrun --nproc-per-node=4 examples/train.py --plan dp=2,pp=2,microbatches=4 --check        a pipeline of two stages
 
 NCCL where there are GPUs, gloo elsewhere.
 """
@@ -155,7 +156,7 @@ def train_parallel(args, corpus):
         for step in range(args.steps):
             start = time.perf_counter()
             batch = draw_batch(corpus, args, step, mine)
-            if args.plan.pp > 1:  # a pipeline interleaves the forwards and backwards of its microbatches
+            if args.plan.microbatches > 1:  # their forwards and backwards take turns; under pp stages run them side by side
                 loss = model.train_step(**batch)
             else:
                 loss = model(**batch).loss

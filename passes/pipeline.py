@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from fxpar.passes.canonical.dropout import counter_dropout
+from fxpar.passes.canonical.experts import sort_by_expert
 from fxpar.passes.canonical.gqa import fold_repeat_kv
 from fxpar.passes.canonical.losses import expand_losses
 from fxpar.passes.canonical.masks import fold_masks
@@ -37,6 +38,7 @@ def front(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
         ("masks", fold_masks),
         ("gqa", fold_repeat_kv),
         ("losses", expand_losses),
+        ("experts", sort_by_expert),
         ("dropout", counter_dropout),
         ("infer", lambda p: infer(p, pinned)),
     ]

@@ -217,6 +217,14 @@ def test_steps_are_handed_over_ready_to_run(way):
         assert len(like) == saved + 1 and (way == "trace" or donated)
         ready.append(make(graph, like, donated, 2))
 
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("own", torch.ones(2))
+
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+            return (x @ w + self.own,)
+
     def steps(function) -> compat.TracedForward:
         graph, config = fx.symbolic_trace(function), {"reorder_for_peak_memory": False}
         kept: compat.Cut = cut
@@ -236,6 +244,8 @@ def test_steps_are_handed_over_ready_to_run(way):
     with pytest.raises(compat.SharedOutputs) as shared:
         steps(lambda x, w: (x @ w, x.t()))
     assert shared.value.positions == [1]
+    with pytest.raises(compat.NotInSteps):
+        steps(Own())
     assert compat.storage_of(x) == compat.storage_of(x.t()[1:]) != compat.storage_of(x.clone())
 
 

@@ -95,7 +95,7 @@ class Lowered:
                     return compat.compile_steps(plain, given, self._settings(), cut)
                 return compat.interpret_steps(plain, given, self._settings(), _OnCPU, cut)
 
-        return in_steps(plain, example, keep, early, trace, contextlib.nullcontext)
+        return in_steps(plain, example, keep, early, trace, contextlib.nullcontext, self.plan)
 
 
 class _OnCPU(fx.Interpreter):

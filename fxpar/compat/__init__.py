@@ -23,6 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from fxpar.compat.steps import (
     Cut,
     Make,
+    NotInSteps,
     SharedOutputs,
     TracedForward,
     after_graph_passes,
@@ -40,6 +41,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "Make",
+    "NotInSteps",
     "SharedOutputs",
     "SymmetricSlots",
     "TracedForward",

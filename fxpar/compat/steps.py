@@ -34,6 +34,10 @@ class SharedOutputs(Exception):
         self.positions = positions
 
 
+class NotInSteps(Exception):
+    """AOTAutograd has more to do for the graph than to run it: it writes to its inputs, or has tensors of its own."""
+
+
 @dataclass
 class TracedForward:
     """A flat graph's forward.
@@ -57,7 +61,7 @@ def as_traced() -> Iterator[None]:
 def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Graph], None], cut: Cut) -> TracedForward:
     """As `partition_eagerly`, but the two graphs are handed over.
 
-    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. Raises: `SharedOutputs`.
+    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. Raises: `SharedOutputs`, `NotInSteps`.
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -82,7 +86,10 @@ def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Gr
 
 
 def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut) -> TracedForward:
-    """As `compile_graph`, but what was compiled is handed over. Nothing is left to be compiled later. Raises: `SharedOutputs`."""
+    """As `compile_graph`, but what was compiled is handed over. Nothing is left to be compiled later.
+
+    Raises: `SharedOutputs`, `NotInSteps`.
+    """
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -209,7 +216,7 @@ def _values(module: fx.GraphModule) -> list[Tensor]:
 
 
 def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> TracedForward:
-    """Raises: `SharedOutputs`; NotImplementedError where the graph is not all that AOTAutograd has a forward do."""
+    """Raises: `SharedOutputs`; `NotInSteps` where the graph is not all that AOTAutograd has a forward do."""
     from torch._functorch._aot_autograd.schemas import OutputType
 
     meta: Any = TracingContext.get().fw_metadata
@@ -218,6 +225,6 @@ def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> TracedForward:
     if shared:
         raise SharedOutputs(shared)
     if meta.num_mutated_inp_runtime_indices or len(forward.graph.find_nodes(op="placeholder")) != inputs:
-        raise NotImplementedError("a program that writes to its inputs, or has tensors of its own, cannot be run in steps")
+        raise NotInSteps
     seeds = [i for i, info in enumerate(meta.output_info) if info.requires_grad]
     return TracedForward(run, seeds, len(_values(forward)) - len(meta.output_info))

@@ -138,6 +138,8 @@ class Schedule:
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved1f1b", "zb1p", "zbv")
 """Names of the schedules."""
+PUTS_OFF = ("zb1p", "zbv")
+"""Those that put off gradients of weights."""
 
 _Order = list[Action]
 

@@ -117,8 +117,7 @@ class StageOfRank:
             return
         local = self._parameters()
         reduce = self._run("reduce", self.phases.reduce, local)
-        _, saved = reduce.forward(*local)
-        found = reduce.backward(saved, [self._unreduced.get(b) for b in self.phases.boundaries])
+        found = reduce.pull_back(local, [self._unreduced.get(b) for b in self.phases.boundaries])
         for name, grad in zip(self._names(), found, strict=True):
             if grad is not None:
                 self._add(name, grad)

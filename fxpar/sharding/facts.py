@@ -31,6 +31,7 @@ class GlobalValue:
     its operator said. position: of an operator's outputs, which tensor it takes. is_param: whether it is a parameter as it is
     passed in. needs_grad: whether a gradient flows to it. batch_dim: of an input, the dim that is the batch.
     reduce_dtype: of a parameter's cast, in which dtype its gradient is summed over ranks (by `cast_parameters`).
+    by_expert: whether its rows are in an order that each rank has of its own (by `sort_by_expert`).
     """
 
     dims: Dims | None = None
@@ -40,6 +41,7 @@ class GlobalValue:
     needs_grad: bool = False
     batch_dim: int | None = None
     reduce_dtype: torch.dtype | None = None
+    by_expert: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,5 +6,6 @@ precision  casts between the dtypes that parameters are stored and computed in
 masks      attention masks -> properties of the attention operator (with bands, constants)
 gqa        repeated key and value heads -> grouped-query attention
 losses     cross-entropy and its relatives, so that classes and tokens can be split
+experts    rows sorted by their experts -> operators that work on any part of the tokens
 dropout    every dropout from the counter-based generator
 """

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import fx
 
+from fxpar.ops.unbiased import unbiased
 from fxpar.passes.infer.rules.spec import bind
 from fxpar.passes.rewrite import Rewriter
 
@@ -47,8 +48,8 @@ def _expand(r: Rewriter, a: dict) -> None:
     if out.meta["val"].dtype != x.meta["val"].dtype:
         out = r.call(aten.to.dtype, out, x.meta["val"].dtype)
     count = math.prod(shape) // shape[1]
-    unbiased = r.call(aten.mul.Tensor, r.call(aten.detach.default, var), count / max(count - 1, 1))
-    for buffer, new in ((a["running_mean"], r.call(aten.detach.default, mean)), (a["running_var"], unbiased)):
+    variance = r.call(unbiased, r.call(aten.detach.default, var), count)
+    for buffer, new in ((a["running_mean"], r.call(aten.detach.default, mean)), (a["running_var"], variance)):
         if buffer is not None:
             _update(r, buffer, r.call(aten.view.default, new, [shape[1]]), a["momentum"])
     r.replace(out)

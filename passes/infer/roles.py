@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxpar.errors import PlanError
+from fxpar.ops.experts import expert_product
 from fxpar.ops.pick import pick
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.rules.matmul import grouped_product
@@ -200,7 +201,7 @@ def _vocab(program: Program) -> None:
                 _give(dims_of(table)[0], "vocab")
         elif node.target is pick:
             _give(dims_of(node.args[0])[-1], "vocab")
-        elif find(node.target) is grouped_product and global_value(node).spec is not None:
+        elif node.target is expert_product or (find(node.target) is grouped_product and global_value(node).spec is not None):
             _give(dims_of(node.args[1])[0], "experts")
 
 

@@ -300,8 +300,10 @@ def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
 
 
 def scatterable(spec: Spec) -> list[Factor]:
-    """The output's factors that a pending sum may be scattered onto: all, or those that what is added later shares."""
-    flat = [f for d in spec.outs[0] for f in leaves(d)]
+    """The output's factors that a pending sum may be scattered onto: all, or those that what is added later shares. Not rows in
+    an order of their own, which what follows wants together."""
+    ordered = spec.ordered()
+    flat = [f for d in spec.outs[0] for f in leaves(d) if f not in ordered]
     if any(o.deferred for o in spec.operands):
         replicated = {f for s in spec.replicated for f in s.leaves()}
         return [f for f in flat if f not in replicated]
@@ -318,6 +320,10 @@ def _candidates(spec: Spec) -> list[Factor]:
     """The factors that may be split at this operator, in the order they occur."""
     barred = {f for s in spec.replicated for f in s.leaves()}
     barred |= {f for d in spec.leading for f in leaves(d)[1:]}
+    if spec.order is not None:
+        sort = global_value(spec.order).spec
+        assert sort is not None
+        barred |= {f for f in spec.ordered() if f.role != "batch"} | {f for s in sort.replicated for f in s.leaves()}
     reduced = {f for s in (*spec.sums, *spec.maxes, *spec.inner) for f in s.leaves()}
     outs = [{f for d in dims for f in leaves(d)} for dims in spec.outs]
     everywhere = set.intersection(*outs) if outs else set()

@@ -6,6 +6,7 @@ communicate with: the other microbatches run before and after. This pass takes t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from fxpar.ops.collectives import axis_index, typed
+from fxpar.ops.unbiased import correction, unbiased
 from fxpar.passes.strategies.linear import Classification, along_microbatches, classify
 from fxpar.passes.strategies.prologue import prologue, rank_index
 from fxpar.program import Join, Microbatches, Program, Source, copy_provenance, user_line
@@ -30,7 +32,8 @@ DESCRIPTION = ("full", "sharding", "layout_text", "global_name", "needs_grad", "
 def take_out_time(program: Program) -> Program:
     """Make a partitioned program that of one microbatch, in place.
 
-    Takes: a partitioned program. Without an axis of microbatches in its mesh it stays as it is. Afterwards: the mesh is that of
+    Takes: a partitioned program. Without an axis of microbatches in its mesh it stays as it is, but for corrections of variances,
+    which are spelled in either case: of an estimate by the rows of a microbatch. Afterwards: the mesh is that of
     ranks, no collective is over microbatches, and ``program.microbatches`` says how a step is made of this program: what it is
     passed besides (sources of kind "microbatch"), and how its outputs make the step's. A sum over the batch of what depends on no
     parameter is one of those inputs; one of what does is left to the sum over microbatches where it reaches the outputs
@@ -38,6 +41,7 @@ def take_out_time(program: Program) -> Program:
     Raises: `PlanError` for what cannot be computed one microbatch after the other.
     """
     if MICROBATCH not in program.mesh.names:
+        _correct_variances(program, lambda node: 1)
         return program
     mesh, count = program.mesh, program.mesh.size(MICROBATCH)
     values = classify(program)
@@ -52,6 +56,7 @@ def take_out_time(program: Program) -> Program:
     moved = _pass_in(program, values, step)
     _divide(program, values, moved, count)
     _estimate(program, values, count)
+    _correct_variances(program, lambda node: count if values.kinds.get(node) == "estimate" else 1)
     program.graph.eliminate_dead_code()
     index = _placeholder(program, "microbatch", torch.empty((), dtype=torch.int64, device="meta"))
     step.index = index.name
@@ -165,6 +170,14 @@ def _estimate(program: Program, values: Classification, count: int) -> None:
     outs = [estimated(n, n) if sink.kind == "buffer" and values.kinds[n] == "part" else n
             for sink, n in zip(program.tensor_sinks(), program.outputs(), strict=True)]
     output.args = (tuple(outs),)
+
+
+def _correct_variances(program: Program, parts: Callable[[fx.Node], int]) -> None:
+    """Spell the corrections of variances, each by the number of rows that it is taken from: one of so many parts of the batch."""
+    for node in program.graph.find_nodes(op="call_function", target=unbiased):
+        variance, rows = node.args
+        node.target, node.args = aten.mul.Tensor, (variance, correction(rows // parts(node)))
+    program.module.recompile()
 
 
 def _describe(new: fx.Node, old: fx.Node, at: fx.Node) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from fxpar import compat
 from fxpar.backends import eager, stepped
 from fxpar.backends.inductor.lowered import Lowered
-from fxpar.backends.split import Halves, split_backward
+from fxpar.backends.split import Halves, Unsplittable, split_backward
 from fxpar.backends.stepped import SavedForBackward, SavedForWeightGradients, Stepped
 from fxpar.backends.transport.threads import Threads
-from fxpar.errors import InputError
+from fxpar.errors import InputError, PlanError
 from fxpar.plan import Plan
 from fxpar.sharding.mesh import Mesh
 from tests.harness import RANDOM
@@ -164,9 +164,49 @@ def test_a_backward_that_writes_is_refused():
     x, y = graph.placeholder("x"), graph.placeholder("y")
     graph.output((graph.call_function(aten.mul_.Tensor, (x, y)), y))
     module = fx.GraphModule(nn.Module(), graph)
-    with pytest.raises(NotImplementedError, match=r"aten\.mul_.* writes to an operand.*run it in one piece"):
+    with pytest.raises(Unsplittable) as error:
         split_backward(module, [0])
+    assert error.value.what == "operator aten.mul_.Tensor writes to an operand in the backward"
     assert split_backward(module, []).first is None
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_a_backward_that_cannot_be_split_is_whole_where_the_schedule_lets_it(kind, monkeypatch):
+    inputs = mlp_inputs()
+    want, grads = plain(mlp, inputs, [torch.ones(4, 8)])
+
+    def refused(module: fx.GraphModule, early: Collection[int]) -> None:
+        raise Unsplittable(next(n for n in module.graph.nodes if n.op == "call_function"), "writes to an operand")
+
+    monkeypatch.setattr(stepped, "split_backward", refused)
+    steps = in_steps(kind, mlp, inputs, [0])
+    for _ in range(2):
+        outputs, saved = steps.forward(*inputs)
+        early, left = steps.input_gradients(saved, [torch.ones(4, 8)])
+        torch.testing.assert_close([*outputs, *early, *steps.weight_gradients(left)], [*want, *grads])
+    with pytest.raises(PlanError, match=r"`schedule`='zb1p': must put off.*operator aten\.\S+ writes to an operand; try .*=1f1b"):
+        in_steps(kind, mlp, inputs, [0], "pp=2,microbatches=2,schedule=zb1p")
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.parametrize("function, runs", [(lambda x: [x[0].double().t() * 2], 0), (lambda x: [x[0].double().t() ** 2], 1)])
+def test_what_saves_nothing_is_not_run_to_be_pulled_back(kind, function, runs, monkeypatch):
+    ran: list[int] = []
+    forward = Stepped.forward
+    monkeypatch.setattr(Stepped, "forward", lambda self, *inputs: (ran.append(1), forward(self, *inputs))[1])
+    inputs, given = [wants(3, 2)], torch.randn(2, 3, dtype=torch.float64)
+    found = in_steps(kind, function, inputs, []).pull_back(inputs, [given])
+    torch.testing.assert_close(found, plain(function, inputs, [given])[1])
+    assert len(ran) == runs
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_a_program_that_writes_to_its_inputs_is_refused(kind):
+    def function(x: list[Any]) -> list[Any]:
+        return [torch.ops.aten.add_.Tensor(x[1], x[0])]
+
+    with pytest.raises(PlanError, match=r"`pp`=2.*operator aten\.add_\.Tensor writes to an input of its stage; try pp=1"):
+        in_steps(kind, function, [wants(3), torch.zeros(3)], [0], "pp=2,microbatches=2")
 
 
 # ---- steps ----

@@ -20,7 +20,7 @@ from tests import zoo
 from tests.matrix import pairwise
 from tests.zoo.registry import labels
 
-WHOLE = {"graph", "contrastive", "clip", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe", "lstm_cell"}
+WHOLE = {"graph", "contrastive", "clip", "lstm_cell"}
 """Models that are refused in microbatches (see tests/verify/test_lowered.py)."""
 MIXED = {"lstm_cell", "buffers"}
 """Models that run in bfloat16 on no device."""
@@ -97,6 +97,8 @@ def test_every_family(name, layout, schedule, pp, recompute, dtype, microbatches
 
 # ---- what models do ----
 
+# Not rows that are nearly alike: of `Normed` on ``linspace(-1, 1, 48).view(8, 6).sin()``, in four microbatches of two rows, one
+# device in float32 is off from float64 by 1.4e-4 of its norm in the gradient of layers.0.weight, and the lowered program by 5e-5.
 X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
 
 

@@ -9,9 +9,10 @@ view        reshape, transpose, expand, repeat
 index       slices, splits, concatenation, gather, scatter
 factory     operators that make tensors
 conv        convolution, pooling, resampling
+experts     mixtures of experts, whose rows are in an order of their own
 """
 
-from fxpar.passes.infer.rules import conv, factory, index, matmul, pointwise, reduce, view
+from fxpar.passes.infer.rules import conv, experts, factory, index, matmul, pointwise, reduce, view
 from fxpar.passes.infer.rules.registry import RULES, notation, rule, spec_for
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, einsum
 
@@ -22,6 +23,7 @@ __all__ = [
     "Spec",
     "conv",
     "einsum",
+    "experts",
     "factory",
     "index",
     "matmul",

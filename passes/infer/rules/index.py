@@ -209,7 +209,32 @@ def _stretched(op: Op, x: fx.Node, index: fx.Node) -> bool:
     return any(n != m for i, (n, m) in enumerate(zip(op.shape(x), op.shape(index), strict=True)) if i != at)
 
 
-@rule(aten.scatter, aten.scatter_add.default, aten.scatter_reduce.two, aten.index_add.default, aten.index_copy.default,
+@rule(aten.scatter_add.default)
+def scatter_add(op: Op) -> Spec:
+    """What is added may be split: each rank adds up its own, and what is added to comes last."""
+    x, index, source = op["self"], op["index"], op["src"]
+    if not op.dims(x) or len({x, index, source}) < 3 or op.shape(index) != op.shape(source):
+        return scatter(op)
+    at = op["dim"] % len(op.dims(x))
+    added = set(op.dim(index, at))
+    operands = [Operand(x, op.dims(x), deferred=True), *op.operands()[1:]]
+    spec = Spec(operands, [op.dims(x)], sums=added, replicated=set(op.dim(x, at)))
+    for i, (own, of_index, of_source) in enumerate(zip(op.dims(x), op.dims(index), op.dims(source), strict=True)):
+        if not op.factors.align(of_index, of_source) or (i != at and not op.factors.align(own, of_index)):
+            spec.replicated.update(own, of_index, of_source)
+    spec.emit = _emit_scatter_add
+    return spec
+
+
+def _emit_scatter_add(local):
+    if not local.skip_deferred:
+        return local.default()
+    index, source = local.operand(1), local.operand(2)
+    zeros = local.call(aten.new_zeros.default, source, local.shape(local.spec.outs[0]))
+    return local.call(aten.scatter_add.default, zeros, local.op["dim"], index, source)
+
+
+@rule(aten.scatter, aten.scatter_reduce.two, aten.index_add.default, aten.index_copy.default,
       aten.index_fill, aten.index_put.default, aten._index_put_impl.default, aten.slice_scatter.default,
       aten.select_scatter.default, aten.masked_scatter.default)  # fmt: skip
 def scatter(op: Op) -> Spec:
@@ -228,7 +253,7 @@ def scatter(op: Op) -> Spec:
             if i == at or not op.factors.align(a, b):
                 spec.replicated.update(a, b)
         return spec
-    if op.target in (aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two):
+    if op.target in (aten.scatter_add.default, aten.scatter.src, aten.scatter.value, aten.scatter_reduce.two):
         at = op["dim"] % len(own) if own else 0
         for node in others:
             for i, (a, b) in enumerate(zip(own, op.dims(node), strict=True)):

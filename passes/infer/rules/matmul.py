@@ -104,11 +104,15 @@ def grouped_product(op: Op) -> Spec:
     spec.sums -= set(op.dim(weights, 0))
     spec.operands += [Operand(n, op.dims(n)) for n in rest]
     spec.replicated |= {f for n in rest for d in op.dims(n) for f in d}
-    for dim in (op.dim(x, 1), op.dim(weights, 2)):
-        spec.replicated |= _inner(op, dim, 8)
+    spec.replicated |= grouped_parts(op, x, weights)
     if op.target is not grouped_mm:
         spec.emit = _emit_grouped
     return spec
+
+
+def grouped_parts(op: Op, x: fx.Node, weights: fx.Node) -> set[Factor]:
+    """What must stay whole for the parts of a grouped product's rows to be multiples of 16 bytes."""
+    return _inner(op, op.dim(x, 1), 8) | _inner(op, op.dim(weights, 2), 8)
 
 
 def _inner(op: Op, dim: Dim, size: int) -> set[Factor]:

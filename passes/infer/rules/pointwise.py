@@ -12,6 +12,7 @@ from torch import fx
 
 from fxpar.ops.rng import dropout_mask
 from fxpar.ops.surrogate import attach, fixed
+from fxpar.ops.unbiased import unbiased
 from fxpar.passes.infer.rules.registry import rule
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec, elementwise, unknown
 
@@ -27,7 +28,7 @@ UNTAGGED = (
 )  # fmt: skip
 
 
-@rule(*(getattr(p, o) for p in UNTAGGED for o in p.overloads() if (p, o) != (aten.where, "default")))
+@rule(unbiased, *(getattr(p, o) for p in UNTAGGED for o in p.overloads() if (p, o) != (aten.where, "default")))
 def pointwise(op: Op) -> Spec:
     return elementwise(op)
 

@@ -25,6 +25,7 @@ MANY = {
     aten.slice.Tensor,
     aten.conv2d.default,
     aten.index.Tensor,
+    aten.scatter_add.default,
     aten.softmax.int,
     aten.logsumexp.default,
     aten.sum.dim_IntList,

@@ -281,6 +281,24 @@ def test_batch_norm_normalises_each_microbatch_and_averages_them_in_order():
     for name, p in model.named_parameters():
         torch.testing.assert_close(result.grads[name], p.grad, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(result.buffers["norm.running_mean"], model.norm.running_mean)
+    torch.testing.assert_close(result.buffers["norm.running_var"], model.norm.running_var)
+
+
+def test_a_variance_of_inputs_is_that_of_the_whole_batch():
+    """It depends on no parameter: it is computed before the step."""
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(8, affine=False), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(self.norm(x)), y)
+
+    model, inputs = First(), batch()
+    result = fxpar.simulate(model, "dp=2,microbatches=2", inputs).step(**inputs)
+    torch.testing.assert_close(result.loss, model(**inputs).detach())
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(result.buffers[name], buffer)
 
 
 def test_plans_agree_on_what_is_not_linear():

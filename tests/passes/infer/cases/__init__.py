@@ -3,7 +3,7 @@
 One file for each file of rules.
 """
 
-from tests.passes.infer.cases import conv, factory, index, matmul, pointwise, reduce, view
+from tests.passes.infer.cases import conv, experts, factory, index, matmul, pointwise, reduce, view
 from tests.passes.infer.cases.registry import CASES, UNDEFINED
 
-__all__ = ["CASES", "UNDEFINED", "conv", "factory", "index", "matmul", "pointwise", "reduce", "view"]
+__all__ = ["CASES", "UNDEFINED", "conv", "experts", "factory", "index", "matmul", "pointwise", "reduce", "view"]

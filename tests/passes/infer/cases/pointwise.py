@@ -8,6 +8,7 @@ import torch
 
 from fxpar.ops.rng import dropout_mask
 from fxpar.ops.surrogate import attach, fixed
+from fxpar.ops.unbiased import unbiased
 from tests.harness import Gen
 from tests.passes.infer.cases.registry import case
 
@@ -245,6 +246,11 @@ def dropout(g: Gen):
     if len(shape) > 2 and g.maybe(0.4):
         kwargs["shape"] = [*shape[:2], *[1] * (len(shape) - 2)]
     return (g.f(*shape), torch.tensor(g.r.randint(0, 2**40))), kwargs
+
+
+@case(unbiased)
+def variance(g: Gen):
+    return g.constant(g.positive(*g.shape())), g.pick(1, 2, 8)
 
 
 @case(attach)
