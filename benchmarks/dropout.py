@@ -40,6 +40,7 @@ def parse_args():
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--limit", type=int, default=600, help="seconds before a run is given up")
     parser.add_argument("--padding", action="store_true", help="pass BERT an attention_mask")
+    parser.add_argument("--written-out", action="store_true", help="fxpar without its kernels for attention with dropout")
     parser.add_argument("--quick", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--only", choices=["fxpar", "peer"])
     parser.add_argument("--worker", nargs=2, metavar=("IMPL", "MODEL"), help="measure one (under torchrun)")
@@ -89,7 +90,9 @@ def parallel(impl, model, layers, batch, args):
     """(what is called, what clips its gradients)."""
     if impl == "fxpar":
         import fxpar
+        from fxpar.ops.dropout_attention import use_kernels
 
+        use_kernels(not args.written_out)
         fields = [args.plan] if args.quick else [args.plan, "param_dtype=bf16", "reduce_dtype=fp32"]
         module = fxpar.parallelize(model, ",".join(fields), batch)
         return module, module.clip_grad_norm_

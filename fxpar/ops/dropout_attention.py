@@ -3,6 +3,8 @@
 To compilers it is an opaque operator with an opaque backward. On GPUs both are kernels that never write scores, weights or
 dropout masks to memory (`fxpar.ops.kernels.flash`); elsewhere they are written out. Both draw the same mask, that of
 `fxpar.ops.rng.dropout_mask` for weights [b, h, q, k], from an element's global index.
+
+Programs have the operator only after `use_kernels`: the kernels have not been measured on a GPU yet, nor checked in bf16 there.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ def dropout_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *, p: float
 
     Takes: q [b, h, q, d], k [b, kv, k, d], v [b, kv, k, e]; kv is h, or divides it if `enable_gqa`. attn_mask: as
     `scaled_dot_product_attention` takes it, without a gradient. window: causal attention to so many keys at most. grid: where the
-    elements of [b, h, q] lie in the global tensor, as of `dropout_mask` (default: they are the full tensor); local queries must follow one
-    another. Keys are not split. Returns [b, h, q, e].
+    elements of [b, h, q] lie in the global tensor, as of `dropout_mask` (default: they are the full tensor); local queries must
+    follow one another. Keys are not split. Returns [b, h, q, e].
     """
     (b, h, length, d), columns = q.shape, k.shape[2]
     places: Grid = tuple(grid)[:3] if grid else tuple(((int(n), 0, int(n)),) for n in (b, h, length))
@@ -88,6 +90,27 @@ def _span(runs: tuple[tuple[int, int, int], ...]) -> tuple[int, int]:
         assert i == 0 or local == full, "local queries do not follow one another"
         first, count = first * full + offset, count * full
     return first, count
+
+
+# ---- whether programs have the operator ----
+
+_used = False
+
+
+def use_kernels(on: bool = True) -> None:
+    """Say of all models that this process captures from now on whether their attention with dropout becomes `dropout_attention`.
+
+    Off, as it is by default, it is written out in the graph, as products around a softmax of all scores, and a sliding window
+    stays a mask. Masks are the same, so a seed gives the same numbers, but for rounding. To be called on all ranks alike, before
+    `parallelize`, `inspect` or `simulate`; what was captured before stays as it is.
+    """
+    global _used
+    _used = on
+
+
+def uses_kernels() -> bool:
+    """What `use_kernels` said last."""
+    return _used
 
 
 # ---- written out ----

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxpar.ops.attention import windowed_attention
-from fxpar.ops.dropout_attention import dropout_attention, refusal
+from fxpar.ops.dropout_attention import dropout_attention, refusal, uses_kernels
 from fxpar.ops.rng import dropout_mask
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.infer.rules.spec import bind
@@ -84,8 +84,8 @@ def counter_dropout(program: Program) -> Program:
 
     Takes: a simplified program. Afterwards: if anything was rewritten there is one more source, the "seed" (an int64
     scalar that the caller passes at every step); each dropout has a site number, in program order; plain dropout is a
-    `dropout_mask`, and attention with dropout a `dropout_attention`. Attention that this operator does not compute (it says
-    which) is written out as two products around its softmax, with a `dropout_mask` between them, and is noted.
+    `dropout_mask`; attention with dropout is written out as two products around its softmax, with a `dropout_mask` between
+    them, or is, under `use_kernels`, a `dropout_attention`. What this operator does not compute (it says which) is then noted.
     """
     sites = [n for n in program.graph.nodes if _rate(n)]
     if not sites:
@@ -150,6 +150,9 @@ def _attention(program: Program, r: Rewriter, node: fx.Node, seed: fx.Node, site
         r.replace(r.call(dropout_attention, *node.args, seed, site=site, **options))
         return
     a = bind(node)
+    if not uses_kernels():
+        _written_out(r, a, seed, site)
+        return
     q, k, v, mask, p = a["query"], a["key"], a["value"], a["attn_mask"], a["dropout_p"]
     why = refusal(value_of(q), value_of(k), value_of(v), None if mask is None else value_of(mask), a["enable_gqa"], p)
     if not why and mask is not None and _is_trained(program, mask):

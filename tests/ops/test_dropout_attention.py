@@ -17,6 +17,7 @@ from fxpar.ops.dropout_attention import attend, attend_backward, dropout_attenti
 from fxpar.ops.rng import dropout_mask
 from fxpar.testing import assert_equivalent
 
+pytestmark = pytest.mark.usefixtures("dropout_kernels")
 SEED = torch.tensor(123456789012345)
 LOWEST = torch.finfo(torch.float32).min
 
