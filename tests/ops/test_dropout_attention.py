@@ -178,7 +178,7 @@ def layer() -> tuple[nn.Module, dict[str, Tensor]]:
     return Attention(), {"x": torch.randn(4, 8, 16), "keep": torch.arange(8) < torch.tensor([8, 5, 8, 2])[:, None]}
 
 
-@pytest.mark.parametrize("plan", ["dp=2,tp=2", "dp=2,zero=3,recompute=selective"])
+@pytest.mark.parametrize("plan", [pytest.param("dp=2,tp=2", marks=pytest.mark.slow), "dp=2,zero=3,recompute=selective"])
 def test_a_layer_as_it_runs(plan):
     model, inputs = layer()
     assert_equivalent(model, plan, inputs, lowered=True)
