@@ -1,10 +1,12 @@
 """Measures models with the dropout that they have by default, under fxpar and as their users train them today, on the same GPUs.
 
-    python benchmarks/dropout.py --gpus 2                         GPT-2 and BERT-large, each under both; prints a table
+    python benchmarks/dropout.py --gpus 2                         GPT-2 and BERT-large, each under all three; prints a table
+    python benchmarks/dropout.py --gpus 1 --impls fxpar written --layers 6      whether the kernels pay, on one GPU
     python benchmarks/dropout.py --gpus 2 --models bert --padding --plan dp=2,tp=1,zero=3,recompute=selective
     python benchmarks/dropout.py --quick                          tiny, on the CPU, fxpar alone: tries the harness only
 
-The peer is Hugging Face's model with FSDP2 and torch.compile, per layer. Both compute in bf16, keep weights and reduce
+"fxpar" has the kernels of attention with dropout, "written" does without them, and the peer is Hugging Face's model with FSDP2
+and torch.compile, per layer. All compute in bf16, keep weights and reduce
 gradients in fp32, step with fused AdamW and clip. Every measurement is a torchrun of this file; its rank 0 prints one JSON line.
 """
 
@@ -25,7 +27,8 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 SHAPES = {"gpt2": dict(layers=24, hidden=1600, heads=25, vocab=50257, seq=1024, mbs=8),
           "bert": dict(layers=24, hidden=1024, heads=16, vocab=30522, seq=512, mbs=32)}  # fmt: skip
 QUICK = dict(layers=2, hidden=64, heads=4, vocab=256, seq=32, mbs=2)
-PEER = "Hugging Face + FSDP2, compile per layer"
+IMPLS = {"fxpar": "fxpar, attention in kernels", "written": "fxpar, attention written out",
+         "peer": "Hugging Face + FSDP2, compile per layer"}  # fmt: skip
 
 
 def parse_args():
@@ -40,13 +43,13 @@ def parse_args():
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--limit", type=int, default=600, help="seconds before a run is given up")
     parser.add_argument("--padding", action="store_true", help="pass BERT an attention_mask")
-    parser.add_argument("--written-out", action="store_true", help="fxpar without its kernels for attention with dropout")
     parser.add_argument("--quick", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--only", choices=["fxpar", "peer"])
+    parser.add_argument("--impls", nargs="+", choices=list(IMPLS), help="default: all; with --quick fxpar's")
     parser.add_argument("--worker", nargs=2, metavar=("IMPL", "MODEL"), help="measure one (under torchrun)")
     args = parser.parse_args()
     args.gpus = 1 if args.quick else args.gpus
     args.plan = args.plan or f"dp={args.gpus},zero=3"
+    args.impls = args.impls or list(IMPLS)[: 2 if args.quick else 3]
     return args
 
 
@@ -88,11 +91,11 @@ def batch_of(name, shape, args, rank, device):
 
 def parallel(impl, model, layers, batch, args):
     """(what is called, what clips its gradients)."""
-    if impl == "fxpar":
+    if impl != "peer":
         import fxpar
         from fxpar.ops.dropout_attention import use_kernels
 
-        use_kernels(not args.written_out)
+        use_kernels(impl == "fxpar")
         fields = [args.plan] if args.quick else [args.plan, "param_dtype=bf16", "reduce_dtype=fp32"]
         module = fxpar.parallelize(model, ",".join(fields), batch)
         return module, module.clip_grad_norm_
@@ -165,15 +168,15 @@ def run(impl, name, args):
 
 def show(name, shape, found):
     table = Table(title=f"{name}, {', '.join(f'{n} {v}' for n, v in shape.items())}", title_justify="left")
-    for heading in ("", "step ms", "tokens/s/GPU", "peak GiB", "compile s", "loss", "fxpar / this"):
+    for heading in ("", "step ms", "tokens/s/GPU", "peak GiB", "compile s", "loss", "this / fxpar"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     ours = found.get("fxpar")
     for impl, line in found.items():
-        title = PEER if impl == "peer" else "fxpar"
+        title = IMPLS[impl]
         if isinstance(line, str):
             table.add_row(title, "failed")
             continue
-        ratio = f"{line['step_ms'] / ours['step_ms']:.3f}" if impl == "peer" and isinstance(ours, dict) else ""
+        ratio = f"{line['step_ms'] / ours['step_ms']:.3f}" if impl != "fxpar" and isinstance(ours, dict) else ""
         table.add_row(title, f"{line['step_ms']:.1f}", f"{line['tokens_per_s_per_gpu']:,.0f}", f"{line['peak_mem_gib']:.1f}",
                       f"{line['compile_s']:.1f}", f"{line['loss']:.4f}", ratio)  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 140).print(table)
@@ -186,9 +189,8 @@ def main():
     if args.worker:
         measure(*args.worker, args)
         return
-    impls = [args.only] if args.only else ["fxpar"] if args.quick else ["fxpar", "peer"]
     for name in args.models:
-        show(name, shape_of(args, name), {impl: run(impl, name, args) for impl in impls})
+        show(name, shape_of(args, name), {impl: run(impl, name, args) for impl in args.impls})
 
 
 if __name__ == "__main__":

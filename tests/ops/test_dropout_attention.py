@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 import fxpar
 from fxpar.ops.dropout_attention import attend, attend_backward, dropout_attention, refusal
 from fxpar.ops.rng import dropout_mask
+from fxpar.sharding.deal import deal
 from fxpar.testing import assert_equivalent
 
 pytestmark = pytest.mark.usefixtures("dropout_kernels")
@@ -83,6 +84,17 @@ def test_parts_drop_what_the_whole_drops():
     mine = (slice(2, 4), slice(3, 6))
     part = dropout_attention(q[mine][:, :, 4:], k[mine], v[mine], SEED, p=0.4, site=2, is_causal=True, grid=grid)
     torch.testing.assert_close(part, whole[mine][:, :, 4:])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_dealt_queries_drop_what_the_whole_drops(rank):
+    """A rank of three has two chunks of six, of which each query still sees what is before it."""
+    q, k, v = operands(1, 2, 2, 12, 12, 4, 4, dtype=torch.float64)
+    whole = dropout_attention(q, k, v, SEED, p=0.4, site=2, window=5)
+    grid = (((1, 0, 1),), ((2, 0, 2),), ((4, 4 * rank, 12, 3),))
+    mine = deal(q, 2, 1, 3)[:, :, 4 * rank : 4 * rank + 4]
+    part = dropout_attention(mine, k, v, SEED, p=0.4, site=2, window=5, grid=grid)
+    torch.testing.assert_close(part, deal(whole, 2, 1, 3)[:, :, 4 * rank : 4 * rank + 4])
 
 
 def test_queries_that_do_not_follow_one_another_are_refused():
@@ -155,7 +167,7 @@ def test_models_under_plans(name):
     captured = fxpar.capture(model, inputs)
     graph = captured.partition(fxpar.Plan()).graph
     assert [n.target for n in graph.nodes].count(dropout_attention) == 1
-    for plan in ("dp=2,tp=2", "dp=2,microbatches=2"):
+    for plan in ("dp=2,tp=2", "dp=2,microbatches=2", "cp=2", "cp=4,cp_comm=a2a+p2p"):
         assert_equivalent(captured, plan, inputs)
 
 
