@@ -93,7 +93,8 @@ def beside_others(name, dtype):
             there, back, *memory = found[way] = measured(forward, leaves, grad)
             table.add_row(way, f"{there:.3f}", f"{back:.3f}", f"{there + back:.3f}", *(f"{m:.0f}" for m in memory))
         except RuntimeError as error:
-            table.add_row(way, str(error).splitlines()[0][:60])
+            table.add_row(way, *["-"] * 5)
+            print(f"{way}: {str(error).splitlines()[0]}", flush=True)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if len({"fxpar's kernels", "written out, compiled"} & found.keys()) == 2:
         ours, others = found["fxpar's kernels"], found["written out, compiled"]
