@@ -69,7 +69,7 @@ def _overrides(program: Program) -> None:
 def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
     """seq, heads and head_dim; returns the last dims of operands that have no heads. (These may be the residual stream's.)"""
     scores: dict[tuple[Factor, Factor], _Product] = {}
-    products: list[_Product] = []
+    products: dict[fx.Node, _Product] = {}
     one_head: set[Factor] = set()
     for node in program.graph.nodes:
         if node.target in ATTENTION:
@@ -86,7 +86,7 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
                 _head_dim(dims[-1], q[:-2], one_head)
         elif node.target in SOFTMAX and len(dims_of(node)) >= 3:
             rows, columns = (leaves(d) for d in dims_of(node)[-2:])
-            made_by = next((scores[r, c] for r in rows for c in columns if (r, c) in scores), None)
+            made_by = next((scores[r, c] for r in rows for c in columns if (r, c) in scores), None) or _among(node, products)
             if made_by is not None:
                 _give(rows, "seq")
                 _give(made_by.columns, "seq")
@@ -96,8 +96,8 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
             if product is not None:
                 _give([f for f in product.batch if f in in_params], "heads")
                 scores.update({(r, c): product for r in product.made[0] for c in product.made[1]})
-                products.append(product)
-    for product in products:
+                products[node] = product
+    for product in products.values():
         if _is_seq(product.inner):  # probabilities and values
             _head_dim(product.columns, [product.batch], one_head)
         elif _is_seq(product.made[0]) and _is_seq(product.made[1]):  # queries and keys
@@ -114,6 +114,22 @@ class _Product:
     inner: list[Factor]
     columns: list[Factor]
     made: tuple[list[Factor], list[Factor]]
+
+
+def _among(softmax: fx.Node, products: dict[fx.Node, _Product]) -> _Product | None:
+    """The product whose result is among the columns of a softmax, beside others (attention sinks)."""
+    rows, pending, seen = leaves(dims_of(softmax)[-2]), list(softmax.all_input_nodes), set()
+    while pending:
+        node = pending.pop()
+        known = global_value(node)
+        if node in seen or known.dims is None or len(known.dims) < 2 or not set(rows) <= set(leaves(known.dims[-2])):
+            continue
+        if node in products:
+            return products[node]
+        seen.add(node)
+        if known.spec is not None and not known.spec.sums:
+            pending += node.all_input_nodes
+    return None
 
 
 def _product(node: fx.Node) -> _Product | None:
