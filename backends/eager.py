@@ -12,7 +12,7 @@ from fxpar import compat
 from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
-from fxpar.ops.collectives import Runtime, use_runtime
+from fxpar.ops.runtime import Runtime, use_runtime
 from fxpar.plan import Plan
 
 

@@ -23,7 +23,7 @@ from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
 from fxpar.backends.transport.runtime import GroupRuntime
-from fxpar.ops.collectives import use_runtime
+from fxpar.ops.runtime import use_runtime
 from fxpar.plan import Plan
 
 GraphPass = tuple[ModuleType, functools.partial[None]]

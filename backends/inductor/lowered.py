@@ -20,7 +20,8 @@ from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import copied_axes
 from fxpar.backends.transport.threads import Threads
-from fxpar.ops.collectives import differs_along, use_runtime
+from fxpar.ops.collectives import differs_along
+from fxpar.ops.runtime import use_runtime
 from fxpar.plan import Plan
 from fxpar.sharding.mesh import Mesh
 

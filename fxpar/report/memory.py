@@ -24,7 +24,7 @@ from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.liveness import Buffer, Kernel, Lowering, size_of, timeline
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.runtime import FunctionalRuntime
-from fxpar.ops.collectives import use_runtime
+from fxpar.ops.runtime import use_runtime
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
 from fxpar.pipeline.schedules import Schedule
