@@ -17,8 +17,8 @@ from fxpar.ops.collectives import Collective, Direction, PlaceInDim, typed
 from fxpar.ops.exchange import EXCHANGES, exchange_plan
 from fxpar.ops.ring.operator import ring_attention
 from fxpar.ops.ring.together import attend_together
-from fxpar.ops.runtime import axis_index
 from fxpar.ops.rows_together import exchange_together, plan_together
+from fxpar.ops.runtime import axis_index
 from fxpar.sharding.mesh import Axes, Mesh
 
 

@@ -25,7 +25,7 @@ from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
 from fxpar.sharding.factors import Dims, Factor, Factors, leaves
 from fxpar.sharding.facts import dims_of, global_value, local_value, sharding_at
-from fxpar.sharding.layout import Layout, restrict, take
+from fxpar.sharding.layout import Layout, fits, restrict, take
 from fxpar.sharding.mesh import Mesh
 from fxpar.sharding.placement import Placement, Placements
 

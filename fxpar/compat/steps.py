@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 Code = Callable[[list[Any]], Sequence[Any]]
 """A graph made ready to run: takes its inputs as a list, which it empties."""
@@ -49,6 +50,18 @@ class TracedForward:
     run: Code
     seeds: list[int]
     saved: int
+
+
+@contextlib.contextmanager
+def sizes_of_values(inputs: list[Tensor], counts: bool = True) -> Iterator[list[Tensor]]:
+    """Inside, a graph may be traced of which some sizes are `counts` of something, known only when it runs; yields fake inputs to
+    trace it with, whose own sizes are fixed. Without such sizes, the inputs as they are."""
+    if not counts:
+        yield inputs
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with tracing(TracingContext(mode)):
+        yield [mode.from_tensor(x, static_shapes=True) for x in inputs]
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@
     rows = to_tokens(rows, axes, order, splits, experts)
 
 Of `count` experts, each rank along `axes` has as many, in order. Its own rows lie in the order of their experts [n]; those that
-arrive are brought into it [m]: first by expert, then by the rank they come from. Rows of no expert go to the last rank, behind all
-others. `to_experts` and `to_tokens` are inverse to each other, and each is the other's gradient.
+arrive are brought into it [m]: first by expert, then by the rank they come from. Rows of no expert go to the last rank, behind
+all others. `to_experts` and `to_tokens` are inverse to each other, and each is the other's gradient.
 
 To compilers the plan and the exchange are opaque operators, of which m is the one size that depends on values: every exchange
 of a plan has the same. Without other ranks (see `Runtime.balanced`) m is n.
@@ -70,6 +70,11 @@ def exchanged_along(node: fx.Node) -> Axes | None:
         return None
     axes: Any = node.args[1]
     return axes
+
+
+def counts_rows(graph: fx.Graph) -> bool:
+    """Whether a program has values whose number of rows is known only when it runs."""
+    return bool(graph.find_nodes(op="call_function", target=exchange_plan))
 
 
 # ---- what one rank does ----

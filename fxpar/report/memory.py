@@ -129,6 +129,8 @@ def _counted_twice(programs: Sequence[Program]) -> dict[str, int]:
 class _Shapes(FunctionalRuntime):
     """The `Runtime` of a rank that has no other ranks: collectives over made-up groups, for their shapes."""
 
+    balanced = True
+
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
 

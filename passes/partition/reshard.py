@@ -63,8 +63,8 @@ class Resharder:
         self._experts[share] = experts
 
     def _to_experts(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, user: fx.Node) -> fx.Node:
-        """Rows in the order of their experts, with the axes exchanged that split their tokens and are to split the experts, or the
-        other way round. How many there are is no matter of factors, so this is one exchange, over all such axes."""
+        """Rows in the order of their experts, with the axes exchanged that split their tokens and are to split the experts, or
+        the other way round. How many there are is no matter of factors, so this is one exchange, over all such axes."""
         share = share_of(dims[0]) if dims else None
         if share is None:
             return value
@@ -86,7 +86,8 @@ class Resharder:
             new = self._made[key] = self.graph.call_function(target, (value, axes, order, splits, experts))
             copy_provenance(new, user)
             known = local_value(value)
-            describe_local(new, full=known.full, dtype=known.dtype, needs_grad=known.needs_grad, made_for=user.name, resharded=True)
+            describe_local(new, full=known.full, dtype=known.dtype, needs_grad=known.needs_grad, made_for=user.name,
+                           resharded=True)
             measure(new, value, dims, layout, self.mesh)
         return self._made[key]
 
