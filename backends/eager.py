@@ -74,6 +74,6 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: 
 
     def trace(plain: fx.GraphModule, given: list[torch.Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
-            return compat.trace_steps(plain, given, lambda g: choose_recomputation(g, plan), cut)
+            return compat.trace_steps(plain, given, lambda g: choose_recomputation(g, plan), cut, counts_rows(plain.graph))
 
     return in_steps(graph, example, keep, early, trace, lambda: use_runtime(runtime), plan)

@@ -98,7 +98,7 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
 
     def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
-            return compat.compile_steps(plain, given, settings(plan, runtime.transport), cut)
+            return compat.compile_steps(plain, given, settings(plan, runtime.transport), cut, counts_rows(plain.graph))
 
     return in_steps(plain, example, keep, early, trace, lambda: use_runtime(runtime), plan)
 

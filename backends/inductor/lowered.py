@@ -94,8 +94,8 @@ class Lowered:
         def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
             with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
                 if self.compiled:
-                    return compat.compile_steps(plain, given, self._settings(), cut)
-                return compat.interpret_steps(plain, given, self._settings(), _OnCPU, cut)
+                    return compat.compile_steps(plain, given, self._settings(), cut, counts_rows(plain.graph))
+                return compat.interpret_steps(plain, given, self._settings(), _OnCPU, cut, counts_rows(plain.graph))
 
         return in_steps(plain, example, keep, early, trace, contextlib.nullcontext, self.plan)
 

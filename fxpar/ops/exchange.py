@@ -77,6 +77,15 @@ def counts_rows(graph: fx.Graph) -> bool:
     return bool(graph.find_nodes(op="call_function", target=exchange_plan))
 
 
+def counted(graph: fx.Graph) -> set[fx.Node]:
+    """The values of a program whose number of rows is known only when it runs, and what is made of them before they go back."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target is exchange_plan or (node.target is not to_tokens and any(n in found for n in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
 # ---- what one rank does ----
 
 
