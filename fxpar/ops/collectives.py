@@ -161,11 +161,12 @@ CONJUGATE: dict[str, tuple[Direction, Direction | None]] = {
     "reduce_scatter": (SCATTER, GATHER),
     "shard": (SLICE, GATHER),
     "all_to_all": (EXCHANGE, EXCHANGE.flipped()),
-    "to_experts": (ROWS, ROWS),
-    "to_tokens": (ROWS, ROWS),
 }
 """kind -> (forward, backward), None where no gradient flows. The table of the module's docstring, and the only place that pairs
 them."""
+PERFORMED_ELSEWHERE = {"to_experts": (ROWS, ROWS), "to_tokens": (ROWS, ROWS)}
+"""The same of those that perform themselves."""
+_DIRECTIONS = CONJUGATE | PERFORMED_ELSEWHERE
 
 
 def run_direction(step: Direction, run: Runtime, x: Tensor, axes: Axes, place: PlaceInDim, to: PlaceInDim) -> Tensor:
@@ -209,12 +210,12 @@ class Collective:
 
     @property
     def forward(self) -> Direction:
-        return CONJUGATE[self.kind][0]
+        return _DIRECTIONS[self.kind][0]
 
     @property
     def backward(self) -> Direction | None:
         """None where no gradient flows."""
-        return CONJUGATE[self.kind][1]
+        return _DIRECTIONS[self.kind][1]
 
     @property
     def gathers(self) -> bool:

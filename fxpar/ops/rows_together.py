@@ -25,7 +25,7 @@ def plan_together(mesh: Mesh, experts: Sequence[Tensor], axes: Axes, count: int)
     return out
 
 
-class _Together(torch.autograd.Function):
+class _RowsTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mesh: Mesh, axes: Axes, splits: Sequence[Tensor], back: bool, *rows: Tensor) -> tuple[Tensor, ...]:
         ctx.given = mesh, axes, splits, back
@@ -50,7 +50,7 @@ def exchange_together(target: Callable[..., Tensor], mesh: Mesh, arguments: Sequ
     """What `to_experts` or `to_tokens` returns on each rank, from its arguments there."""
     rows, axes, orders, splits, _ = zip(*arguments, strict=True)
     if target is to_experts:
-        made = _Together.apply(mesh, axes[0], splits, False, *rows)
+        made = _RowsTogether.apply(mesh, axes[0], splits, False, *rows)
         return [take_rows(x, order, 1) for x, order in zip(made, orders, strict=True)]
     rows = tuple(put_back(x, order) for x, order in zip(rows, orders, strict=True))
-    return list(_Together.apply(mesh, axes[0], splits, True, *rows))
+    return list(_RowsTogether.apply(mesh, axes[0], splits, True, *rows))

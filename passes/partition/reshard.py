@@ -57,9 +57,8 @@ class Resharder:
             return self._vary_as(value, dims, layout, vary, user)
         return self._emit(Collective("vary", value, vary), user, dims, layout)
 
-    def sorted_by(self, share: Factor | None, experts: fx.Node) -> None:
+    def sorted_by(self, share: Factor, experts: fx.Node) -> None:
         """The rows that have this share are in the order of these experts."""
-        assert share is not None
         self._experts[share] = experts
 
     def _to_experts(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, user: fx.Node) -> fx.Node:

@@ -177,8 +177,7 @@ class _Placer:
     def _assign(self, node: fx.Node, spec: Spec) -> Layout:
         """The rule of this module, for one operator. The axes of one strategy go to factors of one role."""
         at = self.regions.at(spec, self.layouts)
-        rows = rows_of(spec)
-        order = [f for f in _candidates(spec) if f not in rows]
+        order = _candidates(spec)
         inherited = {(a, f) for o in spec.operands for a, f in (self.layouts[o.node] or {}).items()}
         roles = {f.role for o in spec.operands for d in o.dims for f in leaves(d)}
         roles |= {f.role for d in spec.outs[0] for f in leaves(d)} if spec.outs else set()
@@ -325,8 +324,9 @@ def appends(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
 
 
 def _candidates(spec: Spec) -> list[Factor]:
-    """The factors that may be split at this operator, in the order they occur."""
-    barred = {f for s in spec.replicated for f in s.leaves()}
+    """The factors that may be split at this operator, in the order they occur; those of rows in the order of their experts are
+    decided together (see passes/place/experts.py)."""
+    barred = rows_of(spec) | {f for s in spec.replicated for f in s.leaves()}
     barred |= {f for d in spec.leading for f in leaves(d)[1:]}
     reduced = {f for s in (*spec.sums, *spec.maxes, *spec.inner) for f in s.leaves()}
     outs = [{f for d in dims for f in leaves(d)} for dims in spec.outs]

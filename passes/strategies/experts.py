@@ -12,8 +12,8 @@ from fxpar.program import Program, user_line
 from fxpar.sharding.factors import Dim, extent, leaves
 from fxpar.sharding.facts import dims_of, global_value
 
-WAY_OUT = ("ep=1, or experts whose weights are one parameter with a dim for them, multiplied by torch.nn.functional.grouped_mm with "
-           "rows sorted by expert, or by einsum or bmm with a dim for experts")
+WAY_OUT = ("ep=1, or experts whose weights are one parameter with a dim for them, multiplied by torch.nn.functional.grouped_mm "
+           "with rows sorted by expert, or by einsum or bmm with a dim for experts")
 
 
 def check_experts(program: Program) -> Program:

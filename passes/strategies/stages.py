@@ -144,7 +144,8 @@ class _Depth:
             if node.op != "output":
                 self._add(node)
         self.crossing, self.done = self._crossing(), self._done()
-        self.sealed = {p for n in counted(program.graph) & self.last.keys() for p in range(self.position[n] + 1, self.last[n] + 1)}
+        late = counted(program.graph) & self.last.keys()
+        self.sealed = {p for n in late for p in range(self.position[n] + 1, self.last[n] + 1)}
 
     def _add(self, node: fx.Node) -> None:
         self.kind[node] = self._kind(node)
@@ -293,7 +294,8 @@ def _chosen(depth: _Depth, count: int) -> list[int]:
     lightest: dict[int, int] = {}
     for place in range(1, len(depth.order)):
         level = done[place]
-        if place not in depth.sealed and 0 < level < done[-1] and (level not in lightest or crossing[place] < crossing[lightest[level]]):
+        inside = 0 < level < done[-1] and place not in depth.sealed
+        if inside and (level not in lightest or crossing[place] < crossing[lightest[level]]):
             lightest[level] = place
     places = [0, *lightest.values(), len(depth.order)]
     if count >= len(places):
@@ -371,7 +373,7 @@ def _named(depth: _Depth, count: int, boundaries: Sequence[str | fx.Node]) -> li
             _refuse(names, f"leaves no operator for the stage {'before' if position == 0 else 'that begins with'} {name!r}",
                     "a module between the first and the last")
         if position in depth.sealed:
-            _refuse(names, f"must not begin a stage inside of experts, as {name!r} does, whose rows are on their way", "the layer")
+            _refuse(names, f"must not begin a stage inside of experts, as {name!r} does: their rows are under way", "the layer")
         if position == before:
             _refuse(names, f"begins two stages with the same operator: {earlier!r} and {name!r} begin with it",
                     "modules that begin one after the other")

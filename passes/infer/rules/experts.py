@@ -86,7 +86,9 @@ def sorted_experts(op: Op) -> Spec:
 
     def emit(local: Any) -> fx.Node:
         made: fx.Node = local.call(take_mine, *local.args, 1) if local.axes(experts) else local.default()
-        local.owner.reshard.sorted_by(share_of(rows), made)
+        share = share_of(rows)
+        if share is not None:
+            local.owner.reshard.sorted_by(share, made)
         return made
 
     spec.emit = emit
@@ -136,8 +138,9 @@ def product(op: Op) -> Spec:
     rows, (groups, inner, outer) = op.dim(x, 0), op.dims(weights)
     spec = Spec(op.operands(), [(rows, outer)], sums=set(inner))
     experts = _of_experts(spec, op, ids, groups)
-    if not op.factors.align(op.dim(x, 1), inner):
-        spec.replicated.update(op.dim(x, 1), inner)
+    for one, other in ((rows, op.dim(ids, 0)), (op.dim(x, 1), inner)):
+        if not op.factors.align(one, other):
+            spec.replicated.update(one, other)
     spec.replicated |= grouped_parts(op, x, weights)
 
     def emit(local: Any) -> fx.Node:
@@ -166,7 +169,7 @@ def _of_experts(spec: Spec, op: Op, ids: fx.Node, groups: Dim) -> Dim:
     experts, _ = parts_of(op.dim(ids, 0))
     if experts and op.factors.align(groups, experts):
         return experts
-    spec.replicated.update(groups, op.dim(ids, 0))
+    spec.replicated.update(groups, experts)
     return ()
 
 
