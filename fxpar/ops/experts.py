@@ -53,8 +53,9 @@ def take_mine(x: Tensor, order: Tensor, times: int) -> Tensor:
     return torch.where(_like(order >= 0, rows), rows, rows.detach()) if rows.is_floating_point() else rows
 
 
-def _like(mask: Tensor, rows: Tensor) -> Tensor:
-    return mask.reshape(-1, *[1] * (rows.dim() - 1))
+def _like(values: Tensor, rows: Tensor) -> Tensor:
+    """One value for each row."""
+    return values.reshape(-1, *[1] * (rows.dim() - 1))
 
 
 class _Take(torch.autograd.Function):
@@ -100,9 +101,12 @@ def put_back(rows: Tensor, order: Tensor) -> Tensor:
     return made
 
 
-def combine(rows: Tensor, order: Tensor, times: int) -> Tensor:
-    """rows [n, ...], order [n] -> [n / times, ...]: put back, and each `times` in a row added up."""
+def combine(rows: Tensor, order: Tensor, times: int, scores: Tensor | None = None) -> Tensor:
+    """rows [n, ...], order [n], scores [n] -> [n / times, ...]: put back, each multiplied by its score, and each `times` in a row
+    added up."""
     back = put_back(rows, order)
+    if scores is not None:
+        back = back * _like(scores, back)
     return back.unflatten(0, (-1, times)).sum(1) if times > 1 else back
 
 

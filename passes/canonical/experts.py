@@ -278,6 +278,25 @@ class _Region:
             new = make(r, bind(node))
             describe_global(new, by_expert=self._is(node, "rows"))
             r.replace(new)
+        for node in [n for n in self.order.users if n.target in (put_back, combine)]:
+            _score_behind(graph, node, self.order)
+
+
+def _score_behind(graph: fx.Graph, node: fx.Node, order: fx.Node) -> None:
+    """Have rows that are multiplied by a score each, and put back, be put back first: scores need not be where experts are."""
+    args: Any = node.args
+    product = args[0]
+    if product.target is not aten.mul.Tensor or len(product.users) > 1 or product.meta["val"].dim() != 2:
+        return
+    for rows, scale in (product.args, product.args[::-1]):
+        if not isinstance(scale, fx.Node) or scale.target is not aten.unsqueeze.default or scale.args[1] not in (1, -1):
+            continue
+        taken = scale.args[0]
+        if taken.target is take_rows and taken.args[1:] == (order, 1) and taken.meta["val"].dim() == 1:
+            r = Rewriter(graph, node)
+            times = args[2] if node.target is combine else 1
+            r.replace(r.call(combine, rows, order, times, taken.args[0]))
+            return
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

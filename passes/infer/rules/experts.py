@@ -105,13 +105,16 @@ def back(op: Op) -> Spec:
 
 @rule(combine)
 def combined(op: Op) -> Spec:
-    x, places = op.tensors()
+    x, places, *scores = op.tensors()
     times: Any = op.node.args[2]
     experts, slots = parts_of(op.dim(places, 0))
     tokens, each = op.factors.new(extent(slots) // times), op.factors.new(times)
     spec = Spec(op.operands(), [(tokens, *op.dims(x)[1:])], sums={*experts, *each})
     if not op.factors.align((*tokens, *each), slots):
         spec.replicated.update(tokens, slots)
+    for node in scores:
+        if not op.factors.align(op.dim(node, 0), slots):
+            spec.replicated.update(op.dim(node, 0), slots)
     return _back(spec, op, x, places, experts)
 
 
@@ -120,11 +123,11 @@ def _back(spec: Spec, op: Op, x: fx.Node, order: fx.Node, experts: Dim) -> Spec:
         spec.replicated.update(op.dim(x, 0), op.dim(order, 0))
 
     def emit(local: Any) -> fx.Node:
-        rows, at, *times = local.args
+        rows, at, *rest = local.args
         if not local.axes(experts):
             made: fx.Node = local.default()
             return made
-        made = local.call(op.target, local.call(of_mine, rows, at), local.call(places, at), *times)
+        made = local.call(op.target, local.call(of_mine, rows, at), local.call(places, at), *rest)
         return made
 
     spec.emit = emit
