@@ -32,7 +32,8 @@ def family(name: str, padded: bool = False, **options: Any) -> Callable[[], tupl
         model = transformers.AutoModelForCausalLM.from_config(config)
         batch = {"input_ids": torch.randint(1, VOCAB, (BATCH, LENGTH)), "labels": torch.randint(1, VOCAB, (BATCH, LENGTH))}
         if padded:
-            batch["attention_mask"] = (torch.arange(LENGTH) < torch.tensor([LENGTH - i % 3 for i in range(BATCH)])[:, None]).long()
+            lengths = torch.tensor([LENGTH - i % 3 for i in range(BATCH)])
+            batch["attention_mask"] = (torch.arange(LENGTH) < lengths[:, None]).long()
         return model, batch
 
     return build
