@@ -19,7 +19,8 @@ from fxpar.ops.exchange import PLAN
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.ring.chunks import FORWARD as CHUNKS
 from fxpar.ops.ring.operator import FORWARD as RING
-from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
+from fxpar.ops.rng import dropout_mask
+from fxpar.ops.vocabulary import WAIT, is_attention_kernel, is_view
 from fxpar.plan import Plan
 from fxpar.program import block_path
 from fxpar.sharding.facts import local_value
@@ -33,9 +34,9 @@ CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.kt
 (another expert), and what the forward pass kept would no longer fit."""
 PLANS = PLAN.overloadpacket
 """Which rows go to which expert's rank is kept in any case: it is small, and says how large other values are."""
-BLOCK, UNSHARD = "fxpar_block", "fxpar_unshard"
+BLOCK, UNSHARD, DRAWN = "fxpar_block", "fxpar_unshard", "fxpar_drawn"
 """Keys of ``meta["custom"]``, which reaches the joint graph: the block a value belongs to; that it is a parameter gathered
-from where it is stored."""
+from where it is stored; that it is a part of drawing a dropout mask."""
 
 
 def mark(node: fx.Node) -> dict[str, Any]:
@@ -43,6 +44,8 @@ def mark(node: fx.Node) -> dict[str, Any]:
     custom: dict[str, Any] = {BLOCK: block_path(node)}
     if local_value(node).unshard:
         custom[UNSHARD] = True
+    if node.target is dropout_mask:
+        custom[DRAWN] = True
     return custom
 
 
@@ -57,7 +60,8 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
     - "full": what leaves a block is kept, all that is inside is made again;
     - "none", or a memory budget: nothing more is decided here;
 
-    but for what `CHOICES` and `PLANS` made, which is kept.
+    but for what `CHOICES` and `PLANS` made, which is kept, and for dropout masks, which are always drawn again: that reads
+    nothing.
     """
     forward = _forward(graph)
     decide = _POLICIES.get(str(plan.recompute), _open)
@@ -67,6 +71,8 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
         decides = policy is not None or plan.memory_budget is not None
         if _packet(node) is PLANS or (decides and _packet(node) in CHOICES):
             policy = SAVE
+        if node.meta.get("custom", {}).get(DRAWN):
+            policy = AGAIN
         if _is_unsharded(node):
             keep = not plan.gathers_each_use or node in tail
             policy = AGAIN if not keep else SAVE if node.target is WAIT else None
@@ -118,7 +124,7 @@ def _packet(node: fx.Node) -> Any:
 
 def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
     packet = _packet(node)
-    attention = packet is not None and (packet in ATTENTION or packet.__name__.startswith(ATTENTION_KERNEL))
+    attention = packet is not None and (packet in ATTENTION or is_attention_kernel(packet.__name__))
     if packet in PRODUCTS or attention or node.target is WAIT:
         return SAVE
     return AGAIN if _block(_made_by(node)) else None

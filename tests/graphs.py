@@ -65,7 +65,7 @@ class Made:
 
 def local_feed(program: Program, model: nn.Module, batch: dict[str, Tensor], rank: int = 0) -> list[Tensor]:
     """A rank's inputs of a program, in order."""
-    values = dict(model.named_parameters()) | batch
+    values = {"dropout_seed": torch.tensor(7)} | dict(model.named_parameters()) | batch
     return [take(values[s.name].detach(), sharding_at(n), program.mesh, rank).clone().requires_grad_(s.requires_grad)
             for n, s in program.source_of().items()]
 

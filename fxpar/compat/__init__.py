@@ -79,8 +79,10 @@ def _plain_meta(t: torch.Tensor, dtype: torch.dtype | None, shape: tuple[int, ..
 
 
 def is_pointwise(target: Any) -> bool:
-    """Whether PyTorch tags the operator as computing each output element from the same input element."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    """Whether the operator computes each output element from the same input element. PyTorch says so by a tag, which before 2.12
+    `leaky_relu` lacks."""
+    return isinstance(target, torch._ops.OpOverload) and (
+        torch.Tag.pointwise in target.tags or target is torch.ops.aten.leaky_relu.default)
 
 
 def is_random(target: Any) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fxpar.ops.collectives import typed
+from fxpar.ops.dropout_attention import dropout_attention
 from fxpar.ops.ring import chunks, costs
 from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.schedule import RingSchedule
@@ -120,7 +121,8 @@ def _why(node: fx.Node, plan: Plan, mesh: Mesh, heads: Axes, queries: Axes, ring
     if left:
         reasons.append(f"its heads do not divide by {'+'.join(left)}")
     if queries and not ring and plan.sends_around:
-        reasons.append("its mask is a tensor" if sight_of(node) is None else
+        reasons.append("its weights drop out" if node.target is dropout_attention else
+                       "its mask is a tensor" if sight_of(node) is None else
                        "its keys are not of the queries' sequence, or tp splits it too")
     return "; ".join(reasons)
 
