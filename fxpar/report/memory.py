@@ -24,7 +24,7 @@ from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.liveness import Buffer, Kernel, Lowering, size_of, timeline
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.runtime import FunctionalRuntime
-from fxpar.ops.collectives import use_runtime
+from fxpar.ops.runtime import use_runtime
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
 from fxpar.pipeline.schedules import Schedule
@@ -137,6 +137,8 @@ def _counted_twice(programs: Sequence[Program]) -> dict[str, int]:
 
 class _Shapes(FunctionalRuntime):
     """The `Runtime` of a rank that has no other ranks: collectives over made-up groups, for their shapes."""
+
+    balanced = True
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
