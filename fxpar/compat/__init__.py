@@ -403,6 +403,17 @@ def lower_as_concatenation(operator: Any) -> None:
         return ir.TensorBox(ir.ConcatKernel.create(tensors, dim))
 
 
+@functools.cache
+def lower_as_collective(operator: Any) -> None:
+    """Have Inductor keep the first operand of an operator, which starts a collective, until its result is waited for."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lower(*args: Any) -> Any:
+        return ir.TensorBox.create(ir._CollectiveKernel.create_out_of_place(operator, *args))
+
+
 def in_backward(node: fx.Node) -> bool:
     """Whether a node of a joint graph was traced in its backward pass."""
     return node.meta.get("partitioner_tag") == "is_backward"
