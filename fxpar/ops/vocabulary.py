@@ -6,6 +6,8 @@ import torch
 from torch import fx
 
 from fxpar.ops.attention import windowed_attention
+from fxpar.ops.random import drawn
+from fxpar.ops.rng import dropout_mask
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
@@ -13,6 +15,8 @@ SDPA = aten.scaled_dot_product_attention.default
 ATTENTION = (SDPA, windowed_attention)
 """Attention in a program; in what Inductor compiles it is a kernel whose name begins with `ATTENTION_KERNEL`."""
 ATTENTION_KERNEL = "_scaled_dot_product"
+DRAWN = (dropout_mask, drawn)
+"""What takes its random numbers from a counter: by its `grid` it knows which elements of the global tensor it makes."""
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 """The same elements in the same order, in another shape."""
 GATHER, SCATTER = c10d.all_gather_into_tensor.default, c10d.reduce_scatter_tensor.default

@@ -22,7 +22,7 @@ from fxpar.errors import EquivalenceError
 from fxpar.model.hugging_face import as_trained
 from fxpar.model.inputs import Call
 from fxpar.model.inputs import leaves as input_leaves
-from fxpar.ops.rng import dropout_mask
+from fxpar.ops.vocabulary import DRAWN
 from fxpar.passes.strategies.prologue import joined, part_of
 from fxpar.plan import Plan, Plans
 from fxpar.program import Program, user_line
@@ -208,7 +208,7 @@ def _deal(program: Program, replicas: int) -> None:
         for node in graph.nodes:
             if node.target in (joined, part_of):
                 node.update_arg(2, node.args[2] * replicas)
-            elif node.target is dropout_mask:
+            elif node.target in DRAWN:
                 grid = [[r for run in runs for r in _dealt_run(graph, run, replicas)] for runs in node.kwargs["grid"]]
                 node.update_kwarg("grid", tuple(map(tuple, grid)))
 
