@@ -58,6 +58,7 @@ __all__ = [
     "is_random",
     "mutates",
     "no_grad_region",
+    "no_torch_function",
     "read_metadata",
     "storage_of",
     "trace_steps",
@@ -88,6 +89,11 @@ def is_random(target: Any) -> bool:
 def mutates(target: Any) -> bool:
     """Whether the operator writes to one of its arguments."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def no_torch_function() -> contextlib.AbstractContextManager:
+    """Inside, classes derived from Tensor do not see the functions that are called on them."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def is_grouped_product(function: Any) -> bool:

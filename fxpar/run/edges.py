@@ -67,6 +67,8 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if isinstance(grad, DTensor):  # of what was computed with parameters, too
+            grad = grad.full_tensor()
         return ctx.crossing.back(ctx.kind, grad), None, None
 
 
@@ -179,7 +181,7 @@ class Edges:
 
     def leave(self, program: Program, outs: Any, crossing: Crossing) -> list[Any]:
         """The program's outputs, as the user gets them."""
-        if len(self.parts) == 1 or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return list(outs)
         sinks, kinds = program.tensor_sinks(), self._of(program)[1]
         return [_Leave.apply(out, crossing, kind) if sink.kind in ("output", "attribute") and out.requires_grad else out
@@ -187,7 +189,7 @@ class Edges:
 
     def leave_loss(self, loss: Tensor) -> Tensor:
         """A loss that no program's graph is behind, as the user gets it."""
-        return _Leave.apply(loss, Crossing(self), "loss") if len(self.parts) > 1 and loss.requires_grad else loss
+        return _Leave.apply(loss, Crossing(self), "loss") if loss.requires_grad else loss
 
     def drop(self, program: Program) -> None:
         """The program will not be run again."""
