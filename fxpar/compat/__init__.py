@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fxpar.compat.metadata import read_metadata
+from fxpar.compat.quiet import no_torch_function, quiet_traces
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -59,6 +60,7 @@ __all__ = [
     "mutates",
     "no_grad_region",
     "no_torch_function",
+    "quiet_traces",
     "read_metadata",
     "storage_of",
     "trace_steps",
@@ -89,11 +91,6 @@ def is_random(target: Any) -> bool:
 def mutates(target: Any) -> bool:
     """Whether the operator writes to one of its arguments."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def no_torch_function() -> contextlib.AbstractContextManager:
-    """Inside, classes derived from Tensor do not see the functions that are called on them."""
-    return torch._C.DisableTorchFunctionSubclass()
 
 
 def is_grouped_product(function: Any) -> bool:

@@ -1,14 +1,14 @@
 """containers: objects that hold a call's tensors, and that PyTorch does not know for containers until they are met.
 
-A dataclass is its attributes, as an object of it has them; a `UserDict` (a `BatchEncoding` of Hugging Face is one) or another mapping its
-items. Their classes are registered with PyTorch's trees, as `torch.export.register_dataclass` would.
+A dataclass is its attributes, as an object of it has them; a `UserDict` (a `BatchEncoding` of Hugging Face is one) or another
+mapping its items. Their classes are registered with PyTorch's trees, as `torch.export.register_dataclass` would.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,10 +31,9 @@ def _is_container(leaf: Any) -> bool:
 
 
 def _register(kind: type) -> None:
-    if issubclass(kind, Mapping):
-        parts, made, key = _items, _mapping, pytree.MappingKey
-    else:
-        parts, made, key = _attributes, _object, pytree.GetAttrKey
+    parts: Callable[[Any], tuple[list[Any], list[Any], Any]] = _items if issubclass(kind, Mapping) else _attributes
+    made: Callable[..., Any] = _mapping if issubclass(kind, Mapping) else _object
+    key: Callable[[Any], Any] = pytree.MappingKey if issubclass(kind, Mapping) else pytree.GetAttrKey
 
     def flatten(x: Any) -> tuple[list[Any], Any]:
         names, values, rest = parts(x)
@@ -54,7 +53,7 @@ def _attributes(x: Any) -> tuple[list[str], list[Any], None]:
 
 
 def _object(kind: type, names: list[str], values: Any, rest: None) -> Any:
-    new = object.__new__(kind)
+    new: Any = object.__new__(kind)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(new, name, value)
     return new
@@ -65,10 +64,10 @@ def _items(x: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
     return list(x.keys()), list(x.values()), rest
 
 
-def _mapping(kind: type, names: list[Any], values: Any, rest: dict[str, Any]) -> Any:
+def _mapping(kind: Any, names: list[Any], values: Any, rest: dict[str, Any]) -> Any:
     data = dict(zip(names, values, strict=True))
     if not issubclass(kind, UserDict):
-        return kind(data)  # type: ignore[call-arg]
-    new = kind.__new__(kind)
+        return kind(data)
+    new: Any = kind.__new__(kind)
     new.__dict__.update(rest, data=data)
     return new

@@ -54,8 +54,8 @@ class Plan:
     recompute: "none", "selective", "full", or the memory budget as a fraction in (0, 1].
     param_dtype, reduce_dtype: of compute and of gradient reduction; None: the model's [or a name: "bf16"].
     overlap_grad_reduce, overlap_param_gather, tp_comm_overlap: hide that communication behind compute.
-    outputs: "all" (what tp or cp splits comes as DTensors), "whole" (it is gathered: plain tensors on every rank), or "loss" to make
-        nothing else.
+    outputs: "all" (what tp or cp splits comes as DTensors), "whole" (it is gathered: plain tensors on every rank), or "loss" to
+        make nothing else.
     batch_dims: pairs (input name, its batch dim, from 0, or None for none), sorted [or a mapping].
     roles: pairs ("param_fqn[dim]", its role or None), sorted [or a mapping]. Both override what is inferred.
 

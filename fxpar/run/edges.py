@@ -69,6 +69,11 @@ class _Leave(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         if isinstance(grad, DTensor):  # of what was computed with parameters, too
             grad = grad.full_tensor()
+        if torch.is_grad_enabled() and ctx.crossing.edges.once:
+            edges = ctx.crossing.edges
+            raise InputError(f"a second derivative of {edges.name} (create_graph=True), under plan {edges.plan}: a backward that "
+                             "was compiled, or makes values again, cannot be derived; use parallelize(backend=\"eager\") and a "
+                             "plan with zero<=2 and recompute=none")
         return ctx.crossing.back(ctx.kind, grad), None, None
 
 
@@ -149,10 +154,10 @@ class Crossing:
 
 
 class Edges:
-    """The edges of one parallel module; `name` and `plan` are for messages."""
+    """The edges of one parallel module; `name` and `plan` are for messages. once: its backward cannot be derived again."""
 
-    def __init__(self, name: str, plan: Plan, bound: BoundMesh, runtime: Runtime):
-        mesh = bound.mesh
+    def __init__(self, name: str, plan: Plan, bound: BoundMesh, runtime: Runtime, once: bool):
+        mesh, self.once = bound.mesh, once
         self.name, self.plan, self.runtime, self._bound = name, plan, runtime, bound
         dp = mesh.strategies.get("dp", ())
         self.axes = tuple(a for a in dp if mesh.size(a) > 1)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
+from fxpar.backends import eager
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.base import copied_axes
 from fxpar.errors import CaptureError, InputError, UnsupportedOperator
@@ -73,8 +74,8 @@ class DropoutSeeds:
 class Engine:
     """Runs a model's programs on one rank.
 
-    compile_call: of a function whose first argument is the model: ``(call, layouts, microbatches)`` -> the program of this rank, for
-    parameters stored so. backend: a module of
+    compile_call: of a function whose first argument is the model: ``(call, layouts, microbatches)`` -> the program of this
+    rank, for parameters stored so. backend: a module of
     `fxpar.backends`, with its `lower` and `stepped`. transport: see `fxpar.parallelize`. programs: those that are kept, by what
     they depend on, newest last.
     """
@@ -92,7 +93,8 @@ class Engine:
         self._stages: list[Stage] = []  # of the first program, which decides where parameters are
         self._depends = State(store.model)
         self._numbers = Numbers(self.device)
-        self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime)
+        once = backend is not eager or plan.recompute != "none" or plan.gathers_each_use
+        self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime, once)
         self._steps = Steps(plan, store.mesh, self._lower, store.tensor)
         self._left = AttributeStates()
         self._said: set[int] = set()  # numbers of programs

@@ -23,7 +23,7 @@ Table = dict[str, Any]
 
 @dataclass
 class _Slot:
-    """A parameter or buffer: its names and where each is held (several, if it is tied), what is held there, and what takes its place.
+    """A parameter or buffer: its names and where each is held (several, if it is tied), what is held there, and for a while.
 
     held: None where ranks of another kind hold it. meta: its shape and dtype.
     """
@@ -50,8 +50,8 @@ def gathered(store: ParameterStore, part: nn.Module, rank0_only: bool, device: t
     rank0_only: ranks other than 0 keep what they have, and get None. device: where parameters and buffers are meanwhile.
     write_back: what rank 0 has after the block is there on all ranks; parameters that were put in are laid out like those whose
     names they have. One parameter at a time is in memory besides those that are kept.
-    Raises: `MismatchError` on ranks whose block ended, if another's raised; `InputError` if modules or parameters were put in, and
-    are not to be kept (the model is as it was), or cannot be.
+    Raises: `MismatchError` on ranks whose block ended, if another's raised; `InputError` if modules or parameters were put in,
+    and are not to be kept (the model is as it was), or cannot be.
     """
     mine = not rank0_only or store.control.rank == 0
     slots = _slots(store, part)
@@ -83,10 +83,15 @@ def gathered(store: ParameterStore, part: nn.Module, rank0_only: bool, device: t
         _put_back(tables)
         raise MismatchError(f"a block of `with module.gathered()` failed on rank {rank}: {failed}")
     if write_back:
+        try:
+            _require_alike(store, changed)
+        except Exception:
+            _put_back(tables)
+            raise
         _write_back(store, slots, changed)
     elif changed:
-        raise InputError(f"{changed[0].names[0]!r} was put into the model inside of `with module.gathered()`, and taken out again "
-                         "behind it; write gathered(write_back=True) for what is changed to stay")
+        raise InputError(f"{changed[0].names[0]!r} was put into the model inside of `with module.gathered()`, and taken out "
+                         "again behind it (a config that changed with it was not); write gathered(write_back=True) for it to stay")
 
 
 def _slots(store: ParameterStore, part: nn.Module) -> list[_Slot]:
@@ -157,16 +162,20 @@ def _put_back(tables: list[tuple[Table, Table]]) -> None:
         table.update(before)
 
 
+def _require_alike(store: ParameterStore, changed: list[_Slot]) -> None:
+    """Raises: `MismatchError` or `InputError`, on all ranks, for parameters that were put in and cannot be kept."""
+    everyone = store.control.exchange([(slot.names, tuple(slot.plain.shape)) for slot in changed])
+    if any(of_rank != everyone[0] for of_rank in everyone):
+        raise MismatchError("ranks put different parameters into the model inside of `with module.gathered()`: change parts of "
+                            "the model on all ranks (rank0_only=False), and alike")
+    if changed and store.bound.kinds > 1:
+        raise InputError(f"{changed[0].names[0]!r} was put into a model that a pipeline runs, whose ranks have parts of it; "
+                         "change the plain model, and parallelize it anew")
+
+
 @torch.no_grad()
 def _write_back(store: ParameterStore, slots: list[_Slot], changed: list[_Slot]) -> None:
     """Write what rank 0's block left to every rank's parts."""
-    everyone = store.control.exchange([(slot.names, tuple(slot.plain.shape)) for slot in changed])
-    if any(of_rank != everyone[0] for of_rank in everyone):
-        raise MismatchError("ranks put different parameters into the model inside of `with module.gathered()`: change parts of the "
-                            "model on all ranks (rank0_only=False), and alike")
-    if changed and store.bound.kinds > 1:
-        raise InputError(f"{changed[0].names[0]!r} was put into a model that a pipeline runs, whose ranks have parts of it; change "
-                         "the plain model, and parallelize it anew")
     trained = store.control.exchange([slot.plain is not None and slot.plain.requires_grad for slot in slots])[0]
     gone = {id(slot.plain) for slot in changed}
     for slot, wants in zip(slots, trained, strict=True):

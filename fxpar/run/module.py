@@ -16,7 +16,7 @@ from fxpar.errors import InputError, PlanError
 from fxpar.model import inputs as calls
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
-from fxpar.run import whole
+from fxpar.run import optimizers, whole
 from fxpar.run.clip import clip_grad_norm
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
@@ -64,6 +64,7 @@ class ParallelModule(nn.Module):
         self.training = model.training
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
+        optimizers.watch()
         self._sync, self._gathered = True, False
         self.forward = whole.with_signature(self.forward, model)  # type: ignore[method-assign]
         self._made = True
@@ -133,8 +134,8 @@ class ParallelModule(nn.Module):
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
         """
         if self._gathered:
-            raise InputError("the parallel module was called inside of `with module.gathered()`: call the plain model, which that "
-                             "yields, or the module behind it")
+            raise InputError("the parallel module was called inside of `with module.gathered()`: call the plain model, which "
+                             "that yields, or the module behind it")
         return self._engine.run(calls.canonical(self._model, args, kwargs), last=self._sync)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -193,8 +194,8 @@ class ParallelModule(nn.Module):
             init_weights(self._model, seed, store.layouts, store.bound, self.device, store.elsewhere)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module, from DTensors or from whole tensors, which all ranks pass; what it has of parameters that other ranks'
-        pipeline stages hold is left alone here."""
+        """As of any module, from DTensors or from whole tensors, which all ranks pass; what it has of parameters that other
+        ranks' pipeline stages hold is left alone here."""
         return super().load_state_dict(whole.in_parts(self.parameter_store, dict(state_dict)), strict, assign)
 
     @contextlib.contextmanager
@@ -208,7 +209,7 @@ class ParallelModule(nn.Module):
         ("cpu": parameters pass through the GPU one after the other). write_back: what rank 0 has at the end stays, on all
         ranks: values, what is trained, and parameters that were put in on all ranks, such as a longer embedding, which
         an optimizer that was made before does not know. Otherwise the model is behind the block what it was before.
-        All ranks enter and leave the block together. Raises: `MismatchError` on the ranks that wait if the block raised on another.
+        All ranks enter and leave the block together. Raises: `MismatchError` on ranks that wait if the block raised on another.
         """
         if self._gathered:
             raise InputError("the module is gathered already")
@@ -222,26 +223,26 @@ class ParallelModule(nn.Module):
             finally:
                 self._gathered = False
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:  # type: ignore[override]
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of any module. Raises: `PlanError` for DistributedDataParallel, FSDP and others that would wrap this one."""
         whole.refuse_wrapping()
         return super().named_modules(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
-        """Another module of the same plan, on the same ranks, with parameters of its own (for a moving average of weights); what it
-        runs is captured when it is called."""
+        """Another module of the same plan, on the same ranks, with parameters of its own (for a moving average of weights); what
+        it runs is captured when it is called."""
         if self.plan.pp > 1:
-            raise PlanError("pp", self.plan.pp, "has modules whose ranks hold other parameters, and of which no copies can be made",
-                            "pp=1, or a moving average of the parameters themselves: [p.detach().clone() for p in parameters()]")
+            raise PlanError("pp", self.plan.pp, "has modules whose ranks hold other parameters, of which no copies can be made",
+                            "pp=1, or an average of the parameters themselves: [p.detach().clone() for p in parameters()]")
         store = self.parameter_store.copied(memo)
         memo[id(self)] = new = ParallelModule(store, self._engine.copied(store))
         new.training = self.training
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise InputError("a parallel module cannot be pickled (torch.save): each rank has a part of it, and process groups; write "
-                         "fxpar.save_checkpoint(path, module), torch.save(module.state_dict(), a file for each rank), or, for the plain "
-                         "model: with module.gathered(rank0_only=True, offload=\"cpu\") as model: torch.save(model, path) on rank 0")
+        raise InputError("a parallel module cannot be pickled (torch.save): each rank has a part of it, and process groups; "
+                         "write fxpar.save_checkpoint(path, module), or save the plain model on rank 0: "
+                         "with module.gathered(rank0_only=True, offload=\"cpu\") as model: model and torch.save(model, path)")
 
     def report(self) -> Report:
         """What the newest program does: layouts, collectives, memory, and the stages of a pipeline."""

@@ -24,13 +24,13 @@ _WRAPPERS = (
 
 
 def method(function: Callable, name: str, what: str) -> Callable:
-    """A method of the model, other than its forward, as it is called on a parallel module: on parameters that ranks hold parts of.
+    """A method of the model, other than its forward, as it is called on a parallel module: on parameters in parts.
 
     Raises (that method): `InputError` if it is one that needs them whole, or mixes them with plain tensors.
     """
-    way_out = (f"on parameters of which each rank has a part; write `with module.gathered() as model: model.{name}(...)` on all ranks: "
-               "inside, the plain model is there, whole (rank0_only=True, offload=\"cpu\" where no GPU holds it; write_back=True for "
-               "changes to stay)")
+    way_out = (f"on parameters of which each rank has a part; write `with module.gathered() as model: model.{name}(...)` on all "
+               "ranks: inside, the plain model is there, whole (rank0_only=True, offload=\"cpu\" where no GPU holds it; "
+               "write_back=True for changes to stay)")
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
