@@ -91,7 +91,7 @@ def gathered(store: ParameterStore, part: nn.Module, rank0_only: bool, device: t
         _write_back(store, slots, changed)
     elif changed:
         raise InputError(f"{changed[0].names[0]!r} was put into the model inside of `with module.gathered()`, and taken out "
-                         "again behind it (a config that changed with it was not); write gathered(write_back=True) for it to stay")
+                         "again behind it (a config that changed with it: not); write gathered(write_back=True) for it to stay")
 
 
 def _slots(store: ParameterStore, part: nn.Module) -> list[_Slot]:

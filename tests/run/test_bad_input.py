@@ -74,6 +74,12 @@ class Replaces(Net):
         return self.linear(x).sum()
 
 
+class Renormalises(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        table = nn.functional.embedding(x.argmax(-1), self.linear.weight, max_norm=1.0)  # renormalises
+        return self.linear(table).sum()
+
+
 class Vmaps(Net):
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[0]
@@ -187,6 +193,7 @@ def test_a_random_operator_is_named_with_its_line_and_a_way_out():
 @pytest.mark.parametrize("model, mark, what, way_out", [
     (Branch, "branch", "control flow", "torch.where"),
     (Selects, "selects", "shape depends on values", "torch.where"),
+    (Renormalises, "renormalises", "writes to the parameter linear.weight", "between steps"),
     (Vmaps, "vmaps", "torch.vmap", "broadcasting"),
     (SelectsAndWrites, "keeps", "shape depends on values", "torch.where"),
 ])  # fmt: skip
