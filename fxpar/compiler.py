@@ -15,6 +15,7 @@ from fxpar import compat
 from fxpar.errors import CaptureError, PlanError
 from fxpar.model.inputs import Call, example_call, globalize, leaves
 from fxpar.model.state import State
+from fxpar.ops.dropout_attention import uses_kernels
 from fxpar.passes.capture.capture import capture as trace
 from fxpar.passes.pipeline import TRACED_FIELDS, Observer, back, front, passes, run
 from fxpar.plan import Plan
@@ -77,7 +78,7 @@ class Captured:
     def _key(self, plan: Plan) -> tuple:
         kind = self.device.type
         auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return (*(getattr(plan, name) for name in TRACED_FIELDS), auto, *self._depends.key())
+        return (*(getattr(plan, name) for name in TRACED_FIELDS), auto, uses_kernels(), *self._depends.key())
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, device: torch.device | str | None = None) -> Captured:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fxpar.ops.rng import Grid, global_index
+from fxpar.ops.rng import Grid, global_index, shifted, signed
 
 Kind = Literal["uniform", "normal", "exponential", "integer"]
 """uniform: in [0, 1), multiples of the dtype's precision. normal: mean 0, variance 1. exponential: rate 1, never 0.
@@ -71,26 +71,16 @@ def _inside(word: Callable[[int], Tensor], number: int, dtype: torch.dtype) -> T
 def _word(index: Tensor, seed: Tensor, site: int, number: int) -> Tensor:
     """32 bits, as int32, for each global index (int64)."""
     key = _mix((seed ^ ((site * _GOLDEN + number) & _MASK)).to(torch.int32))
-    other = _mix(key ^ (seed >> 32).to(torch.int32) ^ _signed(_GOLDEN))
+    other = _mix(key ^ (seed >> 32).to(torch.int32) ^ signed(_GOLDEN))
     h = _mix(index.to(torch.int32) ^ key)
-    return _mix(h + (index >> 32).to(torch.int32) * _signed(_GOLDEN) + other)
+    return _mix(h + (index >> 32).to(torch.int32) * signed(_GOLDEN) + other)
 
 
 def _mix(h: Tensor) -> Tensor:
     """A bijection of 32-bit integers, on int32 tensors, whose products wrap: a GPU multiplies 64-bit integers in many steps."""
     for shift, multiplier in zip((17, 11, 15), _MULTIPLIERS, strict=True):
-        h = (h ^ _shifted(h, shift)) * _signed(multiplier)
-    return h ^ _shifted(h, 14)
-
-
-def _shifted(h: Tensor, by: int) -> Tensor:
-    """A logical shift: int32 brings its sign along."""
-    return (h >> by) & (_MASK >> by)
-
-
-def _signed(n: int) -> int:
-    """The 32-bit integer whose bits are those of `n`."""
-    return n - 2**32 if n >= 2**31 else n
+        h = (h ^ shifted(h, shift)) * signed(multiplier)
+    return h ^ shifted(h, 14)
 
 
 def _unsigned(h: Tensor) -> Tensor:

@@ -39,6 +39,10 @@ DTYPES = ("", "param_dtype=bf16")
 PIPELINED = ("llama_padded", "llama_tied", "gpt2_padded", "t5", "bert", "qwen3", "gemma2_padded")
 PIPELINES = ("pp=2,tp=2", "pp=4", "pp=2,dp=2,zero=3")
 SCHEDULES = ("1f1b", "gpipe", "interleaved1f1b,virtual_stages=2", "zb1p", "zbv,virtual_stages=2")
+SEQUENCES = ("llama_padded", "llama_left", "llama_tied", "gpt2_padded", "qwen3", "gemma2_padded", "mistral_sliding", "bert", "t5",
+             "bloom", "bart", "phi3")  # fmt: skip
+CONTEXTS = ("cp=4", "cp=2,tp=2", "dp=2,cp=2,zero=3")
+COMMUNICATION = ("p2p", "allgather", "a2a", "a2a+p2p")
 GROUP = 6
 """How many cases share a process group."""
 WHOLE = ("clip",)
@@ -47,6 +51,9 @@ CASES = {gpus: [(*case, 1 if case[0] in WHOLE else count)
                 for *case, count in pairwise(FAMILIES, plans, RECOMPUTE, DTYPES, (1, 2))] for gpus, plans in PLANS.items()}
 PIPELINE_CASES = [(name, plan, recompute, ",".join(filter(None, [f"schedule={schedule}", dtype])), 4) for
                   name, plan, schedule, recompute, dtype in pairwise(PIPELINED, PIPELINES, SCHEDULES, RECOMPUTE, DTYPES)]
+
+CONTEXT_CASES = [(name, plan, recompute, ",".join(filter(None, [f"cp_comm={comm}", dtype])), 1) for
+                 name, plan, comm, recompute, dtype in pairwise(SEQUENCES, CONTEXTS, COMMUNICATION, RECOMPUTE, DTYPES)]
 
 
 def runs(gpus: int, plan: str, cases: list[tuple]) -> None:
@@ -96,12 +103,22 @@ def test_pipelines(gpus, plan, cases):
 
 @pytest.mark.gpu
 @pytest.mark.multiproc
-@pytest.mark.parametrize("plan", PLANS[2])
-def test_smoke(plan):
-    """Each architecture under one plan, each plan with all policies and dtypes."""
-    settings = itertools.cycle(itertools.product(RECOMPUTE, DTYPES, (1,)))
-    cases = [(name, mine, *rest) for name, mine, rest in zip(FAMILIES, itertools.cycle(PLANS[2]), settings, strict=False)]
-    runs(2, plan, [(name, *rest) for name, mine, *rest in cases if mine == plan])
+@pytest.mark.parametrize("gpus, plan, cases", groups(4, CONTEXTS, CONTEXT_CASES))
+def test_contexts(gpus, plan, cases):
+    """Sequences in parts, by every way to communicate."""
+    runs(gpus, plan, cases)
+
+
+SMOKE = [(name, plan, *rest) for name, plan, rest in zip(
+    FAMILIES, itertools.cycle(PLANS[2]), itertools.cycle(itertools.product(RECOMPUTE, DTYPES, (1,))), strict=False)]  # fmt: skip
+"""Each architecture under one plan, each plan with all policies and dtypes."""
+
+
+@pytest.mark.gpu
+@pytest.mark.multiproc
+@pytest.mark.parametrize("gpus, plan, cases", groups(2, PLANS[2], SMOKE))
+def test_smoke(gpus, plan, cases):
+    runs(gpus, plan, cases)
 
 
 @pytest.mark.gpu
