@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fxpar.compat.metadata import read_metadata
+from fxpar.compat.quiet import no_torch_function, quiet_traces
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -59,6 +60,8 @@ __all__ = [
     "is_random",
     "mutates",
     "no_grad_region",
+    "no_torch_function",
+    "quiet_traces",
     "read_metadata",
     "sizes_of_values",
     "storage_of",
