@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
+from fxpar.ops.exchange import PLAN
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.ring.chunks import FORWARD as CHUNKS
 from fxpar.ops.ring.operator import FORWARD as RING
@@ -31,6 +32,8 @@ PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten.
 CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.kthvalue, aten.multinomial)
 """Operators that choose among elements. What they chose is kept: made again, rounded otherwise, they may choose otherwise
 (another expert), and what the forward pass kept would no longer fit."""
+PLANS = PLAN.overloadpacket
+"""Which rows go to which expert's rank is kept in any case: it is small, and says how large other values are."""
 BLOCK, UNSHARD, DRAWN = "fxpar_block", "fxpar_unshard", "fxpar_drawn"
 """Keys of ``meta["custom"]``, which reaches the joint graph: the block a value belongs to; that it is a parameter gathered
 from where it is stored; that it is a part of drawing a dropout mask."""
@@ -57,14 +60,16 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
     - "full": what leaves a block is kept, all that is inside is made again;
     - "none", or a memory budget: nothing more is decided here;
 
-    but for what `CHOICES` are made of, which is kept, and for dropout masks, which are always drawn again: that reads nothing.
+    but for what `CHOICES` and `PLANS` made, which is kept, and for dropout masks, which are always drawn again: that reads
+    nothing.
     """
     forward = _forward(graph)
     decide = _POLICIES.get(str(plan.recompute), _open)
     tail = _after_blocks(forward)
     for node in forward:
         policy = decide(node, forward)
-        if policy is not None and _packet(node) in CHOICES:
+        decides = policy is not None or plan.memory_budget is not None
+        if _packet(node) is PLANS or (decides and _packet(node) in CHOICES):
             policy = SAVE
         if node.meta.get("custom", {}).get(DRAWN):
             policy = AGAIN
@@ -85,7 +90,7 @@ def _after_blocks(forward: dict[fx.Node, None]) -> set[fx.Node]:
     """What follows the last operator of the last block."""
     tail: set[fx.Node] = set()
     for node in reversed(forward):
-        if _block(node):
+        if block_of(node):
             return tail
         tail.add(node)
     return set()
@@ -100,7 +105,8 @@ def _is_unsharded(node: fx.Node) -> bool:
     return takes_one and inputs[0].op == "call_function" and _is_unsharded(inputs[0])
 
 
-def _block(node: fx.Node) -> str:
+def block_of(node: fx.Node) -> str:
+    """The block that an operator of a joint graph, or of either half, belongs to; "" for none."""
     return node.meta.get("custom", {}).get(BLOCK, "")
 
 
@@ -122,16 +128,16 @@ def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy 
     attention = packet is not None and (packet in ATTENTION or is_attention_kernel(packet.__name__))
     if packet in PRODUCTS or attention or node.target is WAIT:
         return SAVE
-    return AGAIN if _block(_made_by(node)) else None
+    return AGAIN if block_of(_made_by(node)) else None
 
 
 def _full(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
-    block = _block(_made_by(node))
+    block = block_of(_made_by(node))
     if not block:
         return None
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return AGAIN  # several results: each of them is kept, or not
-    leaves = any(u.op == "output" or (u in forward and _block(u) != block) for u in node.users)
+    leaves = any(u.op == "output" or (u in forward and block_of(u) != block) for u in node.users)
     return SAVE if leaves else AGAIN
 
 

@@ -20,6 +20,7 @@ from fxpar.passes.partition.partition import partition
 from fxpar.passes.place.axes import refine_axes
 from fxpar.passes.place.place import place
 from fxpar.passes.strategies.context import check_sequences
+from fxpar.passes.strategies.experts import check_experts
 from fxpar.passes.strategies.microbatches import take_out_time
 from fxpar.passes.strategies.replicas import average_replicas
 from fxpar.passes.strategies.zero import shard_storage
@@ -53,6 +54,7 @@ def back(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
     """The passes that make the program of one rank under a plan, in order."""
     return [
         ("context", check_sequences),
+        ("ep", check_experts),
         ("axes", refine_axes),
         ("place", lambda p: place(p, pinned)),
         ("zero", lambda p: shard_storage(p, pinned)),

@@ -14,7 +14,7 @@ from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.runtime import GroupRuntime
-from fxpar.ops.collectives import use_runtime
+from fxpar.ops.runtime import use_runtime
 from fxpar.program import Program
 from fxpar.sharding.facts import sharding_at
 from fxpar.sharding.layout import take

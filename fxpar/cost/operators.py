@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxpar.ops.attention import windowed_attention
-from fxpar.ops.collectives import LoneRuntime, group_of, use_runtime
 from fxpar.ops.dropout_attention import dropout_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.ring import chunks
@@ -27,6 +26,7 @@ from fxpar.ops.ring import costs as ring
 from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.operator import ring_attention
 from fxpar.ops.ring.schedule import RingSchedule
+from fxpar.ops.runtime import LoneRuntime, group_of, use_runtime
 from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
 from fxpar.program import Program
 from fxpar.sharding.facts import local_value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 
@@ -33,6 +35,15 @@ def is_attention_kernel(name: str) -> bool:
     return name.startswith("_scaled_dot_product") or name in [op.overloadpacket.__name__ for op in (attend, attend_backward)]
 
 
+ROWS = 4096
+"""What a size counts for that is known only when a graph runs: what PyTorch's partitioner takes it for, too."""
+
+
 def bytes_of(node: fx.Node) -> int:
     """The size of the tensor that a node holds."""
-    return node.meta["val"].nbytes
+    return tensor_bytes(node.meta["val"])
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Its size, or an estimate of it where that depends on values."""
+    return math.prod(n if isinstance(n, int) else ROWS for n in tensor.shape) * tensor.dtype.itemsize

@@ -23,8 +23,6 @@ from fxpar.plan.megatron import LIMIT, ZERO_NAMES, plan_fields
 
 # Field -> the one value of it that this version can run. Fields that are not here are available in full.
 _ONLY_YET: dict[str, object] = {
-    "ep": 1,
-    "ep_dispatch": "alltoall",
     "tp_comm_overlap": False,
 }
 """Fields that can have one value yet, because nothing would read another."""
@@ -50,7 +48,7 @@ class Plan:
         under zbv, any number under zb1p.
     stage_boundaries: names of the modules that begin a stage, in the order in which they run, for all pp x virtual_stages stages
         but the first [or "name;name"]; (): the cost model cuts.
-    ep_dispatch: "alltoall" or "allgather".
+    ep_dispatch: how tokens reach their experts: "alltoall" sends each to the ranks of its own, "allgather" all to all.
     recompute: "none", "selective", "full", or the memory budget as a fraction in (0, 1].
     param_dtype, reduce_dtype: of compute and of gradient reduction; None: the model's [or a name: "bf16"].
     overlap_grad_reduce, overlap_param_gather, tp_comm_overlap: hide that communication behind compute.

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar import compat
 from fxpar.errors import InputError
-from fxpar.ops.collectives import Runtime
+from fxpar.ops.runtime import Runtime
 from fxpar.plan import Plan
 from fxpar.program import Program
 from fxpar.sharding.facts import full_value, local_value, sharding_at

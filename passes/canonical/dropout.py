@@ -84,8 +84,9 @@ def counter_dropout(program: Program) -> Program:
 
     Takes: a simplified program. Afterwards: if anything was rewritten there is one more source, the "seed" (an int64
     scalar that the caller passes at every step); each dropout has a site number, in program order; plain dropout is a
-    `dropout_mask`; attention with dropout is written out as two products around its softmax, with a `dropout_mask` between
-    them, or is, under `use_kernels`, a `dropout_attention`. What this operator does not compute (it says which) is then noted.
+    `dropout_mask`; attention with dropout is a `dropout_attention`. What this operator does not compute is written out as two
+    products around a softmax, with a `dropout_mask` between them, and noted; so is, without a note, all of it under
+    `use_kernels(False)`.
     """
     sites = [n for n in program.graph.nodes if _rate(n)]
     if not sites:

@@ -245,7 +245,8 @@ def _require_shapes(graph: fx.Graph) -> None:
         if any(not isinstance(n, int) for v in values for n in v.shape):
             raise CaptureError("an operator whose output shape depends on values (nonzero, boolean indexing)",
                                user_line(node) or None, "use torch.where, a product with the mask, or topk, whose shapes "
-                               "are fixed")
+                               "are fixed; and for a loop over experts rows sorted by expert, and "
+                               "torch.nn.functional.grouped_mm")
 
 
 def _user_frame(error: BaseException) -> str:

@@ -25,6 +25,7 @@ aten = torch.ops.aten
 ROLES = ("batch", "seq", "keys", "heads", "head_dim", "ffn", "vocab", "experts", "hidden")
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+SCORES = (*SOFTMAX, aten.sigmoid.default)
 
 
 def assign_roles(program: Program) -> None:
@@ -35,7 +36,8 @@ def assign_roles(program: Program) -> None:
     their own are keys, which no plan splits. heads: the head dims of
     attention, or batch dims of a product of two activations that come from a weight. head_dim: the last dims of what
     attention takes, beside heads or where they would be ffn; no plan splits them. vocab: the rows of a table
-    looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product. ffn:
+    looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product, or dims of
+    weights in products that are the last dim of a router's scores, too. ffn:
     made by one weight and contracted by another, and by nothing else. hidden: what remains of the weights' dims that
     other weights contract. The first that applies stays. Raises `PlanError` if an override names no such dim.
     """
@@ -45,6 +47,7 @@ def assign_roles(program: Program) -> None:
     one_head = _attention(program, in_params)
     _batch(program)
     _vocab(program)
+    _experts(program)
     _weights(program, in_params, one_head)
 
 
@@ -224,8 +227,24 @@ def _vocab(program: Program) -> None:
                 _give(dims_of(table)[0], "vocab")
         elif node.target is pick:
             _give(dims_of(node.args[0])[-1], "vocab")
-        elif node.target is expert_product or (find(node.target) is grouped_product and global_value(node).spec is not None):
+
+
+def _experts(program: Program) -> None:
+    scored: set[Factor] = set()
+    for node in program.graph.nodes:
+        spec = global_value(node).spec
+        if spec is None:
+            continue
+        if node.target is expert_product or find(node.target) is grouped_product:
             _give(dims_of(node.args[1])[0], "experts")
+        elif node.target in SCORES and global_value(node).needs_grad and dims_of(node):
+            scored.update(leaves(dims_of(node)[-1]))
+    for node in program.graph.nodes:
+        spec = global_value(node).spec
+        if spec is not None and spec.sums and node.target in (*PRODUCTS, aten.linear.default):
+            for operand in spec.operands:
+                if len(operand.dims) > 2 and _is_weight(operand.node):
+                    _give([f for d in operand.dims for f in leaves(d) if f in scored], "experts")
 
 
 def _weights(program: Program, in_params: set[Factor], one_head: set[Factor]) -> None:

@@ -18,7 +18,6 @@ from fxpar.ops.rng import dropout_mask
 from fxpar.sharding.deal import deal
 from fxpar.testing import assert_equivalent
 
-pytestmark = pytest.mark.usefixtures("dropout_kernels")
 SEED = torch.tensor(123456789012345)
 LOWEST = torch.finfo(torch.float32).min
 
