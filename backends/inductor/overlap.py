@@ -24,9 +24,10 @@ def overlap_communication(graph: fx.Graph) -> None:
     """Reorder `graph` in place.
 
     Takes: a functional graph with ``_c10d_functional`` operators. Afterwards: the same operators in another valid order.
-    While rows are on their way to experts and back, what needs none of them and belongs to the same block (an expert that all
-    tokens share) is computed. Any other collective starts where it did; the wait for it, and what only rearranges its result, comes right before the
-    first operator that computes with it (for a gradient: at the end), so that everything between runs beside it.
+    A collective starts where it did; the wait for it, and what only rearranges its result, comes right before the
+    first operator that computes with it (for a gradient: at the end), so that everything between runs beside it. While rows
+    are on their way to experts and back, what does not wait for them and belongs to the same block (an expert that all
+    tokens share) is computed.
     """
     nodes = _beside_exchanges(graph)
     late: set[fx.Node] = set()
@@ -48,7 +49,7 @@ def overlap_communication(graph: fx.Graph) -> None:
 
 
 def _beside_exchanges(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes in an order in which, behind the start of each exchange of rows, come those of its block that do not wait for it."""
+    """The nodes in an order in which those of its block that do not wait for an exchange of rows come right behind its start."""
     nodes = list(graph.nodes)
     for start in graph.find_nodes(op="call_function", target=ROWS):
         compat.lower_as_collective(ROWS)
