@@ -1,4 +1,4 @@
-"""What PyTorch does beside what it is asked to do, left out for a while."""
+"""What PyTorch does beside what it is asked to do, left out for a while; and who makes models parallel."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import logging
 from collections.abc import Iterator
 
 import torch
+
+WRAPPERS = (
+    "torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "torch.distributed.fsdp.fully_sharded_data_parallel",
+    "torch.distributed.fsdp._fully_shard._fully_shard", "torch.distributed._composable.contract",
+)  # fmt: skip
+"""Modules of PyTorch whose functions make a model parallel; by their names, as they may not have been imported."""
 
 
 def no_torch_function() -> contextlib.AbstractContextManager:
