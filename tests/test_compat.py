@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import pickle
 import subprocess
@@ -350,3 +351,19 @@ def test_what_fails_on_fake_tensors_is_not_logged_for_a_while(caplog):
         assert fail() == []
         assert logging.getLogger("torch._subclasses.fake_tensor").disabled
     assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
+
+
+def test_modules_that_make_models_parallel_are_where_they_are_said_to_be():
+    for name, function in zip(compat.WRAPPERS, ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel",
+                                                "fully_shard", "contract"), strict=True):
+        assert hasattr(importlib.import_module(name), function)
+
+
+def test_distributions_are_unchecked_for_a_while():
+    def make():
+        return torch.distributions.Normal(torch.zeros(2), -torch.ones(2))
+
+    with compat.unchecked_distributions():
+        assert make().stddev.sum() == -2
+    with pytest.raises(ValueError, match="scale"):
+        make()

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fxpar.compat.metadata import read_metadata
-from fxpar.compat.quiet import no_torch_function, quiet_traces
+from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -40,6 +40,7 @@ from fxpar.compat.steps import (
 from fxpar.compat.symmetric import SymmetricSlots
 
 __all__ = [
+    "WRAPPERS",
     "Cut",
     "FakeTensor",
     "FakeTensorMode",
@@ -66,6 +67,7 @@ __all__ = [
     "sizes_of_values",
     "storage_of",
     "trace_steps",
+    "unchecked_distributions",
 ]
 
 

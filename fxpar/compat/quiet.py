@@ -1,4 +1,4 @@
-"""What PyTorch does beside what it is asked to do, left out for a while."""
+"""What PyTorch does beside what it is asked to do, left out for a while; and who makes models parallel."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import logging
 from collections.abc import Iterator
 
 import torch
+
+WRAPPERS = (
+    "torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "torch.distributed.fsdp.fully_sharded_data_parallel",
+    "torch.distributed.fsdp._fully_shard._fully_shard", "torch.distributed._composable.contract",
+)  # fmt: skip
+"""Modules of PyTorch whose functions make a model parallel; by their names, as they may not have been imported."""
 
 
 def no_torch_function() -> contextlib.AbstractContextManager:
@@ -23,3 +29,15 @@ def quiet_traces() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+@contextlib.contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """Inside, `torch.distributions` do not look whether their arguments are valid, unless they are told to."""
+    kind = torch.distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(before)

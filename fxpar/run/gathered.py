@@ -22,7 +22,7 @@ Table = dict[str, Any]
 
 
 @dataclass
-class _Slot:
+class _HeldTensor:
     """A parameter or buffer: its names and where each is held (several, if it is tied), what is held there, and for a while.
 
     held: None where ranks of another kind hold it. meta: its shape and dtype.
@@ -57,7 +57,7 @@ def gathered(store: ParameterStore, part: nn.Module, rank0_only: bool, device: t
     slots = _slots(store, part)
     _gather(store, slots, device, mine)
     tables = [(t, dict(t)) for m in part.modules() for t in (m._modules, m._parameters, m._buffers)] if mine else []
-    changed: list[_Slot] = []
+    changed: list[_HeldTensor] = []
     try:
         if mine:
             for slot in slots:
@@ -94,20 +94,20 @@ def gathered(store: ParameterStore, part: nn.Module, rank0_only: bool, device: t
                          "again behind it (a config that changed with it: not); write gathered(write_back=True) for it to stay")
 
 
-def _slots(store: ParameterStore, part: nn.Module) -> list[_Slot]:
+def _slots(store: ParameterStore, part: nn.Module) -> list[_HeldTensor]:
     """The parameters and buffers of a part of the model, each once; in the same order on all ranks."""
     paths = {id(m): path for path, m in store.model.named_modules()}
     if id(part) not in paths:
         raise InputError(f"gathered() takes a part of the model, and this {type(part).__name__} is none")
     store.describe_absent()
-    found: dict[int, _Slot] = {}
+    found: dict[int, _HeldTensor] = {}
     with store.all_parameters():
         first = {id(t): n for n, t in (*store.model.named_parameters(), *store.model.named_buffers())}
         for module in part.modules():
             for table in (module._parameters, module._buffers):
                 for key, t in table.items():
                     if t is not None:
-                        slot = found.setdefault(id(t), _Slot([first[id(t)]], t, t))
+                        slot = found.setdefault(id(t), _HeldTensor([first[id(t)]], t, t))
                         slot.places.append((table, key))
                         slot.names.append(_name(paths[id(module)], key))
     for slot in found.values():
@@ -121,7 +121,7 @@ def _name(path: str, key: str) -> str:
 
 
 @torch.no_grad()
-def _gather(store: ParameterStore, slots: list[_Slot], device: torch.device, keep: bool) -> None:
+def _gather(store: ParameterStore, slots: list[_HeldTensor], device: torch.device, keep: bool) -> None:
     """Make the plain tensors, on ranks that keep them."""
     bound = store.bound
     for slot in slots:
@@ -142,15 +142,15 @@ def _gather(store: ParameterStore, slots: list[_Slot], device: torch.device, kee
             slot.plain.__dict__.update(slot.meta.__dict__)
 
 
-def _changed(store: ParameterStore, part: nn.Module, slots: list[_Slot]) -> list[_Slot]:
+def _changed(store: ParameterStore, part: nn.Module, slots: list[_HeldTensor]) -> list[_HeldTensor]:
     """Parameters that the block put in, and those whose shape it changed."""
     paths = {id(m): path for path, m in store.model.named_modules()}
     same = {id(slot.plain) for slot in slots if slot.plain is not None and slot.plain.shape == slot.meta.shape}
-    new: dict[int, _Slot] = {}
+    new: dict[int, _HeldTensor] = {}
     for module in part.modules():
         for key, p in module._parameters.items():
             if p is not None and id(p) not in same:
-                slot = new.setdefault(id(p), _Slot([], None, p, plain=p))
+                slot = new.setdefault(id(p), _HeldTensor([], None, p, plain=p))
                 slot.places.append((module._parameters, key))
                 slot.names.append(_name(paths[id(module)], key))
     return list(new.values())
@@ -162,7 +162,7 @@ def _put_back(tables: list[tuple[Table, Table]]) -> None:
         table.update(before)
 
 
-def _require_alike(store: ParameterStore, changed: list[_Slot]) -> None:
+def _require_alike(store: ParameterStore, changed: list[_HeldTensor]) -> None:
     """Raises: `MismatchError` or `InputError`, on all ranks, for parameters that were put in and cannot be kept."""
     everyone = store.control.exchange([(slot.names, tuple(slot.plain.shape)) for slot in changed])
     if any(of_rank != everyone[0] for of_rank in everyone):
@@ -174,7 +174,7 @@ def _require_alike(store: ParameterStore, changed: list[_Slot]) -> None:
 
 
 @torch.no_grad()
-def _write_back(store: ParameterStore, slots: list[_Slot], changed: list[_Slot]) -> None:
+def _write_back(store: ParameterStore, slots: list[_HeldTensor], changed: list[_HeldTensor]) -> None:
     """Write what rank 0's block left to every rank's parts."""
     trained = store.control.exchange([slot.plain is not None and slot.plain.requires_grad for slot in slots])[0]
     gone = {id(slot.plain) for slot in changed}
@@ -195,7 +195,7 @@ def _write_back(store: ParameterStore, slots: list[_Slot], changed: list[_Slot])
         store.layouts.update(dict.fromkeys(slot.names, sharding))
 
 
-def _of_rank_0(store: ParameterStore, slot: _Slot) -> Tensor:
+def _of_rank_0(store: ParameterStore, slot: _HeldTensor) -> Tensor:
     """What rank 0's block left, on every rank."""
     given = slot.plain if slot.plain is not None else torch.empty(slot.meta.shape, dtype=slot.meta.dtype, device=store.device)
     full = given.detach().to(store.device).contiguous()

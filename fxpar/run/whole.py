@@ -11,16 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fxpar import compat
 from fxpar.errors import InputError, PlanError
 from fxpar.model.hugging_face import OF_WHOLE_MODELS
 from fxpar.run import storage
 from fxpar.run.store import ParameterStore
-
-_WRAPPERS = (
-    "torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "torch.distributed.fsdp.fully_sharded_data_parallel",
-    "torch.distributed.fsdp._fully_shard._fully_shard", "torch.distributed._composable.contract",
-)  # fmt: skip
-"""Modules of PyTorch whose functions make a model parallel; by their names, as they may not have been imported."""
 
 
 def method(function: Callable, name: str, what: str) -> Callable:
@@ -61,7 +56,7 @@ def refuse_wrapping() -> None:
     """Raises: `PlanError` if what wants to know the parts of a parallel module is about to make it parallel, too."""
     frame, depth = sys._getframe(2), 0
     while frame is not None and depth < 24:
-        if (name := frame.f_globals.get("__name__")) in _WRAPPERS:
+        if (name := frame.f_globals.get("__name__")) in compat.WRAPPERS:
             raise PlanError("model", "ParallelModule", f"is parallel already, and {name} is about to wrap it (which is also what "
                             "Accelerator.prepare and Fabric.setup do): gradients would be reduced twice",
                             "the parallel module as it is: give prepare or setup the optimizer and the data loader alone")

@@ -164,7 +164,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
     drawn = host_draws()
     try:
         with recorded_attributes(root, traced, watch) as record, torch.autocast(device, enabled=False), torch.enable_grad(), \
-                compat.checkpoints_inlined(), recorded_functions(), traced, GroupedProducts():
+                compat.checkpoints_inlined(), compat.unchecked_distributions(), recorded_functions(), traced, GroupedProducts():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None

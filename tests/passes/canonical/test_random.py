@@ -163,6 +163,7 @@ NOISES = {f.__name__: f for f in (drop_path, masked, timestep, gumbel, sampled, 
     "of a part": lambda h: h + torch.cat([torch.randn_like(h[:, :3]), torch.zeros_like(h[:, 3:])], 1),
     "of rows": lambda h: h + torch.randn(h.shape[0] * h.shape[1], 1, device=h.device).view(*h.shape[:2], 1),
     "dropout": lambda h: F.dropout(h, 0.3),
+    "distribution": lambda h: h + torch.distributions.Normal(h, h.exp()).rsample(),
 }
 ACROSS = {"shuffled"}
 """What takes rows of several microbatches together."""
