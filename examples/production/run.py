@@ -28,13 +28,17 @@ def read(name):
     return tomllib.loads((FOLDER / f"{name}.toml").read_text())
 
 
-def report_of(config):
-    """The report of a configuration on all of its ranks."""
+def model_of(config):
+    """The model, on the meta device."""
     model_class = getattr(transformers, config["model"])
     with torch.device("meta"):
-        model = model_class(model_class.config_class(**config["config"], use_cache=False, tie_word_embeddings=False))
-        tokens = torch.zeros(config["batch"], config["sequence"], dtype=torch.long)
-    report = fxpar.inspect(model, config["plan"], dict(input_ids=tokens, labels=tokens))
+        return model_class(model_class.config_class(**config["config"], use_cache=False))
+
+
+def report_of(config):
+    """The report of a configuration on all of its ranks."""
+    tokens = torch.zeros(config["batch"], config["sequence"], dtype=torch.long, device="meta")
+    report = fxpar.inspect(model_of(config), config["plan"], dict(input_ids=tokens, labels=tokens))
     report.step.cluster = config["cluster"]
     return report
 
@@ -45,13 +49,17 @@ def parameters(report):
     return sum(whole.values()), report.memory["parameters"] // 4
 
 
-def per_axis(report):
-    """GiB that the collectives of one step leave on a rank of the stage that has most, for each group of axes."""
+def per_axis(report, least=0.05):
+    """GiB that the collectives of one step leave on a rank, on the pipeline rank that has most, for each group of axes; those of
+    `least` and more."""
+    owner = report.pipeline.schedule.owner if report.pipeline else None
     found = {}
     for row in report.collectives:
-        of_stages = found.setdefault("+".join(row.axes), {})
-        of_stages[row.stage] = of_stages.get(row.stage, 0) + row.bytes
-    return {axes: max(of_stages.values()) / 2**30 for axes, of_stages in found.items()}
+        of_ranks = found.setdefault("+".join(row.axes), {})
+        rank = owner[row.stage] if owner else 0
+        of_ranks[rank] = of_ranks.get(rank, 0) + row.bytes
+    most = {axes: max(of_ranks.values()) / 2**30 for axes, of_ranks in found.items()}
+    return {axes: size for axes, size in most.items() if size >= least}
 
 
 def tokens_per_second(config, report):
