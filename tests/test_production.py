@@ -29,8 +29,8 @@ KNOWN = {
     "deepseek_v3": (1024, 2, 16, 1, 64, 32, 671.03),
 }
 """GPUs, tp, pp, cp, ep, dp, billions of parameters."""
-SMALL = dict(title="a small one", model="LlamaForCausalLM", plan="dp=2,tp=2,pp=2,cp=2,zero=1,microbatches=2,outputs=loss", batch=8,
-             sequence=64, cluster="dgx-h100",
+SMALL = dict(title="a small one", model="LlamaForCausalLM", plan="dp=2,tp=2,pp=2,cp=2,zero=1,microbatches=2,outputs=loss",
+             batch=8, sequence=64, cluster="dgx-h100",
              config=dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2))
 

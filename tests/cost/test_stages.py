@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import replace
 
 import pytest
@@ -137,7 +136,8 @@ def test_what_stays_on_a_rank_takes_no_message():
 def test_gathers_and_reductions_beside_computation_take_what_is_longer():
     ring = N * N * 4  # seconds, over a link of one byte a second: of half of each of a stage's two layers
     load = loads("dp=2,zero=3")[1]
-    hidden = replace(load, beside_forward=beside_computation(load.program)[0], beside_backward=beside_computation(load.program)[1])
+    gathers, sums = beside_computation(load.program)
+    hidden = replace(load, beside_forward=gathers, beside_backward=sums)
     work = PRODUCT / 2  # of a rank
     for slow in (0.01, 100.0):  # computation takes less, or more
         on = machine(flops=work / (slow * ring), beta=1.0)
@@ -193,9 +193,11 @@ def test_keys_and_values_go_round_while_attention_is_computed(slow):
     seconds = functools.partial(_OperatorTimes, program=program)
     ahead, back = seconds(machine(flops=cost.forward / slow, beta=1.0)).seconds(ring)
     behind = slow * cost.backward / cost.forward
-    assert seconds(machine(flops=cost.forward / slow)).seconds(ring) == pytest.approx((slow, behind))  # nothing takes time to travel
+    # Where nothing takes time to travel:
+    assert seconds(machine(flops=cost.forward / slow)).seconds(ring) == pytest.approx((slow, behind))
     assert ahead == pytest.approx(max(slow, slow / ranks + (ranks - 1) * part))
-    assert back == pytest.approx(max(behind, behind / ranks + (ranks - 1) * part + ranks * part))  # with keys' and values' gradients
+    # The gradients of keys and values travel behind them:
+    assert back == pytest.approx(max(behind, behind / ranks + (ranks - 1) * part + ranks * part))
 
 
 def test_a_dtype_that_the_cluster_does_not_compute_in_is_refused():
