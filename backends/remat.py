@@ -90,7 +90,7 @@ def _after_blocks(forward: dict[fx.Node, None]) -> set[fx.Node]:
     """What follows the last operator of the last block."""
     tail: set[fx.Node] = set()
     for node in reversed(forward):
-        if _block(node):
+        if block_of(node):
             return tail
         tail.add(node)
     return set()
@@ -105,7 +105,8 @@ def _is_unsharded(node: fx.Node) -> bool:
     return takes_one and inputs[0].op == "call_function" and _is_unsharded(inputs[0])
 
 
-def _block(node: fx.Node) -> str:
+def block_of(node: fx.Node) -> str:
+    """The block that an operator of a joint graph, or of either half, belongs to; "" for none."""
     return node.meta.get("custom", {}).get(BLOCK, "")
 
 
@@ -127,16 +128,16 @@ def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy 
     attention = packet is not None and (packet in ATTENTION or is_attention_kernel(packet.__name__))
     if packet in PRODUCTS or attention or node.target is WAIT:
         return SAVE
-    return AGAIN if _block(_made_by(node)) else None
+    return AGAIN if block_of(_made_by(node)) else None
 
 
 def _full(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
-    block = _block(_made_by(node))
+    block = block_of(_made_by(node))
     if not block:
         return None
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return AGAIN  # several results: each of them is kept, or not
-    leaves = any(u.op == "output" or (u in forward and _block(u) != block) for u in node.users)
+    leaves = any(u.op == "output" or (u in forward and block_of(u) != block) for u in node.users)
     return SAVE if leaves else AGAIN
 
 

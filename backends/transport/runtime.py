@@ -68,8 +68,11 @@ class GroupRuntime(FunctionalRuntime):
         """Make every process group that `module` uses, in program order (the same on every rank)."""
         for node in module.graph.nodes:
             made = typed(node)
-            axes = made.axes if made is not None else axes_of(node) or exchanged_along(node)
-            if axes is not None:
+            rows = exchanged_along(node)
+            axes = made.axes if made is not None else axes_of(node)
+            if rows is not None:
+                self.mesh.exchange_group(rows)
+            elif axes is not None:
                 self.mesh.group(axes)
 
     def size(self, axes: Axes) -> int:
@@ -80,6 +83,9 @@ class GroupRuntime(FunctionalRuntime):
 
     def name(self, axes: Axes) -> str:
         return self.mesh.group(axes).group_name
+
+    def exchange_name(self, axes: Axes) -> str:
+        return self.mesh.exchange_group(axes).group_name
 
 
 class Control:

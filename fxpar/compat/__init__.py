@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fxpar.compat.metadata import read_metadata
+from fxpar.compat.quiet import no_torch_function, quiet_traces
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -59,6 +60,8 @@ __all__ = [
     "is_random",
     "mutates",
     "no_grad_region",
+    "no_torch_function",
+    "quiet_traces",
     "read_metadata",
     "sizes_of_values",
     "storage_of",
@@ -401,6 +404,17 @@ def lower_as_concatenation(operator: Any) -> None:
     @register_lowering(operator, type_promotion_kind=None)
     def lower(tensors: Any, dim: int) -> Any:
         return ir.TensorBox(ir.ConcatKernel.create(tensors, dim))
+
+
+@functools.cache
+def lower_as_collective(operator: Any) -> None:
+    """Have Inductor keep the first operand of an operator, which starts a collective, until its result is waited for."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lower(*args: Any) -> Any:
+        return ir.TensorBox.create(ir._CollectiveKernel.create_out_of_place(operator, *args))
 
 
 def in_backward(node: fx.Node) -> bool:

@@ -24,7 +24,8 @@ from torch import Tensor, fx
 from fxpar import compat
 from fxpar.ops.collectives import Collective, described_by
 from fxpar.ops.experts import put_back, take_rows
-from fxpar.ops.runtime import active
+from fxpar.ops.runtime import LONE, active
+from fxpar.ops.vocabulary import WAIT
 from fxpar.sharding.mesh import Axes
 
 Arrival = tuple[Tensor, Tensor, Tensor]
@@ -37,7 +38,8 @@ _library.define("exchange_rows(Tensor rows, Tensor splits, Tensor tokens, Tensor
 PLAN = torch.ops.fxpar.exchange_plan.default
 """experts [n], sorted -> an `Arrival`."""
 ROWS = torch.ops.fxpar.exchange_rows.default
-"""rows [n, ...] -> [m, ...], or `back`; tokens [n] and arrived [m] are there for their sizes."""
+"""rows [n, ...] -> [m, ...], or `back`, started, to be waited for by `wait_tensor`; tokens [n] and arrived [m] are there for their
+sizes."""
 
 
 def exchange_plan(experts: Tensor, axes: Axes, count: int) -> Arrival:
@@ -49,14 +51,29 @@ def exchange_plan(experts: Tensor, axes: Axes, count: int) -> Arrival:
 
 def to_experts(rows: Tensor, axes: Axes, order: Tensor, splits: Tensor, tokens: Tensor) -> Tensor:
     """rows [n, ...] -> [m, ...]; order, splits: of the plan, tokens [n]: what it was made from."""
-    made: Tensor = ROWS(rows, splits, tokens, order, False, active().exchange_name(axes))
+    made: Tensor = _Exchange.apply(rows, splits, tokens, order, False, active().exchange_name(axes))
     return take_rows(made, order, 1)
 
 
 def to_tokens(rows: Tensor, axes: Axes, order: Tensor, splits: Tensor, tokens: Tensor) -> Tensor:
     """The inverse."""
-    made: Tensor = ROWS(put_back(rows, order), splits, tokens, order, True, active().exchange_name(axes))
+    made: Tensor = _Exchange.apply(put_back(rows, order), splits, tokens, order, True, active().exchange_name(axes))
     return made
+
+
+class _Exchange(torch.autograd.Function):
+    """Started, and waited for."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, splits: Tensor, tokens: Tensor, arrived: Tensor, back: bool, group: str) -> Tensor:
+        ctx.save_for_backward(splits, tokens, arrived)
+        ctx.back, ctx.group = back, group
+        made: Tensor = WAIT(ROWS(rows, splits, tokens, arrived, back, group))
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Exchange.apply(grad, *ctx.saved_tensors, not ctx.back, ctx.group), *[None] * 5
 
 
 EXCHANGES = (to_experts, to_tokens)
@@ -111,14 +128,17 @@ def arriving(counts: Tensor, first: int, dtype: torch.dtype) -> tuple[Tensor, Te
 
 @torch.library.impl(_library, "exchange_plan", "CompositeExplicitAutograd")
 def _plan(experts: Tensor, count: int, group: str, ranks: int, balanced: bool) -> Arrival:
-    found = compat.collective_group(group)
-    if found.size() != ranks:
-        raise ValueError(f"an exchange over {ranks} ranks in a group of {found.size()}")
     mine = leaving(experts, count, ranks)
-    theirs = torch.empty_like(mine)
-    dist.all_to_all_single(theirs, mine, group=found)
+    if group == LONE:
+        rank, theirs = 0, mine[:1].repeat(ranks, 1)
+    else:
+        found = compat.collective_group(group)
+        if found.size() != ranks:
+            raise ValueError(f"an exchange over {ranks} ranks in a group of {found.size()}")
+        rank, theirs = found.rank(), torch.empty_like(mine)
+        dist.all_to_all_single(theirs, mine, group=found)
     splits = torch.stack([mine.sum(1), theirs.sum(1)]).cpu()
-    return *arriving(theirs, count // ranks * found.rank(), experts.dtype), splits
+    return *arriving(theirs, count // ranks * rank, experts.dtype), splits
 
 
 @torch.library.impl(_library, "exchange_rows", "CompositeExplicitAutograd")
@@ -126,8 +146,11 @@ def _rows(rows: Tensor, splits: Tensor, tokens: Tensor, arrived: Tensor, back: b
     sent, received = splits.tolist()
     if back:
         sent, received = received, sent
+    if group == LONE:
+        return rows.new_zeros(sum(received), *rows.shape[1:]) if back else torch.cat([rows[: sent[0]]] * len(sent))
     out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=compat.collective_group(group))
+    work = dist.all_to_all_single(out, rows.contiguous(), received, sent, group=compat.collective_group(group), async_op=True)
+    compat.register_work(out, work)
     return out
 
 
@@ -143,14 +166,3 @@ def _fake_rows(rows: Tensor, splits: Tensor, tokens: Tensor, arrived: Tensor, ba
     return rows.new_empty((tokens if back else arrived).shape[0], *rows.shape[1:])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, splits, tokens, arrived, back, group = inputs
-    ctx.save_for_backward(splits, tokens, arrived)
-    ctx.back, ctx.group = back, group
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return ROWS(grad, *ctx.saved_tensors, not ctx.back, ctx.group), *[None] * 5
-
-
-torch.library.register_autograd("fxpar::exchange_rows", _backward, setup_context=_save, lib=_library)

@@ -9,6 +9,9 @@ microbatches  a training step of several forwards and backwards that add up to t
 agreement   what ranks exchange, so that they all run or all raise
 initialize  parameters of meta models, as the model itself initialises them
 edges       tensors that go from one parallel module into another
+outputs     tensors that tp splits meet plain ones
+gathered    the plain model, for a while (with whole: who asks for it)
+optimizers  those that cannot step parts of parameters
 numbers     Python numbers in a call that need no capture of their own
 clip        the norm of all gradients over all ranks
 """

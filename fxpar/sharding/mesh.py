@@ -199,6 +199,7 @@ class BoundMesh:
             if strategy in DEGREES and len(axes) > 1:
                 self.device_mesh[axes]._flatten(strategy)
         self._groups: dict[Axes, torch.distributed.ProcessGroup] = {}
+        self._exchange_groups: dict[Axes, torch.distributed.ProcessGroup] = {}
         self._among: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
 
     def ordered(self, axes: Axes) -> Axes:
@@ -226,8 +227,21 @@ class BoundMesh:
 
     def made_groups(self) -> list[torch.distributed.ProcessGroup]:
         """The process groups of this rank that were made so far."""
-        made = (self.across, *self._groups.values(), *self._among.values())
+        made = (self.across, *self._groups.values(), *self._exchange_groups.values(), *self._among.values())
         return [g for g in made if isinstance(g, torch.distributed.ProcessGroup)]  # it is no member of others
+
+    def exchange_group(self, axes: Axes) -> torch.distributed.ProcessGroup:
+        """Another group of the same ranks, by which rows go to experts: what it does waits for no other collective, and on GPUs
+        goes first."""
+        axes = self.ordered(axes)
+        if axes not in self._exchange_groups:
+            groups = [[kind * self.mesh.world_size + rank for rank in group]
+                      for kind in range(self.kinds) for group in self.mesh.groups(axes)]
+            options = None
+            if self.device_mesh.device_type == "cuda":
+                options = torch.distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            self._exchange_groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(groups, pg_options=options)
+        return self._exchange_groups[axes]
 
     def index(self, axes: Axes) -> int:
         return self.mesh.index(self.rank, axes)

@@ -48,6 +48,10 @@ def sort_by_expert(program: Program) -> Program:
             if region.found():
                 region.rewrite(program.graph)
     program.graph.eliminate_dead_code()
+    for node in list(program.graph.nodes):
+        if node.target in (put_back, combine):
+            _score_behind(program.graph, node)
+    program.graph.eliminate_dead_code()
     program.graph.lint()
     return program
 
@@ -278,14 +282,12 @@ class _Region:
             new = make(r, bind(node))
             describe_global(new, by_expert=self._is(node, "rows"))
             r.replace(new)
-        for node in [n for n in self.order.users if n.target in (put_back, combine)]:
-            _score_behind(graph, node, self.order)
 
 
-def _score_behind(graph: fx.Graph, node: fx.Node, order: fx.Node) -> None:
+def _score_behind(graph: fx.Graph, node: fx.Node) -> None:
     """Have rows that are multiplied by a score each, and put back, be put back first: scores need not be where experts are."""
     args: Any = node.args
-    product = args[0]
+    product, order = args[:2]
     if product.target is not aten.mul.Tensor or len(product.users) > 1 or product.meta["val"].dim() != 2:
         return
     for rows, scale in (product.args, product.args[::-1]):

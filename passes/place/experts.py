@@ -29,7 +29,7 @@ ALLTOALL = "alltoall"
 
 
 @dataclass
-class Region:
+class SortedRows:
     """All that is done to rows of one order.
 
     sort: where that is made. rows: the dim. whole: its factors that some operator cannot split. by_token, by_expert: what splits
@@ -60,15 +60,15 @@ def _row_dims(spec: Spec) -> Iterator[Dim]:
             yield dims[0]
 
 
-def regions_of(program: Program) -> dict[Factor, Region]:
+def regions_of(program: Program) -> dict[Factor, SortedRows]:
     """The regions of an inferred program, by the shares of their rows."""
-    found: dict[Factor, Region] = {}
+    found: dict[Factor, SortedRows] = {}
     for node in program.graph.nodes:
         spec = global_value(node).spec
         for dim in _row_dims(spec) if spec is not None else ():
             share = share_of(dim)
             assert spec is not None and share is not None
-            region = found.setdefault(share, Region(node, dim, set()))
+            region = found.setdefault(share, SortedRows(node, dim, set()))
             region.whole |= {f for s in (*spec.replicated, *spec.inner, *spec.maxes) for f in s.leaves()} & set(leaves(dim))
     return found
 
@@ -94,7 +94,7 @@ class Regions:
         assert decided is not None
         return dict(decided)
 
-    def _decide(self, region: Region, inherited: set[tuple[str, Factor]]) -> None:
+    def _decide(self, region: SortedRows, inherited: set[tuple[str, Factor]]) -> None:
         ep = tuple(a for a in self.mesh.axes("ep") if self.mesh.size(a) > 1)
         tokens = self._tokens(region, ep, inherited)
         rest = {a: f for a, f in tokens.items() if a not in ep}
@@ -112,7 +112,7 @@ class Regions:
             self.program.note(f"tokens of the experts at {user_line(region.sort) or region.sort.name} do not divide by "
                               f"{'/'.join(missing)}={self.mesh.size(*missing)}: they are gathered, as by ep_dispatch=allgather")
 
-    def _tokens(self, region: Region, ep: Axes, inherited: set[tuple[str, Factor]]) -> Layout:
+    def _tokens(self, region: SortedRows, ep: Axes, inherited: set[tuple[str, Factor]]) -> Layout:
         """The axes that split tokens: those that did before, but for tp's beside ep, along which products are split."""
         slots = [f for f in leaves(parts_of(region.rows)[1]) if f not in region.whole]
         roles = {**dict.fromkeys(self.mesh.axes("dp"), "batch"), **dict.fromkeys(self.mesh.axes("cp"), "seq")}

@@ -50,6 +50,8 @@ def causal(name: str, more: dict[str, Tensor] | None = None, **options: Any) -> 
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 64}
+SINKS = {"head_dim": 4, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2,
+         "experts_implementation": "grouped_mm"}  # fmt: skip
 ENCODER = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8,
            "max_position_embeddings": 64}  # fmt: skip
 
@@ -92,13 +94,19 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "gpt2_attention_dropout": lambda: causal("GPT2Config", **GPT2, attn_pdrop=0.1),
     "mistral": lambda: causal("MistralConfig", **WIDTHS, sliding_window=6),
     "gemma3": lambda: causal("Gemma3TextConfig", **WIDTHS, head_dim=4, sliding_window=6),
-    "gpt_oss": lambda: causal("GptOssConfig", **WIDTHS, head_dim=4, sliding_window=6, num_local_experts=4, num_experts_per_tok=2,
-                              experts_implementation="grouped_mm"),
+    "gpt_oss": lambda: causal("GptOssConfig", **WIDTHS, **SINKS),
     "bloom": lambda: causal("BloomConfig", hidden_size=32, n_layer=2, n_head=8),
     "t5": t5,
     "bert": bert,
     "orderly": lambda: (Orderly(), {"x": ids()}),
 }
+MORE = {
+    "qwen3": ("Qwen3Config", {"head_dim": 4}), "gemma2": ("Gemma2Config", {"head_dim": 4, "sliding_window": 6}),
+    "olmo2": ("Olmo2Config", {}), "phi3": ("Phi3Config", {}), "stablelm": ("StableLmConfig", {}),
+    "gpt_oss": ("GptOssConfig", SINKS),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "grouped_mm"}),
+    "falcon": ("FalconConfig", {}), "mpt": ("MptConfig", {"d_model": 32, "n_heads": 8, "n_layers": 2}),
+}  # fmt: skip
 COMMUNICATION = ["p2p", "allgather", "a2a", "a2a+p2p"]
 PLANS = ["cp=2", "cp=4", "cp=8", "cp=2,tp=2", "cp=4,tp=2", "dp=2,cp=2,zero=3", "dp=2,cp=2,tp=2,zero=1,recompute=selective",
          "cp=4,zero=2,microbatches=2"]  # fmt: skip
@@ -129,6 +137,16 @@ def test_a_step_is_that_of_one_device(name, plan):
 def test_every_model_under_every_plan(name, plan, comm):
     model, batch = build(name)
     assert_equivalent(model, f"{plan},cp_comm={comm}", batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["cp=8", "cp=4,tp=2,cp_comm=a2a+p2p", "dp=2,cp=2,zero=3,microbatches=2,cp_comm=a2a"])
+@pytest.mark.parametrize("name", MORE)
+def test_more_of_the_zoo(name, plan):
+    config, options = MORE[name]
+    torch.manual_seed(0)
+    model, batch = causal(config, **({} if name == "mpt" else WIDTHS), **options)
+    assert_equivalent(model, plan, batch)
 
 
 @pytest.mark.slow
