@@ -7,8 +7,8 @@ twice the bytes.
 
 Collectives are rings over the slowest link of their group. Those of activations hide behind nothing but other ranks' bubbles.
 Those of parameters and their gradients take what is longer than the computation of their pass, where the plan overlaps them;
-once a step (see `StageLoad`) they are actions of the schedule; without a pipeline, the last backward hides reductions. In ring attention a block of keys travels while the one before is
-computed.
+once a step (see `StageLoad`) they are actions of the schedule, and without a pipeline the last backward hides reductions. In ring
+attention a block of keys travels while the one before is computed.
 
 An optimizer step reads parameters, gradients and AdamW's two moments, and writes all but gradients.
 """
@@ -128,7 +128,8 @@ def stage_times(cluster: Cluster, load: StageLoad) -> StageTimes:
         else:
             early = clock.early_part(node)
             inputs, weights = inputs + early * back, weights + (1 - early) * back
-    return StageTimes(max(forward, beside_forward), inputs, max(weights, beside_backward - inputs), unshard=unshard, reduce=reduce)
+    return StageTimes(max(forward, beside_forward), inputs, max(weights, beside_backward - inputs), unshard=unshard,
+                      reduce=reduce)
 
 
 def recomputed(program: Program, node: fx.Node) -> float:

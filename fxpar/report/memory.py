@@ -70,20 +70,21 @@ def predict(program: Program, briefly: bool = True) -> Peak:
     return _Step(program, *trace(program, briefly)).peak()
 
 
-def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak]:
+def predict_stages(programs: Sequence[Program], schedule: Schedule, briefly: bool = True) -> list[Peak]:
     """The peak of each rank of a pipeline, from the programs of its stages.
 
     A rank's is the largest of its stages' own, of one microbatch, with what stays of the others meanwhile: their parameters,
     gradients and optimizer state, and what the forwards keep whose backwards are to come (`Schedule.memory`), as many as the
     rank ever holds. `Peak.kept` is of all of these together. Outputs but for the loss are there until the step ends.
-    Not counted: messages that have arrived and are not used yet. Of stages that compute the same, one is traced.
+    Not counted: messages that have arrived and are not used yet. briefly: as of `predict`; and one of stages that compute the
+    same may stand for all.
     """
     steps, peaks = [], []
     seen: dict[Hashable, tuple[_Step, Peak, list[str]]] = {}
     for program in programs:
         key, blocks = likeness(program, {n: None if i is None else i.facts() for n, i in _inputs(program).items()})
-        if key not in seen:
-            made = _Step(program, *trace(program))
+        if key not in seen or not briefly:
+            made = _Step(program, *trace(program, briefly))
             seen[key] = made, made.peak(), blocks
         step, peak, its = seen[key]
         steps.append(step)

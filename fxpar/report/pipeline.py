@@ -19,6 +19,7 @@ from fxpar.report.step import StepReport
 from fxpar.report.text import GIB, MIB, ranges, table
 from fxpar.sharding.facts import full_value
 
+
 @dataclass(frozen=True)
 class StageRow:
     """One stage. Bytes and FLOPs are those of one rank.
