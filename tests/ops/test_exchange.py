@@ -10,7 +10,17 @@ from torch import Tensor
 
 from fxpar.backends.transport.threads import Threads
 from fxpar.ops.exchange import exchange_plan, to_experts, to_tokens
-from fxpar.ops.experts import combine, experts_here, of_mine, order_of, order_of_mine, places, put_back, take_mine, take_rows
+from fxpar.ops.experts import (
+    combine,
+    experts_here,
+    of_mine,
+    order_of,
+    order_of_mine,
+    places,
+    put_back,
+    take_mine,
+    take_rows,
+)
 from fxpar.ops.rows_together import exchange_together, plan_together
 from fxpar.ops.runtime import use_runtime
 from fxpar.sharding.mesh import Mesh
