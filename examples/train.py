@@ -1,10 +1,11 @@
-"""Train a Llama on the Python standard library's own source text, byte by byte, under any plan.
+"""Train a Llama, or a Mixtral, on the Python standard library's own source text, byte by byte, under any plan.
 
     python examples/train.py                                                  one process
     torchrun --nproc-per-node=4 examples/train.py --plan dp=2,tp=2            four
     torchrun --nproc-per-node=4 examples/train.py --plan dp=2,tp=2 --check    ... and prove them equal to one
     torchrun --nproc-per-node=4 examples/train.py --plan dp=2,pp=2,microbatches=4 --check        a pipeline of two stages
     torchrun --nproc-per-node=4 examples/train.py --plan cp=4 --seq 2048 --packed --check        long sequences, a quarter a rank
+    torchrun --nproc-per-node=4 examples/train.py --experts 8 --plan dp=2,tp=2,ep=4 --check      two experts of eight on each
 
 NCCL where there are GPUs, gloo elsewhere.
 """
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import fxpar
 
@@ -48,6 +49,7 @@ def parse_args():
     parser.add_argument("--size", choices=SIZES, default="tiny")
     for name in SIZES["tiny"]:
         parser.add_argument("--" + name.replace("_", "-"), type=int, help="instead of the size's own")
+    parser.add_argument("--experts", type=int, default=0, help="so many in each layer, of which a token has two: Mixtral")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=8, help="sequences in the global batch")
@@ -108,14 +110,15 @@ def document_places(tokens):
 
 
 def build_model(args, meta=False):
-    config = LlamaConfig(
+    config_class, model_class = (MixtralConfig, MixtralForCausalLM) if args.experts else (LlamaConfig, LlamaForCausalLM)
+    config = config_class(
         vocab_size=VOCAB, num_hidden_layers=args.layers, hidden_size=args.hidden, intermediate_size=args.ffn,
         num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, max_position_embeddings=args.seq,
-        use_cache=False, bos_token_id=None, eos_token_id=None,
+        use_cache=False, bos_token_id=None, eos_token_id=None, **({"num_local_experts": args.experts} if args.experts else {}),
     )  # fmt: skip
     torch.manual_seed(args.seed)
     with torch.device("meta") if meta else contextlib.nullcontext():
-        model = LlamaForCausalLM(config)
+        model = model_class(config)
     return model if meta else model.to(args.device)
 
 

@@ -12,6 +12,9 @@ from torch.utils import flop_counter
 
 from fxpar import compat
 from fxpar.compat import stages
+from fxpar.ops.exchange import ROWS
+from fxpar.ops.runtime import LONE
+from fxpar.ops.vocabulary import WAIT
 
 aten = torch.ops.aten
 
@@ -326,3 +329,27 @@ def test_trace():
     assert any(n.target is aten.mul.Tensor for n in made.graph.nodes)
     assert all(n.meta["val"].fake_mode is mode for n in made.graph.nodes if n.op == "call_function")
     assert made(torch.tensor([1.0, 2, 3])).tolist() == [2, 4, 6]
+
+
+def test_sizes_that_depend_on_values_are_traced():
+    """`compat.sizes_of_values`, alone and for a graph that is split."""
+    x = torch.tensor([1.0, 0.0, 3.0], requires_grad=True)
+    with compat.sizes_of_values([x]) as (fake,):
+        assert tuple(fake.shape) == (3,) and fake.requires_grad
+        assert not isinstance(fake.nonzero().shape[0], int)
+    with compat.sizes_of_values([x], counts=False) as (same,):
+        assert same is x
+    graph = fx.symbolic_trace(lambda x: ((x[x.nonzero().squeeze(1)] ** 2).sum(),))
+    split = compat.partition_eagerly(graph, [x], lambda joint: None, counts=True)
+    (grad,) = torch.autograd.grad(split(x)[0], [x])
+    torch.testing.assert_close(grad, 2 * x.detach())
+
+
+@pytest.mark.slow
+def test_the_operand_of_a_collective_is_kept_until_it_has_arrived():
+    """`compat.lower_as_collective`, of an operator that has one rank here."""
+    compat.lower_as_collective(ROWS)
+    splits, numbers = torch.ones(2, 2, dtype=torch.int64), torch.arange(2)
+    graph = fx.symbolic_trace(lambda x: (WAIT(ROWS(x * 2, splits, numbers, numbers, False, LONE)) + 1,))
+    x = torch.tensor([[1.0], [5.0]])
+    torch.testing.assert_close(compat.compile_graph(graph, [x])(x)[0], torch.full((2, 1), 3.0))

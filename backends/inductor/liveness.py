@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.ops.dropout_attention import attend_backward
+from fxpar.ops.exchange import ROWS
 from fxpar.ops.ring import chunks
 from fxpar.ops.ring import costs as ring
 from fxpar.ops.vocabulary import WAIT, is_attention_kernel, is_view
@@ -282,7 +283,7 @@ def _has_own_kernel(node: fx.Node) -> bool:
 
 
 def _is_collective(node: fx.Node) -> bool:
-    return getattr(node.target, "namespace", "") == "_c10d_functional"
+    return getattr(node.target, "namespace", "") == "_c10d_functional" or node.target is ROWS
 
 
 def _workspace(node: fx.Node) -> int:

@@ -54,7 +54,9 @@ def _beside_exchanges(graph: fx.Graph) -> list[fx.Node]:
     for start in graph.find_nodes(op="call_function", target=ROWS):
         compat.lower_as_collective(ROWS)
         waiting = {start}
-        at, moved, kept = nodes.index(start) + 1, [], []
+        at = nodes.index(start) + 1
+        moved: list[fx.Node] = []
+        kept: list[fx.Node] = []
         for node in nodes[at:]:
             if any(n in waiting for n in node.all_input_nodes):
                 waiting.add(node)

@@ -416,7 +416,8 @@ def lower_as_collective(operator: Any) -> None:
 
     @register_lowering(operator, type_promotion_kind=None)
     def lower(*args: Any) -> Any:
-        return ir.TensorBox.create(ir._CollectiveKernel.create_out_of_place(operator, *args))
+        started: Any = ir._CollectiveKernel.create_out_of_place(operator, *args)
+        return ir.TensorBox.create(started)
 
 
 def in_backward(node: fx.Node) -> bool:

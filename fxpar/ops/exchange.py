@@ -38,8 +38,8 @@ _library.define("exchange_rows(Tensor rows, Tensor splits, Tensor tokens, Tensor
 PLAN = torch.ops.fxpar.exchange_plan.default
 """experts [n], sorted -> an `Arrival`."""
 ROWS = torch.ops.fxpar.exchange_rows.default
-"""rows [n, ...] -> [m, ...], or `back`, started, to be waited for by `wait_tensor`; tokens [n] and arrived [m] are there for their
-sizes."""
+"""rows [n, ...] -> [m, ...], or `back`: started, and to be waited for by `wait_tensor`. tokens [n] and arrived [m] are there for
+their sizes."""
 
 
 def exchange_plan(experts: Tensor, axes: Axes, count: int) -> Arrival:
