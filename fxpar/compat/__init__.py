@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.steps import (
     Cut,
@@ -50,6 +51,7 @@ __all__ = [
     "autocast_region",
     "compile_graph",
     "compile_steps",
+    "default_store",
     "detect_fake_mode",
     "fake_like",
     "interpret_steps",
@@ -58,6 +60,7 @@ __all__ = [
     "is_random",
     "mutates",
     "no_grad_region",
+    "process_groups",
     "read_metadata",
     "storage_of",
     "trace_steps",
@@ -350,12 +353,6 @@ def version(tensor: Any) -> tuple[int, int]:
 def after_backward(function: Callable[[], None]) -> None:
     """Call `function` at the end of the backward pass that is running."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
-
-
-def default_store() -> Any:
-    """The store that the processes met at, through a connection of its own: one that waits holds up nobody else."""
-    store: Any = torch.distributed.distributed_c10d._get_default_store()
-    return store.clone()
 
 
 def backward_pass() -> int:

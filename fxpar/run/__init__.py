@@ -7,6 +7,9 @@ feed        the local inputs of a program, call by call
 steps       which of a step's phases runs when: unshard, compute, reduce (with gradients: those not reduced yet)
 microbatches  a training step of several forwards and backwards that add up to the whole batch's
 agreement   what ranks exchange, so that they all run or all raise
+batches     whether the ranks of a replica were given the same values
+replica     a sampler that gives them the same
+optimizers  what optimizers did, for ranks to compare
 initialize  parameters of meta models, as the model itself initialises them
 edges       tensors that go from one parallel module into another
 numbers     Python numbers in a call that need no capture of their own

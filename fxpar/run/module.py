@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fxpar import compat
-from fxpar.model import inputs as calls
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.run.clip import clip_grad_norm
@@ -19,6 +18,24 @@ from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.initialize import init_weights
 from fxpar.run.loss import loss_of
 from fxpar.run.store import ParameterStore
+
+
+class Replica(int):
+    """The number of a replica, of `count`."""
+
+    count: int
+
+    def __new__(cls, index: int, count: int) -> Replica:
+        made = super().__new__(cls, index)
+        made.count = count
+        return made
+
+    @property
+    def index(self) -> int:
+        return int(self)
+
+    def __reduce__(self) -> tuple[type[Replica], tuple[int, int]]:
+        return Replica, (int(self), self.count)
 
 
 class ParallelModule(nn.Module):
@@ -65,10 +82,14 @@ class ParallelModule(nn.Module):
         return self.parameter_store.bound.device_mesh
 
     @property
-    def replica(self) -> int:
-        """Which data-parallel replica this rank belongs to, from 0: the part of the global batch that it is to pass in."""
+    def replica(self) -> Replica:
+        """Which data-parallel replica this rank belongs to, from 0: the part of the global batch that it is to pass in.
+
+        The number is its `index`, too, and `count` how many replicas there are. See `fxpar.sampler`.
+        """
         store = self.parameter_store
-        return store.bound.index(store.mesh.axes("dp"))
+        dp = store.mesh.axes("dp")
+        return Replica(store.bound.index(dp), store.mesh.size(*dp))
 
     @property
     def dropout_seeds(self) -> DropoutSeeds:
@@ -121,7 +142,7 @@ class ParallelModule(nn.Module):
         Raises: `InputError` for arguments that do not fit; `MismatchError` on every rank if ranks were given
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
         """
-        return self._engine.run(calls.canonical(self._model, args, kwargs), last=self._sync)
+        return self._engine.run(args, kwargs, last=self._sync)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of this replica's batch, over the plan's microbatches; gradients are summed over ranks once.
@@ -133,7 +154,7 @@ class ParallelModule(nn.Module):
         Raises: as `forward`; `PlanError` for a model that cannot be computed in microbatches.
         """
         if self.plan.microbatches > 1 and self.plan.pp == 1:
-            return self._engine.train(calls.canonical(self._model, args, kwargs), last=self._sync)
+            return self._engine.train(args, kwargs, last=self._sync)
         loss = loss_of(self(*args, **kwargs))
         loss.backward()
         return loss.detach()
@@ -169,13 +190,21 @@ class ParallelModule(nn.Module):
 
         Every element of every parameter counts once, however it is sharded or replicated. norm_type: 2, any p > 0, or inf.
         """
-        return clip_grad_norm(self.parameter_store.counted(), max_norm, norm_type, self.parameter_store.bound,
-                              self.parameter_store.runtime)
+        store = self.parameter_store
+        with store.control.watch.call("clip_grad_norm_"):
+            store.control.watch.note(f"clip_grad_norm_({float(max_norm)}, {float(norm_type)})")
+            return clip_grad_norm(store.counted(), max_norm, norm_type, store.bound, store.runtime)
 
     def init_weights(self, seed: int) -> None:
         """Fill parameters (and buffers) that are on the meta device as the model's own initialisation would, from `seed`."""
         store = self.parameter_store
-        with store.all_parameters():
+        with store.control.watch.call("init_weights"):
+            store.control.agree("init_weights", {"seed": seed})
+            store.control.together(lambda: self._init_weights(seed))
+
+    def _init_weights(self, seed: int) -> None:
+        store = self.parameter_store
+        with store.control.watch.busy("initialising"), store.all_parameters():
             init_weights(self._model, seed, store.layouts, store.bound, self.device, store.elsewhere)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -1,0 +1,119 @@
+"""batches: whether the ranks of a replica were given the same values.
+
+The ranks of one replica (along tp, cp and pp) each take their part of the batch that all of them were given; if they were given
+different ones, they train on neither. A checksum of every tensor's bytes, in which their order counts, is compared in the first
+calls and every so often. It is computed where the batch is. For a batch on a GPU it comes to the host on its own, and is compared
+in the first call that finds it there on all ranks, so that the host never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fxpar.backends.transport.control import Check, Control, Outcome
+from fxpar.errors import MismatchError
+from fxpar.sharding.mesh import BoundMesh
+
+CHECKED_EVERY = 100
+FIRST = 3
+"""Calls that are checked at the beginning, of those that are checked at all."""
+_MASK = 2**62 - 1
+_ODD = 0x2545F4914F6CDD1D
+
+_log = logging.getLogger("fxpar")
+
+
+class BatchChecks:
+    """Of one module on one rank. every: see `check_batches` of `fxpar.parallelize`."""
+
+    def __init__(self, bound: BoundMesh, control: Control, every: int):
+        dp = bound.mesh.axes("dp")
+        self.every, self.control = every, control
+        self.replica, self.replicas = bound.index(dp), bound.mesh.size(*dp)
+        self._calls, self._compared, self._same = 0, 0, self.replicas > 1
+        self._sums: Sums | None = None
+
+    def due(self, named: Mapping[str, Any]) -> list[Check]:
+        """What is to be compared in this call, which takes the leaves `named`."""
+        self._calls += 1
+        alone = self.replicas == self.control.world  # then there is nothing to compare but the replicas, for a hint
+        if not self.every or self.control.world == 1 or (alone and self._calls > FIRST):
+            return []
+        if self._sums is None and (self._calls <= FIRST or self._calls % self.every == 0):
+            self._sums = Sums(named)
+        return [] if self._sums is None else [Check(self.replica, self.replicas, self._sums.number())]
+
+    def judge(self, outcomes: list[Outcome]) -> None:
+        """Raises: `MismatchError`, on all ranks, if those of a replica were given different values."""
+        for outcome in outcomes:
+            if outcome is None:
+                continue
+            assert self._sums is not None
+            sums, self._sums = self._sums, None
+            if None in outcome:
+                self._differ(sums)
+            self._compared += 1
+            self._same = self._same and len(set(outcome)) == 1 and outcome[0] != 0
+            if self._compared == FIRST and self._same and self.control.rank == 0:
+                _log.warning("all %d replicas were given the same batch in each of the first %d calls; "
+                             "fxpar.sampler(dataset, module) gives each a part of its own", self.replicas, FIRST)
+
+    def _differ(self, sums: Sums) -> NoReturn:
+        first: dict[int, tuple[int, dict[str, int]]] = {}
+        for rank, (replica, theirs) in enumerate(self.control.exchange((self.replica, sums.by_path()))):
+            one, mine = first.setdefault(replica, (rank, theirs))
+            path = next((path for path in mine if mine[path] != theirs[path]), None)
+            if path is not None:
+                raise MismatchError(
+                    f"ranks were called with different values of input {path!r}: ranks {one} and {rank} belong to replica "
+                    f"{replica} of {self.replicas}, and each takes its part of what it is given; all ranks of a replica, along "
+                    "tp, cp and pp, must pass the same: fxpar.sampler(dataset, module) gives each its replica's part, as does "
+                    "DistributedSampler(dataset, module.replica.count, module.replica.index)")
+        raise AssertionError("ranks differ in nothing")
+
+
+class Sums:
+    """A number for each tensor of a call that follows from its values; none of those that want gradients: they were computed."""
+
+    def __init__(self, named: Mapping[str, Any]):
+        sums = {path: _sum(leaf.detach()) for path, leaf in named.items() if isinstance(leaf, Tensor) and leaf.numel()
+                and not leaf.requires_grad and leaf.device.type in ("cpu", "cuda")}
+        self._known = {path: int(s) for path, s in sums.items() if s.device.type == "cpu"}
+        coming = {path: s for path, s in sums.items() if path not in self._known}
+        self._coming, self._arrived = list(coming), torch.empty(0, dtype=torch.int64)
+        self._event: torch.cuda.Event | None = None
+        if coming:
+            total = torch.stack(list(coming.values()))
+            self._arrived = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
+            self._arrived.copy_(total, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(total.device))
+
+    def number(self) -> int | None:
+        """One for all; None as long as a GPU has not come to it."""
+        if self._event is not None and not self._event.query():
+            return None
+        sums = self.by_path().values()
+        return functools.reduce(lambda number, each: (number * _ODD + each) & _MASK, sums, len(sums))
+
+    def by_path(self) -> dict[str, int]:
+        return {**self._known, **dict(zip(self._coming, self._arrived.tolist(), strict=True))}
+
+
+@torch.no_grad()
+def _sum(t: Tensor) -> Tensor:
+    """A sum of the bytes of a tensor, as integers that are weighted by where they are, modulo 2^64."""
+    flat = t.contiguous().reshape(-1)
+    width = flat.element_size()
+    if flat.dtype == torch.bool or width == 1:
+        whole = flat.view(torch.uint8)
+    else:
+        whole = flat.view({2: torch.int16, 4: torch.int32}.get(width, torch.int64))
+    weights = torch.arange(1, whole.numel() + 1, device=whole.device) * 0x9E3779B1 + 0x85EBCA77
+    return (whole.to(torch.int64) * weights).sum()
