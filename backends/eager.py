@@ -12,6 +12,7 @@ from fxpar import compat
 from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
+from fxpar.backends.transport.control import told
 from fxpar.ops.collectives import Runtime, use_runtime
 from fxpar.plan import Plan
 
@@ -51,7 +52,7 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Pl
     if torch.is_grad_enabled() and (plan.recompute != "none" or plan.gathers_each_use):
         graph, keep = tensor_inputs_only(module, example)
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
-            split = compat.partition_eagerly(graph, [example[i] for i in keep], lambda g: choose_recomputation(g, plan))
+            split = compat.partition_eagerly(graph, [example[i] for i in keep], lambda g: choose_recomputation(g, plan), told)
 
         def run_split(*inputs: Any) -> Any:
             with use_runtime(runtime):

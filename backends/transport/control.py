@@ -21,6 +21,7 @@ from fxpar.errors import FxparError, MismatchError
 T = TypeVar("T")
 LEAST = -(2**63)
 """An int64 that is larger than no other."""
+TOGETHER = "what all have to do"
 FAILED = 1
 """What a rank compares that failed before it could compare anything."""
 LONG = timedelta(days=30)
@@ -69,6 +70,20 @@ def watch(timeout: float | None = None) -> Watch | NoWatch:
     if timeout is not None and isinstance(made, Watch):
         made.timeout = timeout
     return made
+
+
+class _Told:
+    """Inside, an error of communication becomes the one that says why it broke."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if error is not None and is_broken(error) and _worlds and isinstance(_worlds[0].watch, Watch):
+            raise _worlds[0].watch.reason(error) from error
+
+
+told = _Told()
 
 
 class Control:
@@ -144,10 +159,8 @@ class Control:
         work = self.group.allreduce([tensor], self._largest)  # as dist.all_reduce, without half of the time it takes to start
 
         def wait() -> T:
-            try:
+            with told:
                 work.wait()
-            except RuntimeError as error:
-                raise self.broken(error) from error
             return found(numbers)
 
         return wait
@@ -160,10 +173,8 @@ class Control:
         if self.group is None:
             return [thing[0]]
         out: list = [None] * self.world
-        try:
+        with told:
             dist.all_gather_object(out, thing, group=self.group)
-        except RuntimeError as error:
-            raise self.broken(error) from error
         failed = next((rank for rank, (_, text) in enumerate(out) if text is not None), None)
         if failed is not None:
             self.watch.all_know()
@@ -186,8 +197,8 @@ class Control:
         except Exception as error:
             self.fail(error)
             raise
-        if not self.compare(0)():
-            self.exchange(None)
+        if not self.compare(digest(TOGETHER))():
+            self.exchange_of(TOGETHER, None)
         return made
 
     def agree(self, call: str, given: Mapping[str, Any]) -> None:
@@ -195,24 +206,23 @@ class Control:
         if self.group is None:
             return
         given = {**given, "calls_before": (self.watch.failures, self.watch.backwards, self.watch.taken())}
-        if not self.compare(digest(repr((call, given))))():
-            raise self.difference(self.exchange((call, {name: repr(value) for name, value in given.items()})))
-
-    def difference(self, everyone: Sequence[tuple[str, Mapping[str, str]]]) -> MismatchError:
-        """The error that names two ranks, and what they differ in. everyone: (what is called, name -> what was given)."""
-        calls = [call for call, _ in everyone]
-        other = next((rank for rank, call in enumerate(calls) if call != calls[0]), None)
-        if other is not None:
-            return MismatchError(f"ranks call different things: rank 0 {calls[0]}, rank {other} {calls[other]}; every rank must "
-                                 "make the same calls in the same order")
-        for name in dict.fromkeys(name for _, given in everyone for name in given):
-            values = [given.get(name, "nothing") for _, given in everyone]
+        if self.compare(digest(repr((call, given))))():
+            return
+        everyone = self.exchange_of(call, {name: repr(value) for name, value in given.items()})
+        for name in dict.fromkeys(name for theirs in everyone for name in theirs):
+            values = [theirs.get(name, "nothing") for theirs in everyone]
             other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
             if other is not None:
-                return MismatchError(f"ranks call {calls[0]} differently in {name}: rank 0 with {values[0]}, rank {other} with "
-                                     f"{values[other]}: every rank must be given the same")
+                raise MismatchError(f"ranks call {call} differently in {name}: rank 0 with {values[0]}, rank {other} with "
+                                    f"{values[other]}: every rank must be given the same")
         raise AssertionError("ranks differ in nothing")
 
-    def broken(self, error: RuntimeError) -> BaseException:
-        """What to raise where communication over this channel failed."""
-        return self.watch.reason(error) if isinstance(self.watch, Watch) and is_broken(error) else error
+    def exchange_of(self, call: str, thing: object) -> list:
+        """`exchange` where `compare` found a difference. Raises: `MismatchError` on every rank if ranks make different calls."""
+        everyone = self.exchange((call, thing))
+        calls = [made for made, _ in everyone]
+        other = next((rank for rank, made in enumerate(calls) if made != calls[0]), None)
+        if other is not None:
+            raise MismatchError(f"ranks call different things: rank 0 {calls[0]}, rank {other} {calls[other]}; every rank must "
+                                "make the same calls in the same order")
+        return [given for _, given in everyone]

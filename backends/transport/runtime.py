@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpar.backends.transport.base import NCCL, Transport
+from fxpar.backends.transport.control import told
 from fxpar.ops.collectives import typed
 from fxpar.ops.ring.operator import axes_of
 from fxpar.sharding.mesh import Axes, BoundMesh
@@ -45,7 +46,7 @@ class FunctionalRuntime(ABC):
 
 
 class GroupRuntime(FunctionalRuntime):
-    """The `Runtime` of one rank of a real run: its process groups."""
+    """The `Runtime` of one rank of a real run: its process groups. Where communication breaks, it says why."""
 
     def __init__(self, mesh: BoundMesh):
         self.mesh = mesh
@@ -68,3 +69,19 @@ class GroupRuntime(FunctionalRuntime):
 
     def name(self, axes: Axes) -> str:
         return self.mesh.group(axes).group_name
+
+    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
+        with told:
+            return super().all_reduce(x, axes, op)
+
+    def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
+        with told:
+            return super().all_gather(x, axes)
+
+    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
+        with told:
+            return super().reduce_scatter(x, axes)
+
+    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
+        with told:
+            return super().all_to_all(x, axes)

@@ -48,14 +48,18 @@ TIMEOUT = 60.0
 """Seconds without a sign of life of a rank that others wait for, unless `fxpar.parallelize` is told otherwise."""
 INTERVAL = 1.0
 """Seconds between two signs of life; longer where many ranks share one store, shorter than a tenth of the timeout."""
+SILENT = 0.75
+"""The part of the timeout for which a rank that is gone says nothing at all: others' threads may have to wait for Python."""
 PATIENCE = 3.0
 """Seconds that a rank whose communication broke waits for the reason."""
+_BROKEN = ("gloo/", "NCCL", "pair closure", "onnection closed", "onnection reset", "Broken pipe")
+"""What errors of communication say of themselves that have no class of their own."""
 LOST = 3
 """Looks in vain at the store, after which it is gone."""
 NOBODY_SENDS = 7_654_321
 """A tag of messages."""
 _NOT_USERS = tuple(str(Path(p)) + "/" for p in (
-    Path(__file__).parents[2], Path(str(torch.__file__)).parent, sysconfig.get_paths()["stdlib"])) + ("<frozen",)
+    Path(__file__).parents[2], Path(str(torch.__file__)).parent, sysconfig.get_paths()["stdlib"])) + ("<",)
 _LIBRARIES = sysconfig.get_paths()["purelib"] + "/"
 
 _log = logging.getLogger("fxpar")
@@ -191,7 +195,7 @@ class Watch:
                 _log.error("%s", self.failure)
                 self.cut()
                 return False
-            if state["in"] and not state["busy"] and state["age"] > self.timeout / 2:
+            if state["in"] and not state["busy"] and state["age"] > self.timeout * (1 - SILENT):
                 self._judge(state)
             self._lost = 0
         except RuntimeError:  # the process that keeps the store has ended, or this one's process group has
@@ -250,8 +254,8 @@ class Watch:
             if beat != state.get("beat"):
                 first = now
             self._others[rank] = state.get("beat", -1), first
-            alike = state and (state["in"], state["call"]) == (mine["in"], mine["call"])
-            silent = not state or state["ended"] or now - first > self.timeout / 2
+            alike = state and all(state[key] == mine[key] for key in ("in", "call", "name"))
+            silent = not state or state["ended"] or now - first > self.timeout * SILENT
             if silent or (not alike and not state["busy"] and state["age"] >= self.timeout):
                 missing.append(rank)
         if missing and mine["age"] >= self.timeout and self._seen == self._events:
@@ -339,9 +343,7 @@ class NoWatch:
 
 def is_broken(error: BaseException) -> bool:
     """Whether an error is one of communication, as a backend of PyTorch raises it."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and not isinstance(error, FxparError)
-                                                 and ("gloo" in text or "NCCL" in text))
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and any(sign in str(error) for sign in _BROKEN))
 
 
 def _ended_by(rank: int, name: str, text: str) -> str:

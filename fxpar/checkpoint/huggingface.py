@@ -22,7 +22,7 @@ from fxpar.checkpoint import staged
 from fxpar.checkpoint.folder import resolved
 from fxpar.checkpoint.manifest import of_entry
 from fxpar.checkpoint.part import Part
-from fxpar.checkpoint.ranks import LocalModel, alike, listed, place, same, to_cpu, together
+from fxpar.checkpoint.ranks import LocalModel, alike, listed, place, require_alike, same, to_cpu, together
 from fxpar.checkpoint.save import finish_running
 from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
@@ -56,6 +56,7 @@ def export_safetensors(path: str | os.PathLike, module: nn.Module, *, max_file_b
 def _export(path: str | os.PathLike, model: LocalModel, max_file_bytes: int) -> None:
     folder = alike(model.ranks, path, lambda: resolved(path))
     alike(model.ranks, folder, lambda: model.require_real(folder))
+    require_alike(model, folder)
     parts = {n: part for n, part in model.parts().items() if model.counts(n)}
     same(model.ranks, folder, "what they export", {n: tuple(part.shape) for n, part in parts.items()})
     alike(model.ranks, folder, lambda: _make_room(folder) if model.ranks.rank == 0 else None)

@@ -96,6 +96,16 @@ def together(call: str, module: nn.Module, given: Mapping[str, Any]) -> Iterator
         yield
 
 
+def require_alike(model: LocalModel, where: Path) -> None:
+    """Raise on every rank if copies of a parameter or buffer differ: a checkpoint has one of them."""
+    if isinstance(model.module, ParallelModule):
+        try:
+            model.module.require_alike()
+        except MismatchError as error:
+            model.ranks.watch.all_know()
+            raise CheckpointError(str(error), str(where)) from error
+
+
 def place(path: Any) -> str:
     """A path that was given to a call, for ranks to compare: they may run in different folders."""
     try:

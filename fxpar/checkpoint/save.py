@@ -21,7 +21,7 @@ from fxpar.checkpoint.manifest import Writer
 from fxpar.checkpoint.optimizer import merged, require_plain, saved_state
 from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.planners import Contents, Key, SavePlanner, contents, joined
-from fxpar.checkpoint.ranks import LocalModel, RankControl, alike, place, same, together
+from fxpar.checkpoint.ranks import LocalModel, RankControl, alike, place, require_alike, same, together
 from fxpar.errors import CheckpointError
 from fxpar.run.module import ParallelModule
 
@@ -94,6 +94,7 @@ def _save(path: str | os.PathLike, model: LocalModel, optimizer: Optimizer | Non
     with model.ranks.watch.busy("waiting for the save before"):
         finish_running()
     target = alike(model.ranks, path, lambda: folder.resolved(path))
+    require_alike(model, target)
 
     def collect() -> tuple[dict[Key, Part], dict[str, Any]]:
         model.require_real(target)

@@ -400,10 +400,12 @@ def in_backward(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") == "is_backward"
 
 
-def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None]) -> Callable:
+def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],
+                      around: contextlib.AbstractContextManager[None] | None = None) -> Callable:
     """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
 
-    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it.
+    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. around: the context of every forward and
+    backward.
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -413,7 +415,11 @@ def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Cal
         return min_cut_rematerialization_partition(module, joint_inputs, **options)
 
     def as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        return make_boxed_func(gm)
+        def run(*args: Any) -> Any:
+            with around or contextlib.nullcontext():
+                return gm(*args)
+
+        return make_boxed_func(run)
 
     return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=partition)
 

@@ -8,6 +8,7 @@ steps       which of a step's phases runs when: unshard, compute, reduce (with g
 microbatches  a training step of several forwards and backwards that add up to the whole batch's
 agreement   what ranks exchange, so that they all run or all raise
 batches     whether the ranks of a replica were given the same values
+drift       whether what ranks hold alike has stayed alike (with arriving: numbers that come from a GPU)
 replica     a sampler that gives them the same
 optimizers  what optimizers did, for ranks to compare
 initialize  parameters of meta models, as the model itself initialises them

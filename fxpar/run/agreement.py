@@ -56,17 +56,15 @@ def agree_on_call(control: Control, name: str, key: tuple, names: Callable[[int]
             if checks:
                 judge(outcomes)
             return of_kinds
-        everyone = control.exchange((name, [[repr(x) for x in p] if i in (1, 2) else repr(p) for i, p in enumerate(key)],
-                                     [names(i) for i in (3, 4, 5)]))
-        if len({called for called, _, _ in everyone}) > 1:
-            raise control.difference([(called, {}) for called, _, _ in everyone])
-        one, other, part = _difference(control, [parts for _, parts, _ in everyone])
-        mine, theirs, what = everyone[one][1][part], everyone[other][1][part], ""
+        everyone = control.exchange_of(name, ([[repr(x) for x in p] if i in (1, 2) else repr(p) for i, p in enumerate(key)],
+                                              [names(i) for i in (3, 4, 5)]))
+        one, other, part = _difference(control, [parts for parts, _ in everyone])
+        mine, theirs, what = everyone[one][0][part], everyone[other][0][part], ""
         if part in (1, 2):
             at = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), 0)
             mine, theirs, what = mine[at], theirs[at], repr(names(part)[at]) if names(part)[at] else "(the model itself)"
         elif part in (3, 4, 5):
-            what = everyone[one if int(mine) > int(theirs) else other][2][part - 3][0]
+            what = everyone[one if int(mine) > int(theirs) else other][1][part - 3][0]
             mine, theirs = f"change {mine}", f"change {theirs}"
         raise MismatchError(
             f"ranks were called differently in {PARTS[part].format(what)}: rank {one} with {mine}, rank {other} with {theirs}; "

@@ -8,24 +8,20 @@ in the first call that finds it there on all ranks, so that the host never waits
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from fxpar.backends.transport.control import Check, Control, Outcome
 from fxpar.errors import MismatchError
+from fxpar.run.arriving import Arriving, checksum, joined
 from fxpar.sharding.mesh import BoundMesh
 
 CHECKED_EVERY = 100
 FIRST = 3
 """Calls that are checked at the beginning, of those that are checked at all."""
-_MASK = 2**62 - 1
-_ODD = 0x2545F4914F6CDD1D
-
 _log = logging.getLogger("fxpar")
 
 
@@ -37,7 +33,8 @@ class BatchChecks:
         self.every, self.control = every, control
         self.replica, self.replicas = bound.index(dp), bound.mesh.size(*dp)
         self._calls, self._compared, self._same = 0, 0, self.replicas > 1
-        self._sums: Sums | None = None
+        self._sums: tuple[list[str], Arriving] | None = None
+        """Of the tensors of a call, but those that want gradients, which were computed, by their paths."""
 
     def due(self, named: Mapping[str, Any]) -> list[Check]:
         """What is to be compared in this call, which takes the leaves `named`."""
@@ -46,8 +43,13 @@ class BatchChecks:
         if not self.every or self.control.world == 1 or (alone and self._calls > FIRST):
             return []
         if self._sums is None and (self._calls <= FIRST or self._calls % self.every == 0):
-            self._sums = Sums(named)
-        return [] if self._sums is None else [Check(self.replica, self.replicas, self._sums.number())]
+            tensors = {path: leaf for path, leaf in named.items() if isinstance(leaf, Tensor) and leaf.numel()
+                       and not leaf.requires_grad and leaf.device.type in ("cpu", "cuda")}
+            self._sums = list(tensors), Arriving([checksum(t.detach()) for t in tensors.values()])
+        if self._sums is None:
+            return []
+        sums = self._sums[1].here()
+        return [Check(self.replica, self.replicas, None if sums is None else joined(sums))]
 
     def judge(self, outcomes: list[Outcome]) -> None:
         """Raises: `MismatchError`, on all ranks, if those of a replica were given different values."""
@@ -57,16 +59,16 @@ class BatchChecks:
             assert self._sums is not None
             sums, self._sums = self._sums, None
             if None in outcome:
-                self._differ(sums)
+                self._differ(dict(zip(sums[0], sums[1].waited(), strict=True)))
             self._compared += 1
-            self._same = self._same and len(set(outcome)) == 1 and outcome[0] != 0
+            self._same = self._same and len(set(outcome)) == 1 and bool(sums[0])
             if self._compared == FIRST and self._same and self.control.rank == 0:
                 _log.warning("all %d replicas were given the same batch in each of the first %d calls; "
                              "fxpar.sampler(dataset, module) gives each a part of its own", self.replicas, FIRST)
 
-    def _differ(self, sums: Sums) -> NoReturn:
+    def _differ(self, sums: dict[str, int]) -> NoReturn:
         first: dict[int, tuple[int, dict[str, int]]] = {}
-        for rank, (replica, theirs) in enumerate(self.control.exchange((self.replica, sums.by_path()))):
+        for rank, (replica, theirs) in enumerate(self.control.exchange((self.replica, sums))):
             one, mine = first.setdefault(replica, (rank, theirs))
             path = next((path for path in mine if mine[path] != theirs[path]), None)
             if path is not None:
@@ -76,44 +78,3 @@ class BatchChecks:
                     "tp, cp and pp, must pass the same: fxpar.sampler(dataset, module) gives each its replica's part, as does "
                     "DistributedSampler(dataset, module.replica.count, module.replica.index)")
         raise AssertionError("ranks differ in nothing")
-
-
-class Sums:
-    """A number for each tensor of a call that follows from its values; none of those that want gradients: they were computed."""
-
-    def __init__(self, named: Mapping[str, Any]):
-        sums = {path: _sum(leaf.detach()) for path, leaf in named.items() if isinstance(leaf, Tensor) and leaf.numel()
-                and not leaf.requires_grad and leaf.device.type in ("cpu", "cuda")}
-        self._known = {path: int(s) for path, s in sums.items() if s.device.type == "cpu"}
-        coming = {path: s for path, s in sums.items() if path not in self._known}
-        self._coming, self._arrived = list(coming), torch.empty(0, dtype=torch.int64)
-        self._event: torch.cuda.Event | None = None
-        if coming:
-            total = torch.stack(list(coming.values()))
-            self._arrived = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
-            self._arrived.copy_(total, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(total.device))
-
-    def number(self) -> int | None:
-        """One for all; None as long as a GPU has not come to it."""
-        if self._event is not None and not self._event.query():
-            return None
-        sums = self.by_path().values()
-        return functools.reduce(lambda number, each: (number * _ODD + each) & _MASK, sums, len(sums))
-
-    def by_path(self) -> dict[str, int]:
-        return {**self._known, **dict(zip(self._coming, self._arrived.tolist(), strict=True))}
-
-
-@torch.no_grad()
-def _sum(t: Tensor) -> Tensor:
-    """A sum of the bytes of a tensor, as integers that are weighted by where they are, modulo 2^64."""
-    flat = t.contiguous().reshape(-1)
-    width = flat.element_size()
-    if flat.dtype == torch.bool or width == 1:
-        whole = flat.view(torch.uint8)
-    else:
-        whole = flat.view({2: torch.int16, 4: torch.int32}.get(width, torch.int64))
-    weights = torch.arange(1, whole.numel() + 1, device=whole.device) * 0x9E3779B1 + 0x85EBCA77
-    return (whole.to(torch.int64) * weights).sum()

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.base import copied_axes
+from fxpar.backends.transport.control import Outcome
 from fxpar.errors import CaptureError, InputError, MismatchError, UnsupportedOperator
 from fxpar.model import inputs as calls
 from fxpar.model.hugging_face import say
@@ -31,6 +32,7 @@ from fxpar.program import Program
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
 from fxpar.run.batches import CHECKED_EVERY, BatchChecks
+from fxpar.run.drift import DriftChecks
 from fxpar.run.edges import Edges, with_full_outputs
 from fxpar.run.feed import Feed
 from fxpar.run.loss import loss_of
@@ -95,6 +97,7 @@ class Engine:
         self._left = AttributeStates()
         self._said: set[int] = set()  # numbers of programs
         self._batches = BatchChecks(store.bound, store.control, check_batches)
+        self._drift = DriftChecks(store, check_batches)
         self._optimizers = OptimizerSteps(store.model, self._watch)
 
     def adopt(self, program: Program, call: calls.Call) -> None:
@@ -241,12 +244,13 @@ class Engine:
                 prepared = self._numbers.prepared(call)
                 named = with_full_outputs(calls.leaves(prepared))
                 key = *self._captured(named, count), torch.is_grad_enabled()
-                checks = self._batches.due(named)
+                batch, weights = self._batches.due(named), self._drift.due()
             except Exception as error:
                 self._control.fail(error)
                 raise
             compared = *key, *self._circumstances(calls.leaves(call), last)
-            await_agreement = agree_on_call(self._control, name, compared, self._names, checks, self._batches.judge)
+            await_agreement = agree_on_call(self._control, name, compared, self._names, [*batch, *weights],
+                                            functools.partial(self._judge, len(batch)))
             try:
                 return named, *self._lookup(prepared, named, count, key, await_agreement)
             except (CaptureError, UnsupportedOperator):
@@ -260,6 +264,14 @@ class Engine:
         trained = self._depends.first_trained()
         return (numbers, not last, (seeds.base, seeds.calls), watch.taken(), watch.backwards, watch.failures,
                 trained is not None and trained.grad is not None, self._optimizers.taken())
+
+    def _judge(self, of_batch: int, outcomes: list[Outcome]) -> None:
+        self._batches.judge(outcomes[:of_batch])
+        self._drift.judge(outcomes[of_batch:])
+
+    def require_alike(self) -> None:
+        """Raises: `MismatchError`, on all ranks, if copies of a parameter or buffer differ."""
+        self._drift.require_alike()
 
     def _names(self, part: int) -> list[str]:
         return self._depends.names(part - 1)

@@ -207,6 +207,16 @@ class ParallelModule(nn.Module):
         with store.control.watch.busy("initialising"), store.all_parameters():
             init_weights(self._model, seed, store.layouts, store.bound, self.device, store.elsewhere)
 
+    def require_alike(self) -> None:
+        """Compare what several ranks hold alike: parameters that are not split over all of them, and buffers. All ranks call.
+
+        Ranks do so by themselves now and then (`check_batches` of `fxpar.parallelize`), and before a checkpoint is written.
+        Raises: `MismatchError`, on all ranks, with the name of one that differs.
+        """
+        with self.parameter_store.control.watch.call("require_alike"):
+            self.parameter_store.control.agree("require_alike", {})
+            self._engine.require_alike()
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; what it has of parameters that other ranks' pipeline stages hold is left alone here."""
         elsewhere = self.parameter_store.elsewhere

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxpar
 
-TIMEOUT = 3.0
+TIMEOUT = 4.0
 LIMIT = 25.0
 """Seconds within which a program must have ended: the timeout, what it takes to notice, and the program on a busy machine."""
 
@@ -229,7 +229,8 @@ def set_lr(p: Program) -> None:
 
 def leave(p: Program) -> None:
     """The program of this rank is over, and its process lives on."""
-    time.sleep(LIMIT)
+    time.sleep(3 * TIMEOUT)
+    raise SystemError("it is over")
 
 
 def hook_fails(p: Program, step: int) -> Any:
@@ -243,6 +244,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     # what parallelize is given
     "no mistake": mistake(),
     "no mistake, tp": mistake("tp=2"),
+    "no mistake, zero=3": mistake("dp=2,zero=3"),
+    "no mistake, pp": mistake("pp=2"),
     "plan: other degrees": mistake(parallelize=under("tp=2")),
     "plan: other zero": mistake(parallelize=under("dp=2,zero=3")),
     "plan: for four ranks": mistake(parallelize=under("dp=4")),
@@ -299,7 +302,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "forward: other rows under tp": mistake("tp=2", batch=lambda p, s: p.rows(s, 1)),
     "forward: other labels under tp": mistake("tp=2", batch=passes(lambda b: {"labels": b["labels"].flip(0)}, 2)),
     "forward: rows in another order under tp": mistake("tp=2", batch=passes(lambda b: {k: v.flip(0) for k, v in b.items()})),
-    "forward: other rows under cp": mistake("cp=2", batch=lambda p, s: p.rows(s, 1)),
+    "forward: other rows under pp": mistake("pp=2", batch=lambda p, s: p.rows(s, 1)),
+    "forward: label out of range under pp": mistake("pp=2", batch=passes(lambda b: {"labels": b["labels"] + 1000})),
+    "forward: left out under pp": mistake("pp=2", step=at(1, nothing, "step")),
+    "forward: another mode under pp": mistake("pp=2", begin=module(lambda m: m.eval())),
+    "forward: never filled, on all ranks": mistake("dp=2", build=on_meta),
     "forward: twice": mistake(forward=at(1, lambda p, s: (Program.forward(p, s), Program.forward(p, s))[1], "forward")),
     "forward: left out": mistake(step=at(1, nothing, "step")),
     "forward: under no_grad": mistake(forward=within(lambda p: torch.no_grad(), "forward")),
@@ -344,7 +351,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "module: weights changed under tp": mistake("tp=2", begin=module(lambda m: m.get_parameter("norm.weight").data.fill_(3.0))),
     "module: a buffer changed": mistake(begin=module(lambda m: m.get_buffer("scale").fill_(2.0))),
     "module: init_weights": mistake(begin=module(lambda m: m.init_weights(3))),
-    "module: init_weights, other seeds": mistake("dp=2", before=lambda p: p.module.init_weights(p.rank)),
+    "module: init_weights, other seeds on all ranks": mistake("dp=2", before=lambda p: p.module.init_weights(p.rank)),
     "module: never filled": mistake(build=on_meta),
     # checkpoints
     "save: left out": mistake(save=nothing),
@@ -374,10 +381,10 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
 
 
 def ending(rank: int, name: str, folder: str) -> tuple[str, str, float, list[float], list[Tensor]]:
-    """How the program of this rank ends: ("ok" or the names of the error's class and its bases, text, seconds, losses, weights)."""
+    """How the program of this rank ends: "ok" or the names of the error's class and its bases, text, seconds, losses, weights."""
     plan, steps = MISTAKES[name]
     program = Program(rank, plan, folder)
-    if rank == 1:
+    if rank == 1 or name.endswith("on all ranks"):
         for step, function in steps.items():
             setattr(program, step, lambda *given, f=function: f(program, *given))
     torch.set_num_threads(1)
