@@ -114,11 +114,12 @@ class Control:
         """Until every rank has come here: what makes a group waits for them without end."""
         if isinstance(self.watch, NoWatch):
             return
-        store, key = compat.default_store(), f"{self.watch.prefix}/here"
+        store, key, pause = compat.default_store(), f"{self.watch.prefix}/here", 0.005
         store.add(key, 1)
         while store.add(key, 0) < self.world:
             self.watch.raise_end()
-            time.sleep(0.01)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
 
     def kind_of(self, rank: int) -> int:
         """The kind of a rank, by its number among all ranks."""
