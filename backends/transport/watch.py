@@ -85,8 +85,9 @@ class Watch:
         self.prefix = f"fxpar/{number}"
         self._process_group, self._store = dist.group.WORLD, compat.default_store()
         self._seen, self._changed = -1, time.monotonic()
+        self._spoke: set[int] = set()
         self._others: dict[int, tuple[int, float]] = {}
-        self._lost = 0
+        self._judged, self._lost = 0.0, 0
         stop, mine = threading.Event(), weakref.ref(self)
         looking = threading.Thread(target=_run, args=(mine, stop), name="fxpar watch", daemon=True)
         looking.start()
@@ -195,7 +196,9 @@ class Watch:
                 _log.error("%s", self.failure)
                 self.cut()
                 return False
-            if state["in"] and not state["busy"] and state["age"] > self.timeout * (1 - SILENT):
+            waits = state["in"] and not state["busy"] and state["age"] > self.timeout * (1 - SILENT)
+            if waits and now - self._judged >= self.timeout / 10:  # all read what all say: not too often
+                self._judged = now
                 self._judge(state)
             self._lost = 0
         except RuntimeError:  # the process that keeps the store has ended, or this one's process group has
@@ -216,11 +219,12 @@ class Watch:
 
     def _read(self) -> dict[int, dict[str, Any]]:
         """What ranks said last; nothing of those that have said nothing."""
-        found: dict[int, dict[str, Any]] = {}
-        for rank in range(self.world):
-            with contextlib.suppress(RuntimeError):
-                key = f"{self.prefix}/rank/{rank}"
-                found[rank] = json.loads(self._store.get(key)) if self._store.check([key]) else {}
+        keys = {rank: f"{self.prefix}/rank/{rank}" for rank in range(self.world)}
+        found: dict[int, dict[str, Any]] = {rank: {} for rank in keys}
+        with contextlib.suppress(RuntimeError):
+            self._spoke |= {rank for rank in keys if rank not in self._spoke and self._store.check([keys[rank]])}
+            said = sorted(self._spoke)
+            found |= dict(zip(said, map(json.loads, self._store.multi_get([keys[rank] for rank in said])), strict=True))
         return found
 
     def _found_end(self) -> bool:
