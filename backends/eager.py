@@ -13,7 +13,8 @@ from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.control import told
-from fxpar.ops.collectives import Runtime, use_runtime
+from fxpar.ops.exchange import counts_rows
+from fxpar.ops.runtime import Runtime, use_runtime
 from fxpar.plan import Plan
 
 
@@ -52,7 +53,8 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Pl
     if torch.is_grad_enabled() and (plan.recompute != "none" or plan.gathers_each_use):
         graph, keep = tensor_inputs_only(module, example)
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
-            split = compat.partition_eagerly(graph, [example[i] for i in keep], lambda g: choose_recomputation(g, plan), told)
+            split = compat.partition_eagerly(graph, [example[i] for i in keep], lambda g: choose_recomputation(g, plan),
+                                             counts_rows(graph.graph), told)
 
         def run_split(*inputs: Any) -> Any:
             with use_runtime(runtime):
@@ -73,6 +75,6 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: 
 
     def trace(plain: fx.GraphModule, given: list[torch.Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
-            return compat.trace_steps(plain, given, lambda g: choose_recomputation(g, plan), cut)
+            return compat.trace_steps(plain, given, lambda g: choose_recomputation(g, plan), cut, counts_rows(plain.graph))
 
     return in_steps(graph, example, keep, early, trace, lambda: use_runtime(runtime), plan)

@@ -15,10 +15,12 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
+from fxpar.ops.exchange import PLAN
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.ring.chunks import FORWARD as CHUNKS
 from fxpar.ops.ring.operator import FORWARD as RING
-from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
+from fxpar.ops.rng import dropout_mask
+from fxpar.ops.vocabulary import WAIT, is_attention_kernel, is_view
 from fxpar.plan import Plan
 from fxpar.program import block_path
 from fxpar.sharding.facts import local_value
@@ -30,9 +32,11 @@ PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten.
 CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.kthvalue, aten.multinomial)
 """Operators that choose among elements. What they chose is kept: made again, rounded otherwise, they may choose otherwise
 (another expert), and what the forward pass kept would no longer fit."""
-BLOCK, UNSHARD = "fxpar_block", "fxpar_unshard"
+PLANS = PLAN.overloadpacket
+"""Which rows go to which expert's rank is kept in any case: it is small, and says how large other values are."""
+BLOCK, UNSHARD, DRAWN = "fxpar_block", "fxpar_unshard", "fxpar_drawn"
 """Keys of ``meta["custom"]``, which reaches the joint graph: the block a value belongs to; that it is a parameter gathered
-from where it is stored."""
+from where it is stored; that it is a part of drawing a dropout mask."""
 
 
 def mark(node: fx.Node) -> dict[str, Any]:
@@ -40,6 +44,8 @@ def mark(node: fx.Node) -> dict[str, Any]:
     custom: dict[str, Any] = {BLOCK: block_path(node)}
     if local_value(node).unshard:
         custom[UNSHARD] = True
+    if node.target is dropout_mask:
+        custom[DRAWN] = True
     return custom
 
 
@@ -54,15 +60,19 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
     - "full": what leaves a block is kept, all that is inside is made again;
     - "none", or a memory budget: nothing more is decided here;
 
-    but for what `CHOICES` are made of, which is kept.
+    but for what `CHOICES` and `PLANS` made, which is kept, and for dropout masks, which are always drawn again: that reads
+    nothing.
     """
     forward = _forward(graph)
     decide = _POLICIES.get(str(plan.recompute), _open)
     tail = _after_blocks(forward)
     for node in forward:
         policy = decide(node, forward)
-        if policy is not None and _packet(node) in CHOICES:
+        decides = policy is not None or plan.memory_budget is not None
+        if _packet(node) is PLANS or (decides and _packet(node) in CHOICES):
             policy = SAVE
+        if node.meta.get("custom", {}).get(DRAWN):
+            policy = AGAIN
         if _is_unsharded(node):
             keep = not plan.gathers_each_use or node in tail
             policy = AGAIN if not keep else SAVE if node.target is WAIT else None
@@ -80,7 +90,7 @@ def _after_blocks(forward: dict[fx.Node, None]) -> set[fx.Node]:
     """What follows the last operator of the last block."""
     tail: set[fx.Node] = set()
     for node in reversed(forward):
-        if _block(node):
+        if block_of(node):
             return tail
         tail.add(node)
     return set()
@@ -95,7 +105,8 @@ def _is_unsharded(node: fx.Node) -> bool:
     return takes_one and inputs[0].op == "call_function" and _is_unsharded(inputs[0])
 
 
-def _block(node: fx.Node) -> str:
+def block_of(node: fx.Node) -> str:
+    """The block that an operator of a joint graph, or of either half, belongs to; "" for none."""
     return node.meta.get("custom", {}).get(BLOCK, "")
 
 
@@ -114,19 +125,19 @@ def _packet(node: fx.Node) -> Any:
 
 def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
     packet = _packet(node)
-    attention = packet is not None and (packet in ATTENTION or packet.__name__.startswith(ATTENTION_KERNEL))
+    attention = packet is not None and (packet in ATTENTION or is_attention_kernel(packet.__name__))
     if packet in PRODUCTS or attention or node.target is WAIT:
         return SAVE
-    return AGAIN if _block(_made_by(node)) else None
+    return AGAIN if block_of(_made_by(node)) else None
 
 
 def _full(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:
-    block = _block(_made_by(node))
+    block = block_of(_made_by(node))
     if not block:
         return None
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return AGAIN  # several results: each of them is kept, or not
-    leaves = any(u.op == "output" or (u in forward and _block(u) != block) for u in node.users)
+    leaves = any(u.op == "output" or (u in forward and block_of(u) != block) for u in node.users)
     return SAVE if leaves else AGAIN
 
 

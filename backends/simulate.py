@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpar.ops import collectives
 from fxpar.ops.collectives import Collective, Direction, PlaceInDim, typed
+from fxpar.ops.exchange import EXCHANGES, exchange_plan
 from fxpar.ops.ring.operator import ring_attention
 from fxpar.ops.ring.together import attend_together
+from fxpar.ops.rows_together import exchange_together, plan_together
+from fxpar.ops.runtime import axis_index
 from fxpar.sharding.mesh import Axes, Mesh
 
 
@@ -77,9 +79,13 @@ def run(module: fx.GraphModule, mesh: Mesh, inputs: list[list[Any]], watch: Watc
             env[node] = [getattr(module, node.target)] * mesh.world_size
         elif node.op == "output":
             return [[env[n][r] for n in node.args[0]] for r in ranks]
+        elif node.target is exchange_plan:
+            env[node] = plan_together(mesh, [env[node.args[0]][r] for r in ranks], *node.args[1:])
+        elif node.target in EXCHANGES:
+            env[node] = exchange_together(node.target, mesh, [_arguments(node, env, r)[0] for r in ranks])
         elif (made := typed(node)) is not None:
             env[node] = _collective(made, mesh, env[made.value])
-        elif node.target is collectives.axis_index:
+        elif node.target is axis_index:
             env[node] = [mesh.index(r, node.args[0]) for r in ranks]
         elif node.target is ring_attention:
             env[node] = attend_together(mesh, [_arguments(node, env, r) for r in ranks])

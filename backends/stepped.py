@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from fxpar import compat
 from fxpar.backends.split import Halves, Unsplittable, split_backward, whole_backward
 from fxpar.errors import InputError, PlanError
+from fxpar.ops.vocabulary import tensor_bytes
 from fxpar.pipeline.schedules import PUTS_OFF
 from fxpar.plan import Plan
 from fxpar.program import user_line
@@ -249,8 +250,8 @@ def _carried(halves: Halves, saved: int) -> list[Carried]:
     reads, inputs = halves.second.reads, halves.second.module.graph.find_nodes(op="placeholder")
     kinds: list[CarriedKind] = ["saved" if i < saved else "given" for i in reads]
     kinds += ["made"] * len(halves.carried)
-    values = [n.meta["val"] for n in inputs]
-    return [Carried(kind, n.name, tuple(x.shape), x.dtype, x.nbytes) for kind, n, x in zip(kinds, inputs, values, strict=True)]
+    values = [(kind, n.name, n.meta["val"]) for kind, n in zip(kinds, inputs, strict=True)]
+    return [Carried(kind, name, tuple(x.shape), x.dtype, tensor_bytes(x)) for kind, name, x in values if isinstance(x, Tensor)]
 
 
 def _make_halves(backward: _Backward, halves: Halves, like: list[Tensor], donated: list[int], make: compat.Make) -> None:
@@ -259,7 +260,8 @@ def _make_halves(backward: _Backward, halves: Halves, like: list[Tensor], donate
     made: list[Tensor] = []
     if first is not None:
         carried = [n.meta["val"] for n in halves.carried]
-        still = {compat.storage_of(x) for x in [*carried, *(like[i] for i in (second.reads if second else []))]}
+        kept = [x for x in (*carried, *(like[i] for i in (second.reads if second else []))) if isinstance(x, Tensor)]
+        still = {compat.storage_of(x) for x in kept}
         free = [k for k, i in enumerate(first.reads) if i in donated and compat.storage_of(like[i]) not in still]
         run, values = make(first.module, [like[i] for i in first.reads], free, len(first.makes))
         backward.first, made = _HalfBackward(first.reads, first.makes, run), values[len(first.makes) :]

@@ -34,10 +34,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the fxpar of this checkout
 
 from fxpar.backends.transport.runtime import GroupRuntime
-from fxpar.ops.collectives import use_runtime
 from fxpar.ops.ring import costs
 from fxpar.ops.ring.operator import ring_attention
 from fxpar.ops.ring.schedule import RingSchedule
+from fxpar.ops.runtime import use_runtime
 from fxpar.sharding.mesh import BoundMesh, Mesh
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}

@@ -12,6 +12,7 @@ from fxpar.passes.canonical.losses import expand_losses
 from fxpar.passes.canonical.masks import fold_masks
 from fxpar.passes.canonical.outputs import keep_loss
 from fxpar.passes.canonical.precision import cast_parameters
+from fxpar.passes.canonical.random import counter_random
 from fxpar.passes.canonical.shift import label_all_tokens
 from fxpar.passes.canonical.sights import name_sights
 from fxpar.passes.canonical.simplify import simplify
@@ -20,6 +21,7 @@ from fxpar.passes.partition.partition import partition
 from fxpar.passes.place.axes import refine_axes
 from fxpar.passes.place.place import place
 from fxpar.passes.strategies.context import check_sequences
+from fxpar.passes.strategies.experts import check_experts
 from fxpar.passes.strategies.microbatches import take_out_time
 from fxpar.passes.strategies.replicas import average_replicas
 from fxpar.passes.strategies.zero import shard_storage
@@ -45,6 +47,7 @@ def front(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
         ("losses", expand_losses),
         ("experts", sort_by_expert),
         ("dropout", counter_dropout),
+        ("random", counter_random),
         ("infer", lambda p: infer(p, pinned)),
     ]
 
@@ -53,6 +56,7 @@ def back(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
     """The passes that make the program of one rank under a plan, in order."""
     return [
         ("context", check_sequences),
+        ("ep", check_experts),
         ("axes", refine_axes),
         ("place", lambda p: place(p, pinned)),
         ("zero", lambda p: shard_storage(p, pinned)),

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fxpar.backends.transport.threads import Threads, as_rank
+from fxpar.ops.dropout_attention import use_kernels
 from fxpar.sharding.mesh import Mesh
 
 settings.register_profile(
@@ -55,6 +56,14 @@ def one_thread() -> Iterator[str]:
 def pretend(ranks: int) -> str:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     return dist.group.WORLD.group_name
+
+
+@pytest.fixture
+def dropout_written_out() -> Iterator[None]:
+    """What is captured has its attention with dropout as products around a softmax."""
+    use_kernels(False)
+    yield
+    use_kernels()
 
 
 @pytest.fixture

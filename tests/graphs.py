@@ -14,7 +14,7 @@ from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.runtime import GroupRuntime
-from fxpar.ops.collectives import use_runtime
+from fxpar.ops.runtime import use_runtime
 from fxpar.program import Program
 from fxpar.sharding.facts import sharding_at
 from fxpar.sharding.layout import take
@@ -65,7 +65,7 @@ class Made:
 
 def local_feed(program: Program, model: nn.Module, batch: dict[str, Tensor], rank: int = 0) -> list[Tensor]:
     """A rank's inputs of a program, in order."""
-    values = dict(model.named_parameters()) | batch
+    values = {"dropout_seed": torch.tensor(7)} | dict(model.named_parameters()) | batch
     return [take(values[s.name].detach(), sharding_at(n), program.mesh, rank).clone().requires_grad_(s.requires_grad)
             for n, s in program.source_of().items()]
 

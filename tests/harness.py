@@ -20,12 +20,12 @@ from fxpar.backends import simulate
 from fxpar.passes.infer.infer import infer
 from fxpar.passes.infer.rules import Spec
 from fxpar.passes.partition.partition import partition
-from fxpar.passes.place.place import _candidates, appends, fits, scatterable
+from fxpar.passes.place.place import _candidates, appends, scatterable
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source
 from fxpar.sharding.factors import Dims, Factor, Factors, leaves
 from fxpar.sharding.facts import dims_of, global_value, local_value, sharding_at
-from fxpar.sharding.layout import Layout, restrict, take
+from fxpar.sharding.layout import Layout, fits, restrict, take
 from fxpar.sharding.mesh import Mesh
 from fxpar.sharding.placement import Placement, Placements
 

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxpar import compat
 from fxpar.backends.transport.runtime import GroupRuntime
-from fxpar.ops.collectives import use_runtime
 from fxpar.ops.ring.operator import ring_attention
+from fxpar.ops.runtime import use_runtime
 from fxpar.sharding.mesh import BoundMesh, Mesh
 from tests.ring_cases import Case, off
 

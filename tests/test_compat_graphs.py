@@ -33,6 +33,7 @@ def regions() -> fx.Graph:
 
 def test_is_pointwise():
     assert compat.is_pointwise(aten.add.Tensor) and compat.is_pointwise(aten.gelu.default)
+    assert compat.is_pointwise(aten.leaky_relu.default)
     assert not any(map(compat.is_pointwise, (aten.sum.default, aten.mm.default, torch.add, len)))
 
 

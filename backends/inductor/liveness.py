@@ -20,9 +20,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
+from fxpar.ops.dropout_attention import attend_backward
 from fxpar.ops.ring import chunks
 from fxpar.ops.ring import costs as ring
-from fxpar.ops.vocabulary import ATTENTION_KERNEL, WAIT, is_view
+from fxpar.ops.vocabulary import WAIT, is_attention_kernel, is_view
 
 MANY_READS, TOO_MANY_READS, MANY_OPERATORS, TOO_MANY_OPERATORS = 4, 8, 30, 100
 """Inductor's thresholds. A value is stored that reads more buffers, or is made by more operators; "many" for one with several
@@ -285,13 +286,15 @@ def _is_collective(node: fx.Node) -> bool:
 
 
 def _workspace(node: fx.Node) -> int:
-    """The backward of attention sums the queries' gradient in fp32; ring attention has blocks that travel, and sums."""
+    """The backward of attention sums the queries' gradient in fp32; with dropout it has a number for each query; ring attention
+    has blocks that travel, and sums."""
     for of in (ring, chunks):
         if node.target in of.OPERATORS:
             return of.workspace_of(node)
-    if not _name(node).startswith(ATTENTION_KERNEL) or "backward" not in _name(node):
+    if not is_attention_kernel(_name(node)) or "backward" not in _name(node):
         return 0
-    return node.meta["val"][0].numel() * 4
+    of_q = node.meta["val"][0]
+    return (of_q[..., 0] if node.target is attend_backward else of_q).numel() * 4
 
 
 # ---- fusion and order ----

@@ -23,7 +23,8 @@ from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
 from fxpar.backends.transport.runtime import GroupRuntime
-from fxpar.ops.collectives import use_runtime
+from fxpar.ops.exchange import counts_rows
+from fxpar.ops.runtime import use_runtime
 from fxpar.plan import Plan
 
 GraphPass = tuple[ModuleType, functools.partial[None]]
@@ -80,7 +81,8 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
     """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters)."""
     plain, keep = tensor_inputs_only(module, example, fused=True)
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
-        compiled = compat.compile_graph(plain, [example[i] for i in keep], settings(plan, runtime.transport))
+        compiled = compat.compile_graph(plain, [example[i] for i in keep], settings(plan, runtime.transport),
+                                        counts=counts_rows(plain.graph))
 
     def run(*inputs: Any) -> Any:
         with use_runtime(runtime):
@@ -96,7 +98,7 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
 
     def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
-            return compat.compile_steps(plain, given, settings(plan, runtime.transport), cut)
+            return compat.compile_steps(plain, given, settings(plan, runtime.transport), cut, counts_rows(plain.graph))
 
     return in_steps(plain, example, keep, early, trace, lambda: use_runtime(runtime), plan)
 

@@ -20,7 +20,9 @@ from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import copied_axes
 from fxpar.backends.transport.threads import Threads
-from fxpar.ops.collectives import differs_along, use_runtime
+from fxpar.ops.collectives import differs_along
+from fxpar.ops.exchange import counts_rows
+from fxpar.ops.runtime import use_runtime
 from fxpar.plan import Plan
 from fxpar.sharding.mesh import Mesh
 
@@ -78,12 +80,12 @@ class Lowered:
 
     def _lower(self, module: fx.GraphModule, example: list[Any], rank: int) -> Callable[..., Any]:
         plain, keep = tensor_inputs_only(module, example, fused=True)
-        given = [example[i] for i in keep]
+        given, counts = [example[i] for i in keep], counts_rows(plain.graph)
         with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
             if self.compiled:
-                run = compat.compile_graph(plain, given, self._settings(), backward_at_once=True)
+                run = compat.compile_graph(plain, given, self._settings(), backward_at_once=True, counts=counts)
             else:
-                run = compat.interpret_graph(plain, given, self._settings(), _OnCPU)
+                run = compat.interpret_graph(plain, given, self._settings(), _OnCPU, counts)
         return lambda *inputs: run(*[inputs[i] for i in keep])
 
     def _in_steps(self, module: fx.GraphModule, example: list[Any], rank: int, early: Collection[int]) -> Stepped:
@@ -92,8 +94,8 @@ class Lowered:
         def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
             with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
                 if self.compiled:
-                    return compat.compile_steps(plain, given, self._settings(), cut)
-                return compat.interpret_steps(plain, given, self._settings(), _OnCPU, cut)
+                    return compat.compile_steps(plain, given, self._settings(), cut, counts_rows(plain.graph))
+                return compat.interpret_steps(plain, given, self._settings(), _OnCPU, cut, counts_rows(plain.graph))
 
         return in_steps(plain, example, keep, early, trace, contextlib.nullcontext, self.plan)
 

@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fxpar import compat
+from fxpar.backends.remat import block_of
+from fxpar.ops.exchange import ROWS
 from fxpar.ops.vocabulary import WAIT
 
 
@@ -22,17 +25,20 @@ def overlap_communication(graph: fx.Graph) -> None:
 
     Takes: a functional graph with ``_c10d_functional`` operators. Afterwards: the same operators in another valid order.
     A collective starts where it did; the wait for it, and what only rearranges its result, comes right before the
-    first operator that computes with it (for a gradient: at the end), so that everything between runs beside it.
+    first operator that computes with it (for a gradient: at the end), so that everything between runs beside it. While rows
+    are on their way to experts and back, what does not wait for them and belongs to the same block (an expert that all
+    tokens share) is computed.
     """
+    nodes = _beside_exchanges(graph)
     late: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in nodes:
         if node.target is WAIT or (_rearranges(node) and set(node.all_input_nodes) & late):
             late.add(node)
     placed: dict[fx.Node, None] = {}
-    for node in graph.nodes:
+    for node in nodes:
         if node.op != "output" and node not in late:
             _place(node, placed)
-    for node in graph.nodes:
+    for node in nodes:
         if node.op != "output":
             _place(node, placed)
     output = graph.output_node()
@@ -40,6 +46,22 @@ def overlap_communication(graph: fx.Graph) -> None:
         if node.op != "placeholder":
             output.prepend(node)
     graph.lint()
+
+
+def _beside_exchanges(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes in an order in which those of its block that do not wait for an exchange of rows come right behind its start."""
+    nodes = list(graph.nodes)
+    for start in graph.find_nodes(op="call_function", target=ROWS):
+        compat.lower_as_collective(ROWS)
+        waiting = {start}
+        at, moved, kept = nodes.index(start) + 1, [], []
+        for node in nodes[at:]:
+            if any(n in waiting for n in node.all_input_nodes):
+                waiting.add(node)
+            free = node not in waiting and node.op == "call_function" and block_of(node) == block_of(start) != ""
+            (moved if free else kept).append(node)
+        nodes[at:] = [*moved, *kept]
+    return nodes
 
 
 VIEWS = (

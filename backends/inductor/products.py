@@ -87,7 +87,8 @@ def _is_sum(node: fx.Node) -> bool:
     if node.target is not ADD or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
         return False
     values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
-    return all(isinstance(v, torch.Tensor) for v in values) and len({(v.dtype, v.shape) for v in values}) == 1
+    known = all(isinstance(v, torch.Tensor) and all(isinstance(n, int) for n in v.shape) for v in values)
+    return known and len({(v.dtype, v.shape) for v in values}) == 1
 
 
 def _is_inner(node: fx.Node) -> bool:

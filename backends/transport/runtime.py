@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fxpar.backends.transport.base import NCCL, Transport
 from fxpar.backends.transport.control import told
 from fxpar.ops.collectives import typed
+from fxpar.ops.exchange import exchanged_along
 from fxpar.ops.ring.operator import axes_of
 from fxpar.sharding.mesh import Axes, BoundMesh
 
@@ -22,6 +23,8 @@ class FunctionalRuntime(ABC):
     Who makes one says which ranks there are: `size` and `index` along axes, and the `name` of the group over them.
     """
 
+    balanced = False
+
     @abstractmethod
     def size(self, axes: Axes) -> int: ...
 
@@ -30,6 +33,10 @@ class FunctionalRuntime(ABC):
 
     @abstractmethod
     def name(self, axes: Axes) -> str: ...
+
+    def exchange_name(self, axes: Axes) -> str:
+        """The name of the group over `axes` by which rows go to their experts."""
+        return self.name(axes)
 
     def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
         return c10d.wait_tensor(c10d.all_reduce(x, op, self.name(axes)))
@@ -57,8 +64,11 @@ class GroupRuntime(FunctionalRuntime):
         """Make every process group that `module` uses, in program order (the same on every rank)."""
         for node in module.graph.nodes:
             made = typed(node)
-            axes = axes_of(node) if made is None else made.axes
-            if axes is not None:
+            rows = exchanged_along(node)
+            axes = made.axes if made is not None else axes_of(node)
+            if rows is not None:
+                self.mesh.exchange_group(rows)
+            elif axes is not None:
                 self.mesh.group(axes)
 
     def size(self, axes: Axes) -> int:
@@ -69,6 +79,9 @@ class GroupRuntime(FunctionalRuntime):
 
     def name(self, axes: Axes) -> str:
         return self.mesh.group(axes).group_name
+
+    def exchange_name(self, axes: Axes) -> str:
+        return self.mesh.exchange_group(axes).group_name
 
     def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
         with told:

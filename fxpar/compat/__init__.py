@@ -22,6 +22,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
+from fxpar.compat.quiet import no_torch_function, quiet_traces
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -33,6 +34,7 @@ from fxpar.compat.steps import (
     compile_steps,
     interpret_steps,
     output_code,
+    sizes_of_values,
     storage_of,
     trace_steps,
 )
@@ -60,8 +62,11 @@ __all__ = [
     "is_random",
     "mutates",
     "no_grad_region",
+    "no_torch_function",
     "process_groups",
+    "quiet_traces",
     "read_metadata",
+    "sizes_of_values",
     "storage_of",
     "trace_steps",
 ]
@@ -80,8 +85,10 @@ def _plain_meta(t: torch.Tensor, dtype: torch.dtype | None, shape: tuple[int, ..
 
 
 def is_pointwise(target: Any) -> bool:
-    """Whether PyTorch tags the operator as computing each output element from the same input element."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    """Whether the operator computes each output element from the same input element. PyTorch says so by a tag, which before 2.12
+    `leaky_relu` lacks."""
+    return isinstance(target, torch._ops.OpOverload) and (
+        torch.Tag.pointwise in target.tags or target is torch.ops.aten.leaky_relu.default)
 
 
 def is_random(target: Any) -> bool:
@@ -108,17 +115,18 @@ def autocast_region(node: fx.Node) -> bool:
 
 
 def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None,
-                  backward_at_once: bool = False) -> Callable:
+                  backward_at_once: bool = False, counts: bool = False) -> Callable:
     """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
 
     No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this
-    graph alone. backward_at_once: the backward is compiled now, and not when it first runs.
+    graph alone. backward_at_once: the backward is compiled now, and not when it first runs. counts: see `sizes_of_values`.
     """
     from torch._functorch import config as aot
     from torch._inductor.compile_fx import compile_fx
 
     _mend_reductions()
-    with aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext():
+    at_once = aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext()
+    with at_once, sizes_of_values(inputs, counts) as inputs:
         compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
     return compiled
 
@@ -395,17 +403,28 @@ def lower_as_concatenation(operator: Any) -> None:
         return ir.TensorBox(ir.ConcatKernel.create(tensors, dim))
 
 
+@functools.cache
+def lower_as_collective(operator: Any) -> None:
+    """Have Inductor keep the first operand of an operator, which starts a collective, until its result is waited for."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lower(*args: Any) -> Any:
+        return ir.TensorBox.create(ir._CollectiveKernel.create_out_of_place(operator, *args))
+
+
 def in_backward(node: fx.Node) -> bool:
     """Whether a node of a joint graph was traced in its backward pass."""
     return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],
-                      around: contextlib.AbstractContextManager[None] | None = None) -> Callable:
+                      counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None) -> Callable:
     """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
 
-    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. around: the context of every forward and
-    backward.
+    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`. around: the
+    context of every forward and backward.
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -421,7 +440,8 @@ def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Cal
 
         return make_boxed_func(run)
 
-    return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=partition)
+    with sizes_of_values(inputs, counts) as inputs:
+        return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=partition)
 
 
 @contextlib.contextmanager
@@ -476,9 +496,10 @@ def lowered_graphs(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[
 
 
 def interpret_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
-                    interpreter: type[fx.Interpreter]) -> Callable:
+                    interpreter: type[fx.Interpreter], counts: bool = False) -> Callable:
     """As `compile_graph`, but `interpreter` runs the graphs of `lowered_graphs` where code would have been generated."""
-    return _through_graph_passes(gm, inputs, config, lambda module: lambda given: interpreter(module).boxed_run(given))
+    with sizes_of_values(inputs, counts) as inputs:
+        return _through_graph_passes(gm, inputs, config, lambda module: lambda given: interpreter(module).boxed_run(given))
 
 
 def _through_graph_passes(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],

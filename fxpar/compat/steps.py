@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 Code = Callable[[list[Any]], Sequence[Any]]
 """A graph made ready to run: takes its inputs as a list, which it empties."""
@@ -52,16 +53,30 @@ class TracedForward:
 
 
 @contextlib.contextmanager
+def sizes_of_values(inputs: list[Tensor], counts: bool = True) -> Iterator[list[Tensor]]:
+    """Inside, a graph may be traced of which some sizes are `counts` of something, known only when it runs; yields fake inputs to
+    trace it with, whose own sizes are fixed. Without such sizes, the inputs as they are."""
+    if not counts:
+        yield inputs
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with tracing(TracingContext(mode)):
+        yield [mode.from_tensor(x, static_shapes=True) for x in inputs]
+
+
+@contextlib.contextmanager
 def as_traced() -> Iterator[None]:
     """Inside, operators do what graphs of AOTAutograd say: nothing is recorded, and nothing cast by autocast."""
     with torch.no_grad(), torch._C._DisableAutocast():
         yield
 
 
-def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Graph], None], cut: Cut) -> TracedForward:
+def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Graph], None], cut: Cut,
+                counts: bool = False) -> TracedForward:
     """As `partition_eagerly`, but the two graphs are handed over.
 
-    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. Raises: `SharedOutputs`, `NotInSteps`.
+    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`. Raises:
+    `SharedOutputs`, `NotInSteps`.
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -80,12 +95,14 @@ def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Gr
         cut(gm, list(example_inputs), found[0].saved, [], lambda part, *_: (_interpreted(part), _values(part)))
         return make_boxed_func(gm)
 
-    with tracing(TracingContext(detect_fake_mode(inputs) or FakeTensorMode())), _at_once():
+    with (sizes_of_values(inputs, counts) as inputs,
+          tracing(TracingContext(detect_fake_mode(inputs) or FakeTensorMode())), _at_once()):
         aot_module_simplified(gm, _leaves(inputs), fw_compiler=forward, bw_compiler=backward, partition_fn=partition)
     return found[0]
 
 
-def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut) -> TracedForward:
+def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut,
+                  counts: bool = False) -> TracedForward:
     """As `compile_graph`, but what was compiled is handed over. Nothing is left to be compiled later.
 
     Raises: `SharedOutputs`, `NotInSteps`.
@@ -113,11 +130,12 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
                       for x, stride in zip(values, strides or [None] * len(values), strict=True)]
 
     _mend_reductions()
-    return _through_inductor(gm, inputs, config, cut, compile_forward, part)
+    with sizes_of_values(inputs, counts) as inputs:
+        return _through_inductor(gm, inputs, config, cut, compile_forward, part)
 
 
 def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], interpreter: type[fx.Interpreter],
-                    cut: Cut) -> TracedForward:
+                    cut: Cut, counts: bool = False) -> TracedForward:
     """As `compile_steps`, but `interpreter` runs the graphs for which code would have been generated, after all graph passes."""
     def compile_forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
         after_graph_passes(module, example, options.get("is_inference", False))
@@ -127,7 +145,8 @@ def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, 
         after_graph_passes(module, example)
         return _interpreted(module, interpreter), _values(module)
 
-    return _through_inductor(gm, inputs, config, cut, compile_forward, part)
+    with sizes_of_values(inputs, counts) as inputs:
+        return _through_inductor(gm, inputs, config, cut, compile_forward, part)
 
 
 def after_graph_passes(module: fx.GraphModule, example: Sequence[Any], is_inference: bool = False) -> None:
@@ -227,4 +246,15 @@ def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> TracedForward:
     if meta.num_mutated_inp_runtime_indices or len(forward.graph.find_nodes(op="placeholder")) != inputs:
         raise NotInSteps
     seeds = [i for i, info in enumerate(meta.output_info) if info.requires_grad]
-    return TracedForward(run, seeds, len(_values(forward)) - len(meta.output_info))
+    outputs, values = len(meta.output_info), _values(forward)
+    sizes = sum(not isinstance(v, Tensor) for v in values[outputs:])
+    return TracedForward(_sizes_first(run, outputs, sizes) if sizes else run, seeds, len(values) - outputs)
+
+
+def _sizes_first(run: Code, outputs: int, sizes: int) -> Code:
+    """The forward saves sizes behind tensors, the backward takes them before these."""
+    def reordered(given: list[Any]) -> Sequence[Any]:
+        made = list(run(given))
+        return [*made[:outputs], *made[len(made) - sizes :], *made[outputs : len(made) - sizes]]
+
+    return reordered

@@ -19,13 +19,14 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxpar.ops.attention import windowed_attention
-from fxpar.ops.collectives import LoneRuntime, group_of, use_runtime
+from fxpar.ops.dropout_attention import dropout_attention
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.ring import chunks
 from fxpar.ops.ring import costs as ring
 from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.operator import ring_attention
 from fxpar.ops.ring.schedule import RingSchedule
+from fxpar.ops.runtime import LoneRuntime, group_of, use_runtime
 from fxpar.ops.vocabulary import RESHAPES, SDPA, is_view
 from fxpar.program import Program
 from fxpar.sharding.facts import local_value
@@ -177,6 +178,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
 @formula(windowed_attention)
 def _windowed(q: Tensor, k: Tensor, v: Tensor, *, window: int, **_: Any) -> tuple[int, int]:
     return _two_products(q, v, q.shape[-2] * min(window, k.shape[-2]))
+
+
+@formula(dropout_attention)
+def _dropping(q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool = False, window: int | None = None,
+              **options: Any) -> tuple[int, int]:
+    return _windowed(q, k, v, window=window) if window is not None else _attention(q, k, v, is_causal=is_causal)
 
 
 @formula(ring_attention)

@@ -1,6 +1,7 @@
-"""What Hugging Face models are asked to do while they are traced: keep no cache, and compute attention by operators of ATen.
+"""What Hugging Face models are asked to do while they are traced: keep no cache, compute attention by operators of ATen, and
+experts by products of rows in groups.
 
-Both are fields of a model's config. They are changed for as long as `as_trained` lasts, in every config that a part of the model
+These are fields of a model's config. They are changed for as long as `as_trained` lasts, in every config that a part of the model
 reads, and put back after it.
 """
 
@@ -19,16 +20,24 @@ from fxpar.errors import CaptureError
 
 _log = logging.getLogger("fxpar")
 
+OF_WHOLE_MODELS = frozenset({
+    "generate", "save_pretrained", "push_to_hub", "resize_token_embeddings", "resize_position_embeddings", "load_adapter",
+    "save_adapter", "merge_adapter", "unmerge_adapter", "merge_and_unload", "prune_heads", "init_weights",
+})  # fmt: skip
+"""Methods that read, write or compute with whole parameters; some of them on one rank, while others would wait."""
+
 TRACED = ("sdpa", "eager")
 """The implementations of attention that are made of ATen's operators."""
+GROUPED = "grouped_mm"
+"""The implementation of experts of which tokens and experts can lie on different ranks."""
 
 
 @contextlib.contextmanager
 def as_trained(model: nn.Module, arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Inside, `model` (or the Hugging Face models in it) keeps no cache, and its attention can be traced.
+    """Inside, `model` (or the Hugging Face models in it) keeps no cache, and its attention and experts can be traced.
 
     Yields the arguments of the call, with ``use_cache=True`` replaced, and notes about what was changed that its user asked for.
-    A model that is not Hugging Face's is left alone. Attention that the user registered is left alone too.
+    A model that is not Hugging Face's is left alone. Attention and experts that the user registered are left alone too.
     Raises: `CaptureError` for a model that was built with an attention that cannot be exchanged.
     """
     transformers: Any = sys.modules.get("transformers")
@@ -52,6 +61,11 @@ def as_trained(model: nn.Module, arguments: dict[str, Any]) -> Iterator[tuple[di
                 config._attn_implementation_internal = chosen  # the public name would change the configs inside of it too
                 notes.append(f"attn_implementation={asked!r} cannot be traced: {chosen!r} takes its place, which the backend "
                              "runs by a fused kernel where there is one")
+            asked = getattr(config, "_experts_implementation_internal", None)
+            if asked not in (None, GROUPED) and _can_group(asked, [p for p in parts if p.config is config]):
+                undo.append((config, "_experts_implementation_internal", asked))
+                config._experts_implementation_internal = GROUPED
+                notes.append(f"experts_implementation={asked!r} keeps experts and tokens together: {GROUPED!r} takes its place")
         yield arguments, list(dict.fromkeys(notes))
     finally:
         for config, name, value in undo:
@@ -81,6 +95,13 @@ def _configs(model: nn.Module, transformers: Any) -> list[Any]:
 def _registered_by_user(name: str, transformers: Any) -> bool:
     known = transformers.AttentionInterface()
     return name in known and not getattr(known[name], "__module__", "").startswith("transformers.")
+
+
+def _can_group(name: str, parts: list[Any]) -> bool:
+    """Whether these models have experts that may be computed in another way than by `name`, which is not the user's own."""
+    known = getattr(sys.modules.get("transformers.integrations.moe"), "ALL_EXPERTS_FUNCTIONS", {})
+    own = name in known and not getattr(known[name], "__module__", "").startswith("transformers.")
+    return not own and any(p._can_set_experts_implementation() for p in parts)
 
 
 def _exchanged(config: Any, asked: str, parts: list[Any]) -> str:

@@ -35,12 +35,13 @@ def takes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool = False) -> bool:
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: float | None = None,
-                       enable_gqa: bool = False) -> Tensor:  # fmt: skip
+                       enable_gqa: bool = False, dropout_p: float = 0.0) -> Tensor:  # fmt: skip
     """Causal attention in which query i sees the keys i - window + 1 .. i.
 
     Takes: q [b, h, l, d], k [b, kv, l, d], v [b, kv, l, e]; kv is h, or divides it if `enable_gqa`.
     Returns [b, h, l, e]: what `scaled_dot_product_attention` gives with that mask, in memory proportional to
-    l * window at most. Raises ValueError for a window of no keys or operands of other shapes.
+    l * window at most (to l * l with dropout, of which the pass `dropout` makes `dropout_attention`). Raises ValueError for
+    a window of no keys or operands of other shapes.
 
     The sequence is cut into blocks of `window`. No query sees further back than the block before its own, and
     in these two the mask is the same for every block; so the blocks are a batch that shares one small mask.
@@ -52,6 +53,10 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, scale: f
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v of shapes {shapes}, enable_gqa={enable_gqa}: they do not agree")
     length, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if dropout_p:
+        place = torch.arange(length, device=q.device)
+        seen = (place <= place[:, None]) & (place > place[:, None] - window)
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout_p, scale=scale, enable_gqa=enable_gqa)
     attention = functools.partial(F.scaled_dot_product_attention, scale=scale)
     q0, k0, v0 = q[:, :, :window], k[:, :, :window], v[:, :, :window]
     first = attention(q0, k0, v0, is_causal=True, enable_gqa=enable_gqa)

@@ -15,28 +15,28 @@ replicated value is used differently on every rank, so its cotangents have to be
     reduce_scatter P -> S          reduce-scatter               all-gather
     shard          R -> S          take my slice                all-gather
     all_to_all     S(a) -> S(b)    all-to-all                   all-to-all back
+    to_experts     S(t) -> S(e)    all-to-all of rows           all-to-all back
     =============================  ===========================  ====================
 
 These are plain functions on local tensors, and `typed` reads a node of a program that calls one. Which ranks they speak to
 is decided by the `Runtime` that is active (`use_runtime`): process groups in a real run, all ranks in one process in a
 simulated one. A *place* is ``(dim, outer)``: the dim seen as ``[outer, n, inner]``, of which the middle is what ranks split; it
-may be dealt (see fxpar/sharding/deal.py), as what is whole is in its natural order.
+may be dealt (see fxpar/sharding/deal.py), as what is whole is in its natural order. What depends on more than ranks, as the
+exchange of rows with their experts does (fxpar/ops/exchange.py), performs itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import math
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, ParamSpec, Protocol
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, fx
 
+from fxpar.ops.runtime import Runtime, active, axis_index
 from fxpar.sharding.deal import deal, undeal
 from fxpar.sharding.mesh import Axes, Mesh
 
@@ -54,63 +54,6 @@ WHERE = PlaceInDim(0)
 
 
 P = ParamSpec("P")
-
-
-class Runtime(Protocol):
-    """What the collectives need from whoever runs them; all tensors are this rank's."""
-
-    def size(self, axes: Axes) -> int: ...
-    def index(self, axes: Axes) -> int: ...
-    def name(self, axes: Axes) -> str: ...
-    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor: ...
-    def all_gather(self, x: Tensor, axes: Axes) -> Tensor: ...
-    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor: ...
-    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor: ...
-
-
-LONE = "fxpar-lone"
-"""The name of every group of a `LoneRuntime`."""
-
-
-class LoneRuntime:
-    """A runtime of one rank whose partners hold what it holds: what a rank computes has its shapes, and needs no other rank."""
-
-    def __init__(self, sizes: dict[str, int]):
-        self.sizes = sizes
-
-    def size(self, axes: Axes) -> int:
-        return math.prod(self.sizes[a] for a in axes)
-
-    def index(self, axes: Axes) -> int:
-        return 0
-
-    def name(self, axes: Axes) -> str:
-        return LONE
-
-    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
-        return x * self.size(axes) if op == "sum" else x.clone()
-
-    def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
-        return torch.cat([x] * self.size(axes))
-
-    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
-        return x[: x.shape[0] // self.size(axes)] * self.size(axes)
-
-    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
-        return x[:1].repeat(self.size(axes), *[1] * (x.dim() - 1))
-
-
-_active: ContextVar[Runtime] = ContextVar("fxpar_runtime")
-
-
-@contextlib.contextmanager
-def use_runtime(runtime: Runtime) -> Iterator[None]:
-    """The collectives called (or traced) inside speak to the ranks of `runtime`."""
-    token = _active.set(runtime)
-    try:
-        yield
-    finally:
-        _active.reset(token)
 
 
 def _front(x: Tensor, place: PlaceInDim, ranks: int) -> Tensor:
@@ -186,6 +129,7 @@ GATHER = Direction(lambda x, place, *_: _front(x, place, 1), "all_gather", lambd
 SLICE = Direction(_slice, None, lambda y, *_: y, grows=-1)
 SCATTER = Direction(lambda x, place, to, n, _: _front(x, place, n), "reduce_scatter", lambda y, place, *_: _back(y, place, 1),
                grows=-1)
+ROWS = Direction(lambda x, *_: x, "all_to_all", lambda y, *_: y)
 EXCHANGE = Direction(lambda x, place, to, n, _: _parts(x, to, n), "all_to_all", lambda y, place, to, n: _joined(y, place))
 
 
@@ -220,6 +164,9 @@ CONJUGATE: dict[str, tuple[Direction, Direction | None]] = {
 }
 """kind -> (forward, backward), None where no gradient flows. The table of the module's docstring, and the only place that pairs
 them."""
+PERFORMED_ELSEWHERE = {"to_experts": (ROWS, ROWS), "to_tokens": (ROWS, ROWS)}
+"""The same of those that perform themselves."""
+_DIRECTIONS = CONJUGATE | PERFORMED_ELSEWHERE
 
 
 def run_direction(step: Direction, run: Runtime, x: Tensor, axes: Axes, place: PlaceInDim, to: PlaceInDim) -> Tensor:
@@ -263,12 +210,12 @@ class Collective:
 
     @property
     def forward(self) -> Direction:
-        return CONJUGATE[self.kind][0]
+        return _DIRECTIONS[self.kind][0]
 
     @property
     def backward(self) -> Direction | None:
         """None where no gradient flows."""
-        return CONJUGATE[self.kind][1]
+        return _DIRECTIONS[self.kind][1]
 
     @property
     def gathers(self) -> bool:
@@ -345,6 +292,11 @@ def typed(node: fx.Node) -> Collective | None:
     return None if describe is None else describe(*node.args, **node.kwargs)
 
 
+def described_by(operator: Callable[..., Any], description: Callable[..., Collective]) -> None:
+    """Have `typed` read calls of an operator that performs itself; `description` takes its arguments."""
+    _DESCRIBED[operator] = description
+
+
 def make(graph: fx.Graph, collective: Collective) -> fx.Node:
     """A node that `typed` reads as this."""
     return graph.call_function(collective.target, collective.args)
@@ -404,7 +356,7 @@ class _Apply(torch.autograd.Function):
 
 def _run(made: Collective) -> Tensor:
     """Do it on this rank."""
-    x, run = made.value, _active.get()
+    x, run = made.value, active()
     if made.backward is None:
         return _perform(made.forward, made, run, x.detach())
     return _Apply.apply(x, made.unsharded, made.unreduced, replace(made, value=None, unsharded=None, unreduced=None), run)
@@ -480,14 +432,3 @@ def all_to_all(x: Tensor, axes: Axes, dim: int, outer: int, to_dim: int, to_oute
                to_dealt: bool | None = None) -> Collective:
     """Sharded along one place -> sharded along another."""
     return Collective("all_to_all", x, axes, PlaceInDim(dim, outer, bool(dealt)), PlaceInDim(to_dim, to_outer, bool(to_dealt)))
-
-
-def axis_index(axes: Axes) -> int:
-    """This rank's index along `axes`."""
-    return _active.get().index(axes)
-
-
-def group_of(axes: Axes) -> tuple[str, int]:
-    """The name of this rank's group over `axes`, by which an operator that communicates finds it, and how many ranks it has."""
-    run = _active.get()
-    return run.name(axes), run.size(axes)

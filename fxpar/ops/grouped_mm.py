@@ -52,7 +52,7 @@ def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.impl(_library, "grouped_mm_weights", "CompositeExplicitAutograd")
 def _grouped_mm_weights(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    _require(x.dim() == y.dim() == 2 and len(x) == len(y), x, y, ends, len(ends))
+    _require(x.dim() == y.dim() == 2 and x.shape[0] == y.shape[0], x, y, ends, len(ends))
     if has_kernel(x.device, x.dtype):
         left, right = _aligned(x), _aligned(y)
         if left is not None and right is not None:
@@ -97,7 +97,7 @@ def _fake(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.register_fake("fxpar::grouped_mm_weights", lib=_library)
 def _fake_weights(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    _require(x.dim() == y.dim() == 2 and len(x) == len(y), x, y, ends, len(ends))
+    _require(x.dim() == y.dim() == 2 and x.shape[0] == y.shape[0], x, y, ends, len(ends))
     return x.new_empty(len(ends), x.shape[1], y.shape[1])
 
 

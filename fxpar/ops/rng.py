@@ -8,6 +8,8 @@ for simulations that need long independent streams.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,33 +20,44 @@ Grid = tuple[tuple[tuple[int, ...], ...], ...]
 fxpar/sharding/deal.py) also has the number of ranks, and its offset among what is dealt."""
 
 _MASK = 0xFFFFFFFF
+_INDEX, _SITE = 0x9E3779B1, 0x632BE5AB
+
+
+def signed(n: int) -> int:
+    """The 32-bit integer whose bits are the last of `n`."""
+    return ((n + 2**31) & _MASK) - 2**31
+
+
+def shifted(h: Tensor, by: int) -> Tensor:
+    """A logical shift: int32 brings its sign along."""
+    return (h >> by) & (_MASK >> by)
 
 
 def _mix(h: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finalizer on int64 tensors that hold 32-bit values."""
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK
-    return h ^ (h >> 16)
+    """MurmurHash3's 32-bit finalizer on int32 tensors, whose products wrap: a GPU multiplies 64-bit integers in many steps."""
+    h = (h ^ shifted(h, 16)) * signed(0x85EBCA6B)
+    h = (h ^ shifted(h, 13)) * signed(0xC2B2AE35)
+    return h ^ shifted(h, 16)
 
 
-def coordinates(runs, device: torch.device) -> Tensor:
+def coordinates(runs, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """The global coordinates of a dim's local elements, from its runs."""
-    at = torch.zeros((), dtype=torch.int64, device=device)
+    at = torch.zeros((), dtype=dtype, device=device)
     for local, offset, full, *ranks in runs:
-        here = torch.arange(local, dtype=torch.int64, device=device) + offset
+        here = torch.arange(local, dtype=dtype, device=device) + offset
         here = dealt_from(here, full, *ranks) if ranks else here
         at = (at.unsqueeze(-1) * full + here) if at.dim() else here
         at = at.reshape(-1)
     return at
 
 
-def global_index(shape, grid, device: torch.device) -> Tensor:
-    """The row-major global index of every local element; int64, broadcastable to `shape`."""
+def global_index(shape, grid, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The row-major global index of every local element; broadcastable to `shape`."""
     grid = grid or [((int(n), 0, int(n)),) for n in shape]
-    index = torch.zeros((), dtype=torch.int64, device=device)
+    index = torch.zeros((), dtype=dtype, device=device)
     stride = 1
     for back, runs in enumerate(reversed(list(grid))):
-        at = coordinates(runs, device) if runs else torch.zeros(1, dtype=torch.int64, device=device)
+        at = coordinates(runs, device, dtype) if runs else torch.zeros(1, dtype=dtype, device=device)
         index = index + at.reshape(-1, *([1] * back)) * stride
         for _, _, full, *_ in runs:
             stride *= full
@@ -57,7 +70,18 @@ def dropout_mask(x: Tensor, seed: Tensor, *, p: float, site: int, shape=None, gr
     seed: int64 scalar; site: which random operator of the model this is. shape: the mask's shape, where it is not
     `x`'s (dropout of whole channels). grid: where the local elements lie in the global tensor (default: x is the full tensor).
     """
-    index = global_index(x.shape if shape is None else shape, grid, x.device)
-    h = _mix((index & _MASK) ^ ((seed * 0x9E3779B1 + site * 0x632BE5AB) & _MASK))
-    h = _mix((h + (index >> 32) * 0x9E3779B1 + (seed >> 32) + site) & _MASK)
-    return h >= int(p * 2**32)
+    shape = x.shape if shape is None else shape
+    total = math.prod(full for runs in grid for _, _, full, *_ in runs) if grid else math.prod(shape)
+    dtype = torch.int32 if total <= 2**31 else torch.int64
+    return kept(global_index(shape, grid, x.device, dtype), seed, p=p, site=site)
+
+
+def kept(index: Tensor, seed: Tensor, *, p: float, site: int) -> Tensor:
+    """The mask of the elements with these global indices (int64, or int32 if they fit)."""
+    threshold = int(p * 2**32)
+    h = _mix(index.to(torch.int32) ^ (seed * _INDEX + site * _SITE).to(torch.int32))
+    added = ((seed >> 32) + site).to(torch.int32)
+    if index.dtype == torch.int64:
+        added = added + (index >> 32).to(torch.int32) * signed(_INDEX)
+    h = _mix(h + added) ^ -(2**31)  # in the order of unsigned integers
+    return h >= signed(threshold - 2**31) if threshold < 2**32 else torch.zeros_like(h, dtype=torch.bool)

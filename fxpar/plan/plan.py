@@ -23,8 +23,6 @@ from fxpar.plan.megatron import LIMIT, ZERO_NAMES, plan_fields
 
 # Field -> the one value of it that this version can run. Fields that are not here are available in full.
 _ONLY_YET: dict[str, object] = {
-    "ep": 1,
-    "ep_dispatch": "alltoall",
     "tp_comm_overlap": False,
 }
 """Fields that can have one value yet, because nothing would read another."""
@@ -50,11 +48,12 @@ class Plan:
         under zbv, any number under zb1p.
     stage_boundaries: names of the modules that begin a stage, in the order in which they run, for all pp x virtual_stages stages
         but the first [or "name;name"]; (): the cost model cuts.
-    ep_dispatch: "alltoall" or "allgather".
+    ep_dispatch: how tokens reach their experts: "alltoall" sends each to the ranks of its own, "allgather" all to all.
     recompute: "none", "selective", "full", or the memory budget as a fraction in (0, 1].
     param_dtype, reduce_dtype: of compute and of gradient reduction; None: the model's [or a name: "bf16"].
     overlap_grad_reduce, overlap_param_gather, tp_comm_overlap: hide that communication behind compute.
-    outputs: "all", or "loss" to make nothing else.
+    outputs: "all" (what tp or cp splits comes as DTensors), "whole" (it is gathered: plain tensors on every rank), or "loss" to
+        make nothing else.
     batch_dims: pairs (input name, its batch dim, from 0, or None for none), sorted [or a mapping].
     roles: pairs ("param_fqn[dim]", its role or None), sorted [or a mapping]. Both override what is inferred.
 
@@ -404,7 +403,7 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "overlap_grad_reduce": _switch,
     "overlap_param_gather": _switch,
     "tp_comm_overlap": _switch,
-    "outputs": _one_of("all", "loss"),
+    "outputs": _one_of("all", "whole", "loss"),
     "batch_dims": _batch_dims,
     "roles": _roles,
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fxpar.ops.collectives import typed
+from fxpar.ops.dropout_attention import dropout_attention
 from fxpar.ops.ring import chunks, costs
 from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.schedule import RingSchedule
@@ -105,7 +106,7 @@ def _written_out(program: Program, node: fx.Node, at: Layout) -> AttentionRow:
             there += local_value(new).bytes
             back += local_value(new).bytes if local_value(new).needs_grad and program.training else 0
     return AttentionRow(re.sub(r"\b\d+\b", "*", path), 1, how,
-                        "it is no attention operator: so a model, or dropout of its weights, has it", (there, back), (0, 0))
+                        "the model makes its scores itself, or its weights drop out", (there, back), (0, 0))
 
 
 def _on(at: Layout, mesh: Mesh, dims: Iterable[Dim]) -> Axes:
@@ -120,7 +121,8 @@ def _why(node: fx.Node, plan: Plan, mesh: Mesh, heads: Axes, queries: Axes, ring
     if left:
         reasons.append(f"its heads do not divide by {'+'.join(left)}")
     if queries and not ring and plan.sends_around:
-        reasons.append("its mask is a tensor" if sight_of(node) is None else
+        reasons.append("its weights drop out" if node.target is dropout_attention else
+                       "its mask is a tensor" if sight_of(node) is None else
                        "its keys are not of the queries' sequence, or tp splits it too")
     return "; ".join(reasons)
 

@@ -150,7 +150,7 @@ def _main(program: Program, local: bool) -> list[str]:
     call = "print([tuple(t.shape) for t in forward(*made_up_inputs())])"
     if local:
         sizes = dict(zip(program.mesh.names, program.mesh.sizes, strict=True))
-        lines += ["    from fxpar.ops.collectives import LoneRuntime, use_runtime", "",
+        lines += ["    from fxpar.ops.runtime import LoneRuntime, use_runtime", "",
                   f"    with use_runtime(LoneRuntime({sizes})):", f"        {call}"]
     else:
         lines.append(f"    {call}")

@@ -12,7 +12,7 @@ Not counted: what libraries hold outside of a step (some tens of MiB for cuBLAS)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,12 +24,13 @@ from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.liveness import Buffer, Kernel, Lowering, size_of, timeline
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.runtime import FunctionalRuntime
-from fxpar.ops.collectives import use_runtime
+from fxpar.ops.runtime import use_runtime
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
 from fxpar.pipeline.schedules import Schedule
 from fxpar.program import Program, module_path
 from fxpar.report import brief
+from fxpar.report.alike import likeness, renamed
 from fxpar.report.brief import Input
 from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.layout import shard_shape
@@ -75,10 +76,18 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak
     A rank's is the largest of its stages' own, of one microbatch, with what stays of the others meanwhile: their parameters,
     gradients and optimizer state, and what the forwards keep whose backwards are to come (`Schedule.memory`), as many as the
     rank ever holds. `Peak.kept` is of all of these together. Outputs but for the loss are there until the step ends.
-    Not counted: messages that have arrived and are not used yet.
+    Not counted: messages that have arrived and are not used yet. Of stages that compute the same, one is traced.
     """
-    steps = [_Step(p, *trace(p)) for p in programs]
-    peaks = [step.peak() for step in steps]
+    steps, peaks = [], []
+    seen: dict[Hashable, tuple[_Step, Peak, list[str]]] = {}
+    for program in programs:
+        key, blocks = likeness(program, {n: None if i is None else i.facts() for n, i in _inputs(program).items()})
+        if key not in seen:
+            made = _Step(program, *trace(program))
+            seen[key] = made, made.peak(), blocks
+        step, peak, its = seen[key]
+        steps.append(step)
+        peaks.append(replace(peak, where=renamed(peak.where, its, blocks)))
     activations, alive = schedule.memory([peak.kept for peak in peaks]), schedule.alive()
     out = []
     for rank in range(schedule.ranks):
@@ -129,6 +138,8 @@ def _counted_twice(programs: Sequence[Program]) -> dict[str, int]:
 class _Shapes(FunctionalRuntime):
     """The `Runtime` of a rank that has no other ranks: collectives over made-up groups, for their shapes."""
 
+    balanced = True
+
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
 
@@ -147,13 +158,7 @@ def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[
 
     briefly: of a long run of equal blocks, few may be traced.
     """
-    mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
-    inputs: list[Input | None] = []
-    for node, source in program.source_of().items():
-        part = {"param": "parameters", "received": "activations"}.get(source.kind, "inputs")
-        value = _local(mode, node, source.value, program.mesh, source.requires_grad)
-        trained = source.kind == "param" and source.requires_grad
-        inputs.append(Input(value, part, trained) if isinstance(value, Tensor) else None)
+    inputs: list[Input | None] = [*_inputs(program).values()]
     module, plan = program.module, program.plan
     with use_runtime(_Shapes(program.mesh)), compat.memory_budget(plan.memory_budget):
         if program.training and plan.microbatches > 1:
@@ -175,6 +180,18 @@ def _plain(module: fx.GraphModule, values: list[Tensor | None]) -> fx.GraphModul
     plain, _ = tensor_inputs_only(module, values, fused=True)
     _as_on_gpu(plain)
     return plain
+
+
+def _inputs(program: Program) -> dict[fx.Node, Input | None]:
+    """What the program takes for each of its placeholders; None for what is no tensor."""
+    mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
+    inputs: dict[fx.Node, Input | None] = {}
+    for node, source in program.source_of().items():
+        part = {"param": "parameters", "received": "activations"}.get(source.kind, "inputs")
+        value = _local(mode, node, source.value, program.mesh, source.requires_grad)
+        trained = source.kind == "param" and source.requires_grad
+        inputs[node] = Input(value, part, trained) if isinstance(value, Tensor) else None
+    return inputs
 
 
 def _local(mode: Any, node: fx.Node, value: Any, mesh: Mesh, requires_grad: bool) -> Any:

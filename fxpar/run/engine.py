@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
+from fxpar.backends import eager
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.base import copied_axes
 from fxpar.backends.transport.control import Outcome
@@ -37,10 +39,11 @@ from fxpar.run.edges import Edges, with_full_outputs
 from fxpar.run.feed import Feed
 from fxpar.run.loss import loss_of
 from fxpar.run.numbers import Numbers
-from fxpar.run.optimizers import OptimizerSteps
+from fxpar.run.outputs import as_output
 from fxpar.run.pipeline import Pipeline
 from fxpar.run.steps import Steps
 from fxpar.run.store import ParameterStore
+from fxpar.run.updates import OptimizerSteps
 from fxpar.sharding.facts import local_value, sharding_at
 from fxpar.sharding.layout import Sharding
 
@@ -73,32 +76,40 @@ class DropoutSeeds:
 class Engine:
     """Runs a model's programs on one rank.
 
-    compile_call: ``(call, layouts, microbatches)`` -> the program of this rank, for parameters stored so. backend: a module of
-    `fxpar.backends`, with its `lower` and `stepped`. transport, check_batches: see `fxpar.parallelize`.
-    programs: those that are kept, by what they depend on, newest last.
+    compile_call: of a function whose first argument is the model: ``(call, layouts, microbatches)`` -> the program of this
+    rank, for parameters stored so. backend: a module of `fxpar.backends`, with its `lower` and `stepped`. transport,
+    check_batches: see `fxpar.parallelize`. programs: those that are kept, by what they depend on, newest last.
     """
 
-    def __init__(self, store: ParameterStore, plan: Plan, compile_call: Callable[[calls.Call, dict[str, Sharding], int], Program],
+    def __init__(self, store: ParameterStore, plan: Plan, compile_call: functools.partial[Program],
                  backend: ModuleType, transport: str, check_batches: int = CHECKED_EVERY):
         self.store, self.plan, self.device = store, plan, store.device
         self._control, self._watch = store.control, store.control.watch
         self.programs: dict[tuple, Program] = {}
         self.compiled: OrderedDict[tuple, Compiled] = OrderedDict()  # the least recently used first
         self.seeds = DropoutSeeds()
-        self._compile_call, self._transport = compile_call, transport
+        self._compile_call, self._backend, self._transport = compile_call, backend, transport
         self._lower = functools.partial(backend.lower, runtime=store.runtime, plan=plan)
         self._in_steps = functools.partial(backend.stepped, runtime=store.runtime, plan=plan)
         self._first: Program | None = None
         self._stages: list[Stage] = []  # of the first program, which decides where parameters are
         self._depends = State(store.model)
         self._numbers = Numbers(self.device)
-        self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime)
+        once = backend is not eager or plan.recompute != "none" or plan.gathers_each_use
+        self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime, once)
         self._steps = Steps(plan, store.mesh, self._lower, store.tensor)
         self._left = AttributeStates()
         self._said: set[int] = set()  # numbers of programs
         self._batches = BatchChecks(store.bound, store.control, check_batches)
         self._drift = DriftChecks(store, check_batches)
         self._optimizers = OptimizerSteps(store.model, self._watch)
+
+    def copied(self, store: ParameterStore) -> Engine:
+        """An engine that runs the model of another store as this one runs its own; it has captured nothing yet."""
+        compile_call = functools.partial(self._compile_call.func, store.model, *self._compile_call.args[1:])
+        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.every)
+        new.seeds = dataclasses.replace(self.seeds)
+        return new
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its layouts of parameters as the ones that they are stored in."""
@@ -216,6 +227,8 @@ class Engine:
 
     def newest(self) -> Program:
         """The program that was captured last."""
+        if not self.programs:
+            raise InputError("this copy of a parallel module was not called yet: there is no program to report on")
         return list(self.programs.values())[-1]
 
     def stages(self, program: Program) -> list[Stage]:
@@ -292,7 +305,7 @@ class Engine:
         key = (*captured, torch.is_grad_enabled())
         if key not in self.compiled:
             if captured not in self.programs:
-                if captured[PARTS] != next(reversed(self.programs))[PARTS]:
+                if self.programs and captured[PARTS] != next(reversed(self.programs))[PARTS]:
                     self.store.relocate()
                 self.store.describe_absent()
                 with agree_on_program(control) as made:
@@ -327,6 +340,8 @@ class Engine:
 
     def _make_room(self, captured: tuple) -> None:
         """For another program: forget those of a model of other parts, or the least recently used one."""
+        if not self.programs:
+            return
         newest, count = next(reversed(self.programs)), len(self.programs)
         if count in {programs.MANY, programs.MOST} - self._said:
             self._said.add(count)
@@ -395,8 +410,8 @@ class Engine:
         within = [a for a in mesh.names if a not in dp or mesh.size(a) == 1]
         places = [p for a, p in zip(mesh.names, storage.placements(sharding, mesh), strict=True) if a in within]
         device_mesh: DeviceMesh = self.store.bound.device_mesh
-        return DTensor.from_local(out, device_mesh[tuple(within)] if len(within) < len(mesh.names) else device_mesh, places,
-                                  run_check=False)
+        return as_output(DTensor.from_local(out, device_mesh[tuple(within)] if len(within) < len(mesh.names) else device_mesh,
+                                            places, run_check=False))
 
 
 def _of_all(captured: tuple, of_kinds: tuple[int, ...]) -> tuple:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxpar.backends.eager import run_flat
 from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.errors import InputError
-from fxpar.ops.collectives import use_runtime
+from fxpar.ops.runtime import use_runtime
 from fxpar.passes.capture.attributes import put_back
 from fxpar.passes.strategies.prologue import joined
 from fxpar.program import Microbatches, Program

@@ -1,47 +1,28 @@
-"""optimizers: what optimizers did to a model, so that ranks can compare it.
-
-A step that one rank leaves out, or takes with another learning rate, has its weights part from those of the others.
-"""
+"""optimizers: those that would compute something else of parts of parameters are refused."""
 
 from __future__ import annotations
 
-import weakref
+import functools
 from typing import Any
 
-from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import Adafactor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fxpar.backends.transport.watch import NoWatch, Watch
-
-PLAIN = (bool, int, float, str, tuple, type(None))
-MOST = 64
-"""Steps that are remembered one by one until a call compares them."""
+from fxpar.errors import InputError
 
 
-class OptimizerSteps:
-    """The steps since the last call that compared them, of optimizers that hold a DTensor; of all parallel modules alike."""
+@functools.cache
+def watch() -> None:
+    """From now on, the optimizers of this process refuse parameters that they cannot step. Once is enough."""
+    register_optimizer_step_pre_hook(_check)
 
-    def __init__(self, model: nn.Module, watch: Watch | NoWatch):
-        self._steps: list[Any] = []
-        if isinstance(watch, NoWatch):
-            return
-        mine = weakref.ref(self)
 
-        def note(optimizer: Any, *_: Any) -> None:
-            steps = mine()
-            if steps is not None and len(steps._steps) < MOST:
-                steps.add(optimizer)
-
-        weakref.finalize(self, register_optimizer_step_post_hook(note).remove)
-
-    def add(self, optimizer: Any) -> None:
-        groups = [g for g in optimizer.param_groups if g["params"]]
-        if any(isinstance(g["params"][0], DTensor) for g in groups):
-            self._steps.append((type(optimizer).__name__, [
-                [(k, v) for k, v in g.items() if isinstance(v, PLAIN)] for g in groups]))
-
-    def taken(self) -> list[Any]:
-        """What was done, to be compared now."""
-        steps, self._steps = self._steps, []
-        return steps
+def _check(optimizer: Any, *_: Any) -> None:
+    """Raises: `InputError` for Adafactor with parameters of which ranks hold parts: it takes norms of rows and columns."""
+    if not isinstance(optimizer, Adafactor):
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
+    if any(not place.is_replicate() for p in parameters for place in p.placements):
+        raise InputError("torch.optim.Adafactor cannot step parameters of which each rank has a part (tp, zero): it needs norms "
+                         "of whole rows and columns; use another optimizer (AdamW), or a plan that stores parameters whole (dp)")

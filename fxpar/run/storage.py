@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from fxpar import compat
-from fxpar.ops.collectives import Runtime
+from fxpar.ops.runtime import Runtime
 from fxpar.sharding import chunks
 from fxpar.sharding.layout import Sharding, take
 from fxpar.sharding.mesh import BoundMesh, Mesh

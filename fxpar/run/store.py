@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,6 +97,15 @@ class ParameterStore:
                 self.places |= {_name(path, key): (table, key) for key in table}
         identity.take_over([(old, new) for old, new in made.values() if new is not None])
         identity.give_up([old for old, new in made.values() if new is None])
+
+    def copied(self, memo: dict[int, Any]) -> ParameterStore:
+        """A store of a copy of the model, on the same ranks and in the same layouts; of one kind of ranks."""
+        new = ParameterStore(copy.deepcopy(self.model, memo), self.bound, self.control, self.device)
+        new.layouts, new.owners = dict(self.layouts), dict(self.owners)
+        for path, module in new.model.named_modules():
+            for table in (module._parameters, module._buffers):
+                new.places |= {_name(path, key): (table, key) for key in table}
+        return new
 
     def counted(self) -> dict[nn.Parameter, bool]:
         """The parameters that this rank holds parts of, and whether they count for ranks of its kind: each does for one."""

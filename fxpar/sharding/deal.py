@@ -11,8 +11,12 @@ It nests: to deal to n ranks, and then each one's part to m, is to deal to n * m
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+At = TypeVar("At", int, Tensor)
 
 
 def deal(x: Tensor, dim: int, outer: int, ranks: int) -> Tensor:
@@ -38,10 +42,10 @@ def undeal(x: Tensor, dim: int, outer: int, ranks: int) -> Tensor:
     return torch.stack((ahead, behind), dim + 1).reshape(shape)
 
 
-def dealt_from(at: Tensor, size: int, ranks: int) -> Tensor:
+def dealt_from(at: At, size: int, ranks: int) -> At:
     """Where in the sequence of `size` the elements come from that `deal` brings to these places."""
     if ranks == 1:
         return at
     length = size // (2 * ranks)
     rank, behind, within = at // (2 * length), at // length % 2, at % length
-    return torch.where(behind == 0, rank, 2 * ranks - 1 - rank) * length + within
+    return (rank + behind * (2 * ranks - 1 - 2 * rank)) * length + within

@@ -7,27 +7,34 @@ sharding rules, for ATen.
 
 Worked example, attention heads: ``linear: x[b, s, h] w[o, h] -> [b, s, o]`` gives the dims ``[b][s][o]``;
 ``view(4, 16, 8, 8)`` splits ``o64`` into ``c8 d8``, and with it the weight's rows.
+
+Of the pairs (expert, token) of a mixture of experts, k of E are there. Rows that stand for these pairs are one dimension, made of
+the experts, the tokens and their slots, and of a *share*: a factor of size 1/E, which nothing splits. So extents are as ever the
+products of sizes: of all rows their number, and of the rows of some experts their number if the router is balanced.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any
 
 
 class Factor:
     """One logical dimension (a union-find node). Compare factors after `Factors.leaves`.
 
-    size: its extent. parts: the smaller factors it was split into, major to minor.
+    size: its extent; of a share, one of `of`. parts: the smaller factors it was split into, major to minor.
     apart: factors that occur beside it in some tensor, and so can never be the same one.
     role: what it is to the model ("batch", "heads", ...), set by roles.assign_roles; so is causal: whether causal attention goes
     along it.
     """
 
-    __slots__ = ("apart", "causal", "id", "parent", "parts", "role", "size")
+    __slots__ = ("apart", "causal", "id", "of", "parent", "parts", "role", "size")
 
-    def __init__(self, size: int, id: int):
-        self.size = size
+    def __init__(self, size: Any, id: int):
+        self.size: int = size
+        self.of = size.denominator if isinstance(size, Fraction) else 0
         self.id = id
         self.parent: Factor | None = None
         self.parts: tuple[Factor, ...] = ()
@@ -74,7 +81,17 @@ def leaves(dim: Iterable[Factor]) -> list[Factor]:
 
 
 def extent(dim: Iterable[Factor]) -> int:
-    return math.prod(f.size for f in dim)
+    return whole(math.prod(f.size for f in dim))
+
+
+def whole(size: int | Fraction) -> int:
+    """A number of elements; of rows that are there only on average, rounded up."""
+    return math.ceil(size)
+
+
+def share_of(dim: Iterable[Factor]) -> Factor | None:
+    """The share of a dimension whose rows are some pairs of experts and tokens; None of any other dimension."""
+    return next((f for f in leaves(dim) if f.of), None)
 
 
 class Factors:
@@ -92,6 +109,11 @@ class Factors:
 
     def fresh(self, shape: Iterable[int]) -> Dims:
         return tuple(self.new(int(n)) for n in shape)
+
+    def share(self, of: int) -> Dim:
+        """One of so many."""
+        self.count += 1
+        return (Factor(Fraction(1, of), self.count - 1),)
 
     def beside(self, dims: Dims) -> Dims:
         """State that these are the dims of one tensor: no two of their factors may ever merge."""
@@ -148,6 +170,9 @@ class Factors:
             if x.parts or y.parts:
                 left.extend(list(x.leaves())[::-1])
                 right.extend(list(y.leaves())[::-1])
+            elif x.of or y.of:  # a share is itself alone
+                if x is not y:
+                    return False
             elif x.size == y.size:
                 if not self.merge(x, y):
                     return False

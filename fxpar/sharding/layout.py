@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
 from fxpar.sharding.deal import deal
-from fxpar.sharding.factors import Dim, Dims, Factor, leaves
+from fxpar.sharding.factors import Dim, Dims, Factor, leaves, whole
 from fxpar.sharding.mesh import Axes, Mesh
 
 Layout = dict[str, Factor]
@@ -40,6 +41,15 @@ def order_on(leaf: Factor, mesh: Mesh) -> Axes:
 def axes_on(leaf: Factor, layout: Layout, mesh: Mesh) -> Axes:
     """The axes that split a factor, major to minor."""
     return tuple(a for a in order_on(leaf, mesh) if layout.get(a) is leaf)
+
+
+def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
+    """Whether `axis` can split `leaf` further than `layout` does."""
+    ranks = mesh.size(axis)
+    for other, f in layout.items():
+        if f is leaf:
+            ranks *= mesh.size(other)
+    return leaf.size > 0 and leaf.size % ranks == 0
 
 
 def is_dealt(leaf: Factor, axis: str, mesh: Mesh) -> bool:
@@ -69,7 +79,7 @@ def pieces(dim: Dim, layout: Layout, mesh: Mesh) -> list[Piece]:
 
 def local_extent(dim: Dim, layout: Layout, mesh: Mesh) -> int:
     """How many elements of this dimension one rank holds."""
-    return math.prod(p.size // mesh.size(*p.axes) for p in pieces(dim, layout, mesh))
+    return _extent(pieces(dim, layout, mesh), mesh)
 
 
 def local_shape(dims: Dims, layout: Layout, mesh: Mesh) -> list[int]:
@@ -107,7 +117,12 @@ def in_order(sharding: Sharding) -> Sharding:
 
 def shard_shape(sharding: Sharding, mesh: Mesh) -> tuple[int, ...]:
     """The shape of one rank's part."""
-    return tuple(math.prod(p.size // mesh.size(*p.axes) for p in dim) for dim in sharding)
+    return tuple(_extent(dim, mesh) for dim in sharding)
+
+
+def _extent(dim: Iterable[Piece], mesh: Mesh) -> int:
+    """Of what a rank holds of a dim; of rows whose number depends on a router, what it has if that is balanced."""
+    return whole(math.prod(Fraction(p.size) / mesh.size(*p.axes) for p in dim))
 
 
 def place_of(dims: Dims, layout: Layout, mesh: Mesh, leaf: Factor) -> tuple[int, int]:

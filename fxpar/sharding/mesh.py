@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fxpar.plan import Plan
 
 Axes = tuple[str, ...]
-STRATEGIES = ("dp", "cp", "ring", "a2a", "tp", "zero")
+STRATEGIES = ("dp", "cp", "ring", "a2a", "tp", "zero", "ep")
 DEGREES = ("dp", "cp", "tp")
 """The strategies that have axes of their own; the others share theirs."""
 KIND = "pp"
@@ -32,7 +32,8 @@ class Mesh:
     names, sizes: the axes and their degrees.
     strategies: the axes each strategy consists of, e.g. ``{"dp": ("dp",), "tp": ("tp0", "tp1")}``; those of "zero" are the
         axes of dp and cp over which parameters are stored in parts; "cp" is those of "ring", along which attention keeps its
-        queries split, and then those of "a2a", along which it exchanges the sequence for heads.
+        queries split, and then those of "a2a", along which it exchanges the sequence for heads; "ep" is the most minor axes of
+        all, along which ranks have other experts.
     """
 
     names: Axes
@@ -86,8 +87,12 @@ class Mesh:
     def split(self, strategy: str, sizes: tuple[int, ...]) -> Mesh:
         """The same ranks with a one-axis strategy, and all others with its axis, split into finer axes of the given sizes."""
         (name,) = self.axes(strategy)
+        return self.cut(name, sizes)
+
+    def cut(self, name: str, sizes: tuple[int, ...]) -> Mesh:
+        """The same ranks with one axis split into finer ones of the given sizes, in all strategies that have it."""
         if math.prod(sizes) != self.size(name):
-            raise ValueError(f"{sizes} does not multiply to {strategy}={self.size(name)}")
+            raise ValueError(f"{sizes} does not multiply to {name}={self.size(name)}")
         fine = tuple(f"{name if name[-1].isalpha() else name + '_'}{i}" for i in range(len(sizes)))
         at = self.names.index(name)
         return Mesh(
@@ -103,8 +108,10 @@ class Mesh:
 def from_plan(plan: Plan) -> Mesh:
     """The mesh of a plan: dp major, then cp, tp minor (tp's ranks are neighbours on one host).
 
-    Hybrid sharding has dp as the axes ``dp_replicate x dp_shard``; cp is ``cp0 x cp1`` where it is a ring of all-to-alls. Axes of
-    degree 1 are left out, except that a plan of one rank keeps ``dp=1`` so that there is a mesh.
+    Hybrid sharding has dp as the axes ``dp_replicate x dp_shard``; cp is ``cp0 x cp1`` where it is a ring of all-to-alls. Experts
+    lie along the most minor axes, of which the last is cut in two where it is more than is left of ep: ``dp=8,tp=2,ep=4`` is
+    ``dp0=4 x dp1=2 x tp=2``, with experts along dp1 and tp. Axes of degree 1 are left out, except that a plan of one rank keeps
+    ``dp=1`` so that there is a mesh.
     """
     replicas = plan.dp_replicate if plan.stores_parts else 1
     sharded = plan.dp // replicas
@@ -119,7 +126,24 @@ def from_plan(plan: Plan) -> Mesh:
     zero = (dp[-1:] if sharded > 1 else []) + ring + a2a if plan.stores_parts else []
     of = {"dp": dp, "cp": ring + a2a, "ring": ring, "a2a": a2a, "tp": tp, "zero": zero}
     strategies = {name: tuple(n for n, _ in parts) for name, parts in of.items() if parts}
-    return Mesh(names, sizes, strategies or {"dp": ("dp",)})
+    return _folded(Mesh(names, sizes, strategies or {"dp": ("dp",)}), plan.ep)
+
+
+def _folded(mesh: Mesh, ep: int) -> Mesh:
+    """The mesh with `ep` ranks of its most minor axes as those of experts; `ep` divides the product of their degrees."""
+    axes: list[str] = []
+    for name in reversed(mesh.names):
+        if ep == 1:
+            break
+        both = math.gcd(ep, mesh.size(name))
+        if both == 1:
+            continue
+        if both < mesh.size(name):
+            mesh = mesh.cut(name, (mesh.size(name) // both, both))
+            name = next(n for n in reversed(mesh.names) if n not in axes)
+        axes.insert(0, name)
+        ep //= both
+    return Mesh(mesh.names, mesh.sizes, {**mesh.strategies, "ep": tuple(axes)}) if axes else mesh
 
 
 def _context(plan: Plan) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -175,6 +199,7 @@ class BoundMesh:
             if strategy in DEGREES and len(axes) > 1:
                 self.device_mesh[axes]._flatten(strategy)
         self._groups: dict[Axes, torch.distributed.ProcessGroup] = {}
+        self._exchange_groups: dict[Axes, torch.distributed.ProcessGroup] = {}
         self._among: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
 
     def ordered(self, axes: Axes) -> Axes:
@@ -202,8 +227,21 @@ class BoundMesh:
 
     def made_groups(self) -> list[torch.distributed.ProcessGroup]:
         """The process groups of this rank that were made so far."""
-        made = (self.across, *self._groups.values(), *self._among.values())
+        made = (self.across, *self._groups.values(), *self._exchange_groups.values(), *self._among.values())
         return [g for g in made if isinstance(g, torch.distributed.ProcessGroup)]  # it is no member of others
+
+    def exchange_group(self, axes: Axes) -> torch.distributed.ProcessGroup:
+        """Another group of the same ranks, by which rows go to experts: what it does waits for no other collective, and on GPUs
+        goes first."""
+        axes = self.ordered(axes)
+        if axes not in self._exchange_groups:
+            groups = [[kind * self.mesh.world_size + rank for rank in group]
+                      for kind in range(self.kinds) for group in self.mesh.groups(axes)]
+            options = None
+            if self.device_mesh.device_type == "cuda":
+                options = torch.distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            self._exchange_groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(groups, pg_options=options)
+        return self._exchange_groups[axes]
 
     def index(self, axes: Axes) -> int:
         return self.mesh.index(self.rank, axes)

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpar.ops.attention import windowed_attention
+from fxpar.ops.dropout_attention import dropout_attention, refusal, uses_kernels
 from fxpar.ops.rng import dropout_mask
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.infer.rules.spec import bind
 from fxpar.passes.rewrite import Rewriter, device_of
-from fxpar.program import Program, Source
+from fxpar.program import Program, Source, user_line, value_of
 
 aten = torch.ops.aten
 PLAIN = (aten.dropout.default, aten.native_dropout.default)
+WITH_DROPOUT = (SDPA, windowed_attention)
 
 
 def expand_dropout(graph: fx.Graph) -> None:
@@ -77,20 +80,22 @@ RELATIVES = {
 
 
 def counter_dropout(program: Program) -> Program:
-    """Rewrite, in place, every dropout that is on to `fxpar.ops.rng.dropout_mask`.
+    """Rewrite, in place, every dropout that is on to the counter-based generator of `fxpar.ops.rng`.
 
     Takes: a simplified program. Afterwards: if anything was rewritten there is one more source, the "seed" (an int64
-    scalar that the caller passes at every step); each dropout has a site number, in program order; an
-    attention with dropout is written out as two products around its softmax, as the mask is needed inside it.
+    scalar that the caller passes at every step); each dropout has a site number, in program order; plain dropout is a
+    `dropout_mask`; attention with dropout is a `dropout_attention`. What this operator does not compute is written out as two
+    products around a softmax, with a `dropout_mask` between them, and noted; so is, without a note, all of it under
+    `use_kernels(False)`.
     """
     sites = [n for n in program.graph.nodes if _rate(n)]
     if not sites:
         return program
-    seed = _seed(program, device_of(sites[0].args[0]))
+    seed = seed_of(program, device_of(sites[0].args[0]))
     for site, node in enumerate(sites):
         r = Rewriter(program.graph, node)
-        if node.target is SDPA:
-            _attention(r, node, seed, site)
+        if node.target in WITH_DROPOUT:
+            _attention(program, r, node, seed, site)
         else:
             _plain(r, node, seed, site)
     program.graph.eliminate_dead_code()
@@ -98,13 +103,17 @@ def counter_dropout(program: Program) -> Program:
 
 
 def _rate(node: fx.Node) -> float:
-    if node.op != "call_function" or node.target not in (*PLAIN, SDPA):
+    if node.op != "call_function" or node.target not in (*PLAIN, *WITH_DROPOUT):
         return 0.0
     a = bind(node)
-    return a["dropout_p"] if node.target is SDPA else a["p"] if a["train"] in (True, None) else 0.0
+    return a.get("dropout_p", 0.0) if node.target in WITH_DROPOUT else a["p"] if a["train"] in (True, None) else 0.0
 
 
-def _seed(program: Program, device: torch.device) -> fx.Node:
+def seed_of(program: Program, device: torch.device) -> fx.Node:
+    """The placeholder that what draws takes its seed from, made where the program has none."""
+    for node, source in program.source_of().items():
+        if source.kind == "seed":
+            return node
     last = program.placeholders()[-1]
     with program.graph.inserting_after(last):
         node = program.graph.placeholder("dropout_seed")
@@ -139,8 +148,44 @@ def _plain(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
     r.graph.erase_node(node)
 
 
-def _attention(r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
+def _attention(program: Program, r: Rewriter, node: fx.Node, seed: fx.Node, site: int) -> None:
+    if node.target is windowed_attention:
+        options = {**node.kwargs, "p": node.kwargs["dropout_p"]}
+        del options["dropout_p"]
+        r.replace(r.call(dropout_attention, *node.args, seed, site=site, **options))
+        return
     a = bind(node)
+    if not uses_kernels():
+        _written_out(r, a, seed, site)
+        return
+    q, k, v, mask, p = a["query"], a["key"], a["value"], a["attn_mask"], a["dropout_p"]
+    why = refusal(value_of(q), value_of(k), value_of(v), None if mask is None else value_of(mask), a["enable_gqa"], p)
+    if not why and mask is not None and _is_trained(program, mask):
+        why = "its mask has a gradient"
+    if why:
+        program.note(f"attention with dropout{' at ' + line if (line := user_line(node)) else ''} makes all scores: {why}")
+        _written_out(r, a, seed, site)
+        return
+    options = dict(attn_mask=mask, is_causal=a["is_causal"], scale=a["scale"], enable_gqa=a["enable_gqa"])
+    r.replace(r.call(dropout_attention, q, k, v, seed, p=p, site=site, **{n: o for n, o in options.items() if o}))
+
+
+def _is_trained(program: Program, mask: fx.Node) -> bool:
+    """Whether a gradient may be asked of an attention's mask."""
+    sources, seen, pending = program.source_of(), set(), [mask]
+    while pending:
+        node = pending.pop()
+        value = value_of(node)
+        if node in seen or (isinstance(value, torch.Tensor) and not value.is_floating_point()):
+            continue
+        if node in sources and sources[node].requires_grad:
+            return True
+        seen.add(node)
+        pending += node.all_input_nodes
+    return False
+
+
+def _written_out(r: Rewriter, a: dict[str, Any], seed: fx.Node, site: int) -> None:
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
     if a["enable_gqa"] and q.meta["val"].shape[-3] != k.meta["val"].shape[-3]:
         groups = q.meta["val"].shape[-3] // k.meta["val"].shape[-3]

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from fxpar import compat
-from fxpar.ops.experts import expert_product, order_of, put_back, take_rows
+from fxpar.ops.experts import combine, expert_product, expert_rows, order_of, put_back, sort_experts, take_rows
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import RESHAPES
 from fxpar.passes.infer.rules.registry import spec_for
@@ -48,6 +48,10 @@ def sort_by_expert(program: Program) -> Program:
             if region.found():
                 region.rewrite(program.graph)
     program.graph.eliminate_dead_code()
+    for node in list(program.graph.nodes):
+        if node.target in (put_back, combine):
+            _score_behind(program.graph, node)
+    program.graph.eliminate_dead_code()
     program.graph.lint()
     return program
 
@@ -73,6 +77,8 @@ class _Region:
         self.kinds: dict[fx.Node, str] = {}
         self.times: dict[fx.Node, int] = {}
         self.made: dict[fx.Node, Make] = {}
+        self.bounds: dict[fx.Node, int] = {}  # the largest of numbers that were clamped
+        self.counts: set[int] = set()  # how many experts there are
         self.left = False  # whether something leaves the order again
 
     # ---- what there is ----
@@ -94,7 +100,7 @@ class _Region:
                 node = node.next
         except _NotByRow:
             return False
-        return self.left and not any(n in self.kinds for n in node.all_input_nodes)
+        return self.left and len(self.counts) < 2 and not any(n in self.kinds for n in node.all_input_nodes)
 
     def _is(self, value: Any, *kinds: str) -> bool:
         return isinstance(value, fx.Node) and self.kinds.get(value) in kinds
@@ -107,7 +113,9 @@ class _Region:
         if target in LIKE and self._is(first, "order"):
             return None  # made of its shape alone
         if target in CASTS and self._is(first, "ids", "order"):
-            return self.kinds[first]
+            return self._same(node, first)
+        if target is aten.clamp.default and self._is(first, "ids") and (a["min"] or 0) == 0 and isinstance(a["max"], int):
+            return self._same(node, first, a["max"])
         if target in QUOTIENTS and self._is(a["self"], "order"):
             return self._token(node, a)
         if target in WIDENED and self._is(first, "token"):
@@ -122,9 +130,17 @@ class _Region:
             return self._scattered(node, a)
         if target in LOOKUPS and self._is(_index(node, a), "order", "token", "inverse"):
             return self._looked_up(node, a)
+        if target in LOOKUPS and self._is(_index(node, a), "ids") and a["self"] not in self.kinds:
+            return self._of_experts(node, a)
         if target in ADDS and self._is(a["index"], "token", "order"):
             return self._added(node, a)
         return self._by_row(node, a)
+
+    def _same(self, node: fx.Node, first: fx.Node, bound: int | None = None) -> str:
+        """Numbers, cast, or with one in the place of all that are too large."""
+        known = [b for b in (self.bounds.get(first), bound) if b is not None]
+        self.bounds.update({node: min(known)} if known else {})
+        return self.kinds[first]
 
     def _token(self, node: fx.Node, a: dict[str, Any]) -> str:
         times = a["other"]
@@ -160,7 +176,17 @@ class _Region:
         numbers = _uncast(counted["self"])
         _need(self._is(numbers, "ids") or numbers is _uncast(bind(self.sort)["self"]))
         _need((counted["min"], counted["max"]) == (0, len(a["weights"].meta["val"]) - 1))
-        self.made[node] = lambda r, a: r.call(expert_product, a["x"], a["weights"], self.experts, self.order)
+        self.counts.add(len(a["weights"].meta["val"]))
+        self.made[node] = lambda r, a: r.call(expert_product, a["x"], a["weights"], self.experts)
+        return "rows"
+
+    def _of_experts(self, node: fx.Node, a: dict[str, Any]) -> str:
+        """Each row's expert's row of a table, which has one for each expert."""
+        index, table = _index(node, a), a["self"].meta["val"]
+        _need(a.get("dim", 0) == 0 and node.meta["val"].shape == (self.rows, *table.shape[1:]))
+        _need(self.bounds.get(index, len(table) - 1) == len(table) - 1)
+        self.counts.add(len(table))
+        self.made[node] = lambda r, a: r.call(expert_rows, a["self"], _index(node, a))
         return "rows"
 
     def _scattered(self, node: fx.Node, a: dict[str, Any]) -> str | None:
@@ -182,12 +208,26 @@ class _Region:
         if self._is(index, "inverse"):
             _need(self._is(x, "rows", "ids"))
             self.left = True
-            self.made[node] = lambda r, a: r.call(put_back, a["self"], self.order)
+            self._put_back(node, a["self"])
             return None
         times = self.times.get(index, 1)
         _need(x not in self.kinds and len(x.meta["val"]) * times == self.rows)
         self.made[node] = lambda r, a: r.call(take_rows, a["self"], self.order, times)
         return "rows"
+
+    def _put_back(self, node: fx.Node, rows: fx.Node) -> None:
+        """Rows leave the order; where all that is done to them next is to add up so many in a row, as one operator."""
+        view = _only_user(node)
+        total = _only_user(view) if view is not None and view.target in RESHAPES else None
+        shape, times = list(rows.meta["val"].shape[1:]), 0
+        if view is not None and total is not None and total.target is aten.sum.dim_IntList:
+            a, before = bind(total), list(view.meta["val"].shape)
+            alone = [d % len(before) for d in a["dim"]] == [1] and not a["keepdim"] and a["dtype"] is None
+            times = before[1] if alone and before[2:] == shape and before[0] * before[1] == self.rows else 0
+        if times and total is not None:
+            self.made[total] = lambda r, a: r.call(combine, rows, self.order, times)
+        else:
+            self.made[node] = lambda r, a: r.call(put_back, a["self"], self.order)
 
     def _added(self, node: fx.Node, a: dict[str, Any]) -> str | None:
         """Rows that are added up where they came from."""
@@ -197,9 +237,7 @@ class _Region:
         _need(shape[0] * times == self.rows and a[source].meta["val"].shape == (self.rows, *shape[1:]))
 
         def make(r: Rewriter, a: dict[str, Any]) -> fx.Node:
-            back = r.call(put_back, a[source], self.order)
-            if times > 1:
-                back = r.call(aten.sum.dim_IntList, r.call(aten.reshape.default, back, [shape[0], times, *shape[1:]]), [1])
+            back = r.call(put_back, a[source], self.order) if times == 1 else r.call(combine, a[source], self.order, times)
             return r.call(aten.add.Tensor, a["self"], back)
 
         self.left, self.made[node] = True, make
@@ -230,8 +268,8 @@ class _Region:
     def rewrite(self, graph: fx.Graph) -> None:
         r = Rewriter(graph, self.sort)
         ids = bind(self.sort)["self"]
-        self.order = r.call(order_of, ids)
-        self.experts = r.call(take_rows, ids, self.order, 1)
+        self.order = r.call(order_of, ids, max(self.counts, default=1))
+        self.experts = r.call(sort_experts, ids, self.order)
         for node in [self.order, self.experts, *self.kinds]:
             describe_global(node, by_expert=True)
         for node in self.kinds:
@@ -244,6 +282,27 @@ class _Region:
             new = make(r, bind(node))
             describe_global(new, by_expert=self._is(node, "rows"))
             r.replace(new)
+
+
+def _score_behind(graph: fx.Graph, node: fx.Node) -> None:
+    """Have rows that are multiplied by a score each, and put back, be put back first: scores need not be where experts are."""
+    args: Any = node.args
+    product, order = args[:2]
+    if product.target is not aten.mul.Tensor or len(product.users) > 1 or product.meta["val"].dim() != 2:
+        return
+    for rows, scale in (product.args, product.args[::-1]):
+        if not isinstance(scale, fx.Node) or scale.target is not aten.unsqueeze.default or scale.args[1] not in (1, -1):
+            continue
+        taken = scale.args[0]
+        if taken.target is take_rows and taken.args[1:] == (order, 1) and taken.meta["val"].dim() == 1:
+            r = Rewriter(graph, node)
+            times = args[2] if node.target is combine else 1
+            r.replace(r.call(combine, rows, order, times, taken.args[0]))
+            return
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _need(known: bool) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from fxpar import compat
 from fxpar.ops.attention import takes, windowed_attention
+from fxpar.ops.dropout_attention import refusal, uses_kernels
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.canonical.bands import MaskValue, diagonals
 from fxpar.passes.canonical.constants import evaluate, given, is_fill, is_function
@@ -33,7 +34,7 @@ def fold_masks(program: Program) -> Program:
 
     - allows everything (or adds zero everywhere): there is no mask;
     - is causal, with as many queries as keys: there is none, and ``is_causal=True``;
-    - is causal and no more than the last `window` keys, without dropout: the call is one of
+    - is causal and no more than the last `window` keys, without dropout or where `use_kernels` holds: the call is one of
       `fxpar.ops.attention.windowed_attention`;
 
     where "allows" is True or adding zero, and its contrary False or adding the lowest number or less. Every
@@ -173,11 +174,19 @@ def _rewrite(program: Program, node: fx.Node, mask: fx.Node, allowed: Verdict | 
     kwargs = {k: v for k, v in node.kwargs.items() if k in ("scale", "enable_gqa")}
     if isinstance(allowed, int):
         query, key, value = map(value_of, operands)
-        if dropout or not takes(query, key, value, enable_gqa=bool(kwargs.get("enable_gqa"))):
-            program.note("a sliding-window mask is kept: windowed attention has no dropout nor broadcasting")
+        grouped = bool(kwargs.get("enable_gqa"))
+        if dropout and not uses_kernels():
+            program.note("a sliding-window mask is kept: with dropout a window takes kernels that are turned off "
+                         "(way out: fxpar.ops.dropout_attention.use_kernels())")  # fmt: skip
+            return
+        if dropout and refusal(query, key, value, None, grouped, dropout):
+            return  # the pass dropout says why
+        if not takes(query, key, value, enable_gqa=grouped):
+            program.note("a sliding-window mask is kept: windowed attention has no broadcasting")
             return
         node.target, node.args = windowed_attention, operands
         kwargs["window"] = allowed
+        kwargs.update({"dropout_p": dropout} if dropout else {})
     else:
         node.args = (*operands, None, dropout, allowed == "causal")
     node.kwargs = kwargs

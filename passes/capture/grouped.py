@@ -1,13 +1,15 @@
-"""Grouped matrix products (mixtures of experts), traced as one operator that can be differentiated and compiled."""
+"""What mixtures of experts call that cannot be traced as it is: grouped matrix products, and counts of experts."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 from fxpar import compat
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.within import within
 
 HUGGING_FACE = "transformers.grouped_mm_fallback"
 """What Hugging Face's models call where they do not trust PyTorch's. Its backward reads the groups into Python."""
@@ -19,23 +21,30 @@ class GroupedProducts(TorchFunctionMode):
     PyTorch's remains in its other forms (groups along another dim, a bias, a result of another dtype). Where it has no kernel
     (other dtypes than bf16, and CPUs) it cannot be traced; where it has one, it wants operands that lie as eager programs lay
     them, which a compiler does not know. Values are the same but for the rows after the last group, which are zero here where
-    they may have been anything.
+    they may have been anything. A `bincount` of at least so many numbers has exactly so many, which `within` makes sure of: what
+    counts how often each expert was chosen knows how many there are, and without that the size would depend on the values.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if str(func).removesuffix(".default") == HUGGING_FACE or compat.is_grouped_product(func):
-            x, weights, ends, bias, dtype = _operands(args, kwargs)
+            x, weights, ends, bias, dtype = _given(NAMES, args, kwargs)
             plain = ends is not None and bias is None and dtype in (None, x.dtype)
             if plain and (x.dim(), weights.dim()) == (2, 3):
                 return grouped_mm(x, weights, ends)
+        if func in (torch.bincount, torch.Tensor.bincount):
+            numbers, weights, least = _given(BINCOUNT, args, kwargs)
+            if weights is None and least:
+                places = torch.arange(least, device=numbers.device)
+                return (within(numbers, least).unsqueeze(-1) == places).sum(0)
         return func(*args, **kwargs)
 
 
+BINCOUNT = (("input", "self"), ("weights",), ("minlength",))
 NAMES = (("self", "input"), ("mat2", "weight"), ("offs",), ("bias",), ("out_dtype",))
-"""What the two operators call their arguments."""
+"""What the operators call their arguments."""
 
 
-def _operands(args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-    given = [next((kwargs[n] for n in names if n in kwargs), None) for names in NAMES]
+def _given(arguments: tuple[tuple[str, ...], ...], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    given = [next((kwargs[n] for n in names if n in kwargs), None) for names in arguments]
     return [*args, *given[len(args) :]]

@@ -25,6 +25,7 @@ aten = torch.ops.aten
 ROLES = ("batch", "seq", "keys", "heads", "head_dim", "ffn", "vocab", "experts", "hidden")
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+SCORES = (*SOFTMAX, aten.sigmoid.default)
 
 
 def assign_roles(program: Program) -> None:
@@ -35,7 +36,8 @@ def assign_roles(program: Program) -> None:
     their own are keys, which no plan splits. heads: the head dims of
     attention, or batch dims of a product of two activations that come from a weight. head_dim: the last dims of what
     attention takes, beside heads or where they would be ffn; no plan splits them. vocab: the rows of a table
-    looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product. ffn:
+    looked up by an input and taller than wide, the classes of the loss. experts: the groups of a grouped product, or dims of
+    weights in products that are the last dim of a router's scores, too. ffn:
     made by one weight and contracted by another, and by nothing else. hidden: what remains of the weights' dims that
     other weights contract. The first that applies stays. Raises `PlanError` if an override names no such dim.
     """
@@ -45,6 +47,7 @@ def assign_roles(program: Program) -> None:
     one_head = _attention(program, in_params)
     _batch(program)
     _vocab(program)
+    _experts(program)
     _weights(program, in_params, one_head)
 
 
@@ -69,7 +72,7 @@ def _overrides(program: Program) -> None:
 def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
     """seq, heads and head_dim; returns the last dims of operands that have no heads. (These may be the residual stream's.)"""
     scores: dict[tuple[Factor, Factor], _Product] = {}
-    products: list[_Product] = []
+    products: dict[fx.Node, _Product] = {}
     one_head: set[Factor] = set()
     for node in program.graph.nodes:
         if node.target in ATTENTION:
@@ -86,7 +89,7 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
                 _head_dim(dims[-1], q[:-2], one_head)
         elif node.target in SOFTMAX and len(dims_of(node)) >= 3:
             rows, columns = (leaves(d) for d in dims_of(node)[-2:])
-            made_by = next((scores[r, c] for r in rows for c in columns if (r, c) in scores), None)
+            made_by = next((scores[r, c] for r in rows for c in columns if (r, c) in scores), None) or _among(node, products)
             if made_by is not None:
                 _give(rows, "seq")
                 _give(made_by.columns, "seq")
@@ -96,8 +99,8 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
             if product is not None:
                 _give([f for f in product.batch if f in in_params], "heads")
                 scores.update({(r, c): product for r in product.made[0] for c in product.made[1]})
-                products.append(product)
-    for product in products:
+                products[node] = product
+    for product in products.values():
         if _is_seq(product.inner):  # probabilities and values
             _head_dim(product.columns, [product.batch], one_head)
         elif _is_seq(product.made[0]) and _is_seq(product.made[1]):  # queries and keys
@@ -114,6 +117,22 @@ class _Product:
     inner: list[Factor]
     columns: list[Factor]
     made: tuple[list[Factor], list[Factor]]
+
+
+def _among(softmax: fx.Node, products: dict[fx.Node, _Product]) -> _Product | None:
+    """The product whose result is among the columns of a softmax, beside others (attention sinks)."""
+    rows, pending, seen = leaves(dims_of(softmax)[-2]), list(softmax.all_input_nodes), set()
+    while pending:
+        node = pending.pop()
+        known = global_value(node)
+        if node in seen or known.dims is None or len(known.dims) < 2 or not set(rows) <= set(leaves(known.dims[-2])):
+            continue
+        if node in products:
+            return products[node]
+        seen.add(node)
+        if known.spec is not None and not known.spec.sums:
+            pending += node.all_input_nodes
+    return None
 
 
 def _product(node: fx.Node) -> _Product | None:
@@ -216,8 +235,24 @@ def _vocab(program: Program) -> None:
                 _give(dims_of(table)[0], "vocab")
         elif node.target is pick:
             _give(dims_of(node.args[0])[-1], "vocab")
-        elif node.target is expert_product or (find(node.target) is grouped_product and global_value(node).spec is not None):
+
+
+def _experts(program: Program) -> None:
+    scored: set[Factor] = set()
+    for node in program.graph.nodes:
+        spec = global_value(node).spec
+        if spec is None:
+            continue
+        if node.target is expert_product or find(node.target) is grouped_product:
             _give(dims_of(node.args[1])[0], "experts")
+        elif node.target in SCORES and global_value(node).needs_grad and dims_of(node):
+            scored.update(leaves(dims_of(node)[-1]))
+    for node in program.graph.nodes:
+        spec = global_value(node).spec
+        if spec is not None and spec.sums and node.target in (*PRODUCTS, aten.linear.default):
+            for operand in spec.operands:
+                if len(operand.dims) > 2 and _is_weight(operand.node):
+                    _give([f for d in operand.dims for f in leaves(d) if f in scored], "experts")
 
 
 def _weights(program: Program, in_params: set[Factor], one_head: set[Factor]) -> None:

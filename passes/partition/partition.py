@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpar.ops.collectives import Collective, PlaceInDim, axis_index, make, typed
+from fxpar.ops.collectives import Collective, PlaceInDim, make, typed
+from fxpar.ops.runtime import axis_index
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec
 from fxpar.passes.partition.reshard import Resharder, measure
-from fxpar.passes.place.place import circulating, fits
+from fxpar.passes.place.place import circulating
 from fxpar.program import Program, copy_provenance
-from fxpar.sharding.factors import Dim, Dims, Factor, leaves
+from fxpar.sharding.factors import Dim, Dims, Factor, leaves, share_of
 from fxpar.sharding.facts import describe_local, dims_of, global_value, local_value, sharding_at
 from fxpar.sharding.layout import (
     Layout,
     axes_on,
     dealt_to,
+    fits,
     in_order,
     is_dealt,
     local_extent,
@@ -122,6 +124,8 @@ class _Partitioner:
                 want[axis] = batch
         want = {**layout, **want}
         dealt = list(dict.fromkeys(f for a, f in want.items() if is_dealt(f, a, self.mesh)))
+        if self.program.plan.outputs == "whole":
+            dealt, want = [], {a: f for a, f in want.items() if a in self.mesh.axes("dp")}
         want = {a: f for a, f in want.items() if f not in dealt or is_dealt(f, a, self.mesh)}
         new = self.reshard.to(self.local[node], dims, layout, want, node)
         for leaf in dealt:
@@ -267,7 +271,7 @@ class Local:
 
     def default(self, **override: Any) -> fx.Node:
         """The same operator on the local operands, with sizes and `override`n arguments localised."""
-        sizes = {name: local_shape(dims, self.at, self.mesh) for name, dims in self.spec.sizes.items()}
+        sizes = {name: self.shape(dims) for name, dims in self.spec.sizes.items()}
         args, kwargs = list(self.args), {**self.kwargs}
         schema = getattr(self.node.target, "_schema", None)
         names = [a.name for a in schema.arguments] if schema else []
@@ -281,8 +285,14 @@ class Local:
     def operand(self, i: int) -> fx.Node:
         return self._operands[self.spec.operands[i].node]
 
-    def shape(self, dims: Dims) -> list[int]:
-        return local_shape(dims, self.at, self.mesh)
+    def shape(self, dims: Dims) -> list[Any]:
+        """Sizes; of rows whose number only a run knows, what reads it."""
+        sizes: list[Any] = local_shape(dims, self.at, self.mesh)
+        for i, dim in enumerate(dims):
+            if share_of(dim) is not None and set(self.axes(dim)) & set(self.mesh.axes("ep")):
+                held = next(o.node for o in self.spec.operands if o.dims and share_of(o.dims[0]) is share_of(dim))
+                sizes[i] = self.call(aten.sym_size.int, self._operands[held], 0)
+        return sizes
 
     def extent(self, dim: Dim) -> int:
         return local_extent(dim, self.at, self.mesh)

@@ -7,6 +7,7 @@ gradients are summed before they are communicated.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import fx
 
 from fxpar.ops.collectives import Collective, PlaceInDim, make, typed
+from fxpar.ops.exchange import exchange_plan, to_experts, to_tokens
 from fxpar.program import copy_provenance
-from fxpar.sharding.factors import Dims, Factor, leaves
+from fxpar.sharding.factors import Dims, Factor, leaves, share_of
 from fxpar.sharding.facts import UNKNOWN, describe_local, if_local, local_value
 from fxpar.sharding.layout import Layout, axes_on, is_dealt, local_shape, order_on, place_of
 from fxpar.sharding.mesh import Axes, Mesh
@@ -28,6 +30,7 @@ class Resharder:
     def __init__(self, graph: fx.Graph, mesh: Mesh):
         self.graph, self.mesh = graph, mesh
         self._made: dict[Collective | tuple, fx.Node] = {}
+        self._experts: dict[Factor, fx.Node] = {}
 
     def to(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, user: fx.Node) -> fx.Node:
         """`value`, kept in `layout` (or `LocalValue.stored`, to be used in `layout`), as `want` asks for it.
@@ -37,6 +40,7 @@ class Resharder:
         """
         known = local_value(value) if isinstance(value, fx.Node) else UNKNOWN
         grad, layout = known.needs_grad, dict(layout)
+        value = self._to_experts(value, dims, layout, want, user)
         if known.stored is not None:
             value, layout = self._unshard(value, dims, layout, want, user)
         value = self._exchanged(value, dims, layout, want, grad, user)
@@ -52,6 +56,54 @@ class Resharder:
         if local_value(value).reduce_dtype is not None:
             return self._vary_as(value, dims, layout, vary, user)
         return self._emit(Collective("vary", value, vary), user, dims, layout)
+
+    def sorted_by(self, share: Factor, experts: fx.Node) -> None:
+        """The rows that have this share are in the order of these experts."""
+        self._experts[share] = experts
+
+    def _to_experts(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, user: fx.Node) -> fx.Node:
+        """Rows in the order of their experts, with the axes exchanged that split their tokens and are to split the experts, or
+        the other way round. How many there are is no matter of factors, so this is one exchange, over all such axes."""
+        share = share_of(dims[0]) if dims else None
+        if share is None:
+            return value
+        rows = set(leaves(dims[0]))
+        axes = tuple(a for a in self.mesh.names if layout.get(a) in rows and want.get(a) is not layout[a])
+        if not axes:
+            return value
+        goes = {a: f for a in axes if isinstance(f := want.get(a), Factor)}
+        there = next(iter(goes.values())).role == "experts"
+        assert set(axes) == set(goes) == set(self.mesh.axes("ep")), f"{value} is in an order of its own, over {axes}"
+        layout.update(goes)
+        experts = self._experts[share]
+        order, arrived, splits = self._plan(experts, axes, share.of, user)
+        if value is experts:
+            return arrived
+        target = to_experts if there else to_tokens
+        key = (value, target, axes)
+        if key not in self._made:
+            new = self._made[key] = self.graph.call_function(target, (value, axes, order, splits, experts))
+            copy_provenance(new, user)
+            known = local_value(value)
+            describe_local(new, full=known.full, dtype=known.dtype, needs_grad=known.needs_grad, made_for=user.name,
+                           resharded=True)
+            measure(new, value, dims, layout, self.mesh)
+        return self._made[key]
+
+    def _plan(self, experts: fx.Node, axes: Axes, count: int, user: fx.Node) -> list[fx.Node]:
+        """Which rows go where, and come from where: the three results."""
+        key = (experts, exchange_plan, axes)
+        if key not in self._made:
+            self._made[key] = self.graph.call_function(exchange_plan, (experts, axes, count))
+            copy_provenance(self._made[key], user)
+        found = []
+        for i in range(3):
+            if (*key, i) not in self._made:
+                new = self._made[(*key, i)] = self.graph.call_function(operator.getitem, (self._made[key], i))
+                copy_provenance(new, user)
+                describe_local(new, dtype=torch.int64 if i != 1 else local_value(experts).dtype)
+            found.append(self._made[(*key, i)])
+        return found
 
     def _exchanged(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, grad: bool, user: fx.Node) -> fx.Node:
         """`value` with the axes exchanged that can be. One that is gathered anyway, and keeps one that is not from being the most

@@ -20,11 +20,12 @@ from torch import fx
 from fxpar.errors import PlanError
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.passes.infer.rules import Spec
+from fxpar.passes.place.experts import Regions, rows_of
 from fxpar.plan import Plan
 from fxpar.program import Program, Source
-from fxpar.sharding.factors import Dims, Factor, leaves
+from fxpar.sharding.factors import Dims, Factor, leaves, share_of
 from fxpar.sharding.facts import dims_of, global_value
-from fxpar.sharding.layout import Layout, Sharding, axes_on, restrict
+from fxpar.sharding.layout import Layout, Sharding, axes_on, fits, restrict
 from fxpar.sharding.mesh import MICROBATCH, Axes, Mesh
 from fxpar.sharding.placement import Placement, Placements
 
@@ -43,7 +44,7 @@ class Preference:
 
 def preferences(plan: Plan) -> list[Preference]:
     """The plan as an ordered list. The first that can be satisfied takes the axis."""
-    out = [Preference("heads", "tp"), Preference("ffn", "tp"), Preference("vocab", "tp")]
+    out = [Preference("experts", "ep"), Preference("heads", "tp"), Preference("ffn", "tp"), Preference("vocab", "tp")]
     if plan.shards_sequence:
         out.append(Preference("seq", "tp", beside="hidden"))
     if plan.gathers_each_use:  # else the table is gathered once a step, however many microbatches look it up
@@ -86,6 +87,7 @@ class _Placer:
         self.prefs = preferences(program.plan)
         self.sources = program.source_of()
         self.chains: dict[fx.Node, list[fx.Node]] = {}
+        self.regions = Regions(program)
 
     def source(self, node: fx.Node, source: Source) -> None:
         if source.kind == "param" and source.name not in self.pinned:
@@ -174,18 +176,18 @@ class _Placer:
 
     def _assign(self, node: fx.Node, spec: Spec) -> Layout:
         """The rule of this module, for one operator. The axes of one strategy go to factors of one role."""
+        at = self.regions.at(spec, self.layouts)
         order = _candidates(spec)
         inherited = {(a, f) for o in spec.operands for a, f in (self.layouts[o.node] or {}).items()}
         roles = {f.role for o in spec.operands for d in o.dims for f in leaves(d)}
         roles |= {f.role for d in spec.outs[0] for f in leaves(d)} if spec.outs else set()
-        at: Layout = {}
         for pref in self.prefs:
             if (pref.beside and pref.beside not in roles) or (pref.lookup and not _looks_up_few(node)):
                 continue
             if pref.attention and node.target not in ATTENTION:
                 continue
             axes = self.mesh.axes(pref.strategy)
-            if pref.strategy != "a2a" and any(a in at and at[a].role != pref.role for a in axes):
+            if pref.strategy != "a2a" and any(a in at and at[a].role not in (pref.role, "experts") for a in axes):
                 continue
             taken = set(at.values()) if pref.lookup else set()
             for axis in axes:
@@ -241,7 +243,7 @@ def _used(layout: Layout, mesh: Mesh) -> Layout:
     """A parameter's layout without the axes over which it is merely stored in parts, and those of cp: what has a sequence is
     stored in its order."""
     apart = {*mesh.axes("zero"), *mesh.axes("cp")}
-    return {a: f for a, f in layout.items() if a not in apart or f.role == "batch"}
+    return {a: f for a, f in layout.items() if a not in apart or f.role in ("batch", "experts")}
 
 
 def _looks_up_few(node: fx.Node) -> bool:
@@ -299,15 +301,6 @@ def pinned_layout(dims: Dims, sharding: Sharding, mesh: Mesh) -> Layout:
     return layout
 
 
-def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
-    """Whether `axis` can split `leaf` further than `layout` does."""
-    ranks = mesh.size(axis)
-    for other, f in layout.items():
-        if f is leaf:
-            ranks *= mesh.size(other)
-    return leaf.size > 0 and leaf.size % ranks == 0
-
-
 def circulating(spec: Spec, at: Layout, mesh: Mesh, plan: Plan) -> Axes:
     """The axes along which what an operator would gather goes round instead, if it can and the plan has it so."""
     split = {f for o in spec.circulates for dim in o.gathered for f in dim.leaves()}
@@ -318,8 +311,7 @@ def circulating(spec: Spec, at: Layout, mesh: Mesh, plan: Plan) -> Axes:
 def scatterable(spec: Spec) -> list[Factor]:
     """The output's factors that a pending sum may be scattered onto: all, or those that what is added later shares. Not rows in
     an order of their own, which what follows wants together."""
-    ordered = spec.ordered()
-    flat = [f for d in spec.outs[0] for f in leaves(d) if f not in ordered]
+    flat = [f for d in spec.outs[0] if share_of(d) is None for f in leaves(d)]
     if any(o.deferred for o in spec.operands):
         replicated = {f for s in spec.replicated for f in s.leaves()}
         return [f for f in flat if f not in replicated]
@@ -332,13 +324,10 @@ def appends(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
 
 
 def _candidates(spec: Spec) -> list[Factor]:
-    """The factors that may be split at this operator, in the order they occur."""
-    barred = {f for s in spec.replicated for f in s.leaves()}
+    """The factors that may be split at this operator, in the order they occur; those of rows in the order of their experts are
+    decided together (see passes/place/experts.py)."""
+    barred = rows_of(spec) | {f for s in spec.replicated for f in s.leaves()}
     barred |= {f for d in spec.leading for f in leaves(d)[1:]}
-    if spec.order is not None:
-        sort = global_value(spec.order).spec
-        assert sort is not None
-        barred |= {f for f in spec.ordered() if f.role != "batch"} | {f for s in sort.replicated for f in s.leaves()}
     reduced = {f for s in (*spec.sums, *spec.maxes, *spec.inner) for f in s.leaves()}
     outs = [{f for d in dims for f in leaves(d)} for dims in spec.outs]
     everywhere = set.intersection(*outs) if outs else set()

@@ -22,7 +22,8 @@ import torch
 from torch import fx
 
 from fxpar.errors import PlanError
-from fxpar.ops.collectives import axis_index, typed
+from fxpar.ops.collectives import typed
+from fxpar.ops.runtime import axis_index
 from fxpar.program import Program, Source, user_line
 from fxpar.sharding.facts import local_value
 from fxpar.sharding.mesh import MICROBATCH

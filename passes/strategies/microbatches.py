@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpar.ops.collectives import axis_index, typed
+from fxpar.ops.collectives import typed
+from fxpar.ops.runtime import axis_index
 from fxpar.ops.unbiased import correction, unbiased
 from fxpar.passes.strategies.linear import Classification, along_microbatches, classify
 from fxpar.passes.strategies.prologue import prologue, rank_index

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxpar.ops.collectives import Collective, PlaceInDim, axis_index, make, typed
+from fxpar.ops.collectives import Collective, PlaceInDim, make, typed
+from fxpar.ops.runtime import axis_index
 from fxpar.passes.strategies.linear import along_microbatches
 from fxpar.program import Program, Source
 from fxpar.sharding.mesh import MICROBATCH, Axes, Mesh

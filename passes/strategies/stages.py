@@ -31,6 +31,7 @@ from fxpar.cost.operators import Costs, TensorSpec, measure
 from fxpar.cost.stages import recomputed
 from fxpar.errors import PlanError
 from fxpar.ops.collectives import GATHER, SAME, typed
+from fxpar.ops.exchange import counted
 from fxpar.ops.vocabulary import RESHAPES, is_view
 from fxpar.program import Program, Sink, Source, copy_provenance, module_path, user_line
 from fxpar.sharding.facts import describe_local, local_value
@@ -124,7 +125,7 @@ class _Depth:
     has several all stand where it does, and what only a buffer's new value is made of where the last of its operands does, since
     that stage reads the buffer. last: the position of the last operator that uses one, itself or an echo of it.
     root: of an activation or echo, the activation. crossing: how many bytes cross a cut in front of each position. done: the cost
-    of what comes before it.
+    of what comes before it. sealed: positions in front of which is no cut, as messages have sizes that ranks know before.
     """
 
     def __init__(self, program: Program):
@@ -143,6 +144,8 @@ class _Depth:
             if node.op != "output":
                 self._add(node)
         self.crossing, self.done = self._crossing(), self._done()
+        late = counted(program.graph) & self.last.keys()
+        self.sealed = {p for n in late for p in range(self.position[n] + 1, self.last[n] + 1)}
 
     def _add(self, node: fx.Node) -> None:
         self.kind[node] = self._kind(node)
@@ -291,7 +294,8 @@ def _chosen(depth: _Depth, count: int) -> list[int]:
     lightest: dict[int, int] = {}
     for place in range(1, len(depth.order)):
         level = done[place]
-        if 0 < level < done[-1] and (level not in lightest or crossing[place] < crossing[lightest[level]]):
+        inside = 0 < level < done[-1] and place not in depth.sealed
+        if inside and (level not in lightest or crossing[place] < crossing[lightest[level]]):
             lightest[level] = place
     places = [0, *lightest.values(), len(depth.order)]
     if count >= len(places):
@@ -368,6 +372,8 @@ def _named(depth: _Depth, count: int, boundaries: Sequence[str | fx.Node]) -> li
         if position in (0, len(numbers)):
             _refuse(names, f"leaves no operator for the stage {'before' if position == 0 else 'that begins with'} {name!r}",
                     "a module between the first and the last")
+        if position in depth.sealed:
+            _refuse(names, f"must not begin a stage inside of experts, as {name!r} does: their rows are under way", "the layer")
         if position == before:
             _refuse(names, f"begins two stages with the same operator: {earlier!r} and {name!r} begin with it",
                     "modules that begin one after the other")

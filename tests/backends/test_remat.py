@@ -148,6 +148,40 @@ def test_selective_computes_no_product_and_no_attention_again(halves):
     assert calls(none.backward, "gelu", "native_layer_norm") == 0
 
 
+class Drops(Net):
+    """The weights of its attention drop out."""
+
+    class Block(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+            return x + F.dropout(self.down(F.gelu(self.up(x + self.out(y.transpose(1, 2).flatten(2))))), 0.1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Drops.Block() for _ in range(BLOCKS))
+
+
+@pytest.mark.parametrize("recompute, again", [
+    pytest.param("none", 0, marks=pytest.mark.slow), ("selective", 0), ("full", BLOCKS),
+])  # fmt: skip
+def test_attention_with_dropout_is_kept_as_attention_is(two_ranks, monkeypatch, recompute, again):
+    batch = {"x": torch.randint(16, (4, LENGTH)), "target": torch.randint(16, (4, LENGTH))}
+    made = Halves(Drops(), f"dp=2,recompute={recompute}", batch, monkeypatch)
+    assert calls(made.forward, "attend") == calls(made.backward, "attend_backward") == BLOCKS
+    assert calls(made.backward, "attend") == again
+    values = [n.meta["val"] for n in made.saved]
+    assert not [x for x in values if x.shape[2:] == (LENGTH, LENGTH)]
+
+
+def test_dropout_masks_are_drawn_again(two_ranks, monkeypatch):
+    """Those of written out attention, too."""
+    batch = {"x": torch.randint(16, (4, LENGTH)), "target": torch.randint(16, (4, LENGTH))}
+    made = Halves(Drops(), "dp=2", batch, monkeypatch)
+    values = [n.meta["val"] for n in made.saved]
+    assert not [x for x in values if x.dtype in (torch.bool, torch.int32, torch.int64) and x.dim() > 2]
+
+
 @pytest.mark.slow
 def test_selective_communicates_nothing_again(halves):
     none, made = halves("tp=2"), halves("tp=2,recompute=selective")

@@ -60,6 +60,15 @@ def test_products(function, x, shape, forward, backward):
     assert (found.forward, found.backward) == (forward, backward * forward)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_dropout(causal):
+    """An operator that PyTorch's counter does not see into."""
+    found = cost_of(lambda x, w: F.scaled_dot_product_attention(x[None], w[None], w[None], dropout_p=0.1, is_causal=causal),
+                    WANTED, 4, 8, 16)
+    forward = 2 * 2 * 4 * 8 * 8 * 16 // (2 if causal else 1)
+    assert (found.forward, found.backward) == (forward, 2.5 * forward)
+
+
 def test_bytes():
     found = cost_of(F.linear, X, 32, 16)
     assert (found.read, found.written) == (4 * (4 * 8 * 16 + 32 * 16), 4 * 4 * 8 * 32)

@@ -54,6 +54,13 @@ PIPELINE_CASES = [(name, plan, recompute, ",".join(filter(None, [f"schedule={sch
 
 CONTEXT_CASES = [(name, plan, recompute, ",".join(filter(None, [f"cp_comm={comm}", dtype])), 1) for
                  name, plan, comm, recompute, dtype in pairwise(SEQUENCES, CONTEXTS, COMMUNICATION, RECOMPUTE, DTYPES)]
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
+EXPERTS = {2: ("dp=2,ep=2", "dp=2,ep=2,zero=1", "tp=2,ep=2"),
+           4: ("dp=4,ep=4", "dp=2,tp=2,ep=4", "dp=4,ep=2,zero=3", "dp=2,tp=2,ep=2", "pp=2,dp=2,ep=2")}  # fmt: skip
+EXPERT_CASES = {gpus: [(name, plan, recompute, ",".join(filter(None, [dispatch, dtype])), 2 if "pp=" in plan else count)
+                       for name, plan, dispatch, recompute, dtype, count in pairwise(
+                           MIXTURES, plans, ("", "ep_dispatch=allgather"), RECOMPUTE, DTYPES, (1, 2))]
+                for gpus, plans in EXPERTS.items()}
 
 
 def runs(gpus: int, plan: str, cases: list[tuple]) -> None:
@@ -106,6 +113,15 @@ def test_pipelines(gpus, plan, cases):
 @pytest.mark.parametrize("gpus, plan, cases", groups(4, CONTEXTS, CONTEXT_CASES))
 def test_contexts(gpus, plan, cases):
     """Sequences in parts, by every way to communicate."""
+    runs(gpus, plan, cases)
+
+
+@pytest.mark.gpu
+@pytest.mark.multiproc
+@pytest.mark.parametrize("gpus, plan, cases", [
+    g for gpus, plans in EXPERTS.items() for g in groups(gpus, plans, EXPERT_CASES[gpus])])
+def test_experts(gpus, plan, cases):
+    """Experts on different ranks, by both ways to reach them."""
     runs(gpus, plan, cases)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 import fxpar
 from fxpar.backends import simulate
 from fxpar.ops import collectives
-from fxpar.ops.collectives import CONJUGATE, Collective, LoneRuntime, differs_along, make, typed, use_runtime
+from fxpar.ops.collectives import CONJUGATE, Collective, differs_along, make, typed
+from fxpar.ops.runtime import LoneRuntime, axis_index, use_runtime
 from fxpar.sharding.mesh import Mesh
 from tests import zoo
 
@@ -86,7 +87,7 @@ def test_what_is_no_collective_is_not_read():
     graph = fx.Graph()
     x = graph.placeholder("psum")
     nodes = [x, graph.get_attr("psum"), graph.call_function(torch.add, (x, x)), graph.output((x,)),
-             graph.call_function(collectives.axis_index, (("a",),))]  # fmt: skip
+             graph.call_function(axis_index, (("a",),))]  # fmt: skip
     assert [typed(n) for n in nodes] == [None] * 5
     assert [differs_along(n) for n in nodes] == [None] * 4 + [("a",)]
 

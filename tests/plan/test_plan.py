@@ -185,8 +185,6 @@ def test_require_supported():
 @pytest.mark.parametrize(
     "text, suggestion",
     [
-        ("dp=2,ep=2", "ep=1"),
-        ("ep_dispatch=allgather", "ep_dispatch=alltoall"),
         ("tp=2,tp_comm_overlap=true", "tp_comm_overlap=false"),
     ],
 )

@@ -89,3 +89,31 @@ def test_a_draw_moves_parameters_and_puts_them_back():
         assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert torch.equal(moved[0], before[0]) and not torch.equal(moved[1], moved[2])
     assert ((moved[1] - before[0]).abs() <= before[0].abs() * 0.05).all() and not torch.equal(moved[1], before[0])
+
+
+class BiasBeforeBatchNorm(nn.Module):
+    """A gradient that is zero but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x)).sigmoid().mean()
+
+
+def compared(change: float, name: str) -> str | None:
+    """What is said of a step in which a gradient differs by `change` of its norm; rounding counts for nothing otherwise."""
+    torch.manual_seed(0)
+    model, call = BiasBeforeBatchNorm(), ((torch.randn(64, 4),), {})
+    reference = testing._with_zeros(testing._run_model(model, call), model, call)
+    other = {**reference.grads, name: reference.grads[name] * (1 + change)}
+    result = testing.Reference(reference.loss, other, reference.input_grads, reference.buffers)
+    return testing._first_difference(reference, result, loss_tolerance=1e-6, gradient_tolerance=1e-5)
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_may_round_otherwise(monkeypatch):
+    monkeypatch.setattr(testing, "NOISE", 0.0)
+    assert compared(2.0, "first.bias") is None
+    assert "first.bias is off by 10" in compared(10.0, "first.bias")
+    assert "norm.bias is off by 0.01" in compared(0.01, "norm.bias")

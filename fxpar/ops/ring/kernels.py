@@ -212,6 +212,7 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float
 def _efficient_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Seen,
                         scale: float) -> tuple[Tensor, Tensor, Tensor]:
     heads, kv = q.shape[1], k.shape[1]
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # of it, the kernel takes it for granted that heads lie side by side
     lse = F.pad(lse, (0, -lse.shape[2] % 32), value=math.inf)  # as the forward returns it
     seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward.default(

@@ -35,12 +35,12 @@ import torch
 from torch import Tensor, fx
 
 from fxpar import compat
-from fxpar.ops.collectives import LONE, group_of
 from fxpar.ops.ring.algorithm import Rank, backward, forward
 from fxpar.ops.ring.drive import Asking, lock_step, over_group
 from fxpar.ops.ring.kernels import accumulates_in
 from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.ring.sight import Ids
+from fxpar.ops.runtime import LONE, group_of
 from fxpar.sharding.mesh import Axes
 
 T = TypeVar("T")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from fxpar.ops.attention import MaskSight, attention_of_rows, windowed_attention
+from fxpar.ops.dropout_attention import dropout_attention
 from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.operator import ring_attention
 from fxpar.ops.vocabulary import ATTENTION
@@ -21,9 +22,10 @@ def sight_of(node: fx.Node) -> MaskSight | None:
     args = bind(node)
     if node.target is windowed_attention:
         return MaskSight(True, args["window"], None, None, None)
-    if isinstance(args["attn_mask"], fx.Node):
-        return global_value(args["attn_mask"]).sight
-    return MaskSight(bool(args["is_causal"]), None, None, None, None)
+    mask, window = args.get("attn_mask"), args.get("window")
+    if isinstance(mask, fx.Node):
+        return global_value(mask).sight if node.target is not dropout_attention else None
+    return MaskSight(bool(args.get("is_causal")) or window is not None, window, None, None, None)
 
 
 @rule(*ATTENTION)
@@ -46,7 +48,9 @@ def attention(op: Op) -> Spec:
     if isinstance(mask, fx.Node):
         _mask_operand(op, spec, mask)
     sight = sight_of(op.node)
-    if sight is not None:
+    if op.target is dropout_attention:
+        spec.leading, spec.emit = [spec.outs[0][2]], _emit_dropout
+    elif sight is not None:
         _ids(op, spec, sight)
         spec.emit = lambda local: _emit_attention(local, sight)
         if leaves(op.dim(q, 2)) == leaves(op.dim(k, 2)):
@@ -78,6 +82,11 @@ def _emit_attention(local: Any, sight: MaskSight) -> fx.Node:
     (rows,) = local.grid((q[-2],))
     return local.call(attention_of_rows, *local.args[:3], rows=rows, window=sight.window, scale=a["scale"],
                       enable_gqa=bool(a["enable_gqa"]))
+
+
+def _emit_dropout(local: Any) -> fx.Node:
+    """The same weights drop out, wherever in the global tensor the local ones lie."""
+    return local.call(dropout_attention, *local.args, **local.kwargs, grid=local.grid(local.spec.outs[0][:3]))
 
 
 def _ids(op: Op, spec: Spec, sight: MaskSight) -> None:

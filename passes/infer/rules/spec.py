@@ -49,9 +49,9 @@ class Spec:
     operands: every tensor operand, in the order of the node's arguments.
     outs: the dims of each output tensor. sums, maxes: factors that the op reduces; split, they leave a
     pending sum or maximum. inner: factors that the op reduces by collectives of its own (see `emit`).
-    replicated: factors that may not be split while the op runs. order: the sort in whose order its rows are: of them the
-    batch alone may be split, if the sort may split it (see rules/experts.py). leading: dims of which only the first factor may be
-    split, so that each rank's part is contiguous.
+    replicated: factors that may not be split while the op runs. by_token: whether it runs where the tokens are, and not the
+    experts, if rows are exchanged between both (see rules/experts.py). leading: dims of which only the first factor may be split,
+    so that each rank's part is contiguous.
     sizes: arguments that spell sizes, and the dims they spell (rewritten to local sizes).
     emit: how to build the local program, where calling the same operator on local operands is not it.
     contiguous: its operands must be (what was gathered need not be). unknown: the operator has no rule; it runs replicated.
@@ -65,17 +65,13 @@ class Spec:
     maxes: set[Factor] = field(default_factory=set)
     inner: set[Factor] = field(default_factory=set)
     replicated: set[Factor] = field(default_factory=set)
-    order: fx.Node | None = None
+    by_token: bool = False
     leading: list[Dim] = field(default_factory=list)
     sizes: dict[str, Dims] = field(default_factory=dict)
     emit: Callable[[Any], Any] | None = None
     contiguous: bool = False
     unknown: bool = False
     circulates: list[Operand] = field(default_factory=list)
-
-    def ordered(self) -> set[Factor]:
-        """The factors of rows that are in an order of their own."""
-        return set(leaves(dims_of(self.order)[0])) if self.order is not None else set()
 
 
 class Op:

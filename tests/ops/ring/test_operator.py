@@ -20,9 +20,9 @@ from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.backends.transport.threads import Threads
 from fxpar.cost import operators
 from fxpar.errors import EquivalenceError
-from fxpar.ops.collectives import LONE, LoneRuntime, use_runtime
 from fxpar.ops.ring import costs
 from fxpar.ops.ring.operator import BACKWARD, FORWARD, axes_of, ring_attention
+from fxpar.ops.runtime import LONE, LoneRuntime, use_runtime
 from fxpar.plan import Plan
 from fxpar.sharding.mesh import BoundMesh, Mesh
 from tests.graphs import calls

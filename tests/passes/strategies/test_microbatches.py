@@ -22,7 +22,8 @@ from transformers import (
 
 import fxpar
 from fxpar.errors import PlanError
-from fxpar.ops.collectives import axis_index, typed
+from fxpar.ops.collectives import typed
+from fxpar.ops.runtime import axis_index
 from fxpar.program import Program
 from fxpar.sharding.mesh import MICROBATCH
 from fxpar.testing import assert_equivalent

@@ -21,7 +21,8 @@ from fxpar.backends.simulate import Lockstep
 from fxpar.compiler import compile_program
 from fxpar.errors import PlanError
 from fxpar.model.inputs import leaves
-from fxpar.ops.collectives import LoneRuntime, typed, use_runtime
+from fxpar.ops.collectives import typed
+from fxpar.ops.runtime import LoneRuntime, use_runtime
 from fxpar.passes.partition.phases import split_phases
 from fxpar.passes.strategies.stages import Stage, _Depth, _least_bound, _lightest_within, cut_stages
 from fxpar.plan import Plan

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fxpar.ops.attention import windowed_attention
+from fxpar.ops.dropout_attention import dropout_attention
 from fxpar.ops.pick import pick
 from tests.harness import Gen
 from tests.passes.infer.cases.registry import case
@@ -170,3 +171,18 @@ def windowed(g: Gen):
     )
     kwargs = {"window": g.pick(1, 2, 3), **({"enable_gqa": True} if group > 1 else {})}
     return (g.f(b, j * group, length, d), g.f(b, j, length, d), g.f(b, j, length, e)), kwargs
+
+
+@case(dropout_attention)
+def dropping(g: Gen):
+    b, j, group, length, d, e = g.pick(1, 2, 4), g.pick(1, 2, 4), g.pick(1, 1, 2), g.pick(2, 4, 6), 4, g.pick(2, 4)
+    keys = g.pick(length, length, 3)
+    kwargs: dict[str, Any] = {"p": 0.4, "site": g.r.randint(0, 5), **({"enable_gqa": True} if group > 1 else {})}
+    how = g.pick("none", "causal", "window", "bool", "added")
+    if how in ("causal", "window"):
+        kwargs.update({"is_causal": True} if how == "causal" else {"window": 2})
+    elif how != "none":
+        mask = g.f(*g.broadcast([b, j * group, length, keys]))
+        kwargs["attn_mask"] = (mask > -1) if how == "bool" else mask.detach()
+    seed = torch.tensor(g.r.randint(0, 2**40))
+    return (g.f(b, j * group, length, d), g.f(b, j, keys, d), g.f(b, j, keys, e), seed), kwargs
