@@ -17,6 +17,7 @@ from fxpar.model.inputs import Call, example_call, globalize, leaves
 from fxpar.model.state import State
 from fxpar.ops.dropout_attention import uses_kernels
 from fxpar.passes.capture.capture import capture as trace
+from fxpar.passes.infer.roles import batch_dim_error
 from fxpar.passes.pipeline import TRACED_FIELDS, Observer, back, front, passes, run
 from fxpar.plan import Plan
 from fxpar.program import Program
@@ -163,6 +164,9 @@ def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
     """Dim 0 of every input as long as the first one's; what the plan says of the others."""
     asked = dict(plan.batch_dims or ())
     tensors = {k: v for k, v in leaves(call).items() if isinstance(v, torch.Tensor) and v.dim()}
+    for name, dim in asked.items():
+        if dim is not None and name in tensors and dim >= tensors[name].dim():
+            raise batch_dim_error(name, dim, tensors[name].dim())
     first = next((int(v.shape[0]) for k, v in tensors.items() if k not in asked), None)
     return {k: asked[k] if k in asked else 0 if int(v.shape[0]) == first else None for k, v in tensors.items()}
 

@@ -47,6 +47,12 @@ def test_the_store_of_the_processes_has_a_second_connection():
 
 
 
+def test_process_groups_are_found_whoever_made_them():
+    one_rank_mesh()
+    made = dist.new_group([0])
+    assert made in compat.process_groups() and dist.group.WORLD in compat.process_groups()
+
+
 def test_fake_mode_computes_shapes_and_is_found_again():
     with compat.FakeTensorMode() as mode:
         x = torch.empty(1 << 40, dtype=torch.bfloat16)

@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fxpar import compat
 from fxpar.errors import InputError, PlanError
-from fxpar.model import inputs as calls
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.run import optimizers, whole
@@ -23,6 +22,24 @@ from fxpar.run.gathered import gathered
 from fxpar.run.initialize import init_weights
 from fxpar.run.loss import loss_of
 from fxpar.run.store import ParameterStore
+
+
+class Replica(int):
+    """The number of a replica, of `count`."""
+
+    count: int
+
+    def __new__(cls, index: int, count: int) -> Replica:
+        made = super().__new__(cls, index)
+        made.count = count
+        return made
+
+    @property
+    def index(self) -> int:
+        return int(self)
+
+    def __reduce__(self) -> tuple[type[Replica], tuple[int, int]]:
+        return Replica, (int(self), self.count)
 
 
 class ParallelModule(nn.Module):
@@ -74,10 +91,14 @@ class ParallelModule(nn.Module):
         return self.parameter_store.bound.device_mesh
 
     @property
-    def replica(self) -> int:
-        """Which data-parallel replica this rank belongs to, from 0: the part of the global batch that it is to pass in."""
+    def replica(self) -> Replica:
+        """Which data-parallel replica this rank belongs to, from 0: the part of the global batch that it is to pass in.
+
+        The number is its `index`, too, and `count` how many replicas there are. See `fxpar.sampler`.
+        """
         store = self.parameter_store
-        return store.bound.index(store.mesh.axes("dp"))
+        dp = store.mesh.axes("dp")
+        return Replica(store.bound.index(dp), store.mesh.size(*dp))
 
     @property
     def dropout_seeds(self) -> DropoutSeeds:
@@ -136,7 +157,7 @@ class ParallelModule(nn.Module):
         if self._gathered:
             raise InputError("the parallel module was called inside of `with module.gathered()`: call the plain model, which "
                              "that yields, or the module behind it")
-        return self._engine.run(calls.canonical(self._model, args, kwargs), last=self._sync)
+        return self._engine.run(args, kwargs, last=self._sync)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of this replica's batch, over the plan's microbatches; gradients are summed over ranks once.
@@ -148,7 +169,7 @@ class ParallelModule(nn.Module):
         Raises: as `forward`; `PlanError` for a model that cannot be computed in microbatches.
         """
         if self.plan.microbatches > 1 and self.plan.pp == 1:
-            return self._engine.train(calls.canonical(self._model, args, kwargs), last=self._sync)
+            return self._engine.train(args, kwargs, last=self._sync)
         loss = loss_of(self(*args, **kwargs))
         loss.backward()
         return loss.detach()
@@ -184,14 +205,32 @@ class ParallelModule(nn.Module):
 
         Every element of every parameter counts once, however it is sharded or replicated. norm_type: 2, any p > 0, or inf.
         """
-        return clip_grad_norm(self.parameter_store.counted(), max_norm, norm_type, self.parameter_store.bound,
-                              self.parameter_store.runtime)
+        store = self.parameter_store
+        with store.control.watch.call("clip_grad_norm_"):
+            store.control.watch.note(f"clip_grad_norm_({float(max_norm)}, {float(norm_type)})")
+            return clip_grad_norm(store.counted(), max_norm, norm_type, store.bound, store.runtime)
 
     def init_weights(self, seed: int) -> None:
         """Fill parameters (and buffers) that are on the meta device as the model's own initialisation would, from `seed`."""
         store = self.parameter_store
-        with store.all_parameters():
+        with store.control.watch.call("init_weights"):
+            store.control.agree("init_weights", {"seed": seed})
+            store.control.together(lambda: self._init_weights(seed))
+
+    def _init_weights(self, seed: int) -> None:
+        store = self.parameter_store
+        with store.control.watch.busy("initialising"), store.all_parameters():
             init_weights(self._model, seed, store.layouts, store.bound, self.device, store.elsewhere)
+
+    def require_alike(self) -> None:
+        """Compare what several ranks hold alike: parameters that are not split over all of them, and buffers. All ranks call.
+
+        Ranks do so by themselves now and then (`check_batches` of `fxpar.parallelize`), and before a checkpoint is written.
+        Raises: `MismatchError`, on all ranks, with the name of one that differs.
+        """
+        with self.parameter_store.control.watch.call("require_alike"):
+            self.parameter_store.control.agree("require_alike", {})
+            self._engine.require_alike()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module, from DTensors or from whole tensors, which all ranks pass; what it has of parameters that other
@@ -216,6 +255,10 @@ class ParallelModule(nn.Module):
         part = self._model if submodule is None else self._model.get_submodule(submodule) if isinstance(submodule, str) else \
             self._model if submodule is self else submodule
         device = self.device if offload is None else torch.device(offload)
+        control = self.parameter_store.control
+        with control.watch.call("gathered"):
+            control.agree("gathered", {"submodule": type(part).__name__, "rank0_only": rank0_only, "offload": offload,
+                                       "write_back": write_back})
         with gathered(self.parameter_store, part, rank0_only, device, write_back) as plain:
             self._gathered = True
             try:

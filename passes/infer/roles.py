@@ -175,6 +175,12 @@ def _head_dim(dim: Iterable[Factor], lead: Iterable[Iterable[Factor]], one_head:
         one_head.update(leaves(dim))
 
 
+def batch_dim_error(name: str, dim: int, dims: int) -> PlanError:
+    """Of an input that has no such dim."""
+    return PlanError("batch_dims", {name: dim}, f"must be a dim of input {name!r}, which has {dims}, counted from 0",
+                     f'batch_dims={{"{name}": 0}}' if dims else f'batch_dims={{"{name}": None}}')
+
+
 def _batch(program: Program) -> None:
     inputs = [(n, s) for n, s in program.source_of().items() if s.kind == "input" and global_value(n).dims]
     asked = dict(program.plan.batch_dims or ())
@@ -188,6 +194,8 @@ def _batch(program: Program) -> None:
         dims = dims_of(node)
         if source.name in asked:
             at = asked[source.name]
+            if at is not None and at >= len(dims):
+                raise batch_dim_error(source.name, at, len(dims))
         else:
             at = next((i for i, d in enumerate(dims) if any(f.role == "batch" for f in leaves(d))), None)
             if at is None:

@@ -21,10 +21,10 @@ from tests.processes import launch
 class Net(nn.Module):
     def __init__(self, width: int = 6) -> None:
         super().__init__()
-        self.linear = nn.Linear(6, width)
+        self.linear, self.sign = nn.Linear(6, width), 1
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
-        y = self.linear(x)
+        y = self.linear(x) * self.sign
         return y if target is None else F.mse_loss(y, target)
 
 
@@ -263,6 +263,7 @@ def error_of(rank: int, what: str) -> tuple[str, str]:
     torch.manual_seed(0)
     try:
         model = Branch() if what == "failure" and rank else Net(5 + rank if what == "model" else 6)
+        model.sign = 1 - 2 * rank if what == "code" else 1
         plan = ["dp=2", "tp=2"][rank] if what == "plan" else "dp=2"
         options = {what: (["eager", "inductor"] if what == "backend" else ["auto", "nccl"])[rank]} if what in OPTIONS else {}
         module = fxpar.parallelize(model, plan, (X[: 1 + rank] if what == "example" else X,), **options)
@@ -277,11 +278,12 @@ def error_of(rank: int, what: str) -> tuple[str, str]:
 @pytest.mark.parametrize("what, named", [
     ("shape", r"rank 0 with .*\(1, 6\).*, rank 1 with .*\(2, 6\)"),
     ("mode", r"the mode \(training\) of submodule \(the model itself\): rank 0 with True, rank 1 with False"),
-    ("model", "the model's code, configuration, plan"),
-    ("plan", "the model's code, configuration, plan"),
-    ("example", "ranks captured different programs"),
-    ("backend", "rank 0 was given backend='eager' and rank 1 backend='inductor': every rank must be given the same"),
-    ("transport", "rank 0 was given transport='auto' and rank 1 transport='nccl'"),
+    ("model", r"in parameter 'linear.weight': rank 0 with 'float32\[5, 6\]', rank 1 with 'float32\[6, 6\]'"),
+    ("code", "ranks captured different programs .*the model's code, configuration, plan"),
+    ("plan", r"in plan: rank 0 with .*dp=2.*, rank 1 with .*tp=2"),
+    ("example", r"in example input 'x': rank 0 with 'float32\[1, 6\]', rank 1 with 'float32\[2, 6\]'"),
+    ("backend", "in backend: rank 0 with 'eager', rank 1 with 'inductor': every rank must be given the same"),
+    ("transport", "in transport: rank 0 with 'auto', rank 1 with 'nccl'"),
 ])  # fmt: skip
 def test_ranks_that_differ_all_raise(what, named):
     for kind, text in launch(2, error_of, what, timeout=40):
