@@ -95,9 +95,9 @@ class Watch:
 
     # ---- what the program does, from its own thread ----
 
-    def call(self, name: str) -> _Call:
+    def call(self, name: str) -> _WatchedCall:
         """Around a call of the library. Raises: `FxparError` in place of an error that another rank is the cause of."""
-        return _Call(self, name)
+        return _WatchedCall(self, name)
 
     @contextlib.contextmanager
     def busy(self, what: str) -> Iterator[None]:
@@ -274,7 +274,7 @@ class Watch:
         return "; ".join(told) + (f"; and {len(ranks) - 4} more ranks" if len(ranks) > 4 else "")
 
 
-class _Call:
+class _WatchedCall:
     """The context of one call."""
 
     __slots__ = ("name", "watch")

@@ -78,7 +78,9 @@ def gathered(store: ParameterStore, part: nn.Module, rank0_only: bool, device: t
                     table[key] = slot.held
     else:
         _put_back(tables)
-    rank, failed = next(((r, e) for r, e in enumerate(store.control.exchange(None)) if e is not None), (0, None))
+    with store.control.watch.call("the end of gathered"):
+        errors = store.control.exchange(None)
+    rank, failed = next(((r, e) for r, e in enumerate(errors) if e is not None), (0, None))
     if failed is not None:
         _put_back(tables)
         raise MismatchError(f"a block of `with module.gathered()` failed on rank {rank}: {failed}")

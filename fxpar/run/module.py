@@ -262,7 +262,8 @@ class ParallelModule(nn.Module):
         with gathered(self.parameter_store, part, rank0_only, device, write_back) as plain:
             self._gathered = True
             try:
-                yield plain
+                with control.watch.busy("a block of gathered()"):
+                    yield plain
             finally:
                 self._gathered = False
 
