@@ -12,6 +12,7 @@ from fxpar import compat
 from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
+from fxpar.backends.transport.control import told
 from fxpar.ops.exchange import counts_rows
 from fxpar.ops.runtime import Runtime, use_runtime
 from fxpar.plan import Plan
@@ -53,7 +54,7 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Pl
         graph, keep = tensor_inputs_only(module, example)
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
             split = compat.partition_eagerly(graph, [example[i] for i in keep], lambda g: choose_recomputation(g, plan),
-                                             counts_rows(graph.graph))
+                                             counts_rows(graph.graph), told)
 
         def run_split(*inputs: Any) -> Any:
             with use_runtime(runtime):

@@ -105,14 +105,16 @@ def _periods(tokens: list[int]) -> list[int]:
 
 def written(graph: fx.Graph, facts: Facts) -> tuple[Hashable, dict[fx.Node, int]]:
     """A text that is equal for graphs of equal operators, with equal connections, in equal order; and the number that each node
-    has in it. Placeholders, which may stand in any order, have theirs by their first use. The output is not in it."""
+    has in it. Placeholders, which may stand in any order, have theirs by their first use; one that no operator uses has none. The
+    output is not in it."""
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     number = {n: i for i, n in enumerate(nodes)}
-    for node in [r for n in nodes for r in _references(n)] + graph.find_nodes(op="placeholder"):
+    for node in [r for n in nodes for r in _references(n)]:
         number.setdefault(node, len(number))
     lines = [(n.op, n.target, _frozen(n.args), _frozen(n.kwargs), tuple(number[r] for r in _references(n)), facts(n))
              for n in nodes]
-    return (*lines, *(facts(n) for n in list(number)[len(nodes):])), number
+    unused = sorted(str(facts(n)) for n in graph.find_nodes(op="placeholder") if n not in number)
+    return (*lines, *(facts(n) for n in list(number)[len(nodes):]), *unused), number
 
 
 def _references(node: fx.Node) -> list[fx.Node]:
@@ -272,6 +274,18 @@ def _tails(repeats: Repeats, tokens: dict[fx.Node, int]) -> None:
         repeats.families.append({q: members[q] for q in sorted(members)})
         for q, node in members.items():
             repeats.place[node] = len(repeats.families) - 1, q
+
+
+def add_inputs(repeats: Repeats, families: Iterable[dict[int, fx.Node]]) -> None:
+    """Add families of inputs that no operator takes, of which the run itself shows nothing.
+
+    families: of all inputs, numbered by period, as another graph shows them that has the same inputs.
+    """
+    for members in families:
+        if not any(n in repeats.place or any(u.op != "output" for u in n.users) for n in members.values()):
+            repeats.families.append(members)
+            for q, node in members.items():
+                repeats.place[node] = len(repeats.families) - 1, q
 
 
 # ---- edits ----

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import triton
 from rich.console import Console
 from rich.table import Table
+from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the fxpar of this checkout
@@ -72,6 +73,7 @@ def beside_others(name, dtype):
     shape = SHAPES[name]
     (q, k, v, grad), seed = operands(shape, dtype)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    functorch.donated_buffer = False  # a backward runs several times
     compiled = torch.compile(written_out)
     ways = {
         "fxpar's kernels": lambda: dropout_attention(*leaves, seed, p=P, site=SITE, is_causal=shape[-1]),

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node=4 examples/train.py --plan dp=2,tp=2            four
     torchrun --nproc-per-node=4 examples/train.py --plan dp=2,tp=2 --check    ... and prove them equal to one
     torchrun --nproc-per-node=4 examples/train.py --plan dp=2,pp=2,microbatches=4 --check        a pipeline of two stages
+    torchrun --nproc-per-node=4 examples/train.py --plan cp=4 --seq 2048 --packed --check        long sequences, a quarter a rank
     torchrun --nproc-per-node=4 examples/train.py --experts 8 --plan dp=2,tp=2,ep=4 --check      two experts of eight on each
 
 NCCL where there are GPUs, gloo elsewhere.
@@ -53,6 +54,7 @@ def parse_args():
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=8, help="sequences in the global batch")
     parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--packed", action="store_true", help="a sequence is many documents, of which none sees another")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of compute")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corpus-mb", type=float, default=4, help="how much text to read")
@@ -96,7 +98,15 @@ def draw_batch(corpus, args, step, part=slice(None)):
     generator = torch.Generator().manual_seed(args.seed + step)
     starts = torch.randint(0, len(corpus) - args.seq, (args.batch,), generator=generator)[part]
     tokens = torch.stack([corpus[start : start + args.seq] for start in starts]).long().to(args.device)
-    return dict(input_ids=tokens, labels=tokens)
+    return dict(input_ids=tokens, labels=tokens) | (dict(position_ids=document_places(tokens)) if args.packed else {})
+
+
+def document_places(tokens):
+    """Where in its document each byte is. One begins behind two empty lines, as Python's top-level definitions do."""
+    ends = (tokens[:, :-3] == 10) & (tokens[:, 1:-2] == 10) & (tokens[:, 2:-1] == 10) & (tokens[:, 3:] != 10)
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    first = torch.where(torch.nn.functional.pad(ends, (3, 0)), places, 0).cummax(1).values
+    return places - first
 
 
 def build_model(args, meta=False):

@@ -2,6 +2,7 @@
 
 parallelize     the one line: a model and a `Plan` -> a `ParallelModule`
 Plan            how a model is split over ranks
+sampler         the data of this rank's replica
 capture         a model traced once, for many plans
 simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
@@ -26,6 +27,7 @@ from fxpar.errors import (
 from fxpar.plan import Plan
 from fxpar.report.report import Report, inspect
 from fxpar.run.module import ParallelModule
+from fxpar.run.replica import sampler
 from fxpar.verify import equivalence as testing
 from fxpar.verify.simulation import Simulation, simulate
 
@@ -33,4 +35,4 @@ __version__ = "0.1.0"
 __all__ = ["CaptureError", "Captured", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "MismatchError",
            "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
            "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
-           "load_safetensors", "parallelize", "save_checkpoint", "simulate", "testing"]
+           "load_safetensors", "parallelize", "sampler", "save_checkpoint", "simulate", "testing"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from torch.distributed.tensor import DTensor
 from fxpar.backends import eager
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.transport.base import TRANSPORTS
-from fxpar.backends.transport.runtime import Control
+from fxpar.backends.transport.control import Control, watch
+from fxpar.backends.transport.watch import TIMEOUT
 from fxpar.compiler import compile_replica
 from fxpar.errors import PlanError
 from fxpar.model import identity
 from fxpar.model import inputs as calls
+from fxpar.model.inputs import Call
 from fxpar.plan import Plan, require_one_of
 from fxpar.report.dump import Dumper
-from fxpar.run.agreement import agree_on_options, agree_on_program
+from fxpar.run.agreement import agree_on_program, facts
+from fxpar.run.batches import CHECKED_EVERY
 from fxpar.run.engine import Engine
 from fxpar.run.module import ParallelModule
 from fxpar.run.store import ParameterStore
@@ -32,42 +36,65 @@ BACKENDS = ("auto", "inductor", "eager")
 
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
-                transport: str = "auto", dump_dir: str | Path | None = None) -> ParallelModule:
+                transport: str = "auto", timeout: float = TIMEOUT, check_batches: int = CHECKED_EVERY,
+                dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
 
-    model: real or on the meta device; DTensors take the place of its parameters, wherever those are held (in an optimizer that
-    was made before, too), with their hooks, attributes and gradients. plan: a `Plan` or its text
+    model: real or on the meta device, on all ranks alike; DTensors take the place of its parameters, wherever those are held (in
+    an optimizer that was made before, too), with their hooks, attributes and gradients. plan: a `Plan` or its text
     ("dp=2,tp=2"). example_inputs: what one rank will pass to forward (a dict of keyword arguments or a tuple), for its
     shapes; may be left out for Hugging Face models. backend: "inductor", "eager", or "auto" (inductor on CUDA, eager on
     CPU). transport: what moves parameters and gradients in compiled programs; "auto" (the copy engines of GPUs of one host that
     see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or "nccl" (never copy engines, whose
     buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
-    dump_dir: where the program after every pass is written, numbered, as readable Python (rank 0 only).
+    timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
+    that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
+    the first calls and in every so many-th (1: always, 0: never). dump_dir: where the program after every pass is written,
+    numbered, as readable Python (rank 0 only).
     Several modules may be parallelized and fed into each other, if their plans have the same replicas (see `ParallelModule`).
     Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
-    Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`, `MismatchError`; on all ranks alike.
+    Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`, `MismatchError`; on all ranks alike. What one rank
+    alone cannot do is an `FxparError` on the others.
     """
-    plan = Plan.of(plan)
-    _check_model(model)
-    require_one_of("backend", backend, BACKENDS)
-    require_one_of("transport", transport, TRANSPORTS)
-    plan.require_supported()
     device = _join()
+    with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
+        control = Control()
+        options = {"backend": backend, "transport": transport, "timeout": timeout, "check_batches": check_batches}
+        plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, options, dump_dir))
+        chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
+        control.agree("parallelize", {"plan": plan, **options, "backend": chosen, **facts(model, example)})
+        control = Control(plan.pp)
+        compile_call = functools.partial(compile_replica, model, plan, device, dumper)
+        with agree_on_program(control) as made:
+            identity.check(model)
+            made.append(compile_call(example, None, plan.microbatches if plan.pp > 1 else 1))
+        bound = BoundMesh(made[0].mesh, device.type, plan.pp)
+        store = ParameterStore(model, bound, control, device)
+        engine = Engine(store, plan, compile_call, {"eager": eager, "inductor": inductor}[chosen], transport, check_batches)
+        engine.adopt(made[0], example)
+        return ParallelModule(store, engine)
+
+
+def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, options: Mapping[str, Any],
+             dump_dir: str | Path | None) -> tuple[Plan, Call, Dumper | None]:
+    """What can be checked of the arguments by this rank alone."""
+    plan = Plan.of(given)
+    _check_model(model)
+    require_one_of("backend", options["backend"], BACKENDS)
+    require_one_of("transport", options["transport"], TRANSPORTS)
+    if not _is_seconds(options["timeout"]):
+        raise PlanError("timeout", options["timeout"], "must be a positive number of seconds", f"timeout={TIMEOUT:g}")
+    every = options["check_batches"]
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise PlanError("check_batches", every, "must be 0, or a positive integer", "check_batches=1")
+    plan.require_supported()
     plan.check_world(dist.get_world_size())
     example = calls.example_call(model, example_inputs)
-    chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
-    dumper = Dumper(dump_dir) if dump_dir is not None and dist.get_rank() == 0 else None
-    compile_call = functools.partial(compile_replica, model, plan, device, dumper)
-    control = Control(plan.pp)
-    agree_on_options(control, backend=chosen, transport=transport)
-    with agree_on_program(control) as made:
-        identity.check(model)
-        made.append(compile_call(example, None, plan.microbatches if plan.pp > 1 else 1))
-    bound = BoundMesh(made[0].mesh, device.type, plan.pp)
-    store = ParameterStore(model, bound, control, device)
-    engine = Engine(store, plan, compile_call, {"eager": eager, "inductor": inductor}[chosen], transport)
-    engine.adopt(made[0], example)
-    return ParallelModule(store, engine)
+    return plan, example, Dumper(dump_dir) if dump_dir is not None and dist.get_rank() == 0 else None
+
+
+def _is_seconds(timeout: object) -> bool:
+    return isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout < float("inf")
 
 
 def _check_model(model: nn.Module) -> None:

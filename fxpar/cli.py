@@ -22,8 +22,8 @@ from fxpar.cost.clusters import cluster, clusters
 from fxpar.errors import FxparError, PlanError, brief
 from fxpar.pipeline import drawing
 from fxpar.plan import Plan
-from fxpar.report.pipeline import CLUSTER
 from fxpar.report.report import Report, inspect
+from fxpar.report.step import CLUSTER
 from fxpar.verify.equivalence import assert_equivalent
 from fxpar.verify.simulation import BACKENDS
 
@@ -58,16 +58,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check_pipeline(args: argparse.Namespace, plan: Plan) -> None:
     """Refuse what is about pipelines, where there is none, and what does not exist."""
-    given = [name for name in ("timeline", "cluster") if getattr(args, name)]
-    if given and plan.pp == 1:
-        raise PlanError("pp", 1, f"must be 2 or more for --{given[0]}: there is no pipeline whose step could be timed", "pp=2")
+    if args.timeline and plan.pp == 1:
+        raise PlanError("pp", 1, "must be 2 or more for --timeline: there is no pipeline whose step could be drawn", "pp=2")
     cluster(args.cluster or CLUSTER)
 
 
 def _inspect(args: argparse.Namespace, report: Report) -> None:
     """Print a report; draw its timeline where that is asked for."""
-    if report.pipeline is not None:
-        report.pipeline.cluster = args.cluster or CLUSTER
+    report.step.cluster = args.cluster or CLUSTER
     print(report)
     if report.pipeline is None or not args.timeline:
         return
@@ -93,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--eval", action="store_true", help="check the model in eval mode")
     look = commands.choices["inspect"]
     look.add_argument("--timeline", metavar="FILE.svg", help="draw a step of the pipeline there, and print it as text")
-    look.add_argument("--cluster", help=f"what the pipeline's times are for: {', '.join(clusters())}, or a .toml file of "
+    look.add_argument("--cluster", help=f"what times are for: {', '.join(clusters())}, or a .toml file of "
                                         f"the same form; default: {CLUSTER}")
     check = commands.choices["check"]
     check.add_argument("--partitioned", action="store_true",

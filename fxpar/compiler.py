@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxpar.errors import PlanError
+from fxpar import compat
+from fxpar.errors import CaptureError, PlanError
 from fxpar.model.inputs import Call, example_call, globalize, leaves
 from fxpar.model.state import State
 from fxpar.ops.dropout_attention import uses_kernels
 from fxpar.passes.capture.capture import capture as trace
+from fxpar.passes.infer.roles import batch_dim_error
 from fxpar.passes.pipeline import TRACED_FIELDS, Observer, back, front, passes, run
 from fxpar.plan import Plan
 from fxpar.program import Program
 from fxpar.sharding import mesh as meshes
-from fxpar.sharding.facts import global_value
+from fxpar.sharding.factors import Factor
+from fxpar.sharding.factors import leaves as leaves_of
+from fxpar.sharding.facts import dims_of, global_value
 from fxpar.sharding.layout import Sharding
 
 
@@ -97,12 +104,33 @@ def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe:
     """The same from *one replica's* inputs: the global ones are dp times as many along each input's batch dim.
 
     microbatches: how many the replica's batch is run in. Which dim the batch's is follows from the model (see roles); it is
-    assumed to be dim 0, and the capture is repeated in the rare case that it is not.
+    assumed to be dim 0, and the capture is repeated in the rare case that it is not. Where the model does not take inputs that
+    are longer in those dims, it is captured with one replica's, which shows what dims are the same.
+    Raises: as `compile_program`; a `CaptureError` says what dims were taken for the batch's.
     """
-    mesh = meshes.from_plan(plan)
     batch = _assumed(plan, call)
+    rest = (device, observe, call, pinned, microbatches)
+    try:
+        return _of_replicas(model, plan, batch, *rest)
+    except CaptureError as error:
+        if plan.dp == 1 or not batch:
+            raise
+        for guess in _seen(model, plan, batch, *rest):
+            with contextlib.suppress(CaptureError, PlanError):
+                return _of_replicas(model, replace(plan, batch_dims=guess), guess, *rest)
+        taken = ", ".join(f"{name}: {dim}" for name, dim in batch.items())
+        hint = f"the batch of dp={plan.dp} replicas was taken to lie in these dims of the inputs: {taken}; if it does not, say " \
+               "where it does (None: an input has no batch): Plan(batch_dims={\"input\": dim})"
+        raise CaptureError(error.what, error.where, f"{error.way_out}. Or: {hint}" if error.way_out else hint) from error
+
+
+def _of_replicas(model: nn.Module, plan: Plan, batch: Mapping[str, int | None], device: torch.device, observe: Observer | None,
+                 call: Call, pinned: dict[str, Sharding] | None, microbatches: int) -> Program:
+    """The program for one replica's inputs whose batch dims are assumed to be `batch`, until the model shows others."""
+    mesh = meshes.from_plan(plan)
     for _ in range(3):
-        program = _start(model, plan, globalize(call, plan, mesh, batch), device, observe, microbatches)
+        with compat.quiet_traces():
+            program = _start(model, plan, globalize(call, plan, mesh, batch), device, observe, microbatches)
         program = run(program, front(pinned), observe)
         found = {s.name: global_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
         if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):
@@ -112,10 +140,33 @@ def compile_replica(model: nn.Module, plan: Plan, device: torch.device, observe:
                     "inferred", 'batch_dims={"input": 0}')
 
 
+def _seen(model: nn.Module, plan: Plan, assumed: Mapping[str, int | None], device: torch.device, observe: Observer | None,
+          call: Call, pinned: dict[str, Sharding] | None, microbatches: int) -> Iterator[dict[str, int | None]]:
+    """What else the batch dims of inputs may be, most likely first: the dims that the model has be the same, as it takes one
+    replica's inputs."""
+    try:
+        program = run(_start(model, plan, call, device, None, microbatches), front(pinned), None)
+    except CaptureError:
+        return
+    found: dict[Factor, dict[str, int | None]] = {}
+    for node, source in program.source_of().items():
+        if source.name in assumed and source.kind == "input":
+            for i, dim in enumerate(dims_of(node)):
+                if flat := leaves_of(dim):
+                    guess = found.setdefault(flat[0], dict.fromkeys(assumed))
+                    guess[source.name] = i if guess[source.name] is None else guess[source.name]
+    asked = dict(plan.batch_dims or ())
+    guesses = [{**guess, **asked} for guess in found.values()]
+    yield from sorted((g for g in guesses if g != assumed), key=lambda g: -sum(dim is not None for dim in g.values()))
+
+
 def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
     """Dim 0 of every input as long as the first one's; what the plan says of the others."""
     asked = dict(plan.batch_dims or ())
     tensors = {k: v for k, v in leaves(call).items() if isinstance(v, torch.Tensor) and v.dim()}
+    for name, dim in asked.items():
+        if dim is not None and name in tensors and dim >= tensors[name].dim():
+            raise batch_dim_error(name, dim, tensors[name].dim())
     first = next((int(v.shape[0]) for k, v in tensors.items() if k not in asked), None)
     return {k: asked[k] if k in asked else 0 if int(v.shape[0]) == first else None for k, v in tensors.items()}
 

@@ -179,14 +179,15 @@ def is_tensor(node: Any) -> bool:
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_STANDARD = os.path.dirname(os.__file__) + os.sep
 _LIBRARY = (_TORCH, _HERE + os.sep, *(os.path.realpath(os.path.join(_HERE, name)) + os.sep for name in ("passes", "backends")))
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
 @functools.cache
 def is_library_file(path: str) -> bool:
-    """Whether a line of this file is torch's or fxpar's, and not the user's."""
-    return path.startswith(_LIBRARY)
+    """Whether a line of this file is torch's, fxpar's or the standard library's, and not the user's."""
+    return path.startswith(_LIBRARY) or (path.startswith(_STANDARD) and "-packages" not in path)
 
 
 def user_line(node: fx.Node) -> str:
@@ -194,7 +195,10 @@ def user_line(node: fx.Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    file, line, _, code = ([f for f in frames if not f[0].startswith(_TORCH)] or frames)[-1]
+    frames = [f for f in frames if not is_library_file(f[0])] or [f for f in frames if f[0].startswith(_TORCH)]
+    if not frames:
+        return ""
+    file, line, _, code = frames[-1]
     return f"{file}:{line}  {code.strip()}"
 
 

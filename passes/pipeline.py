@@ -12,6 +12,7 @@ from fxpar.passes.canonical.losses import expand_losses
 from fxpar.passes.canonical.masks import fold_masks
 from fxpar.passes.canonical.outputs import keep_loss
 from fxpar.passes.canonical.precision import cast_parameters
+from fxpar.passes.canonical.random import counter_random
 from fxpar.passes.canonical.shift import label_all_tokens
 from fxpar.passes.canonical.sights import name_sights
 from fxpar.passes.canonical.simplify import simplify
@@ -46,6 +47,7 @@ def front(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
         ("losses", expand_losses),
         ("experts", sort_by_expert),
         ("dropout", counter_dropout),
+        ("random", counter_random),
         ("infer", lambda p: infer(p, pinned)),
     ]
 

@@ -59,11 +59,11 @@ def pretend(ranks: int) -> str:
 
 
 @pytest.fixture
-def dropout_kernels() -> Iterator[None]:
-    """What is captured has its attention with dropout as one operator."""
-    use_kernels()
-    yield
+def dropout_written_out() -> Iterator[None]:
+    """What is captured has its attention with dropout as products around a softmax."""
     use_kernels(False)
+    yield
+    use_kernels()
 
 
 @pytest.fixture

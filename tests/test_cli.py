@@ -114,7 +114,7 @@ def test_check_exits_with_1_where_values_differ(capsys, monkeypatch):
     (["inspect", "NoSuchModel:{config}", "--plan", "dp=2"], "NoSuchModel"),
     (["inspect", "{empty}", "--plan", "dp=2"], "config.json"),
     (["inspect", "tests.test_cli:classifier", "--plan", "dp=2", "--timeline", "x.svg"], "must be 2 or more for --timeline"),
-    (["inspect", "tests.test_cli:classifier", "--plan", "dp=2", "--cluster", "dgx-h100"], "must be 2 or more for --cluster"),
+    (["inspect", "tests.test_cli:classifier", "--plan", "dp=2", "--cluster", "abacus"], "`cluster`='abacus': must be one of"),
     (["inspect", "tests.test_cli:classifier", "--plan", "pp=2", "--cluster", "abacus"], "`cluster`='abacus': must be one of"),
     (["inspect", "tests.test_cli:classifier", "--plan", "pp=2", "--timeline", "{empty}"], "no timeline in "),
     (["check", "tests.test_cli:bare", "--plan", "dp=2"], "pass example_inputs"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import logging
 import pickle
 import subprocess
 import sys
@@ -43,6 +45,12 @@ def test_the_store_of_the_processes_has_a_second_connection():
     store.set("fxpar/test", "x")
     assert compat.default_store().get("fxpar/test") == b"x" and not store.check(["fxpar/none"])
 
+
+
+def test_process_groups_are_found_whoever_made_them():
+    one_rank_mesh()
+    made = dist.new_group([0])
+    assert made in compat.process_groups() and dist.group.WORLD in compat.process_groups()
 
 
 def test_fake_mode_computes_shapes_and_is_found_again():
@@ -317,3 +325,51 @@ def test_metadata_of_a_checkpoint_is_read_without_its_code(tmp_path):
         with pytest.raises(pickle.UnpicklingError, match="which a checkpoint does not consist of"):
             compat.read_metadata(pickle.dumps(thing))
     assert not (tmp_path / "ran").exists()
+
+
+def test_classes_derived_from_tensor_do_not_see_functions_for_a_while():
+    seen = []
+
+    class Watching(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = torch.ones(2).as_subclass(Watching)
+    x + x
+    count = len(seen)
+    with compat.no_torch_function():
+        x + x
+    assert count > 0 and len(seen) == count
+
+
+def test_what_fails_on_fake_tensors_is_not_logged_for_a_while(caplog):
+    mode = compat.FakeTensorMode()
+    x, y = (compat.fake_like(mode, torch.ones(n), torch.device("cpu")) for n in (2, 3))
+
+    def fail():
+        with caplog.at_level(logging.ERROR), pytest.raises(RuntimeError), mode:
+            torch.add(x, y)
+        return [r for r in caplog.records if r.name == "torch._subclasses.fake_tensor"]
+
+    with compat.quiet_traces():
+        assert fail() == []
+        assert logging.getLogger("torch._subclasses.fake_tensor").disabled
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
+
+
+def test_modules_that_make_models_parallel_are_where_they_are_said_to_be():
+    for name, function in zip(compat.WRAPPERS, ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel",
+                                                "fully_shard", "contract"), strict=True):
+        assert hasattr(importlib.import_module(name), function)
+
+
+def test_distributions_are_unchecked_for_a_while():
+    def make():
+        return torch.distributions.Normal(torch.zeros(2), -torch.ones(2))
+
+    with compat.unchecked_distributions():
+        assert make().stddev.sum() == -2
+    with pytest.raises(ValueError, match="scale"):
+        make()

@@ -181,6 +181,36 @@ def test_graph_passes_in_two_parts_are_those_in_one():
 
 
 
+def test_values_of_changed_operators_stay_and_missing_ones_are_made():
+    """`stages.apply_graph_passes`: a pass puts in an operator without a value, and has another read its result."""
+    def edit(graph: fx.Graph) -> None:
+        tanh = next(n for n in graph.nodes if n.target is aten.tanh.default)
+        with graph.inserting_before(tanh):
+            tanh.args = (graph.call_function(aten.abs.default, (tanh.args[0],)),)
+
+    with compat.FakeTensorMode():
+        x, w = torch.empty(3, 4), torch.empty(4, 2)
+    config = {"post_grad_custom_post_pass": compat.graph_pass(edit, __file__)}
+    with torch.no_grad():
+        [module] = stages.graphs_before(fx.symbolic_trace(lambda x, w: (torch.tanh(x @ w),)), [x, w], config)
+    before = {n.target: n.meta["val"] for n in module.graph.nodes if n.op == "call_function"}
+    stages.apply_graph_passes(module, config)
+    after = {n.target: n.meta["val"] for n in module.graph.nodes if n.op == "call_function"}
+    assert isinstance(after[aten.abs.default], compat.FakeTensor) and after[aten.abs.default].shape == (3, 2)
+    assert after[aten.tanh.default] is before[aten.tanh.default]
+
+
+def test_fake_view():
+    with compat.FakeTensorMode():
+        base = torch.empty(4, 6)
+        view = base.t()[2:5]
+        other = torch.empty(4, 6)
+    made = stages.fake_view(view, other)
+    assert isinstance(made, compat.FakeTensor) and made.fake_mode is view.fake_mode and made.device == view.device
+    assert (made.shape, made.stride(), made.storage_offset()) == (view.shape, view.stride(), view.storage_offset())
+    assert compat.storage_of(made) == compat.storage_of(other) != compat.storage_of(view)
+
+
 @pytest.mark.parametrize("name", stages.UNBOUNDED)
 def test_passes_are_local_unless_others_are_turned_on(name):
     assert stages.passes_are_local() and hasattr(inductor_config, name)

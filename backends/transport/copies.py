@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fxpar import compat
 from fxpar.backends.transport.base import BUCKET_BYTES, NCCL, REDUCTION_BYTES, Transport
-from fxpar.backends.transport.runtime import Control
+from fxpar.backends.transport.control import Control
 from fxpar.ops.elementwise import add, spread
 from fxpar.sharding.mesh import Axes, BoundMesh
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 
 from fxpar.backends.transport.base import NCCL, Transport
+from fxpar.backends.transport.control import told
 from fxpar.ops.collectives import typed
 from fxpar.ops.exchange import exchanged_along
 from fxpar.ops.ring.operator import axes_of
 from fxpar.sharding.mesh import Axes, BoundMesh
 
 c10d = torch.ops._c10d_functional
-LEAST = -(2**63)
-"""An int64 that is larger than no other."""
 
 
 class FunctionalRuntime(ABC):
@@ -57,7 +53,7 @@ class FunctionalRuntime(ABC):
 
 
 class GroupRuntime(FunctionalRuntime):
-    """The `Runtime` of one rank of a real run: its process groups."""
+    """The `Runtime` of one rank of a real run: its process groups. Where communication breaks, it says why."""
 
     def __init__(self, mesh: BoundMesh):
         self.mesh = mesh
@@ -87,45 +83,18 @@ class GroupRuntime(FunctionalRuntime):
     def exchange_name(self, axes: Axes) -> str:
         return self.mesh.exchange_group(axes).group_name
 
+    def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
+        with told:
+            return super().all_reduce(x, axes, op)
 
-class Control:
-    """A gloo side channel on which ranks agree before they communicate, so that a mistake is an error and no hang.
+    def all_gather(self, x: Tensor, axes: Axes) -> Tensor:
+        with told:
+            return super().all_gather(x, axes)
 
-    kinds: of ranks, see `BoundMesh`. kind, rank, world: this rank's kind; its number among all ranks, and how many there are.
-    """
+    def reduce_scatter(self, x: Tensor, axes: Axes) -> Tensor:
+        with told:
+            return super().reduce_scatter(x, axes)
 
-    def __init__(self, kinds: int = 1) -> None:
-        self.world, self.rank, self.kinds = dist.get_world_size(), dist.get_rank(), kinds
-        self.kind = self.kind_of(self.rank)
-        self.group = dist.new_group(backend="gloo") if self.world > 1 else None
-        self._largest = dist.AllreduceOptions()
-        self._largest.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-
-    def kind_of(self, rank: int) -> int:
-        """The kind of a rank, by its number among all ranks."""
-        return rank // (self.world // self.kinds)
-
-    def compare(self, number: int, of_kind: int = 0) -> Callable[[], tuple[int, ...] | None]:
-        """Start one small CPU all-reduce. What is returned waits for it: if every rank has the same `number`, and every rank of
-        this kind, and of each other, the same `of_kind` (63 bits), those of all kinds in order (of several); else None."""
-        if self.group is None:
-            return tuple
-        pairs = array("q", (number, -number))
-        for kind in range(self.kinds if self.kinds > 1 else 0):
-            pairs.extend((of_kind, -of_kind) if kind == self.kind else (LEAST, LEAST))
-        tensor = torch.frombuffer(pairs, dtype=torch.int64)
-        work = self.group.allreduce([tensor], self._largest)  # as dist.all_reduce, without half of the time it takes to start
-
-        def numbers() -> tuple[int, ...] | None:
-            work.wait()
-            return tuple(pairs[2::2]) if all(pairs[i] == -pairs[i + 1] for i in range(0, len(pairs), 2)) else None
-
-        return numbers
-
-    def exchange(self, thing: object) -> list:
-        """Every rank's `thing`, by rank."""
-        if self.group is None:
-            return [thing]
-        out: list = [None] * self.world
-        dist.all_gather_object(out, thing, group=self.group)
-        return out
+    def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
+        with told:
+            return super().all_to_all(x, axes)

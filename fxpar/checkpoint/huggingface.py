@@ -22,7 +22,7 @@ from fxpar.checkpoint import staged
 from fxpar.checkpoint.folder import resolved
 from fxpar.checkpoint.manifest import of_entry
 from fxpar.checkpoint.part import Part
-from fxpar.checkpoint.ranks import LocalModel, alike, listed, same, to_cpu
+from fxpar.checkpoint.ranks import LocalModel, alike, listed, place, require_alike, same, to_cpu, together
 from fxpar.checkpoint.save import finish_running
 from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
@@ -48,12 +48,17 @@ def export_safetensors(path: str | os.PathLike, module: nn.Module, *, max_file_b
     Files of an earlier export are replaced. Raises: `CheckpointError`, on all ranks alike; also if the folder has safetensors
     of a model that fxpar did not write.
     """
-    finish_running()
-    model = LocalModel(module)
+    with together("export_safetensors", module, {"path": place(path), "max_file_bytes": max_file_bytes}):
+        finish_running()
+        _export(path, LocalModel(module), max_file_bytes)
+
+
+def _export(path: str | os.PathLike, model: LocalModel, max_file_bytes: int) -> None:
     folder = alike(model.ranks, path, lambda: resolved(path))
     alike(model.ranks, folder, lambda: model.require_real(folder))
+    require_alike(model, folder)
     parts = {n: part for n, part in model.parts().items() if model.counts(n)}
-    same(model.ranks, folder, "what they export", (os.fspath(path), max_file_bytes, list(parts)))
+    same(model.ranks, folder, "what they export", {n: tuple(part.shape) for n, part in parts.items()})
     alike(model.ranks, folder, lambda: _make_room(folder) if model.ranks.rank == 0 else None)
     everyone = model.ranks.exchange((model.kind, {n: _bytes(p) for n, p in parts.items()}))
     planned = _planned(dict(everyone), max_file_bytes)
@@ -191,8 +196,12 @@ def load_safetensors(path: str | os.PathLike, module: nn.Module) -> None:
     to: for that each rank needs memory on the host for its part of the model.
     Raises: `CheckpointError`, on all ranks alike, before the model is changed.
     """
-    finish_running()
-    model = LocalModel(module)
+    with together("load_safetensors", module, {"path": place(path)}):
+        finish_running()
+        _load(path, LocalModel(module))
+
+
+def _load(path: str | os.PathLike, model: LocalModel) -> None:
     where = alike(model.ranks, path, lambda: resolved(path))
     load, places = alike(model.ranks, where, lambda: _prepare(where, model))
     made = staged.stage(load.parts)

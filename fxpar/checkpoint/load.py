@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fxpar.checkpoint import folder, huggingface, staged
 from fxpar.checkpoint.optimizer import OptimizerLoad, require_sound
 from fxpar.checkpoint.planners import joined
-from fxpar.checkpoint.ranks import LocalModel, alike
+from fxpar.checkpoint.ranks import LocalModel, alike, place, together
 from fxpar.checkpoint.save import SUMMARY, finish_running
 from fxpar.checkpoint.source import OpenedFolder, identity_of
 from fxpar.checkpoint.target import ModelLoad, SavedTensor
@@ -42,8 +42,12 @@ def load_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
     Raises: `CheckpointError`, on all ranks alike and before anything is changed: if there is no checkpoint, a file is
     missing or damaged, it is of another model, a value does not fit the model's dtype, or it has no state for this optimizer.
     """
-    finish_running()
-    model = LocalModel(module)
+    with together("load_checkpoint", module, {"path": place(path), "optimizer": optimizer and type(optimizer).__name__}):
+        finish_running()
+        _load_newest(path, LocalModel(module), optimizer)
+
+
+def _load_newest(path: str | os.PathLike, model: LocalModel, optimizer: Optimizer | None) -> None:
     given = alike(model.ranks, path, lambda: folder.resolved(path))
     for attempt in range(ATTEMPTS):
         source = alike(model.ranks, given, lambda: _look(given))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fxpar import compat
-from fxpar.backends.transport.runtime import Control
+from fxpar.backends.transport.control import Control, digest
+from fxpar.backends.transport.watch import NoWatch
 from fxpar.checkpoint.part import Part
-from fxpar.errors import CheckpointError
-from fxpar.run.agreement import digest
+from fxpar.errors import CheckpointError, MismatchError, brief
 from fxpar.run.module import ParallelModule
 from fxpar.sharding.layout import Sharding
 from fxpar.sharding.mesh import Mesh
@@ -27,12 +28,16 @@ class OneProcess:
     """The `Control` of a process that shares its model with no other."""
 
     world, group, rank, kinds = 1, None, 0, 1
+    watch = NoWatch()
 
     def exchange(self, thing: object) -> list:
         return [thing]
 
     def kind_of(self, rank: int) -> int:
         return 0
+
+    def agree(self, call: str, given: Mapping[str, Any]) -> None:
+        pass
 
 
 RankControl = Control | OneProcess
@@ -43,13 +48,16 @@ def alike(ranks: RankControl, where: str | os.PathLike, function: Callable[[], T
     as a `CheckpointError`."""
     error: CheckpointError | None = None
     try:
-        made = function()
+        with ranks.watch.busy(f"at {where}"):
+            made = function()
     except CheckpointError as e:
         error = e
     except Exception as e:
         error = CheckpointError(f"{type(e).__name__}: {e}", str(where))
         error.__cause__ = e
     failed = [(r, e) for r, e in enumerate(ranks.exchange(error)) if e is not None]
+    if failed:
+        ranks.watch.all_know()
     if error is not None:
         raise error
     if failed:
@@ -58,11 +66,52 @@ def alike(ranks: RankControl, where: str | os.PathLike, function: Callable[[], T
     return made
 
 
-def same(ranks: RankControl, where: Path, what: str, thing: Any) -> None:
+def same(ranks: RankControl, where: Path, what: str, thing: Mapping[str, Any]) -> None:
     """Raise on every rank unless all of a kind have the same `thing` (by its repr)."""
     everyone = {(ranks.kind_of(rank), found) for rank, found in enumerate(ranks.exchange(digest(repr(thing))))}
-    if len(everyone) > ranks.kinds:
-        raise CheckpointError(f"ranks differ in {what}", str(where), "every rank must make the same call with the same state")
+    if len(everyone) == ranks.kinds:
+        return
+    first: dict[int, tuple[int, dict[str, str]]] = {}
+    for rank, theirs in enumerate(ranks.exchange({name: repr(value) for name, value in thing.items()})):
+        one, mine = first.setdefault(ranks.kind_of(rank), (rank, theirs))
+        name = next((n for n in [*mine, *theirs] if mine.get(n) != theirs.get(n)), None)
+        if name is not None:
+            ranks.watch.all_know()
+            raise CheckpointError(f"ranks differ in {what}: of {name}, rank {one} has {mine.get(name, 'nothing')} and rank "
+                                  f"{rank} {theirs.get(name, 'nothing')}", str(where),
+                                  "every rank must make the same call with the same state")
+    raise AssertionError("ranks differ in nothing")
+
+
+@contextlib.contextmanager
+def together(call: str, module: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
+    """Around a call that all ranks have to make, and to give the same. Raises: `CheckpointError` on all if they do not."""
+    ranks: RankControl = module.parameter_store.control if isinstance(module, ParallelModule) else OneProcess()
+    with ranks.watch.call(call):
+        try:
+            ranks.agree(call, given)
+        except MismatchError as error:
+            ranks.watch.all_know()
+            raise CheckpointError(str(error), given["path"]) from error
+        yield
+
+
+def require_alike(model: LocalModel, where: Path) -> None:
+    """Raise on every rank if copies of a parameter or buffer differ: a checkpoint has one of them."""
+    if isinstance(model.module, ParallelModule):
+        try:
+            model.module.require_alike()
+        except MismatchError as error:
+            model.ranks.watch.all_know()
+            raise CheckpointError(str(error), str(where)) from error
+
+
+def place(path: Any) -> str:
+    """A path that was given to a call, for ranks to compare: they may run in different folders."""
+    try:
+        return os.path.abspath(path)
+    except (TypeError, ValueError):
+        return brief(path)
 
 
 class LocalModel:

@@ -15,13 +15,13 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.optim import Optimizer
 
-from fxpar.backends.transport.runtime import Control
+from fxpar.backends.transport.control import Control
 from fxpar.checkpoint import folder
 from fxpar.checkpoint.manifest import Writer
 from fxpar.checkpoint.optimizer import merged, require_plain, saved_state
 from fxpar.checkpoint.part import Part
-from fxpar.checkpoint.planners import Contents, Key, SavePlanner, contents
-from fxpar.checkpoint.ranks import LocalModel, RankControl, alike, same
+from fxpar.checkpoint.planners import Contents, Key, SavePlanner, contents, joined
+from fxpar.checkpoint.ranks import LocalModel, RankControl, alike, place, require_alike, same, together
 from fxpar.errors import CheckpointError
 from fxpar.run.module import ParallelModule
 
@@ -85,17 +85,24 @@ def save_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
     wrong. The next save, or load, waits for it first; wait for it before destroying the process group.
     Raises: `CheckpointError`, on all ranks alike.
     """
-    finish_running()
-    model = LocalModel(module)
+    given = {"path": place(path), "asynchronous": asynchronous, "optimizer": optimizer and type(optimizer).__name__}
+    with together("save_checkpoint", module, given):
+        return _save(path, LocalModel(module), optimizer, asynchronous)
+
+
+def _save(path: str | os.PathLike, model: LocalModel, optimizer: Optimizer | None, asynchronous: bool) -> SaveHandle | None:
+    with model.ranks.watch.busy("waiting for the save before"):
+        finish_running()
     target = alike(model.ranks, path, lambda: folder.resolved(path))
+    require_alike(model, target)
 
     def collect() -> tuple[dict[Key, Part], dict[str, Any]]:
         model.require_real(target)
         return _collect(model, optimizer, target)
 
     parts, summary = alike(model.ranks, target, collect)
-    described = [(key, part.shape, part.local.dtype, part.sharding) for key, part in parts.items()]
-    same(model.ranks, target, "what they save", (os.fspath(path), asynchronous, optimizer is None, described))
+    same(model.ranks, target, "what they save", {
+        joined(key): (tuple(part.shape), part.local.dtype, part.sharding) for key, part in parts.items()})
     if optimizer is not None:
         summary["optimizer"] = merged(model.ranks.exchange(summary["optimizer"]))
     rank = model.ranks.rank
@@ -127,7 +134,7 @@ def _collect(model: LocalModel, optimizer: Optimizer | None, target: Path) -> tu
 @functools.lru_cache(maxsize=1)
 def _side_channel(world: dist.ProcessGroup) -> Control:
     """A channel for background threads alone, over all ranks: the main thread goes on using its own."""
-    return Control()
+    return Control(apart=True)
 
 
 def _write(made: Contents, target: Path, ranks: RankControl, rank: int) -> None:
@@ -138,7 +145,8 @@ def _write(made: Contents, target: Path, ranks: RankControl, rank: int) -> None:
         alike(ranks, target, lambda: _write_alone(planner, writer))
     else:
         try:
-            dcp.save({}, storage_writer=writer, planner=planner, process_group=ranks.group)
+            with ranks.watch.busy(f"writing {target}"):
+                dcp.save({}, storage_writer=writer, planner=planner, process_group=ranks.group)
         except dcp.CheckpointException as error:
             failed = min(error.failures)
             raise CheckpointError(f"rank {failed} could not write its part: {error.failures[failed][0]!r}",

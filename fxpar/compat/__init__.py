@@ -20,7 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor, _dtensor_spec, _redistribute
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
+from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -39,6 +41,7 @@ from fxpar.compat.steps import (
 from fxpar.compat.symmetric import SymmetricSlots
 
 __all__ = [
+    "WRAPPERS",
     "Cut",
     "FakeTensor",
     "FakeTensorMode",
@@ -51,6 +54,7 @@ __all__ = [
     "autocast_region",
     "compile_graph",
     "compile_steps",
+    "default_store",
     "detect_fake_mode",
     "fake_like",
     "interpret_steps",
@@ -59,10 +63,14 @@ __all__ = [
     "is_random",
     "mutates",
     "no_grad_region",
+    "no_torch_function",
+    "process_groups",
+    "quiet_traces",
     "read_metadata",
     "sizes_of_values",
     "storage_of",
     "trace_steps",
+    "unchecked_distributions",
 ]
 
 
@@ -357,12 +365,6 @@ def after_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
-def default_store() -> Any:
-    """The store that the processes met at, through a connection of its own: one that waits holds up nobody else."""
-    store: Any = torch.distributed.distributed_c10d._get_default_store()
-    return store.clone()
-
-
 def backward_pass() -> int:
     """The number of the backward pass under way, -1 where there is none."""
     return torch._C._current_graph_task_id()
@@ -421,10 +423,11 @@ def in_backward(node: fx.Node) -> bool:
 
 
 def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],
-                      counts: bool = False) -> Callable:
+                      counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None) -> Callable:
     """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
 
-    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`.
+    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`. around: the
+    context of every forward and backward.
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -434,7 +437,11 @@ def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Cal
         return min_cut_rematerialization_partition(module, joint_inputs, **options)
 
     def as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        return make_boxed_func(gm)
+        def run(*args: Any) -> Any:
+            with around or contextlib.nullcontext():
+                return gm(*args)
+
+        return make_boxed_func(run)
 
     with sizes_of_values(inputs, counts) as inputs:
         return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=partition)

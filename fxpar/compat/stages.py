@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxpar.compat import graph_pass, lowered_graphs
 
@@ -102,6 +103,30 @@ def apply_graph_passes(gm: fx.GraphModule, config: dict[str, Any]) -> fx.GraphMo
     from torch._inductor.virtualized import V
 
     mode = next(n.meta["val"].fake_mode for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
-    with settings.patch({**config, "pattern_matcher": False}), V.set_fake_mode(mode):
+    with settings.patch({**config, "pattern_matcher": False}), V.set_fake_mode(mode), _values_stay():
         inductor._recursive_post_grad_passes(gm, is_inference=False)
     return gm
+
+
+def _values_stay() -> Any:
+    """Inside, Inductor's passes compute values of nodes that have none, and not again those of nodes whose arguments changed:
+    passes replace arguments by equal ones, and recomputing took a third of the time."""
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._inductor import fx_utils
+    from torch._inductor.virtualized import V
+
+    def fill(updater: Any) -> None:
+        for node in getattr(updater, "gm", updater).graph.nodes:
+            if node.op == "call_function" and "val" not in node.meta:
+                _, args, kwargs = fx_utils.get_fake_args_kwargs(node)
+                with V.fake_mode, enable_python_dispatcher():
+                    node.meta["val"] = node.target(*args, **kwargs)
+
+    return mock.patch.object(fx_utils.FakeTensorUpdater, "incremental_update", fill)
+
+
+def fake_view(value: FakeTensor, base: torch.Tensor) -> torch.Tensor:
+    """A fake tensor as `value`, in the memory of `base`, which has its dtype."""
+    inner = torch.empty(0, dtype=value.dtype, device="meta")
+    inner.set_(base.untyped_storage(), value.storage_offset(), value.shape, value.stride())
+    return FakeTensor(value.fake_mode, inner, value.device)

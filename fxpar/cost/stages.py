@@ -1,22 +1,33 @@
-"""stages: what a step of a pipeline takes on a cluster, from the programs of its stages.
+"""stages: what a step takes on a cluster, from the programs of the stages of a pipeline; or from one program, as of one stage.
 
 An operator takes the time of its floating-point operations or of its bytes, whichever is longer. One that is no matrix product,
 convolution or attention takes that of its bytes, unless a single operator of its own kind reads it: then it is computed there, as
-compilers do it. Collectives are rings over the slowest link of their group, and hide behind nothing but other ranks' bubbles. The
-backward of a product is as fast as its forward, for each of its gradients; of another operator, it moves twice the bytes.
+compilers do it. The backward of a product is as fast as its forward, for each of its gradients; of another operator, it moves
+twice the bytes.
+
+Collectives are rings over the slowest link of their group. Those of activations hide behind nothing but other ranks' bubbles.
+Those of parameters and their gradients take what is longer than the computation of their pass, where the plan overlaps them;
+once a step (see `StageLoad`) they are actions of the schedule, and without a pipeline the last backward hides reductions. In ring
+attention a block of keys travels while the one before is computed.
+
+An optimizer step reads parameters, gradients and AdamW's two moments, and writes all but gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
 from fxpar.cost.clusters import Cluster, Link
 from fxpar.cost.operators import TensorSpec, measure
 from fxpar.ops.collectives import typed
-from fxpar.pipeline.schedules import Schedule
+from fxpar.ops.ring import costs as ring
+from fxpar.ops.ring.operator import axes_of
+from fxpar.ops.ring.schedule import RingSchedule
+from fxpar.pipeline.schedules import Kind, Schedule
 from fxpar.pipeline.timeline import StageTimes, Timeline, timeline
 from fxpar.program import Program, block_path
 from fxpar.sharding.mesh import Axes, Mesh
@@ -28,12 +39,59 @@ class StageLoad:
 
     program: of one rank and one microbatch. sent: bytes that it sends to the next stage for one microbatch.
     once_forward, once_backward: nodes whose forward, or backward, runs once a step and not for each microbatch.
+    beside_forward, beside_backward: collectives that run beside computation, in their forward, or in their backward.
     """
 
     program: Program
     sent: int
     once_forward: Collection[fx.Node] = ()
     once_backward: Collection[fx.Node] = ()
+    beside_forward: Collection[fx.Node] = ()
+    beside_backward: Collection[fx.Node] = ()
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What a training step takes on a cluster.
+
+    timeline: of forwards, backwards and what is communicated. optimizer: seconds of the optimizer step, on the rank that has most
+    to do. flops: of one step, forward and backward, of all ranks; what is computed again for the backward counts nothing.
+    peak: FLOP/s of all ranks' devices, as their maker says, in the dtype in which most is computed.
+    """
+
+    cluster: Cluster
+    timeline: Timeline
+    optimizer: float
+    flops: int
+    peak: float
+
+    @property
+    def seconds(self) -> float:
+        return self.timeline.step + self.optimizer
+
+    @property
+    def utilization(self) -> float:
+        """The part of the devices' peak that the model's operations are (MFU)."""
+        return self.flops / (self.seconds * self.peak)
+
+
+def step_time(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad], stored: int) -> StepTime:
+    """What a step takes; arguments as of `step_on`.
+
+    stored: bytes of the parameters that are trained, on the rank that stores most of them; gradients and moments are as large.
+    """
+    costs = [(load.program, measure(load.program)) for load in loads]
+    done: dict[str, int] = {}
+    for program, measured in costs:
+        for node, cost in measured.costs.items():
+            if cost.forward:
+                flops = cost.forward + (cost.backward if program.training else 0)
+                dtype = _dtype(measured.values[node])
+                done[dtype] = done.get(dtype, 0) + flops * schedule.microbatches * program.mesh.world_size
+    dtype = max(done, key=lambda name: done[name], default="float32")
+    ranks = schedule.ranks * loads[0].program.mesh.world_size
+    return StepTime(cluster, step_on(cluster, schedule, loads), 7 * stored / cluster.memory_bandwidth, sum(done.values()),
+                    ranks * cluster.peak(dtype))
 
 
 def step_on(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad]) -> Timeline:
@@ -43,26 +101,35 @@ def step_on(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad]) ->
     """
     ranks = loads[0].program.mesh.world_size
     hops = [_hop(cluster, schedule.owner[s], schedule.owner[s + 1], ranks, load.sent) for s, load in enumerate(loads[:-1])]
-    return timeline(schedule, [stage_times(cluster, load) for load in loads], hops)
+    times = [stage_times(cluster, load) for load in loads]
+    if len(loads) == 1 and loads[0].program.plan.overlap_grad_reduce:
+        times = [replace(t, reduce=max(0.0, t.reduce - t.of(Kind.B))) for t in times]
+    return timeline(schedule, times, hops)
 
 
 def stage_times(cluster: Cluster, load: StageLoad) -> StageTimes:
     """Seconds that a stage takes on its rank; see the head of this file for what is assumed. Raises as `step_on`."""
     clock = _OperatorTimes(cluster, load.program)
-    forward = inputs = weights = unshard = reduce = 0.0
+    forward = inputs = weights = unshard = reduce = beside_forward = beside_backward = 0.0
     for node in clock.costs:
         ahead, back = clock.seconds(node)
         if node in load.once_forward:
             unshard += ahead
+        elif node in load.beside_forward:
+            beside_forward += ahead
+            beside_backward += ahead if load.program.training and load.program.plan.gathers_each_use else 0.0
         else:
             forward += ahead
             inputs += recomputed(load.program, node) * ahead if load.program.training else 0.0
         if node in load.once_backward:
             reduce += back
+        elif node in load.beside_backward:
+            beside_backward += back
         else:
             early = clock.early_part(node)
             inputs, weights = inputs + early * back, weights + (1 - early) * back
-    return StageTimes(forward, inputs, weights, unshard=unshard, reduce=reduce)
+    return StageTimes(max(forward, beside_forward), inputs, max(weights, beside_backward - inputs), unshard=unshard,
+                      reduce=reduce)
 
 
 def recomputed(program: Program, node: fx.Node) -> float:
@@ -112,15 +179,25 @@ class _OperatorTimes:
             return ahead, back if trained else 0.0
         moved = (cost.read + cost.written) / self.cluster.memory_bandwidth
         if cost.forward:
-            ahead = max(cost.forward / self.cluster.reached(self._dtype(node)), moved)
-            return ahead, ahead * cost.backward / cost.forward if trained else 0.0
+            ahead = max(cost.forward / self.cluster.reached(_dtype(self.values[node])), moved)
+            back = ahead * cost.backward / cost.forward if trained else 0.0
+            return self._around(node, ahead, back)
         if self._is_fused(node):
             return 0.0, 0.0
         return moved, 2 * moved if trained else 0.0
 
-    def _dtype(self, node: fx.Node) -> str:
-        value = self.values[node]
-        return str((value[0] if isinstance(value, tuple) else value).dtype)
+    def _around(self, node: fx.Node, ahead: float, back: float) -> tuple[float, float]:
+        """Seconds of attention that takes this long by itself, where its keys and values go round among ranks."""
+        axes = axes_of(node)
+        if axes is None:
+            return ahead, back
+        q, k, v = (self.values[n] for n in node.all_input_nodes[:3])
+        link, ranks, settings = self.cluster.link(_reach(self.mesh, axes)), self.mesh.size(*axes), node.kwargs
+        order = RingSchedule(ranks, q.shape[2], k.shape[2], bool(settings.get("causal")), bool(settings.get("zigzag")),
+                             settings.get("window"))  # type: ignore[arg-type]
+        there, again = ((ranks - 1) * link.alpha + size / link.beta
+                        for size in ring.traffic_bytes(order, k.shape, v.shape, k.dtype))
+        return max(ahead, ahead / ranks + there), max(back, back / ranks + again) if back else 0.0
 
     def _is_fused(self, node: fx.Node) -> bool:
         users = list(node.users)
@@ -136,6 +213,10 @@ class _OperatorTimes:
             back = back * made.reduce.itemsize // result.dtype.itemsize
         return (_collective(link, made.forward.comm, ranks, result.bytes),
                 _collective(link, made.backward.comm if made.backward is not None else None, ranks, back))
+
+
+def _dtype(value: Any) -> str:
+    return str((value[0] if isinstance(value, tuple) else value).dtype)
 
 
 def _reach(mesh: Mesh, axes: Axes) -> int:

@@ -20,6 +20,12 @@ from fxpar.errors import CaptureError
 
 _log = logging.getLogger("fxpar")
 
+OF_WHOLE_MODELS = frozenset({
+    "generate", "save_pretrained", "push_to_hub", "resize_token_embeddings", "resize_position_embeddings", "load_adapter",
+    "save_adapter", "merge_adapter", "unmerge_adapter", "merge_and_unload", "prune_heads", "init_weights",
+})  # fmt: skip
+"""Methods that read, write or compute with whole parameters; some of them on one rank, while others would wait."""
+
 TRACED = ("sdpa", "eager")
 """The implementations of attention that are made of ATen's operators."""
 GROUPED = "grouped_mm"

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxpar.errors import InputError
+from fxpar.model.containers import know
 from fxpar.plan import Plan
 from fxpar.sharding.mesh import Mesh
 
@@ -31,6 +32,7 @@ def canonical(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
     kinds = {n: p.kind for n, p in parameters.parameters.items()}
     if any(k in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY) and n in bound.arguments
            for n, k in kinds.items()):
+        know((args, dict(kwargs)))
         return tuple(args), dict(kwargs)
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -38,6 +40,7 @@ def canonical(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
             named.update(value)
         elif value is not None:
             named[name] = value
+    know(named)
     return (), named
 
 

@@ -4,7 +4,7 @@ To compilers it is an opaque operator with an opaque backward. On GPUs both are 
 dropout masks to memory (`fxpar.ops.kernels.flash`); elsewhere they are written out. Both draw the same mask, that of
 `fxpar.ops.rng.dropout_mask` for weights [b, h, q, k], from an element's global index.
 
-Programs have the operator only after `use_kernels`: the kernels have not been measured on a GPU yet, nor checked in bf16 there.
+Programs have the operator unless `use_kernels` says otherwise.
 """
 
 from __future__ import annotations
@@ -109,14 +109,14 @@ def _chunks(runs: tuple[tuple[int, ...], ...]) -> list[tuple[int, int]]:
 
 # ---- whether programs have the operator ----
 
-_used = False
+_used = True
 
 
 def use_kernels(on: bool = True) -> None:
     """Say of all models that this process captures from now on whether their attention with dropout becomes `dropout_attention`.
 
-    Off, as it is by default, it is written out in the graph, as products around a softmax of all scores, and a sliding window
-    stays a mask. Masks are the same, so a seed gives the same numbers, but for rounding. To be called on all ranks alike, before
+    On by default. Off, it is written out in the graph, as products around a softmax of all scores, and a sliding window stays a
+    mask. Masks are the same, so a seed gives the same numbers, but for rounding. To be called on all ranks alike, before
     `parallelize`, `inspect` or `simulate`; what was captured before stays as it is.
     """
     global _used

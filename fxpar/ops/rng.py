@@ -23,21 +23,21 @@ _MASK = 0xFFFFFFFF
 _INDEX, _SITE = 0x9E3779B1, 0x632BE5AB
 
 
-def _signed(n: int) -> int:
+def signed(n: int) -> int:
     """The 32-bit integer whose bits are the last of `n`."""
     return ((n + 2**31) & _MASK) - 2**31
 
 
-def _shifted(h: Tensor, by: int) -> Tensor:
+def shifted(h: Tensor, by: int) -> Tensor:
     """A logical shift: int32 brings its sign along."""
     return (h >> by) & (_MASK >> by)
 
 
 def _mix(h: Tensor) -> Tensor:
     """MurmurHash3's 32-bit finalizer on int32 tensors, whose products wrap: a GPU multiplies 64-bit integers in many steps."""
-    h = (h ^ _shifted(h, 16)) * _signed(0x85EBCA6B)
-    h = (h ^ _shifted(h, 13)) * _signed(0xC2B2AE35)
-    return h ^ _shifted(h, 16)
+    h = (h ^ shifted(h, 16)) * signed(0x85EBCA6B)
+    h = (h ^ shifted(h, 13)) * signed(0xC2B2AE35)
+    return h ^ shifted(h, 16)
 
 
 def coordinates(runs, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -82,6 +82,6 @@ def kept(index: Tensor, seed: Tensor, *, p: float, site: int) -> Tensor:
     h = _mix(index.to(torch.int32) ^ (seed * _INDEX + site * _SITE).to(torch.int32))
     added = ((seed >> 32) + site).to(torch.int32)
     if index.dtype == torch.int64:
-        added = added + (index >> 32).to(torch.int32) * _signed(_INDEX)
+        added = added + (index >> 32).to(torch.int32) * signed(_INDEX)
     h = _mix(h + added) ^ -(2**31)  # in the order of unsigned integers
-    return h >= _signed(threshold - 2**31) if threshold < 2**32 else torch.zeros_like(h, dtype=torch.bool)
+    return h >= signed(threshold - 2**31) if threshold < 2**32 else torch.zeros_like(h, dtype=torch.bool)

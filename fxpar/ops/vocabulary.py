@@ -9,6 +9,7 @@ from torch import fx
 
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.dropout_attention import attend, attend_backward, dropout_attention
+from fxpar.ops.random import drawn
 from fxpar.ops.rng import dropout_mask
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -16,8 +17,8 @@ aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 SDPA = aten.scaled_dot_product_attention.default
 ATTENTION = (SDPA, windowed_attention, dropout_attention)
 """Attention in a program; in what Inductor compiles it is a kernel, of which `is_attention_kernel` knows the name."""
-DRAWN = (dropout_mask, dropout_attention)
-"""What draws from the counter-based generator: its ``grid`` says where the local elements lie."""
+DRAWN = (dropout_mask, dropout_attention, drawn)
+"""What draws from the counter-based generators: its ``grid`` says where the local elements lie."""
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 """The same elements in the same order, in another shape."""
 GATHER, SCATTER = c10d.all_gather_into_tensor.default, c10d.reduce_scatter_tensor.default

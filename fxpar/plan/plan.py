@@ -52,7 +52,8 @@ class Plan:
     recompute: "none", "selective", "full", or the memory budget as a fraction in (0, 1].
     param_dtype, reduce_dtype: of compute and of gradient reduction; None: the model's [or a name: "bf16"].
     overlap_grad_reduce, overlap_param_gather, tp_comm_overlap: hide that communication behind compute.
-    outputs: "all", or "loss" to make nothing else.
+    outputs: "all" (what tp or cp splits comes as DTensors), "whole" (it is gathered: plain tensors on every rank), or "loss" to
+        make nothing else.
     batch_dims: pairs (input name, its batch dim, from 0, or None for none), sorted [or a mapping].
     roles: pairs ("param_fqn[dim]", its role or None), sorted [or a mapping]. Both override what is inferred.
 
@@ -402,7 +403,7 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "overlap_grad_reduce": _switch,
     "overlap_param_gather": _switch,
     "tp_comm_overlap": _switch,
-    "outputs": _one_of("all", "loss"),
+    "outputs": _one_of("all", "whole", "loss"),
     "batch_dims": _batch_dims,
     "roles": _roles,
 }

@@ -2,7 +2,9 @@
 
 report    `fxpar.inspect`: layouts of parameters, collectives, memory, FLOPs
 pipeline  what it says of a pipeline: stages, cuts, what each rank holds, the timeline
+step      what a step takes on a cluster
 memory    the predicted peak of one rank, or of each rank of a pipeline
+alike     stages of a pipeline of which one is traced for all
 brief     its graphs, of which a few of many equal blocks are traced
 kept      proof that those keep for the backward pass what all would
 text      tables

@@ -106,7 +106,7 @@ def _written_out(program: Program, node: fx.Node, at: Layout) -> AttentionRow:
             there += local_value(new).bytes
             back += local_value(new).bytes if local_value(new).needs_grad and program.training else 0
     return AttentionRow(re.sub(r"\b\d+\b", "*", path), 1, how,
-                        "it is no attention operator: so a model, or dropout of its weights, has it", (there, back), (0, 0))
+                        "the model makes its scores itself, or its weights drop out", (there, back), (0, 0))
 
 
 def _on(at: Layout, mesh: Mesh, dims: Iterable[Dim]) -> Axes:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxpar import compat
 from fxpar.backends import repeats
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.remat import BLOCK, UNSHARD
@@ -39,11 +40,15 @@ class Input:
 
 @dataclass
 class _Traced:
-    """A program's graphs before the passes that look at all of a graph, what it takes, and what the partitioner decided."""
+    """A program's graphs before the passes that look at all of a graph, what it takes, and what the partitioner decided.
+
+    equal: families of inputs that stand for each other in the program's equal blocks: number of the block -> position.
+    """
 
     graphs: list[fx.GraphModule]
     inputs: list[Input]
     decisions: list[stages.Decision]
+    equal: list[dict[int, int]]
 
     def saved(self) -> tuple[list[Any], dict[fx.Node, fx.Node]]:
         """What the forward graph returns but for the backward graph, and, of each placeholder of that one, what fills it."""
@@ -62,9 +67,10 @@ class _Traced:
         results, saved = self.saved()
         returned = [[numbers[0].get(r, r) for r in results]]
         for module in self.graphs[1:]:
-            returned += [[numbers[1][n] for n in module.graph.find_nodes(op="placeholder") if _is_tangent(n)],
-                         sorted(numbers[1].get(n, -1) for n in module.graph.output_node().args[0]),
-                         sorted((numbers[0][n], numbers[1][place]) for place, n in saved.items())]
+            returned += [[numbers[1].get(n, -1) for n in module.graph.find_nodes(op="placeholder") if _is_tangent(n)],
+                         sorted(numbers[1].get(n, -1) for n in module.graph.output_node().args[0] if n is not None),
+                         sorted((numbers[1].get(place, -1), str(numbers[0][n] if n in numbers[0] else fills[n].facts()))
+                                for place, n in saved.items())]
         return texts, str(returned)
 
 
@@ -92,19 +98,24 @@ def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan) -> tuple[list
         inputs = _shortened(plain, taken, run, missing)
         if len(inputs) == len(taken):
             return None  # how many blocks are put back is told by the inputs that they take
-        more = _trace(_copy(plain), inputs, settings)
         run = _run(plain, inputs, KEPT + 1)
         if run is None or run.count != KEPT + 1:
             return None
-        few = _trace(plain, _shortened(plain, inputs, run, 1), settings)
+        more = _trace(_copy(plain), inputs, run, settings)
+        inputs = _shortened(plain, inputs, run, 1)
+        run = _run(plain, inputs, KEPT)
+        if run is None:
+            return None
+        few = _trace(plain, inputs, run, settings)
         _lengthen(few, 1)
         if few.text() != more.text():
             return None
         _lengthen(more, missing)
         if len(more.decisions) != len(more.graphs) - 1:
             return None  # another partitioner, or one that asks for more than a cut
+        used = sum(any(u.op != "output" for u in n.users) for n in more.graphs[0].graph.find_nodes(op="placeholder"))
         for decision in more.decisions:
-            kept.confirm(decision, missing, len(taken), STEADY)
+            kept.confirm(decision, missing, used, STEADY)
     except repeats.NotEqual:
         return None
     if Counter(i.facts() for i in more.inputs) != Counter(i.facts() for i in taken):
@@ -132,10 +143,13 @@ def _copy(plain: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(plain, copy)
 
 
-def _trace(plain: fx.GraphModule, inputs: list[Input], settings: dict[str, Any]) -> _Traced:
+def _trace(plain: fx.GraphModule, inputs: list[Input], run: repeats.Repeats, settings: dict[str, Any]) -> _Traced:
+    """run: the equal blocks of `plain`, or of a graph that it is a copy of."""
+    at = {n: i for i, n in enumerate(run.graph.find_nodes(op="placeholder"))}
+    equal = [{q: at[n] for q, n in members.items()} for members in run.families if all(n in at for n in members.values())]
     decisions: list[stages.Decision] = []
     graphs = stages.graphs_before(plain, [i.value for i in inputs], settings, decisions.append)
-    return _Traced(graphs, inputs, decisions)
+    return _Traced(graphs, inputs, decisions, equal)
 
 
 def _marks(node: fx.Node) -> Hashable:
@@ -173,10 +187,12 @@ def _label(node: fx.Node) -> str:
 def _lengthen(traced: _Traced, missing: int) -> None:
     """Put the missing blocks into the forward graph, and into the backward graph if there is one."""
     graphs = traced.graphs
-    fills = dict(zip(graphs[0].graph.find_nodes(op="placeholder"), traced.inputs, strict=True))
+    places = graphs[0].graph.find_nodes(op="placeholder")
+    fills = dict(zip(places, traced.inputs, strict=True))
     forward = repeats.find(graphs[0].graph, lambda n: (_shapes(n), fills[n].facts() if n in fills else ()), STEADY)
     if forward is None:
         raise repeats.NotEqual
+    repeats.add_inputs(forward, [{q: places[i] for q, i in members.items()} for members in traced.equal])
     results, kept = traced.saved()
     backward = None
     if len(graphs) > 1:
@@ -241,12 +257,14 @@ def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases]) -> None:
 
 
 def _anew(value: Tensor, node: fx.Node, base: int | None) -> Tensor:
+    if not isinstance(value, compat.FakeTensor):
+        raise repeats.NotEqual
     if base is None:
-        return value.new_empty_strided(value.shape, value.stride())
+        return compat.fake_like(value.fake_mode, value, value.device)
     held = _tensors(node.all_input_nodes[base])
     if any(v.dtype != value.dtype for v in held) or len({_memory(v) for v in held}) > 1:
         raise repeats.NotEqual
-    return held[0].as_strided(value.shape, value.stride(), value.storage_offset())
+    return stages.fake_view(value, held[0])
 
 
 def _shapes(node: fx.Node) -> Hashable:

@@ -56,7 +56,8 @@ def _choice(node: fx.Node) -> _Choice:
 def confirm(decision: Decision, missing: int, inputs: int, least: int) -> None:
     """Raise `NotEqual` unless the cut of a network with `missing` more blocks is that of `decision`, block by block.
 
-    inputs: how many the longer program takes. least: how many blocks of the network must be equal.
+    inputs: how many the operators of the longer program's forward pass take (about any other there is nothing to decide).
+    least: how many blocks of the network must be equal.
     """
     graph, copies = _priced(decision)
     if _banned(graph) != {copies[n] for n in decision.banned}:
@@ -65,7 +66,7 @@ def confirm(decision: Decision, missing: int, inputs: int, least: int) -> None:
     if run is None:
         raise repeats.NotEqual
     repeats.lengthen(run, missing)
-    if len(graph.find_nodes(op="placeholder")) != inputs:
+    if sum(bool(n.users) for n in graph.find_nodes(op="placeholder")) != inputs:
         raise repeats.NotEqual
     sink = _sink_side(graph, _banned(graph))
     for node in _values(graph):

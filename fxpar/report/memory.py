@@ -12,7 +12,7 @@ Not counted: what libraries hold outside of a step (some tens of MiB for cuBLAS)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from fxpar.passes.partition.phases import split_phases
 from fxpar.pipeline.schedules import Schedule
 from fxpar.program import Program, module_path
 from fxpar.report import brief
+from fxpar.report.alike import likeness, renamed
 from fxpar.report.brief import Input
 from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.layout import shard_shape
@@ -69,16 +70,25 @@ def predict(program: Program, briefly: bool = True) -> Peak:
     return _Step(program, *trace(program, briefly)).peak()
 
 
-def predict_stages(programs: Sequence[Program], schedule: Schedule) -> list[Peak]:
+def predict_stages(programs: Sequence[Program], schedule: Schedule, briefly: bool = True) -> list[Peak]:
     """The peak of each rank of a pipeline, from the programs of its stages.
 
     A rank's is the largest of its stages' own, of one microbatch, with what stays of the others meanwhile: their parameters,
     gradients and optimizer state, and what the forwards keep whose backwards are to come (`Schedule.memory`), as many as the
     rank ever holds. `Peak.kept` is of all of these together. Outputs but for the loss are there until the step ends.
-    Not counted: messages that have arrived and are not used yet.
+    Not counted: messages that have arrived and are not used yet. briefly: as of `predict`; and one of stages that compute the
+    same may stand for all.
     """
-    steps = [_Step(p, *trace(p)) for p in programs]
-    peaks = [step.peak() for step in steps]
+    steps, peaks = [], []
+    seen: dict[Hashable, tuple[_Step, Peak, list[str]]] = {}
+    for program in programs:
+        key, blocks = likeness(program, {n: None if i is None else i.facts() for n, i in _inputs(program).items()})
+        if key not in seen or not briefly:
+            made = _Step(program, *trace(program, briefly))
+            seen[key] = made, made.peak(), blocks
+        step, peak, its = seen[key]
+        steps.append(step)
+        peaks.append(replace(peak, where=renamed(peak.where, its, blocks)))
     activations, alive = schedule.memory([peak.kept for peak in peaks]), schedule.alive()
     out = []
     for rank in range(schedule.ranks):
@@ -149,13 +159,7 @@ def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[
 
     briefly: of a long run of equal blocks, few may be traced.
     """
-    mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
-    inputs: list[Input | None] = []
-    for node, source in program.source_of().items():
-        part = {"param": "parameters", "received": "activations"}.get(source.kind, "inputs")
-        value = _local(mode, node, source.value, program.mesh, source.requires_grad)
-        trained = source.kind == "param" and source.requires_grad
-        inputs.append(Input(value, part, trained) if isinstance(value, Tensor) else None)
+    inputs: list[Input | None] = [*_inputs(program).values()]
     module, plan = program.module, program.plan
     with use_runtime(_Shapes(program.mesh)), compat.memory_budget(plan.memory_budget):
         if program.training and plan.microbatches > 1:
@@ -177,6 +181,18 @@ def _plain(module: fx.GraphModule, values: list[Tensor | None]) -> fx.GraphModul
     plain, _ = tensor_inputs_only(module, values, fused=True)
     _as_on_gpu(plain)
     return plain
+
+
+def _inputs(program: Program) -> dict[fx.Node, Input | None]:
+    """What the program takes for each of its placeholders; None for what is no tensor."""
+    mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
+    inputs: dict[fx.Node, Input | None] = {}
+    for node, source in program.source_of().items():
+        part = {"param": "parameters", "received": "activations"}.get(source.kind, "inputs")
+        value = _local(mode, node, source.value, program.mesh, source.requires_grad)
+        trained = source.kind == "param" and source.requires_grad
+        inputs[node] = Input(value, part, trained) if isinstance(value, Tensor) else None
+    return inputs
 
 
 def _local(mode: Any, node: fx.Node, value: Any, mesh: Mesh, requires_grad: bool) -> Any:

@@ -8,20 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxpar.cost.clusters import Cluster, cluster
-from fxpar.cost.stages import StageLoad, step_on
+from fxpar.cost.clusters import Cluster
 from fxpar.errors import PlanError
-from fxpar.passes.partition.phases import once_a_step
 from fxpar.passes.strategies.stages import Stage
 from fxpar.pipeline import drawing
 from fxpar.pipeline.schedules import Schedule
 from fxpar.pipeline.timeline import Timeline
 from fxpar.report.memory import Peak, predict_stages
+from fxpar.report.step import StepReport
 from fxpar.report.text import GIB, MIB, ranges, table
 from fxpar.sharding.facts import full_value
-
-CLUSTER = "dgx-h100"
-"""What times are given for, where nobody says another one."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +57,23 @@ class PipelineRankRow:
 class PipelineReport:
     """The stages of a pipeline, and their schedule.
 
-    stages: from the first to the last. ranks: of the pipeline. cluster: what times are told for, a cluster or its name.
+    stages: from the first to the last. ranks: of the pipeline. step: what a step takes.
     """
 
     schedule: Schedule
     stages: list[StageRow]
     ranks: list[PipelineRankRow]
     _cut: Sequence[Stage] = field(repr=False, compare=False)
-    cluster: Cluster | str = CLUSTER
+    step: StepReport
+
+    @property
+    def cluster(self) -> Cluster | str:
+        """What times are told for, a cluster or its name; to be set."""
+        return self.step.cluster
+
+    @cluster.setter
+    def cluster(self, value: Cluster | str) -> None:
+        self.step.cluster = value
 
     @functools.cached_property
     def peaks(self) -> list[Peak]:
@@ -86,11 +91,7 @@ class PipelineReport:
 
         Raises `PlanError` for a cluster that does not exist, or does not compute in a dtype of the model.
         """
-        loads = [StageLoad(stage.program, stage.bytes_sent, *once_a_step(stage.program)) for stage in self._cut]
-        return step_on(self._on(), self.schedule, loads)
-
-    def _on(self) -> Cluster:
-        return cluster(self.cluster) if isinstance(self.cluster, str) else self.cluster
+        return self.step.timeline()
 
     def activations(self) -> list[float] | None:
         """Bytes for the captions of drawings: `kept`; None where it cannot be predicted."""
@@ -114,10 +115,11 @@ class PipelineReport:
 
     def _times(self) -> list[str]:
         try:
-            made, on = self.timeline(), self._on()
+            made = self.step.time()
         except PlanError as error:  # a dtype that the cluster does not compute in must not hide the rest of the report
             return [f"{self.schedule.name}: not timed ({error})"]
-        return [*drawing.caption(made), f"(step and bubble by the cost model, on {on.name}: {on.device})"]
+        on = made.cluster
+        return [*drawing.caption(made.timeline), f"(step and bubble by the cost model, on {on.name}: {on.device})"]
 
 
 def describe(schedule: Schedule, stages: Sequence[Stage], on_rank: dict[int, set[str]], sizes: dict[str, tuple[int, int]]
@@ -136,7 +138,8 @@ def describe(schedule: Schedule, stages: Sequence[Stage], on_rank: dict[int, set
         parameters, gradients = (sum(sizes[name][i] for name in on_rank[rank]) for i in (0, 1))
         ranks.append(PipelineRankRow(rank, schedule.stages_of(rank),
                                      {"parameters": parameters, "gradients": gradients, "optimizer": 2 * gradients}))
-    return PipelineReport(schedule, rows, ranks, stages)
+    step = StepReport(schedule, [(s.program, s.bytes_sent) for s in stages], max(rank.memory["gradients"] for rank in ranks))
+    return PipelineReport(schedule, rows, ranks, stages, step)
 
 
 def uses(stage: Stage) -> dict[str, Any]:

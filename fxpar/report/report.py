@@ -23,6 +23,7 @@ from fxpar.report.attention import AttentionRow, attention_rows, gathered_note, 
 from fxpar.report.experts import ExpertsRow, experts_rows, lines_of_experts
 from fxpar.report.memory import Peak, predict
 from fxpar.report.pipeline import PipelineReport, describe, uses
+from fxpar.report.step import StepReport
 from fxpar.report.text import GIB, MIB, ranges, table
 from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.layout import shard_shape
@@ -67,9 +68,9 @@ class Report:
     memory: bytes that are there between steps: "parameters", "optimizer" (AdamW's two moments, in the parameters' dtypes); and
     "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward (see
     `fxpar.cost.operators`); a gradient that nothing asks for, such as that of the model's input, counts nothing.
-    attention: how each runs under context parallelism. experts: how tokens reach them under expert parallelism. pipeline: its
-    stages, under pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are each those of the pipeline rank that
-    has most.
+    attention: how each runs under context parallelism. experts: how tokens reach them under expert parallelism. step: what a step
+    takes, and its cluster. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are
+    each those of the pipeline rank that has most.
     """
 
     plan: Plan
@@ -82,6 +83,7 @@ class Report:
     pipeline: PipelineReport | None = None
     attention: list[AttentionRow] = field(default_factory=list)
     experts: list[ExpertsRow] = field(default_factory=list)
+    step: StepReport = field(kw_only=True)
     predicted: Callable[[], Peak] = field(kw_only=True, repr=False, compare=False)
 
     @functools.cached_property
@@ -114,6 +116,7 @@ class Report:
                           "memory a rank: " + ", ".join(f"{k} {v / GIB:.3f} GiB" for k, v in self.memory.items()),
                           f"peak memory a rank: {peak}",
                           f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",
+                          self.step.line(),
                           *(f"note: {n}" for n in self.notes)])
 
     def _peak(self) -> Peak | str:
@@ -193,8 +196,10 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
         memory = {"parameters": size, "gradients": gradients, "optimizer": 2 * gradients}
         costs = measure(program).costs.values()
         flops = count * sum(cost.forward + (cost.backward if program.training else 0) for cost in costs)
-        return Report(plan, mesh, parameters, _collectives(program, count), memory, flops, notes,
-                      attention=attention, experts=experts, predicted=functools.partial(predict, program))
+        alone = schedule("1f1b", ranks=1, microbatches=count, unshard=count > 1 and plan.stores_parts)
+        return Report(plan, mesh, parameters, _collectives(program, count), memory, flops, notes, attention=attention,
+                      experts=experts, step=StepReport(alone, [(program, 0)], gradients),
+                      predicted=functools.partial(predict, program))
     order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=count,
                      unshard=plan.stores_parts)
     on_rank = {rank: {p.name for p in parameters if not p.stages or {*p.stages} & {*order.stages_of(rank)}}
@@ -204,7 +209,7 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
     rows += _sums_over_stages([p for p in parameters if p.name in trained and program.training], order.owner)
     memory = max((rank.memory for rank in pipeline.ranks), key=lambda each: sum(each.values()))
     flops = max(sum(pipeline.stages[s].flops for s in rank.stages) for rank in pipeline.ranks)
-    return Report(plan, mesh, parameters, rows, memory, flops, notes, pipeline, attention, experts,
+    return Report(plan, mesh, parameters, rows, memory, flops, notes, pipeline, attention, experts, step=pipeline.step,
                   predicted=lambda: max(pipeline.peaks, key=lambda peak: peak.bytes))
 
 

@@ -7,8 +7,15 @@ feed        the local inputs of a program, call by call
 steps       which of a step's phases runs when: unshard, compute, reduce (with gradients: those not reduced yet)
 microbatches  a training step of several forwards and backwards that add up to the whole batch's
 agreement   what ranks exchange, so that they all run or all raise
+batches     whether the ranks of a replica were given the same values
+drift       whether what ranks hold alike has stayed alike (with arriving: numbers that come from a GPU)
+replica     a sampler that gives them the same
+updates     what optimizers did, for ranks to compare
 initialize  parameters of meta models, as the model itself initialises them
 edges       tensors that go from one parallel module into another
+outputs     tensors that tp splits meet plain ones
+gathered    the plain model, for a while (with whole: who asks for it)
+optimizers  those that cannot step parts of parameters
 numbers     Python numbers in a call that need no capture of their own
 clip        the norm of all gradients over all ranks
 """

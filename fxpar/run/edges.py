@@ -67,6 +67,13 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if isinstance(grad, DTensor):  # of what was computed with parameters, too
+            grad = grad.full_tensor()
+        if torch.is_grad_enabled() and ctx.crossing.edges.once:
+            edges = ctx.crossing.edges
+            raise InputError(f"a second derivative of {edges.name} (create_graph=True), under plan {edges.plan}: a backward that "
+                             "was compiled, or makes values again, cannot be derived; use parallelize(backend=\"eager\") and a "
+                             "plan with zero<=2 and recompute=none")
         return ctx.crossing.back(ctx.kind, grad), None, None
 
 
@@ -147,10 +154,10 @@ class Crossing:
 
 
 class Edges:
-    """The edges of one parallel module; `name` and `plan` are for messages."""
+    """The edges of one parallel module; `name` and `plan` are for messages. once: its backward cannot be derived again."""
 
-    def __init__(self, name: str, plan: Plan, bound: BoundMesh, runtime: Runtime):
-        mesh = bound.mesh
+    def __init__(self, name: str, plan: Plan, bound: BoundMesh, runtime: Runtime, once: bool):
+        mesh, self.once = bound.mesh, once
         self.name, self.plan, self.runtime, self._bound = name, plan, runtime, bound
         dp = mesh.strategies.get("dp", ())
         self.axes = tuple(a for a in dp if mesh.size(a) > 1)
@@ -179,7 +186,7 @@ class Edges:
 
     def leave(self, program: Program, outs: Any, crossing: Crossing) -> list[Any]:
         """The program's outputs, as the user gets them."""
-        if len(self.parts) == 1 or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return list(outs)
         sinks, kinds = program.tensor_sinks(), self._of(program)[1]
         return [_Leave.apply(out, crossing, kind) if sink.kind in ("output", "attribute") and out.requires_grad else out
@@ -187,7 +194,7 @@ class Edges:
 
     def leave_loss(self, loss: Tensor) -> Tensor:
         """A loss that no program's graph is behind, as the user gets it."""
-        return _Leave.apply(loss, Crossing(self), "loss") if len(self.parts) > 1 and loss.requires_grad else loss
+        return _Leave.apply(loss, Crossing(self), "loss") if loss.requires_grad else loss
 
     def drop(self, program: Program) -> None:
         """The program will not be run again."""

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
+from fxpar.backends import eager
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.base import copied_axes
-from fxpar.errors import CaptureError, InputError, UnsupportedOperator
+from fxpar.backends.transport.control import Outcome
+from fxpar.errors import CaptureError, InputError, MismatchError, UnsupportedOperator
 from fxpar.model import inputs as calls
 from fxpar.model.hugging_face import say
 from fxpar.model.state import PARTS, TRAINED, State
@@ -31,14 +33,17 @@ from fxpar.plan import Plan
 from fxpar.program import Program
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
-from fxpar.run.board import Board
+from fxpar.run.batches import CHECKED_EVERY, BatchChecks
+from fxpar.run.drift import DriftChecks
 from fxpar.run.edges import Edges, with_full_outputs
 from fxpar.run.feed import Feed
 from fxpar.run.loss import loss_of
 from fxpar.run.numbers import Numbers
+from fxpar.run.outputs import as_output
 from fxpar.run.pipeline import Pipeline
 from fxpar.run.steps import Steps
 from fxpar.run.store import ParameterStore
+from fxpar.run.updates import OptimizerSteps
 from fxpar.sharding.facts import local_value, sharding_at
 from fxpar.sharding.layout import Sharding
 
@@ -71,29 +76,40 @@ class DropoutSeeds:
 class Engine:
     """Runs a model's programs on one rank.
 
-    compile_call: ``(call, layouts, microbatches)`` -> the program of this rank, for parameters stored so. backend: a module of
-    `fxpar.backends`, with its `lower` and `stepped`. transport: see `fxpar.parallelize`. programs: those that are kept, by what
-    they depend on, newest last.
+    compile_call: of a function whose first argument is the model: ``(call, layouts, microbatches)`` -> the program of this
+    rank, for parameters stored so. backend: a module of `fxpar.backends`, with its `lower` and `stepped`. transport,
+    check_batches: see `fxpar.parallelize`. programs: those that are kept, by what they depend on, newest last.
     """
 
-    def __init__(self, store: ParameterStore, plan: Plan, compile_call: Callable[[calls.Call, dict[str, Sharding], int], Program],
-                 backend: ModuleType, transport: str):
+    def __init__(self, store: ParameterStore, plan: Plan, compile_call: functools.partial[Program],
+                 backend: ModuleType, transport: str, check_batches: int = CHECKED_EVERY):
         self.store, self.plan, self.device = store, plan, store.device
+        self._control, self._watch = store.control, store.control.watch
         self.programs: dict[tuple, Program] = {}
         self.compiled: OrderedDict[tuple, Compiled] = OrderedDict()  # the least recently used first
         self.seeds = DropoutSeeds()
-        self._compile_call, self._transport = compile_call, transport
+        self._compile_call, self._backend, self._transport = compile_call, backend, transport
         self._lower = functools.partial(backend.lower, runtime=store.runtime, plan=plan)
         self._in_steps = functools.partial(backend.stepped, runtime=store.runtime, plan=plan)
         self._first: Program | None = None
         self._stages: list[Stage] = []  # of the first program, which decides where parameters are
         self._depends = State(store.model)
         self._numbers = Numbers(self.device)
-        self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime)
+        once = backend is not eager or plan.recompute != "none" or plan.gathers_each_use
+        self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime, once)
         self._steps = Steps(plan, store.mesh, self._lower, store.tensor)
         self._left = AttributeStates()
         self._said: set[int] = set()  # numbers of programs
-        self._board = Board(self._groups) if plan.pp > 1 else None
+        self._batches = BatchChecks(store.bound, store.control, check_batches)
+        self._drift = DriftChecks(store, check_batches)
+        self._optimizers = OptimizerSteps(store.model, self._watch)
+
+    def copied(self, store: ParameterStore) -> Engine:
+        """An engine that runs the model of another store as this one runs its own; it has captured nothing yet."""
+        compile_call = functools.partial(self._compile_call.func, store.model, *self._compile_call.args[1:])
+        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.every)
+        new.seeds = dataclasses.replace(self.seeds)
+        return new
 
     def adopt(self, program: Program, call: calls.Call) -> None:
         """Take the program of an example call, and its layouts of parameters as the ones that they are stored in."""
@@ -107,29 +123,28 @@ class Engine:
         self._depends.add(program.reads)
         named, count = calls.leaves(call), program.microbatches.count if program.microbatches else 1
         key = self._captured(named, count)
-        of_kinds = agree_on_call(self.store.control, (*key, True), lambda part: self._depends.names(part - 1))()
+        of_kinds = agree_on_call(self._control, "parallelize", (*key, True, *self._circumstances({}, True)), self._names)()
         self._left.add(program, _of_all(key, of_kinds)[:-1])
         self.programs[_of_all(self._captured(named, count), of_kinds)] = program
         self._use_copy_engines()
         self.seeds.base = self.store.control.exchange(torch.initial_seed() & 0x7FFFFFFF)[0]
 
-    def run(self, call: calls.Call, last: bool) -> Any:
+    def run(self, args: tuple, kwargs: Mapping[str, Any], last: bool) -> Any:
         """The model's output for this replica's part of a batch. last: it is the last microbatch of its step."""
-        if self._board is not None:
-            with self._board.watched():
-                return self._run_stages(call)
-        named, compiled, await_agreement = self._found(call, 1)
-        seed = self.seeds.next()
-        outs = self._run(compiled, named, seed, last)
-        await_agreement()
-        self.store.update_buffers(compiled.program, outs)
-        return self._outputs(compiled.program, outs)
+        with self._watch.call("forward"):
+            if self.plan.pp > 1:
+                return self._run_stages(*self._found("forward", args, kwargs, self.plan.microbatches, last))
+            named, compiled, await_agreement = self._found("forward", args, kwargs, 1, last)
+            seed = self.seeds.next()
+            try:
+                outs = self._run(compiled, named, seed, last)
+            finally:  # if this rank was called with other things, that is why it failed
+                await_agreement()
+            self.store.update_buffers(compiled.program, outs)
+            return self._outputs(compiled.program, outs)
 
-    def _run_stages(self, call: calls.Call) -> Any:
+    def _run_stages(self, named: dict[str, Any], compiled: Compiled, await_agreement: Callable[[], Any]) -> Any:
         """`run` under a plan with pipeline stages: forward and backward of the step's microbatches, or the forward alone."""
-        assert self._board is not None
-        self._require_divides(call, self.plan.microbatches)
-        named, compiled, await_agreement = self._found(call, self.plan.microbatches)
         await_agreement()
         program, pipeline, seed, grad = compiled.program, compiled.pipeline, self.seeds.next(), torch.is_grad_enabled()
         assert pipeline is not None
@@ -141,11 +156,14 @@ class Engine:
             raise InputError(f"input {wanted!r} wants a gradient, under pp={self.plan.pp}: a pipeline's backward runs within "
                              "its forward, before that of what computed the input; detach() it, put what computes it into the "
                              "model, or use a plan without pp")
-        with self._board.step():
-            parts = self._parts(compiled, named, seed)
-            made = (pipeline.train if grad else pipeline.evaluate)(parts, seed)
+        try:
+            made = (pipeline.train if grad else pipeline.evaluate)(self._parts(compiled, named, seed), seed)
+        except Exception as error:
+            self._watch.fail_all(error)  # the other ranks wait for what this one was to send
+            raise
         if grad and pipeline.loss is not None:
             made[pipeline.loss] = self._edges.leave_loss(made[pipeline.loss])
+            self._tell_of_backward([made[pipeline.loss]])
         flat: list[Any] = []
         numbers = iter(range(len(program.tensor_sinks())))
         for sink in program.sinks:
@@ -158,24 +176,25 @@ class Engine:
         put_back(program.writes, [])
         return pytree.tree_unflatten(flat, program.out_spec)
 
-    def train(self, call: calls.Call, last: bool) -> Tensor:
+    def train(self, args: tuple, kwargs: Mapping[str, Any], last: bool) -> Tensor:
         """Forward and backward over the plan's microbatches; the loss of this replica's whole batch. last: gradients are reduced
         with those of the last microbatch.
 
         Raises: `InputError` for a batch that does not divide into microbatches.
         """
-        self._require_divides(call, self.plan.microbatches)
-        named, compiled, await_agreement = self._found(call, self.plan.microbatches)
-        await_agreement()
-        program, seed = compiled.program, self.seeds.next()
+        with self._watch.call("train_step"):
+            named, compiled, await_agreement = self._found("train_step", args, kwargs, self.plan.microbatches, last)
+            await_agreement()
+            program, seed = compiled.program, self.seeds.next()
 
-        def forward(microbatch: dict[str, Any], is_last: bool) -> list[Tensor]:
-            outs = self._run(compiled, microbatch, seed, last and is_last)
-            self.store.update_buffers(program, outs, is_last)
-            return outs
+            def forward(microbatch: dict[str, Any], is_last: bool) -> list[Tensor]:
+                self._watch.alive()
+                outs = self._run(compiled, microbatch, seed, last and is_last)
+                self.store.update_buffers(program, outs, is_last)
+                return outs
 
-        return microbatches.train(program, self._parts(compiled, named, seed), forward,
-                                  lambda outs: loss_of(self._outputs(program, outs)))
+            return microbatches.train(program, self._parts(compiled, named, seed), forward,
+                                      lambda outs: loss_of(self._outputs(program, outs)))
 
     def _run(self, compiled: Compiled, named: dict[str, Any], seed: int, last: bool) -> list[Tensor]:
         """The program's outputs, as they leave it."""
@@ -185,7 +204,15 @@ class Engine:
         if torch.is_grad_enabled():
             microbatch = self._steps.microbatch(program, last, lambda: compiled.feed(named))
         run = compiled.run if microbatch is None else microbatch.run
-        return self._edges.leave(program, run(*compiled.feed(named, microbatch, seed)), crossing)
+        outs = self._edges.leave(program, run(*compiled.feed(named, microbatch, seed)), crossing)
+        self._tell_of_backward(outs)
+        return outs
+
+    def _tell_of_backward(self, outs: list[Tensor]) -> None:
+        """Have the watch told when a backward pass comes to what the user gets."""
+        for node in dict.fromkeys(out.grad_fn for out in outs):
+            if node is not None:
+                node.register_prehook(self._watch.backward_begins)
 
     def _parts(self, compiled: Compiled, named: dict[str, Any], seed: int) -> list[dict[str, Any]]:
         """What each microbatch takes, by the names of the program's sources."""
@@ -200,6 +227,8 @@ class Engine:
 
     def newest(self) -> Program:
         """The program that was captured last."""
+        if not self.programs:
+            raise InputError("this copy of a parallel module was not called yet: there is no program to report on")
         return list(self.programs.values())[-1]
 
     def stages(self, program: Program) -> list[Stage]:
@@ -216,36 +245,67 @@ class Engine:
 
     # ---- programs ----
 
-    def _found(self, call: calls.Call, count: int) -> tuple[dict[str, Any], Compiled, Callable[[], Any]]:
-        """The leaves of a call as its program takes them, and what `_lookup` returns for it. count: of microbatches."""
-        prepared = self._numbers.prepared(call)
-        named = with_full_outputs(calls.leaves(prepared))
-        try:
-            return named, *self._lookup(prepared, named, count)
-        except (CaptureError, UnsupportedOperator):
-            if not self._numbers.refused():
+    def _found(self, name: str, args: tuple, kwargs: Mapping[str, Any], count: int,
+               last: bool) -> tuple[dict[str, Any], Compiled, Callable[[], Any]]:
+        """The leaves of a call as its program takes them, and what `_lookup` returns for it. name: what is called. count: of
+        microbatches."""
+        while True:
+            try:
+                self.store.require_filled()
+                call = calls.canonical(self.store.model, args, kwargs)
+                self._require_divides(call, count)
+                prepared = self._numbers.prepared(call)
+                named = with_full_outputs(calls.leaves(prepared))
+                key = *self._captured(named, count), torch.is_grad_enabled()
+                batch, weights = self._batches.due(named), self._drift.due()
+            except Exception as error:
+                self._control.fail(error)
                 raise
-        return self._found(call, count)
+            compared = *key, *self._circumstances(calls.leaves(call), last)
+            await_agreement = agree_on_call(self._control, name, compared, self._names, [*batch, *weights],
+                                            functools.partial(self._judge, len(batch)))
+            try:
+                return named, *self._lookup(prepared, named, count, key, await_agreement)
+            except (CaptureError, UnsupportedOperator):
+                if not self._numbers.refused():
+                    raise
 
-    def _lookup(self, call: calls.Call, named: dict[str, Any], count: int) -> tuple[Compiled, Callable[[], Any]]:
+    def _circumstances(self, passed: Mapping[str, Any], last: bool) -> tuple:
+        """What ranks are to have in common besides what a captured program depends on; see `PARTS` of `fxpar.run.agreement`."""
+        watch, seeds = self._watch, self.seeds
+        numbers = tuple([x for x in passed.values() if type(x) is float])
+        trained = self._depends.first_trained()
+        return (numbers, not last, (seeds.base, seeds.calls), watch.taken(), watch.backwards, watch.failures,
+                trained is not None and trained.grad is not None, self._optimizers.taken())
+
+    def _judge(self, of_batch: int, outcomes: list[Outcome]) -> None:
+        self._batches.judge(outcomes[:of_batch])
+        self._drift.judge(outcomes[of_batch:])
+
+    def require_alike(self) -> None:
+        """Raises: `MismatchError`, on all ranks, if copies of a parameter or buffer differ."""
+        self._drift.require_alike()
+
+    def _names(self, part: int) -> list[str]:
+        return self._depends.names(part - 1)
+
+    def _lookup(self, call: calls.Call, named: dict[str, Any], count: int, key: tuple,
+                await_agreement: Callable[[], tuple[int, ...]]) -> tuple[Compiled, Callable[[], Any]]:
         """What runs this call, whose leaves are `named`, and what to call after it was started.
 
         That ends the comparison of what the ranks were called with. On a GPU, where starting communication does not block, it
         runs beside the forward, but for a call that has to be compiled first.
         """
-        control = self.store.control
-        captured = self._captured(named, count)
-        key = (*captured, torch.is_grad_enabled())
-        await_agreement = agree_on_call(control, key, lambda part: self._depends.names(part - 1))
+        control, captured = self._control, key[:-1]
         of_kinds: tuple[int, ...] = ()
+        late: Callable[[], Any] = functools.partial(self._agreed_late, await_agreement)
         if control.kinds > 1 or key not in self.compiled or self.device.type != "cuda":
-            of_kinds = await_agreement()
-            await_agreement = tuple
+            of_kinds, late = await_agreement(), tuple
         captured = _of_all(captured, of_kinds)
         key = (*captured, torch.is_grad_enabled())
         if key not in self.compiled:
             if captured not in self.programs:
-                if captured[PARTS] != next(reversed(self.programs))[PARTS]:
+                if self.programs and captured[PARTS] != next(reversed(self.programs))[PARTS]:
                     self.store.relocate()
                 self.store.describe_absent()
                 with agree_on_program(control) as made:
@@ -257,9 +317,18 @@ class Engine:
                 captured = _of_all(self._captured(named, count), of_kinds)
                 key = (*captured, torch.is_grad_enabled())
                 self.programs[captured] = made[0]
-            self.compiled[key] = self._compile(self.programs[captured], named)
+            with self._watch.busy("compiling"):
+                self.compiled[key] = self._compile(self.programs[captured], named)
         self.compiled.move_to_end(key)
-        return self.compiled[key], await_agreement
+        return self.compiled[key], late
+
+    def _agreed_late(self, await_agreement: Callable[[], Any]) -> None:
+        """The end of a comparison beside which communication was started already: if ranks differ, it waits in vain."""
+        try:
+            await_agreement()
+        except MismatchError as error:
+            self._watch.fail_all(error)
+            raise
 
     def _captured(self, named: dict[str, Any], count: int) -> tuple:
         """What a captured program depends on: the call's leaves, the state of the model (see `State.key`), autocast, and what
@@ -271,6 +340,8 @@ class Engine:
 
     def _make_room(self, captured: tuple) -> None:
         """For another program: forget those of a model of other parts, or the least recently used one."""
+        if not self.programs:
+            return
         newest, count = next(reversed(self.programs)), len(self.programs)
         if count in {programs.MANY, programs.MOST} - self._said:
             self._said.add(count)
@@ -296,11 +367,6 @@ class Engine:
         if self.device.type == "cuda":
             gc.collect()  # what compiling leaves behind: now, and not in the middle of a step
         return Compiled(program, feed, run)
-
-    def _groups(self) -> list[dist.ProcessGroup]:
-        """Those over which this rank communicates."""
-        group = self.store.control.group
-        return [*self.store.bound.made_groups(), *([group] if group is not None else [])]
 
     def _schedule(self) -> Schedule:
         plan = self.plan
@@ -344,8 +410,8 @@ class Engine:
         within = [a for a in mesh.names if a not in dp or mesh.size(a) == 1]
         places = [p for a, p in zip(mesh.names, storage.placements(sharding, mesh), strict=True) if a in within]
         device_mesh: DeviceMesh = self.store.bound.device_mesh
-        return DTensor.from_local(out, device_mesh[tuple(within)] if len(within) < len(mesh.names) else device_mesh, places,
-                                  run_check=False)
+        return as_output(DTensor.from_local(out, device_mesh[tuple(within)] if len(within) < len(mesh.names) else device_mesh,
+                                            places, run_check=False))
 
 
 def _of_all(captured: tuple, of_kinds: tuple[int, ...]) -> tuple:

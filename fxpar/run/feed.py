@@ -33,6 +33,10 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
+        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
+            raise InputError("a second derivative with respect to parameters (create_graph=True): none is computed of what ranks "
+                             "hold parts of; derive with respect to inputs, or on the plain model, inside of "
+                             "`with module.gathered()`")
         n = len(ctx.parameters)
         ctx.receipt(grads[n:])
         pairs = zip(ctx.parameters, grads[:n], strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,14 +12,34 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fxpar import compat
-from fxpar.model import inputs as calls
+from fxpar.errors import InputError, PlanError
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
+from fxpar.run import optimizers, whole
 from fxpar.run.clip import clip_grad_norm
 from fxpar.run.engine import DropoutSeeds, Engine
+from fxpar.run.gathered import gathered
 from fxpar.run.initialize import init_weights
 from fxpar.run.loss import loss_of
 from fxpar.run.store import ParameterStore
+
+
+class Replica(int):
+    """The number of a replica, of `count`."""
+
+    count: int
+
+    def __new__(cls, index: int, count: int) -> Replica:
+        made = super().__new__(cls, index)
+        made.count = count
+        return made
+
+    @property
+    def index(self) -> int:
+        return int(self)
+
+    def __reduce__(self) -> tuple[type[Replica], tuple[int, int]]:
+        return Replica, (int(self), self.count)
 
 
 class ParallelModule(nn.Module):
@@ -48,6 +69,9 @@ class ParallelModule(nn.Module):
     started again.
     """
 
+    accepts_loss_kwargs = False
+    """For Hugging Face's Trainer: a loss is that of all replicas, and not to be multiplied by their number."""
+
     def __init__(self, store: ParameterStore, engine: Engine):
         super().__init__()
         model = store.model
@@ -57,7 +81,9 @@ class ParallelModule(nn.Module):
         self.training = model.training
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
-        self._sync = True
+        optimizers.watch()
+        self._sync, self._gathered = True, False
+        self.forward = whole.with_signature(self.forward, model)  # type: ignore[method-assign]
         self._made = True
 
     @property
@@ -65,10 +91,14 @@ class ParallelModule(nn.Module):
         return self.parameter_store.bound.device_mesh
 
     @property
-    def replica(self) -> int:
-        """Which data-parallel replica this rank belongs to, from 0: the part of the global batch that it is to pass in."""
+    def replica(self) -> Replica:
+        """Which data-parallel replica this rank belongs to, from 0: the part of the global batch that it is to pass in.
+
+        The number is its `index`, too, and `count` how many replicas there are. See `fxpar.sampler`.
+        """
         store = self.parameter_store
-        return store.bound.index(store.mesh.axes("dp"))
+        dp = store.mesh.axes("dp")
+        return Replica(store.bound.index(dp), store.mesh.size(*dp))
 
     @property
     def dropout_seeds(self) -> DropoutSeeds:
@@ -88,7 +118,10 @@ class ParallelModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_model"], name)
+            value = getattr(model := self.__dict__["_model"], name)
+        if inspect.ismethod(value) and value.__self__ is model and not self.__dict__["_gathered"]:
+            return whole.method(value, name, type(model).__name__)
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What is not this object's own is the model's: its forward reads it there."""
@@ -121,7 +154,10 @@ class ParallelModule(nn.Module):
         Raises: `InputError` for arguments that do not fit; `MismatchError` on every rank if ranks were given
         different shapes; `CaptureError`, `UnsupportedOperator`, `PlanError` where the model or plan cannot be compiled.
         """
-        return self._engine.run(calls.canonical(self._model, args, kwargs), last=self._sync)
+        if self._gathered:
+            raise InputError("the parallel module was called inside of `with module.gathered()`: call the plain model, which "
+                             "that yields, or the module behind it")
+        return self._engine.run(args, kwargs, last=self._sync)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of this replica's batch, over the plan's microbatches; gradients are summed over ranks once.
@@ -133,7 +169,7 @@ class ParallelModule(nn.Module):
         Raises: as `forward`; `PlanError` for a model that cannot be computed in microbatches.
         """
         if self.plan.microbatches > 1 and self.plan.pp == 1:
-            return self._engine.train(calls.canonical(self._model, args, kwargs), last=self._sync)
+            return self._engine.train(args, kwargs, last=self._sync)
         loss = loss_of(self(*args, **kwargs))
         loss.backward()
         return loss.detach()
@@ -169,19 +205,87 @@ class ParallelModule(nn.Module):
 
         Every element of every parameter counts once, however it is sharded or replicated. norm_type: 2, any p > 0, or inf.
         """
-        return clip_grad_norm(self.parameter_store.counted(), max_norm, norm_type, self.parameter_store.bound,
-                              self.parameter_store.runtime)
+        store = self.parameter_store
+        with store.control.watch.call("clip_grad_norm_"):
+            store.control.watch.note(f"clip_grad_norm_({float(max_norm)}, {float(norm_type)})")
+            return clip_grad_norm(store.counted(), max_norm, norm_type, store.bound, store.runtime)
 
     def init_weights(self, seed: int) -> None:
         """Fill parameters (and buffers) that are on the meta device as the model's own initialisation would, from `seed`."""
         store = self.parameter_store
-        with store.all_parameters():
+        with store.control.watch.call("init_weights"):
+            store.control.agree("init_weights", {"seed": seed})
+            store.control.together(lambda: self._init_weights(seed))
+
+    def _init_weights(self, seed: int) -> None:
+        store = self.parameter_store
+        with store.control.watch.busy("initialising"), store.all_parameters():
             init_weights(self._model, seed, store.layouts, store.bound, self.device, store.elsewhere)
 
+    def require_alike(self) -> None:
+        """Compare what several ranks hold alike: parameters that are not split over all of them, and buffers. All ranks call.
+
+        Ranks do so by themselves now and then (`check_batches` of `fxpar.parallelize`), and before a checkpoint is written.
+        Raises: `MismatchError`, on all ranks, with the name of one that differs.
+        """
+        with self.parameter_store.control.watch.call("require_alike"):
+            self.parameter_store.control.agree("require_alike", {})
+            self._engine.require_alike()
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; what it has of parameters that other ranks' pipeline stages hold is left alone here."""
-        elsewhere = self.parameter_store.elsewhere
-        return super().load_state_dict({n: t for n, t in state_dict.items() if n not in elsewhere}, strict, assign)
+        """As of any module, from DTensors or from whole tensors, which all ranks pass; what it has of parameters that other
+        ranks' pipeline stages hold is left alone here."""
+        return super().load_state_dict(whole.in_parts(self.parameter_store, dict(state_dict)), strict, assign)
+
+    @contextlib.contextmanager
+    def gathered(self, submodule: nn.Module | str | None = None, *, rank0_only: bool = False, offload: str | None = None,
+                 write_back: bool = False) -> Iterator[Any]:
+        """Inside of ``with module.gathered() as model:`` the plain model is there, with whole parameters, on all ranks: for
+        generation, evaluation, saving, and whatever else is no training step.
+
+        submodule: the part of the model that is gathered and yielded (a module, or its name), instead of all of it. rank0_only:
+        rank 0 alone has it, and others get None; they wait for rank 0 at the end of the block. offload: a device to put it on
+        ("cpu": parameters pass through the GPU one after the other). write_back: what rank 0 has at the end stays, on all
+        ranks: values, what is trained, and parameters that were put in on all ranks, such as a longer embedding, which
+        an optimizer that was made before does not know. Otherwise the model is behind the block what it was before.
+        All ranks enter and leave the block together. Raises: `MismatchError` on ranks that wait if the block raised on another.
+        """
+        if self._gathered:
+            raise InputError("the module is gathered already")
+        part = self._model if submodule is None else self._model.get_submodule(submodule) if isinstance(submodule, str) else \
+            self._model if submodule is self else submodule
+        device = self.device if offload is None else torch.device(offload)
+        control = self.parameter_store.control
+        with control.watch.call("gathered"):
+            control.agree("gathered", {"submodule": type(part).__name__, "rank0_only": rank0_only, "offload": offload,
+                                       "write_back": write_back})
+        with gathered(self.parameter_store, part, rank0_only, device, write_back) as plain:
+            self._gathered = True
+            try:
+                yield plain
+            finally:
+                self._gathered = False
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module. Raises: `PlanError` for DistributedDataParallel, FSDP and others that would wrap this one."""
+        whole.refuse_wrapping()
+        return super().named_modules(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """Another module of the same plan, on the same ranks, with parameters of its own (for a moving average of weights); what
+        it runs is captured when it is called."""
+        if self.plan.pp > 1:
+            raise PlanError("pp", self.plan.pp, "has modules whose ranks hold other parameters, of which no copies can be made",
+                            "pp=1, or an average of the parameters themselves: [p.detach().clone() for p in parameters()]")
+        store = self.parameter_store.copied(memo)
+        memo[id(self)] = new = ParallelModule(store, self._engine.copied(store))
+        new.training = self.training
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError("a parallel module cannot be pickled (torch.save): each rank has a part of it, and process groups; "
+                         "write fxpar.save_checkpoint(path, module), or save the plain model on rank 0: "
+                         "with module.gathered(rank0_only=True, offload=\"cpu\") as model: model and torch.save(model, path)")
 
     def report(self) -> Report:
         """What the newest program does: layouts, collectives, memory, and the stages of a pipeline."""

@@ -31,10 +31,20 @@ def placements(sharding: Sharding, mesh: Mesh) -> list[Placement]:
 
 
 def distribute(full: Tensor, sharding: Sharding, mesh: BoundMesh, device: torch.device) -> DTensor:
-    """This rank's part of a tensor that it has in full (or on meta: then uninitialised), as a DTensor."""
+    """This rank's part of a tensor that it has in full (or on meta: then unfilled), as a DTensor."""
     part = take(full.detach(), sharding, mesh.mesh, mesh.rank)
-    local = torch.empty(part.shape, dtype=part.dtype, device=device) if part.is_meta else part.to(device).clone()
+    local = _unfilled(part, device) if part.is_meta else part.to(device).clone()
     return wrap(local, full.shape, sharding, mesh)
+
+
+def _unfilled(like: Tensor, device: torch.device) -> Tensor:
+    """Room for values, of which `is_unfilled` tells that there are none yet; where a dtype can say so: not of integers."""
+    made = torch.empty(like.shape, dtype=like.dtype, device=device)
+    return made.fill_(torch.nan) if made.is_floating_point() or made.is_complex() else made
+
+
+def is_unfilled(local: Tensor) -> bool:
+    return local.numel() > 0 and (local.is_floating_point() or local.is_complex()) and bool(local.isnan().all())
 
 
 def wrap(local: Tensor, shape: torch.Size, sharding: Sharding, mesh: BoundMesh) -> DTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fxpar.backends.transport.runtime import Control, GroupRuntime
+from fxpar import compat
+from fxpar.backends.transport.control import Control
+from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.errors import InputError, MismatchError
 from fxpar.model import identity
 from fxpar.program import Program
@@ -43,6 +46,8 @@ class ParameterStore:
         self._absent: list[tuple[dict[str, Any], str, str]] = []
         self._standing_in: dict[str, nn.Parameter] = {}
         self.shared: dict[str, dist.ProcessGroup] = {}
+        self._unfilled: list[str] = []
+        """Names of what was on the meta device, until a call finds it filled."""
 
     def adopt(self, programs: Sequence[Sequence[Program]]) -> None:
         """Have DTensors in the layouts that programs want take the place of the model's parameters.
@@ -71,6 +76,8 @@ class ParameterStore:
                 name = _name(path, key)
                 first = tied.get(name, name)
                 mine = self.bound.kind in holders.get(first, [self.bound.kind])
+                if id(p) not in made and mine and p.is_meta:
+                    self._unfilled.append(name)
                 if id(p) not in made and mine:
                     made[id(p)] = p, self._parameter(name, p, self.layouts.setdefault(first, tuple(() for _ in p.shape)))
                 elif id(p) not in made:
@@ -82,12 +89,23 @@ class ParameterStore:
                     self._absent.append((module._parameters, key, first))
                 module._parameters[key] = made[id(p)][1]
             for key, b in module._buffers.items():
-                if b is not None and not b.is_meta:
+                if b is not None and b.is_meta:
+                    self._unfilled.append(_name(path, key))
+                elif b is not None:
                     module._buffers[key] = self._of_rank_0(b)
             for table in (module._parameters, module._buffers):
                 self.places |= {_name(path, key): (table, key) for key in table}
         identity.take_over([(old, new) for old, new in made.values() if new is not None])
         identity.give_up([old for old, new in made.values() if new is None])
+
+    def copied(self, memo: dict[int, Any]) -> ParameterStore:
+        """A store of a copy of the model, on the same ranks and in the same layouts; of one kind of ranks."""
+        new = ParameterStore(copy.deepcopy(self.model, memo), self.bound, self.control, self.device)
+        new.layouts, new.owners = dict(self.layouts), dict(self.owners)
+        for path, module in new.model.named_modules():
+            for table in (module._parameters, module._buffers):
+                new.places |= {_name(path, key): (table, key) for key in table}
+        return new
 
     def counted(self) -> dict[nn.Parameter, bool]:
         """The parameters that this rank holds parts of, and whether they count for ranks of its kind: each does for one."""
@@ -127,6 +145,16 @@ class ParameterStore:
         """The parameter or buffer of that name, as the model has it now."""
         table, key = self.places[name]
         return table[key]
+
+    def require_filled(self) -> None:
+        """Raises: `InputError` for a parameter or buffer that was made on the meta device, and that nothing was written to."""
+        for name in self._unfilled:
+            tensor = self.tensor(name) if name in self.places else None
+            local = compat.local_part(tensor) if isinstance(tensor, DTensor) else tensor
+            if local is not None and (local.is_meta or storage.is_unfilled(local)):
+                raise InputError(f"{name} was made on the meta device and has no values yet: fill the model with "
+                                 "init_weights(seed), fxpar.load_checkpoint or fxpar.load_safetensors before it is called")
+        self._unfilled.clear()
 
     def relocate(self) -> None:
         """The parts of the model have changed: find parameters and buffers where they are now.

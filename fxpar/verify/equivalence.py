@@ -318,7 +318,7 @@ def _run_model(model: nn.Module, call: Call) -> Reference:
         if loss.requires_grad:
             loss.backward()
     changed = {n: b.detach().clone() for n, b in model.named_buffers()}
-    return Reference(loss.detach(), {n: p.grad for n, p in parameters.items() if p.grad is not None},
+    return Reference(loss.detach(), {n: p.grad.to_dense() for n, p in parameters.items() if p.grad is not None},
                      {n: t.grad for n, t in inputs.items() if t.grad is not None}, changed)
 
 

@@ -10,4 +10,5 @@ shift      the last token has a label that is ignored, where a model leaves it o
 losses     cross-entropy and its relatives, so that classes and tokens can be split
 experts    rows sorted by their experts -> operators that work on any part of the tokens
 dropout    every dropout from the counter-based generator
+random     every other random operator, too
 """

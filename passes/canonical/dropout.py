@@ -84,13 +84,14 @@ def counter_dropout(program: Program) -> Program:
 
     Takes: a simplified program. Afterwards: if anything was rewritten there is one more source, the "seed" (an int64
     scalar that the caller passes at every step); each dropout has a site number, in program order; plain dropout is a
-    `dropout_mask`; attention with dropout is written out as two products around its softmax, with a `dropout_mask` between
-    them, or is, under `use_kernels`, a `dropout_attention`. What this operator does not compute (it says which) is then noted.
+    `dropout_mask`; attention with dropout is a `dropout_attention`. What this operator does not compute is written out as two
+    products around a softmax, with a `dropout_mask` between them, and noted; so is, without a note, all of it under
+    `use_kernels(False)`.
     """
     sites = [n for n in program.graph.nodes if _rate(n)]
     if not sites:
         return program
-    seed = _seed(program, device_of(sites[0].args[0]))
+    seed = seed_of(program, device_of(sites[0].args[0]))
     for site, node in enumerate(sites):
         r = Rewriter(program.graph, node)
         if node.target in WITH_DROPOUT:
@@ -108,7 +109,11 @@ def _rate(node: fx.Node) -> float:
     return a.get("dropout_p", 0.0) if node.target in WITH_DROPOUT else a["p"] if a["train"] in (True, None) else 0.0
 
 
-def _seed(program: Program, device: torch.device) -> fx.Node:
+def seed_of(program: Program, device: torch.device) -> fx.Node:
+    """The placeholder that what draws takes its seed from, made where the program has none."""
+    for node, source in program.source_of().items():
+        if source.kind == "seed":
+            return node
     last = program.placeholders()[-1]
     with program.graph.inserting_after(last):
         node = program.graph.placeholder("dropout_seed")

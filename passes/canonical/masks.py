@@ -34,7 +34,7 @@ def fold_masks(program: Program) -> Program:
 
     - allows everything (or adds zero everywhere): there is no mask;
     - is causal, with as many queries as keys: there is none, and ``is_causal=True``;
-    - is causal and no more than the last `window` keys, without dropout or under `use_kernels`: the call is one of
+    - is causal and no more than the last `window` keys, without dropout or where `use_kernels` holds: the call is one of
       `fxpar.ops.attention.windowed_attention`;
 
     where "allows" is True or adding zero, and its contrary False or adding the lowest number or less. Every
@@ -176,7 +176,7 @@ def _rewrite(program: Program, node: fx.Node, mask: fx.Node, allowed: Verdict | 
         query, key, value = map(value_of, operands)
         grouped = bool(kwargs.get("enable_gqa"))
         if dropout and not uses_kernels():
-            program.note("a sliding-window mask is kept: with dropout a window takes kernels that are off by default "
+            program.note("a sliding-window mask is kept: with dropout a window takes kernels that are turned off "
                          "(way out: fxpar.ops.dropout_attention.use_kernels())")  # fmt: skip
             return
         if dropout and refusal(query, key, value, None, grouped, dropout):

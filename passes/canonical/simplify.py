@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from fxpar import compat
-from fxpar.program import Program
+from fxpar.passes.infer.rules.spec import bind
+from fxpar.program import Program, user_line
 
 aten = torch.ops.aten
 
@@ -21,13 +22,15 @@ CASTS = (
     aten.type_as.default,
 )
 ALIASES = (aten.alias.default, aten.lift_fresh_copy.default)
+LOOKUPS = (aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
             aten.feature_alpha_dropout.default)  # fmt: skip
 
 
 def simplify(program: Program) -> Program:
     """Erase, in place: metadata assertions, casts to the same dtype and device, aliases, dropout that is off, the joint
-    broadcasting of tensors (of which expansions are left), dead code (random numbers that nothing reads included).
+    broadcasting of tensors (of which expansions are left), dead code (random numbers that nothing reads included). Gradients of
+    lookups become dense ones.
 
     The values that remain are unchanged, bit for bit.
     """
@@ -35,6 +38,8 @@ def simplify(program: Program) -> Program:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target in LOOKUPS and bind(node)["sparse"]:
+            _with_dense_gradient(program, node)
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif node.target is aten.native_dropout.default and not (node.args[1] and node.args[2]):
@@ -47,6 +52,13 @@ def simplify(program: Program) -> Program:
             graph.erase_node(node)
     graph.eliminate_dead_code(lambda node: node.is_impure() and not compat.is_random(node.target))
     return program
+
+
+def _with_dense_gradient(program: Program, node: fx.Node) -> None:
+    """A lookup's gradient is the same, of a tensor in full."""
+    node.args = tuple({**bind(node), "sparse": False}.values())
+    node.kwargs = {}
+    program.note(f"the gradient of a lookup with sparse=True is dense ({user_line(node)}): use Adam in the place of SparseAdam")
 
 
 def _off(graph: fx.Graph, node: fx.Node) -> None:

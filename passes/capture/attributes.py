@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.errors import CaptureError
+from fxpar.model.containers import know
 from fxpar.passes.capture.traced import TraceGuard
 from fxpar.program import Program
 from fxpar.sharding.facts import sharding_at
@@ -86,6 +87,7 @@ def recorded_attributes(model: nn.Module, traced: TraceGuard, watch: bool = True
         try:
             with _watched({id(h.holder): h for h in before}) if watch else contextlib.nullcontext():
                 out = original(*args, **kwargs)
+            know(out)
             if parts != _parts(model):
                 raise CaptureError("a forward that adds, replaces or removes parameters or submodules", None,
                                    "do so before, and call fxpar.parallelize afterwards")

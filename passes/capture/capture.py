@@ -164,7 +164,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
     drawn = host_draws()
     try:
         with recorded_attributes(root, traced, watch) as record, torch.autocast(device, enabled=False), torch.enable_grad(), \
-                compat.checkpoints_inlined(), recorded_functions(), traced, GroupedProducts():
+                compat.checkpoints_inlined(), compat.unchecked_distributions(), recorded_functions(), traced, GroupedProducts():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None
@@ -219,6 +219,7 @@ class _Autocast(nn.Module):
 
 _BRANCH = "make the branch depend on Python values or shapes, use torch.where or torch.cond, or move this part out of the model"
 _TYPE = "return tensors, tuples, dicts or dataclasses that torch.export.register_dataclass knows"
+_INPUT = "pass tensors, tuples, lists, dicts, dataclasses or UserDicts of them, or teach torch.utils._pytree.register_pytree_node"
 _OTHER = "see the chained error: the model, called like this on one device, has to run and be traceable by torch.export"
 
 _CAUSES = {
@@ -226,6 +227,7 @@ _CAUSES = {
     "DataDependentOutputException": ("a Python value read out of a tensor (.item(), bool(tensor))", _BRANCH),
     "DynamicOutputShapeException": ("an operator whose output shape depends on values (nonzero, boolean indexing)", _BRANCH),
     "gen_vmap_plumbing": ("torch.vmap", "write the mapped dimension out, by broadcasting"),
+    "Unsupported input type": ("an input of a type that torch.utils._pytree does not know", _INPUT),
     "which is not a known type": ("an output of a type that torch.utils._pytree does not know", _TYPE),
 }
 
@@ -235,7 +237,7 @@ def _capture_error(error: Exception) -> CaptureError:
     kind, text = type(error).__name__, str(error)
     other = (f"{kind}: {text.splitlines()[0] if text else ''}", _OTHER)
     what, way_out = next((c for k, c in _CAUSES.items() if k == kind or k in text), other)
-    found = re.search(r"Found <class '([^']+)'> in output", text)
+    found = re.search(r"(?:Found|Unsupported input type) <class '([^']+)'>", text)
     return CaptureError(f"{what}: {found[1]}" if found else what, where=_user_frame(error), way_out=way_out)
 
 

@@ -36,6 +36,9 @@ REFUSED: dict[Any, tuple[str, str]] = {
 }
 """Functions that cannot be traced: what they are called, and the way out."""
 
+_UNLIKELY = 0x5DEECE66D1B54A32
+"""The seed of PyTorch's generator in a trace: a forward that sets one sets another."""
+
 Places = Mapping[int, tuple[dict[str, Any], str]]
 """Where the model keeps each of its parameters: id -> the module's table and the name in it."""
 
@@ -46,7 +49,8 @@ class TraceGuard(TorchFunctionMode):
     ``torch.rand([]) < p`` is answered where it does not depend on the draw: p is 0 or 1 (layer dropping is off). ``x.data``,
     which would be a constant, is `x` detached. A parameter that the forward finds elsewhere than in its module (in a list, a
     closure, a partial) is the module's: `places` says where that is. ``x.register_hook(f)`` leaves a mark in `hooks`.
-    Raises: `CaptureError` for the functions of `REFUSED`, and for a tensor that wants a gradient and is no parameter.
+    Raises: `CaptureError` for the functions of `REFUSED`, for a tensor that wants a gradient and is no parameter, for a generator
+    of random numbers that is not PyTorch's default one, and for a seed that the forward sets.
     """
 
     def __init__(self, places: Places):
@@ -57,6 +61,16 @@ class TraceGuard(TorchFunctionMode):
         self.given: set[int] = set()
         self._made: list[tuple[Any, Any]] = []
         self._imports = _imports()
+        self._refused = False
+
+    def __enter__(self):
+        self._generator = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(_UNLIKELY)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.default_generator.set_state(self._generator)
+        return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
@@ -67,11 +81,14 @@ class TraceGuard(TorchFunctionMode):
         if func in REFUSED:
             raise CaptureError(REFUSED[func][0], line_here(), REFUSED[func][1])
         args, kwargs = self._found(args, kwargs or {})
+        self._refuse_seeds(kwargs)
         if func == _DATA:
             return args[0].detach()
         if func is torch.Tensor.register_hook:
             self.hooks.append(record_hook(*args, **kwargs))
             return _Handle()
+        if func is torch.Tensor.random_ and len(args) == 3:  # an overload whose name Python does not take: "from"
+            return args[0].random_(args[2] - args[1]).add_(args[1])
         made = func(*args, **kwargs)
         if func is torch.rand and made.dim() == 0:
             self.draws.append(made)
@@ -80,6 +97,15 @@ class TraceGuard(TorchFunctionMode):
             line = _frame()
             self._made += [(weakref.ref(t), line) for t in fakes]
         return made
+
+    def _refuse_seeds(self, kwargs: dict[str, Any]) -> None:
+        """Every random number of a program comes from one seed a call."""
+        for what, found in (("random numbers of a generator of one's own", kwargs.get("generator") is not None),
+                            ("torch.manual_seed inside of the forward", torch.initial_seed() != _UNLIKELY)):
+            if found and not self._refused:
+                self._refused = True  # what is called while the error is on its way finds the same seed
+                raise CaptureError(what, line_here(), "draw from PyTorch's default generator, whose numbers fxpar makes of one "
+                                   "seed a call (`module.seed`), or make the random tensor outside of the model and pass it in")
 
     def require_nothing_kept(self) -> None:
         """Raises: `CaptureError` if somebody still has a tensor that was made, now that the trace is over: it has no values."""

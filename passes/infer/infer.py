@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpar import compat
-from fxpar.errors import UnsupportedOperator
 from fxpar.passes.infer.roles import assign_roles
-from fxpar.passes.infer.rules.registry import find, spec_for
+from fxpar.passes.infer.rules.registry import spec_for
 from fxpar.program import Program, user_line
 from fxpar.sharding.factors import Dims, Factors
 from fxpar.sharding.facts import describe_global, global_value
@@ -26,7 +24,6 @@ def infer(program: Program, pinned: dict[str, Sharding] | None = None) -> Progra
     Afterwards: the `GlobalValue` of every node has the factors of its tensor, what the rule of its operator said (with the
     factors of several outputs), and whether a gradient flows to it; and each factor has its role. Operators without a rule are
     noted: they run replicated.
-    Raises: `UnsupportedOperator` for random operators, whose result would depend on the plan.
     """
     factors = Factors()
     sources = program.source_of()
@@ -52,15 +49,6 @@ def _infer_call(program: Program, node: fx.Node, factors: Factors) -> None:
     if node.target is operator.getitem:
         _infer_getitem(node)
         return
-    if compat.is_random(node.target) and find(node.target) is None:
-        raise UnsupportedOperator(
-            str(node.target),
-            where=user_line(node),
-            way_out=(
-                "Its random numbers would depend on the plan. Use torch.nn.functional.dropout (drawn from a counter-based "
-                "generator), or make the random tensor outside the model and pass it as an input."
-            ),
-        )
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor | tuple | list):
         return

@@ -72,7 +72,7 @@ def _overrides(program: Program) -> None:
 def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
     """seq, heads and head_dim; returns the last dims of operands that have no heads. (These may be the residual stream's.)"""
     scores: dict[tuple[Factor, Factor], _Product] = {}
-    products: list[_Product] = []
+    products: dict[fx.Node, _Product] = {}
     one_head: set[Factor] = set()
     for node in program.graph.nodes:
         if node.target in ATTENTION:
@@ -89,7 +89,7 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
                 _head_dim(dims[-1], q[:-2], one_head)
         elif node.target in SOFTMAX and len(dims_of(node)) >= 3:
             rows, columns = (leaves(d) for d in dims_of(node)[-2:])
-            made_by = next((scores[r, c] for r in rows for c in columns if (r, c) in scores), None)
+            made_by = next((scores[r, c] for r in rows for c in columns if (r, c) in scores), None) or _among(node, products)
             if made_by is not None:
                 _give(rows, "seq")
                 _give(made_by.columns, "seq")
@@ -99,8 +99,8 @@ def _attention(program: Program, in_params: set[Factor]) -> set[Factor]:
             if product is not None:
                 _give([f for f in product.batch if f in in_params], "heads")
                 scores.update({(r, c): product for r in product.made[0] for c in product.made[1]})
-                products.append(product)
-    for product in products:
+                products[node] = product
+    for product in products.values():
         if _is_seq(product.inner):  # probabilities and values
             _head_dim(product.columns, [product.batch], one_head)
         elif _is_seq(product.made[0]) and _is_seq(product.made[1]):  # queries and keys
@@ -117,6 +117,22 @@ class _Product:
     inner: list[Factor]
     columns: list[Factor]
     made: tuple[list[Factor], list[Factor]]
+
+
+def _among(softmax: fx.Node, products: dict[fx.Node, _Product]) -> _Product | None:
+    """The product whose result is among the columns of a softmax, beside others (attention sinks)."""
+    rows, pending, seen = leaves(dims_of(softmax)[-2]), list(softmax.all_input_nodes), set()
+    while pending:
+        node = pending.pop()
+        known = global_value(node)
+        if node in seen or known.dims is None or len(known.dims) < 2 or not set(rows) <= set(leaves(known.dims[-2])):
+            continue
+        if node in products:
+            return products[node]
+        seen.add(node)
+        if known.spec is not None and not known.spec.sums:
+            pending += node.all_input_nodes
+    return None
 
 
 def _product(node: fx.Node) -> _Product | None:
@@ -159,6 +175,12 @@ def _head_dim(dim: Iterable[Factor], lead: Iterable[Iterable[Factor]], one_head:
         one_head.update(leaves(dim))
 
 
+def batch_dim_error(name: str, dim: int, dims: int) -> PlanError:
+    """Of an input that has no such dim."""
+    return PlanError("batch_dims", {name: dim}, f"must be a dim of input {name!r}, which has {dims}, counted from 0",
+                     f'batch_dims={{"{name}": 0}}' if dims else f'batch_dims={{"{name}": None}}')
+
+
 def _batch(program: Program) -> None:
     inputs = [(n, s) for n, s in program.source_of().items() if s.kind == "input" and global_value(n).dims]
     asked = dict(program.plan.batch_dims or ())
@@ -172,6 +194,8 @@ def _batch(program: Program) -> None:
         dims = dims_of(node)
         if source.name in asked:
             at = asked[source.name]
+            if at is not None and at >= len(dims):
+                raise batch_dim_error(source.name, at, len(dims))
         else:
             at = next((i for i, d in enumerate(dims) if any(f.role == "batch" for f in leaves(d))), None)
             if at is None:

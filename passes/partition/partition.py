@@ -124,6 +124,8 @@ class _Partitioner:
                 want[axis] = batch
         want = {**layout, **want}
         dealt = list(dict.fromkeys(f for a, f in want.items() if is_dealt(f, a, self.mesh)))
+        if self.program.plan.outputs == "whole":
+            dealt, want = [], {a: f for a, f in want.items() if a in self.mesh.axes("dp")}
         want = {a: f for a, f in want.items() if f not in dealt or is_dealt(f, a, self.mesh)}
         new = self.reshard.to(self.local[node], dims, layout, want, node)
         for leaf in dealt:

@@ -112,6 +112,14 @@ def once_a_step(program: Program) -> tuple[set[fx.Node], set[fx.Node]]:
     return forward, backward
 
 
+def beside_computation(program: Program) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The collectives that unshard parameters, and those whose backward reduces their gradients, which the plan has run beside
+    computation, as far as they do not run once a step (see `once_a_step`)."""
+    plan, data = program.plan, tuple(a for a in program.mesh.data if program.mesh.size(a) > 1)
+    found = {n for b in _boundaries(program) for n in b.chain if _over(n, data) is not None}
+    return found if plan.overlap_param_gather else set(), found if plan.overlap_grad_reduce else set()
+
+
 def _boundaries(program: Program) -> list[Boundary]:
     params = {n: s for n, s in program.source_of().items() if s.kind == "param"}
     data = tuple(a for a in program.mesh.data if program.mesh.size(a) > 1)

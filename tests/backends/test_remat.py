@@ -165,7 +165,7 @@ class Drops(Net):
 @pytest.mark.parametrize("recompute, again", [
     pytest.param("none", 0, marks=pytest.mark.slow), ("selective", 0), ("full", BLOCKS),
 ])  # fmt: skip
-def test_attention_with_dropout_is_kept_as_attention_is(two_ranks, dropout_kernels, monkeypatch, recompute, again):
+def test_attention_with_dropout_is_kept_as_attention_is(two_ranks, monkeypatch, recompute, again):
     batch = {"x": torch.randint(16, (4, LENGTH)), "target": torch.randint(16, (4, LENGTH))}
     made = Halves(Drops(), f"dp=2,recompute={recompute}", batch, monkeypatch)
     assert calls(made.forward, "attend") == calls(made.backward, "attend_backward") == BLOCKS

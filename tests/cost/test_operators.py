@@ -61,7 +61,7 @@ def test_products(function, x, shape, forward, backward):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_with_dropout(dropout_kernels, causal):
+def test_attention_with_dropout(causal):
     """An operator that PyTorch's counter does not see into."""
     found = cost_of(lambda x, w: F.scaled_dot_product_attention(x[None], w[None], w[None], dropout_p=0.1, is_causal=causal),
                     WANTED, 4, 8, 16)

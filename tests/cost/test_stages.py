@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fxpar.compiler import compile_program
 from fxpar.cost.clusters import Cluster, Link
-from fxpar.cost.stages import StageLoad, stage_times, step_on
+from fxpar.cost.operators import measure
+from fxpar.cost.stages import StageLoad, _OperatorTimes, stage_times, step_on, step_time
 from fxpar.errors import PlanError
-from fxpar.passes.partition.phases import once_a_step
+from fxpar.ops.ring.operator import axes_of
+from fxpar.passes.partition.phases import beside_computation, once_a_step
 from fxpar.passes.strategies.stages import Stage, cut_stages
-from fxpar.pipeline.schedules import schedule
+from fxpar.pipeline.schedules import Kind, schedule
 from fxpar.plan import Plan
 
 N, ROWS, COUNT = 64, 32, 4
@@ -22,6 +26,8 @@ PRODUCT = 2 * (ROWS // COUNT) * N * N
 """Floating-point operations of one microbatch's product with a layer's matrix."""
 CUT = (ROWS // COUNT) * N * 4
 """Bytes of what a layer makes of a microbatch."""
+LOSS = 4
+"""Bytes of the loss, which two ranks sum: all of it over a link."""
 NEVER = 1e-30
 """Seconds of what is to take none."""
 
@@ -125,6 +131,73 @@ def test_what_stays_on_a_rank_takes_no_message():
     slow = step_on(machine(flops=PRODUCT, alpha=100.0), schedule("zbv", ranks=2, virtual_stages=2, microbatches=1), cut)
     # Two messages there, two back, and none between stages 1 and 2; four forwards, I(3), I(2), W(2), I(1), B(0).
     assert slow.step == pytest.approx(4 * 100 + 9)
+
+
+def test_gathers_and_reductions_beside_computation_take_what_is_longer():
+    ring = N * N * 4  # seconds, over a link of one byte a second: of half of each of a stage's two layers
+    load = loads("dp=2,zero=3")[1]
+    gathers, sums = beside_computation(load.program)
+    hidden = replace(load, beside_forward=gathers, beside_backward=sums)
+    work = PRODUCT / 2  # of a rank
+    for slow in (0.01, 100.0):  # computation takes less, or more
+        on = machine(flops=work / (slow * ring), beta=1.0)
+        forward, backward = 2 * slow * ring + LOSS, 4 * slow * ring
+        times = stage_times(on, hidden)
+        assert times.forward == pytest.approx(max(ring, forward))
+        assert times.of(Kind.B) == pytest.approx(max(2 * ring, backward))  # parameters are gathered again
+        assert stage_times(on, load).forward == pytest.approx(ring + forward)
+    alone = compile_program(Tower(), "dp=2,zero=3,overlap_grad_reduce=false,overlap_param_gather=false", (torch.empty(ROWS, N),))
+    assert beside_computation(alone) == (set(), set())
+
+
+def test_without_a_pipeline_the_last_backward_hides_reductions():
+    for text, hides in (("", True), (",overlap_grad_reduce=false", False)):
+        program = compile_program(Tower(), f"dp=2,microbatches=2{text}", (torch.empty(ROWS, N),))
+        order, load = schedule("1f1b", ranks=1, microbatches=2), StageLoad(program, 0, *once_a_step(program))
+        fast, slow = (step_on(machine(flops=1 / NEVER, beta=beta), order, [load]).step for beta in (1 / NEVER, 1.0))
+        assert slow - fast == pytest.approx(4 * N * N * 4 + 2 * LOSS)
+        made = step_on(machine(flops=PRODUCT / 1e6, beta=1.0), order, [load])  # a backward takes longer than the sums
+        assert made.step == pytest.approx(made.busy[0] + (0 if hides else 4 * N * N * 4), rel=1e-6)
+
+
+def test_what_a_step_is_of_the_peak():
+    order = schedule("1f1b", ranks=2, microbatches=COUNT)
+    made = step_time(machine(flops=PRODUCT, bandwidth=1e6), order, loads("recompute=full"), stored=2 * N * N * 4)
+    products = COUNT * (2 + 3 + 2 + 4)  # what is made again is none of the model's
+    assert made.flops == products * PRODUCT and made.peak == 2 * PRODUCT
+    assert made.optimizer == pytest.approx(7 * 2 * N * N * 4 / 1e6)
+    assert made.seconds == pytest.approx(made.timeline.step + made.optimizer)
+    assert made.utilization == pytest.approx(products / 2 / made.seconds)
+    whole = step_time(machine(flops=PRODUCT), order, loads("dp=2"), stored=0)
+    assert whole.flops == products * PRODUCT and whole.peak == 4 * PRODUCT  # of all ranks
+
+
+class Attention(nn.Module):
+    """Of two heads of eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True).square().sum()
+
+
+@pytest.mark.parametrize("slow", [1e-3, 1e6])
+def test_keys_and_values_go_round_while_attention_is_computed(slow):
+    length, ranks = 32, 4
+    program = compile_program(Attention(), f"cp={ranks}", (torch.empty(1, length, 16),))
+    [ring] = [n for n in program.graph.nodes if axes_of(n) is not None]
+    cost, part = measure(program).costs[ring], 2 * length // ranks * 16 * 4  # bytes of a rank's keys and values
+    seconds = functools.partial(_OperatorTimes, program=program)
+    ahead, back = seconds(machine(flops=cost.forward / slow, beta=1.0)).seconds(ring)
+    behind = slow * cost.backward / cost.forward
+    # Where nothing takes time to travel:
+    assert seconds(machine(flops=cost.forward / slow)).seconds(ring) == pytest.approx((slow, behind))
+    assert ahead == pytest.approx(max(slow, slow / ranks + (ranks - 1) * part))
+    # The gradients of keys and values travel behind them:
+    assert back == pytest.approx(max(behind, behind / ranks + (ranks - 1) * part + ranks * part))
 
 
 def test_a_dtype_that_the_cluster_does_not_compute_in_is_refused():

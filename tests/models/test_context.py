@@ -50,6 +50,8 @@ def causal(name: str, more: dict[str, Tensor] | None = None, **options: Any) -> 
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 64}
+SINKS = {"head_dim": 4, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2,
+         "experts_implementation": "grouped_mm"}  # fmt: skip
 ENCODER = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8,
            "max_position_embeddings": 64}  # fmt: skip
 
@@ -92,11 +94,19 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "gpt2_attention_dropout": lambda: causal("GPT2Config", **GPT2, attn_pdrop=0.1),
     "mistral": lambda: causal("MistralConfig", **WIDTHS, sliding_window=6),
     "gemma3": lambda: causal("Gemma3TextConfig", **WIDTHS, head_dim=4, sliding_window=6),
+    "gpt_oss": lambda: causal("GptOssConfig", **WIDTHS, **SINKS),
     "bloom": lambda: causal("BloomConfig", hidden_size=32, n_layer=2, n_head=8),
     "t5": t5,
     "bert": bert,
     "orderly": lambda: (Orderly(), {"x": ids()}),
 }
+MORE = {
+    "qwen3": ("Qwen3Config", {"head_dim": 4}), "gemma2": ("Gemma2Config", {"head_dim": 4, "sliding_window": 6}),
+    "olmo2": ("Olmo2Config", {}), "phi3": ("Phi3Config", {}), "stablelm": ("StableLmConfig", {}),
+    "gpt_oss": ("GptOssConfig", SINKS),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "grouped_mm"}),
+    "falcon": ("FalconConfig", {}), "mpt": ("MptConfig", {"d_model": 32, "n_heads": 8, "n_layers": 2}),
+}  # fmt: skip
 COMMUNICATION = ["p2p", "allgather", "a2a", "a2a+p2p"]
 PLANS = ["cp=2", "cp=4", "cp=8", "cp=2,tp=2", "cp=4,tp=2", "dp=2,cp=2,zero=3", "dp=2,cp=2,tp=2,zero=1,recompute=selective",
          "cp=4,zero=2,microbatches=2"]  # fmt: skip
@@ -115,6 +125,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     ("mistral", "cp=4,cp_comm=a2a+p2p"),
     ("bert", "cp=2,cp_comm=a2a,microbatches=2"),
     ("orderly", "dp=2,cp=2,zero=2"),
+    ("gpt_oss", "cp=2,tp=2"),
 ])  # fmt: skip
 def test_a_step_is_that_of_one_device(name, plan):
     model, batch = build(name)
@@ -129,6 +140,16 @@ def test_every_model_under_every_plan(name, plan, comm):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", ["cp=8", "cp=4,tp=2,cp_comm=a2a+p2p", "dp=2,cp=2,zero=3,microbatches=2,cp_comm=a2a"])
+@pytest.mark.parametrize("name", MORE)
+def test_more_of_the_zoo(name, plan):
+    config, options = MORE[name]
+    torch.manual_seed(0)
+    model, batch = causal(config, **({} if name == "mpt" else WIDTHS), **options)
+    assert_equivalent(model, plan, batch)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("comm", COMMUNICATION)
 @pytest.mark.parametrize("name", ["llama", "llama_packed", "gpt2", "mistral", "bert", "t5"])
 def test_lowered_graphs(name, comm):
@@ -137,10 +158,25 @@ def test_lowered_graphs(name, comm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, comm", [("llama", "p2p"), ("mistral", "a2a"), ("gpt2", "allgather")])
-def test_pipelines(name, comm):
+@pytest.mark.parametrize("name, plan", [
+    ("llama", "dp=2,cp=2,zero=3,recompute=selective"), ("llama_packed", "cp=4,cp_comm=a2a+p2p"), ("llama_padded", "cp=2,tp=2"),
+    ("mistral", "cp=2,cp_comm=allgather,recompute=full"), ("bert", "cp=2,cp_comm=a2a,zero=1"), ("gpt2_attention_dropout", "cp=2"),
+])  # fmt: skip
+def test_lowered_graphs_in_bf16(name, plan):
     model, batch = build(name)
-    assert_equivalent(model, f"cp=2,pp=2,microbatches=2,cp_comm={comm}", batch)
+    assert_equivalent(model, f"{plan},param_dtype=bf16", batch, lowered=True)
+
+
+PIPELINES = ["cp=2,pp=2,microbatches=2", "cp=4,pp=2,microbatches=4,schedule=zb1p", "cp=2,tp=2,pp=2,microbatches=2,zero=1",
+             "dp=2,cp=2,pp=2,microbatches=2,zero=3"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, plan, comm", pairwise(
+    ["llama", "llama_packed", "gpt2_attention_dropout", "mistral", "bert", "bloom"], PIPELINES, COMMUNICATION))
+def test_pipelines(name, plan, comm):
+    model, batch = build(name)
+    assert_equivalent(model, f"{plan},cp_comm={comm}", batch)
 
 
 def targets(name: str, plan: str) -> list[Any]:
@@ -180,8 +216,9 @@ def test_the_report_says_how_attention_runs_and_why():
     (ring,) = rows["llama", "cp=2"]
     assert ring.count == 2 and "go round over cp" in ring.how and min(*ring.sent, *ring.workspace) > 0
     assert rows["llama", "cp=2,cp_comm=a2a"][0].how == "heads over cp (all-to-all)"
-    assert all(row.how.startswith("written out; keys and values gathered") for row in rows["t5", "cp=2"])
-    assert {row.where.rpartition(".")[2] for row in rows["t5", "cp=2"]} == {"SelfAttention", "EncDecAttention"}
+    t5 = {row.where.rpartition(".")[2]: row for row in rows["t5", "cp=2"]}
+    assert t5["SelfAttention"].how.startswith("written out; keys and values gathered")  # its bias has a gradient
+    assert t5["EncDecAttention"].how.startswith("keys and values gathered") and "drop out" in t5["EncDecAttention"].why
     assert any(ring.how in line and ring.why in line for line in lines([ring]))
     (left,) = rows["llama", "tp=8,cp=2,cp_comm=a2a"]
     assert "gathered over cp" in left.how and "heads do not divide" in left.why

@@ -18,7 +18,6 @@ from fxpar.ops.rng import dropout_mask
 from fxpar.sharding.deal import deal
 from fxpar.testing import assert_equivalent
 
-pytestmark = pytest.mark.usefixtures("dropout_kernels")
 SEED = torch.tensor(123456789012345)
 LOWEST = torch.finfo(torch.float32).min
 
@@ -171,6 +170,15 @@ def test_models_under_plans(name):
         assert_equivalent(captured, plan, inputs)
 
 
+@pytest.mark.parametrize("name, comm, how", [
+    ("gpt2", "p2p", "keys and values gathered over cp"), ("bert", "a2a", "heads over cp (all-to-all)"),
+])  # fmt: skip
+def test_the_report_says_how_it_runs_where_a_sequence_is_split(name, comm, how):
+    model, inputs = small(name, 1)
+    (row,) = fxpar.inspect(model, f"cp=2,cp_comm={comm}", inputs).attention
+    assert row.how == how and ("its weights drop out" in row.why) == (comm == "p2p") and min(row.sent) > 0
+
+
 class Attention(nn.Module):
     """A layer of its own: an attention with dropout behind a padding mask, or a causal one."""
 
@@ -198,7 +206,7 @@ def test_a_layer_as_it_runs(plan):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-@pytest.mark.parametrize("plan", ["dp=2,tp=2", "dp=2,zero=3,recompute=full", "dp=2,tp=2,microbatches=2"])
+@pytest.mark.parametrize("plan", ["dp=2,tp=2", "dp=2,zero=3,recompute=full", "dp=2,tp=2,microbatches=2", "dp=2,cp=2,zero=3"])
 def test_models_as_they_run(name, plan):
     model, inputs = small(name, 2)
     assert_equivalent(model, plan, inputs, lowered=True)

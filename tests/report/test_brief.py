@@ -13,6 +13,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 import fxpar
 from fxpar.backends import repeats
 from fxpar.compat.stages import Decision
+from fxpar.passes.strategies.stages import cut_stages
+from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan
 from fxpar.report import brief, kept, memory
 
@@ -26,6 +28,14 @@ def llama() -> nn.Module:
 
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_layer=9, n_embd=32, n_head=4, vocab_size=64, n_positions=64, use_cache=False))
+
+
+def deep_llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=18, **COMMON))
+
+
+def deep_gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(n_layer=18, n_embd=32, n_head=4, vocab_size=64, n_positions=64, use_cache=False))
 
 
 def gemma2() -> nn.Module:
@@ -68,6 +78,9 @@ def both(make, plan: str, monkeypatch) -> tuple[memory.Peak, memory.Peak, bool]:
     (llama, "tp=2,param_dtype=bf16,outputs=loss"),
     (llama, "dp=2,zero=3,recompute=full,param_dtype=bf16,outputs=loss"),
     (llama, "dp=2,tp=2,zero=1"),
+    (llama, "dp=2,zero=1,microbatches=2,param_dtype=bf16"),
+    (llama, "dp=2,zero=2,microbatches=2,cp=2"),
+    (llama, "dp=2,zero=3,microbatches=2"),
     (gemma2, "dp=2,zero=3"),
 ])
 def test_a_prediction_from_few_blocks_is_that_of_all(make, plan, monkeypatch):
@@ -81,7 +94,6 @@ def test_a_prediction_from_few_blocks_is_that_of_all(make, plan, monkeypatch):
     (gpt2, "tp=2"),
     (gpt2, "dp=2,zero=3"),
     (llama, "dp=2,recompute=selective"),
-    (llama, "dp=2,zero=3,microbatches=2"),
 ])
 def test_a_prediction_is_the_same_where_blocks_may_differ(make, plan, monkeypatch):
     few, whole, _ = both(make, plan, monkeypatch)
@@ -130,6 +142,65 @@ def test_a_prediction_of_small_blocks(make, train, taken, monkeypatch):
     program = fxpar.compile_program(model, Plan.parse("dp=2"), (x,))
     assert memory.predict(program) == memory.predict(program, briefly=False)
     assert (seen != [None]) == taken
+
+
+# ---- pipelines ----
+
+
+def both_of_stages(make, plan: str, monkeypatch) -> tuple[list[memory.Peak], list[memory.Peak], int, int]:
+    """The peaks from few blocks and one of equal stages; those from all; how many stages were traced, and from few blocks."""
+    with torch.device("meta"):
+        model, inputs = make()
+    program = fxpar.compile_program(model, plan, inputs)
+    pp, count = program.plan.pp * program.plan.virtual_stages, program.plan.microbatches
+    programs = [stage.program for stage in cut_stages(program, pp)]
+    order = schedule(program.plan.schedule, ranks=program.plan.pp, virtual_stages=program.plan.virtual_stages, microbatches=count,
+                     unshard=program.plan.stores_parts)
+    seen: list[bool] = []
+    lowered = brief.lowered
+
+    def watched(*args):
+        made = lowered(*args)
+        seen.append(made is not None)
+        return made
+
+    monkeypatch.setattr(brief, "lowered", watched)
+    return memory.predict_stages(programs, order), memory.predict_stages(programs, order, briefly=False), len(seen), sum(seen)
+
+
+def small(blocks: int):
+    model = Small(True)
+    model.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32, bias=False)) for _ in range(blocks))
+    return model, (torch.zeros(64, 32),)
+
+
+def of_ids(make):
+    tokens = torch.zeros(16, 32, dtype=torch.long)
+    return make(), dict(input_ids=tokens, labels=tokens)
+
+
+@pytest.mark.parametrize("blocks, plan, traced, brief_ones", [
+    pytest.param(4, "pp=4,dp=2,zero=1,microbatches=4", 3, 0, id="the two in the middle are equal"),
+    pytest.param(8, "pp=2,dp=2,zero=1,microbatches=2,stage_boundaries=blocks.1", 2, 1, id="one of many blocks"),
+])
+def test_peaks_of_a_pipeline_from_few_blocks_and_stages_are_those_of_all(blocks, plan, traced, brief_ones, monkeypatch):
+    few, whole, *counts = both_of_stages(lambda: small(blocks), plan, monkeypatch)
+    assert few == whole and counts == [traced, brief_ones]
+    middle = [peak.where.partition(" of ")[2].split(".")[:2] for peak in few[1:-1]]
+    assert middle == [["blocks", "1"], ["blocks", "2"]][: len(few) - 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make, plan, traced, brief_ones", [
+    (llama, "pp=3,dp=2,cp=2,zero=1,microbatches=4,param_dtype=bf16,outputs=loss", 3, 0),
+    (deep_llama, "pp=2,dp=2,tp=2,zero=1,microbatches=2,outputs=loss,stage_boundaries=model.layers.9", 2, 2),
+    (deep_llama, "pp=2,zero=3,dp=2,microbatches=2,outputs=loss,stage_boundaries=model.layers.9", 2, 2),
+    (deep_llama, "pp=2,dp=2,zero=2,microbatches=4,schedule=interleaved1f1b,virtual_stages=3", 4, 0),
+    (deep_gpt2, "pp=2,dp=2,zero=1,microbatches=2,recompute=selective", 2, 2),
+])
+def test_peaks_of_pipelines_of_transformers(make, plan, traced, brief_ones, monkeypatch):
+    few, whole, *counts = both_of_stages(lambda: of_ids(make), plan, monkeypatch)
+    assert few == whole and counts == [traced, brief_ones]
 
 
 # ---- what is kept ----

@@ -214,3 +214,23 @@ def test_a_buffer_that_nothing_fills_is_named():
     module = fxpar.parallelize(model, "dp=1", (torch.ones(2, 8),))
     with pytest.raises(ValueError, match="buffer table is on the meta device"):
         module.init_weights(SEED)
+
+
+def test_a_model_that_was_never_filled_is_an_error():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    module = fxpar.parallelize(model, "dp=1", (torch.ones(2, 4),))
+    with pytest.raises(fxpar.InputError, match=r"made on the meta device and has no values yet: .*init_weights\(seed\)"):
+        module(torch.ones(2, 4))
+    module.init_weights(0)
+    assert module(torch.ones(2, 4)).isfinite().all()
+
+
+def test_a_model_that_is_filled_by_hand_is_no_error():
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    module = fxpar.parallelize(model, "dp=1", (torch.ones(2, 4),))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.to_local().fill_(1.0)
+    assert module(torch.ones(2, 4)).eq(5).all()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxpar
 from fxpar.backends import eager
-from fxpar.backends.transport.runtime import Control
+from fxpar.backends.transport.control import Control
 from fxpar.errors import MismatchError
 from fxpar.plan import Plan
 from fxpar.run.agreement import agree_on_call, agree_on_program
@@ -153,11 +153,11 @@ def test_an_optimizer_made_before_keeps_the_parameters_of_its_rank():
 def differing(rank: int) -> list[str]:
     said = []
     control = Control(kinds=2)
-    key = ("inputs", (True,), (rank // 2,), 0, 0, 0, None, None, True)
-    agree_on_call(control, key, lambda part: ["p"])()
+    key = ("inputs", (True,), (rank // 2,), 0, 0, 0, None, None, True, (), False, (0, 0), [], 0, 0, True, [])
+    agree_on_call(control, "forward", key, lambda part: ["p"])()
     for part, value in ((2, (rank == 3,)), (0, "other" if rank == 2 else "inputs")):
         try:
-            agree_on_call(control, (*key[:part], value, *key[part + 1 :]), lambda part: ["p"])()
+            agree_on_call(control, "forward", (*key[:part], value, *key[part + 1 :]), lambda part: ["p"])()
         except MismatchError as error:
             said.append(str(error).split(":")[1].split(";")[0])
     model = Halves()

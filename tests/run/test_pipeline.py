@@ -315,6 +315,6 @@ def failing(rank: int, plan: str, where: str) -> list[Any]:
 def test_an_error_on_one_rank_ends_the_step_on_all(plan, where):
     for rank, (seconds, said) in enumerate(launch(4, failing, plan, where)):
         own = "ValueError: one rank's own trouble"
-        named = f"FxparError: rank 2 failed in the middle of a step, which ended it on all ranks: {own}"
+        named = f"FxparError: rank 2 failed in the middle of forward, which ended it on all ranks: {own}"
         assert seconds < 30 and len(said) == 2 and said[1].startswith(named)
         assert said[0] == own if rank == 2 else said[0].startswith(named)

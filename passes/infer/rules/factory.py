@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
+from fxpar.ops.random import drawn
 from fxpar.passes.infer.rules.registry import rule
 from fxpar.passes.infer.rules.spec import Op, Spec
 
@@ -26,3 +28,15 @@ def constant(op: Op) -> Spec:
     if op.target in (aten.empty_permuted.default, aten.empty_strided.default, aten.new_empty_strided.default):
         return Spec([], [dims], replicated={f for d in dims for f in d})
     return Spec([], [dims], sizes={"size": dims})
+
+
+@rule(drawn)
+def random(op: Op) -> Spec:
+    """Each element depends on its global index alone; the local program offsets the index."""
+    return Spec([], [op.factors.fresh(op.out.shape)], emit=_emit_drawn)
+
+
+def _emit_drawn(local) -> fx.Node:
+    """The same numbers, told where in the global tensor the local elements lie."""
+    (dims,) = local.spec.outs
+    return local.call(drawn, local.shape(dims), local.args[1], **local.kwargs, grid=local.grid(dims))

@@ -1,4 +1,4 @@
-"""Which attention with dropout is one operator, and which is written out, and noted; by default it is written out."""
+"""Which attention with dropout is one operator, and which is written out, and noted."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def program_of(model: Attends) -> tuple[Program, dict[str, Any]]:
     (Attends(lambda slope, behind: (behind >= 0) & (behind < 2)), {"window": 2}),
     (Attends(wide=128), {}),
 ])  # fmt: skip
-def test_is_one_operator(dropout_kernels, model, options):
+def test_is_one_operator(model, options):
     program, found = program_of(model)
     assert found.pop("p") == 0.25 and found.pop("site") == 0 and found.pop("grid")
     assert found == options and not [n for n in program.notes if "dropout" in n]
 
 
-def test_other_masks_stay(dropout_kernels):
+def test_other_masks_stay():
     _, found = program_of(Attends(lambda slope, behind: behind.abs() < 2))
     assert isinstance(found["attn_mask"], torch.fx.Node)
 
@@ -64,7 +64,7 @@ def test_other_masks_stay(dropout_kernels):
     (Attends(wide=144), "wider than 128"),
     (Attends(dropout_p=1.0), "all weights drop out"),
 ])  # fmt: skip
-def test_is_written_out_and_noted(dropout_kernels, model, why):
+def test_is_written_out_and_noted(model, why):
     program, found = program_of(model)
     assert not found
     (note,) = (n for n in program.notes if "attention with dropout" in n)
@@ -75,13 +75,13 @@ def test_is_written_out_and_noted(dropout_kernels, model, why):
     Attends(), Attends(is_causal=True, scale=0.3), Attends(lambda slope, behind: behind.abs() < 2), Attends(wide=144),
     Attends(lambda slope, behind: slope * behind), Attends(lambda slope, behind: (behind >= 0) & (behind < 2)),
 ])  # fmt: skip
-def test_is_written_out_by_default(model):
+def test_is_written_out_where_users_say_so(dropout_written_out, model):
     program, found = program_of(model)
     assert not found and not [n for n in program.notes if "all scores" in n]
 
 
 @pytest.mark.parametrize("mask", [None, lambda slope, behind: (behind >= 0) & (behind < 2)])
-def test_both_ways_are_the_same_numbers(dropout_kernels, mask):
+def test_both_ways_are_the_same_numbers(dropout_written_out, mask):
     """Of one captured model, which is traced again when the setting changes."""
     inputs = {"x": torch.randn(2, LENGTH, 24)}
     captured, found = fxpar.capture(Attends(mask), inputs), []

@@ -411,15 +411,18 @@ def test_keeps_what_the_replacement_cannot_do():
     wide = torch.ones(S, 2 * S, dtype=torch.bool)
     assert verdicts(attended(lambda m, q: m.buffer, wide.tril(), keys=2 * S)) == ["mask"]
     assert verdicts(attended(lambda m, q: m.buffer, wide, keys=2 * S)) == ["all"]
-    windowed = attended(lambda m, q: (cols() <= rows()) & (cols() > rows() - 3), dropout_p=0.1)
-    assert verdicts(windowed) == ["mask"] and len(windowed.notes) == 1 and "use_kernels()" in windowed.notes[0]
     causal = attended(lambda m, q: cols() <= rows(), dropout_p=0.1, scale=0.5)
     assert verdicts(causal) == ["causal"]
     (node,) = [n for n in causal.graph.nodes if n.target is SDPA]
     assert node.args[3:] == (None, 0.1, True) and node.kwargs == {"scale": 0.5}
 
 
-def test_a_window_with_dropout_where_its_kernels_are_used(dropout_kernels):
+def test_a_window_with_dropout_whose_kernels_are_off_stays_a_mask(dropout_written_out):
+    windowed = attended(lambda m, q: (cols() <= rows()) & (cols() > rows() - 3), dropout_p=0.1)
+    assert verdicts(windowed) == ["mask"] and len(windowed.notes) == 1 and "use_kernels()" in windowed.notes[0]
+
+
+def test_a_window_with_dropout_where_its_kernels_are_used():
     windowed = attended(lambda m, q: (cols() <= rows()) & (cols() > rows() - 3), dropout_p=0.1)
     assert verdicts(windowed) == [3] and not windowed.notes
     (node,) = [n for n in windowed.graph.nodes if n.target is windowed_attention]

@@ -44,6 +44,13 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / 4).softmax(-1) @ v
 
 
+def with_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each query may look at nothing at all: a column of scores that is no key's."""
+    scores = q @ k.mT / 4
+    scores = torch.cat([scores, q.new_ones(1, 1, 1, 1).expand(*q.shape[:3], 1)], -1)
+    return (scores - scores.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+
+
 def by_letters(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bhke->bhqe", torch.einsum("bhqd,bhkd->bhqk", q, k).div(4).softmax(-1), v)
 
@@ -146,7 +153,7 @@ def test_what_is_inside_a_head_has_a_role(name):
         assert rows[0] == "heads" and set(rows[1:]) == {"head_dim"} and columns == ["hidden"]
 
 
-@pytest.mark.parametrize("attend", [F.scaled_dot_product_attention, written_out, merged, by_letters])
+@pytest.mark.parametrize("attend", [F.scaled_dot_product_attention, written_out, with_sinks, merged, by_letters])
 def test_heads_that_divide_are_split(attend):
     model, batch = plain(Attention(4, attend), 64)
     report = fxpar.inspect(model, "tp=2", batch)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tests.passes.infer.cases.registry import CASES
+from fxpar.ops.random import drawn
+from tests.harness import Gen
+from tests.passes.infer.cases.registry import CASES, case
 
 aten = torch.ops.aten
 
@@ -39,3 +41,11 @@ CASES |= {
     aten.empty_strided.default: lambda g: (([4, 6], [1, 4]), {}),
     aten.new_empty_strided.default: lambda g: ((g.f(*g.shape()), [4, 6], [1, 4]), {}),
 }
+
+
+@case(drawn)
+def random(g: Gen):
+    kind = g.pick("uniform", "normal", "exponential", "integer")
+    dtype = torch.int64 if kind == "integer" else g.pick(torch.float64, torch.float32)
+    options = {"kind": kind, "site": g.r.randint(0, 5), "dtype": dtype, "device": torch.device("cpu")}
+    return (g.shape(0, 3), torch.tensor(g.r.randint(0, 2**40))), options

@@ -1,0 +1,43 @@
+"""What PyTorch does beside what it is asked to do, left out for a while; and who makes models parallel."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+
+WRAPPERS = (
+    "torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "torch.distributed.fsdp.fully_sharded_data_parallel",
+    "torch.distributed.fsdp._fully_shard._fully_shard", "torch.distributed._composable.contract",
+)  # fmt: skip
+"""Modules of PyTorch whose functions make a model parallel; by their names, as they may not have been imported."""
+
+
+def no_torch_function() -> contextlib.AbstractContextManager:
+    """Inside, classes derived from Tensor do not see the functions that are called on them."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+@contextlib.contextmanager
+def quiet_traces() -> Iterator[None]:
+    """Inside, operators that fail on fake tensors raise, and write no traceback to the log besides."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+@contextlib.contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """Inside, `torch.distributions` do not look whether their arguments are valid, unless they are told to."""
+    kind = torch.distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(before)

@@ -1,0 +1,70 @@
+"""arriving: numbers that are computed where tensors are, and come to the host without that it waits for a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_MASK, _ODD = 2**62 - 1, 0x2545F4914F6CDD1D
+
+
+class Arriving:
+    """Integers (tensors of no dims) that are on their way, in their order."""
+
+    def __init__(self, numbers: Sequence[Tensor]):
+        self._known = {i: int(n) for i, n in enumerate(numbers) if n.device.type != "cuda"}
+        self._coming = [i for i in range(len(numbers)) if i not in self._known]
+        self._arrived = torch.empty(0, dtype=torch.int64)
+        self._event: torch.cuda.Event | None = None
+        if self._coming:
+            there = torch.stack([numbers[i] for i in self._coming])
+            self._arrived = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+            self._arrived.copy_(there, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(there.device))
+
+    def here(self) -> list[int] | None:
+        """None as long as a GPU has not come to them."""
+        if self._event is not None and not self._event.query():
+            return None
+        return self.waited()
+
+    def waited(self) -> list[int]:
+        """Once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        found = {**self._known, **dict(zip(self._coming, self._arrived.tolist(), strict=True))}
+        return [found[i] for i in range(len(found))]
+
+
+def joined(numbers: Iterable[int]) -> int:
+    """One number of 62 bits for several, in their order."""
+    return functools.reduce(lambda number, each: (number * _ODD + each) & _MASK, numbers, 1)
+
+
+@torch.no_grad()
+def checksum(t: Tensor) -> Tensor:
+    """A sum of the bytes of a tensor, as integers that are weighted by where they are, modulo 2^64."""
+    flat = t.contiguous().reshape(-1)
+    width = flat.element_size()
+    whole = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(width, torch.int64))
+    weights = torch.arange(1, whole.numel() + 1, device=whole.device) * 0x1E3779B97F4A7C15
+    weights = (weights ^ (weights >> 32)) * 0x3F58476D1CE4E5B9  # not linear: what is moved shows
+    return (whole.to(torch.int64) * weights).sum()
+
+
+@torch.no_grad()
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For each the bits of its norm in float32, or of integers their sum: equal for equal tensors, without a copy of any."""
+    floats = [t for t in tensors if t.is_floating_point() and t.numel()]
+    made = iter(torch._foreach_norm(floats, 2, dtype=torch.float32) if floats else ())
+    return [next(made).view(torch.int32).to(torch.int64) if t.is_floating_point() and t.numel() else
+            (torch.view_as_real(t) if t.is_complex() else t).sum().to(torch.int64) for t in tensors]
+
+
+def norm_of(bits: int) -> float:
+    """The norm again, from the bits that `norms` makes of it."""
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))

@@ -1,0 +1,123 @@
+"""drift: whether what several ranks hold, they hold alike.
+
+Every step does the same to all copies of a parameter or buffer. What changes one copy alone (a write on one rank, another state
+dict) has ranks compute with different weights from then on, and nobody notices. So ranks compare the norms of what they hold in
+the first calls, every so often, and before a save. Copies that differ by little more than rounding are a warning, as they may
+come from kernels that do not add up in the same order twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fxpar import compat
+from fxpar.backends.transport.control import Check, Outcome
+from fxpar.errors import MismatchError
+from fxpar.run.arriving import Arriving, joined, norm_of, norms
+from fxpar.run.batches import FIRST
+from fxpar.run.store import ParameterStore
+from fxpar.sharding import chunks
+from fxpar.sharding.mesh import Axes
+
+TOLERANCE = 1e-4
+"""Of a norm, relative to it."""
+
+_log = logging.getLogger("fxpar")
+
+
+class DriftChecks:
+    """Of one module on one rank. every: see `check_batches` of `fxpar.parallelize`."""
+
+    def __init__(self, store: ParameterStore, every: int):
+        self.store, self.every = store, every
+        self._calls = 0
+        self._sums: _Sums | None = None
+        self._warned = False
+
+    def due(self) -> list[Check]:
+        """What is to be compared in this call."""
+        self._calls += 1
+        if not self.every or self.store.control.world == 1:
+            return []
+        if self._sums is None and (self._calls <= FIRST or self._calls % self.every == 0):
+            self._sums = _Sums(self.store)
+        return [] if self._sums is None else self._sums.checks()
+
+    def require_alike(self) -> None:
+        """Compare now. Raises: as `judge`."""
+        if self.store.control.world > 1:
+            self._sums = _Sums(self.store)
+            self._sums.arriving.waited()
+            self.judge(self.store.control.compare_parts(0, self._sums.checks())[1])
+
+    def judge(self, outcomes: list[Outcome]) -> None:
+        """Raises: `MismatchError`, on all ranks, for copies that differ."""
+        if self._sums is None or any(outcome is None for outcome in outcomes):
+            return
+        sums, self._sums = self._sums, None
+        if not any(outcome is not None and None in outcome for outcome in outcomes):
+            return
+        first: dict[tuple[Axes, int, int, str], tuple[int, int]] = {}
+        worst, named = 0.0, ""
+        for rank, theirs in enumerate(self.store.control.exchange(sums.by_place())):
+            for place, bits in theirs.items():
+                one, other = first.setdefault(place, (rank, bits))
+                if bits == other:
+                    continue
+                a, b = norm_of(bits), norm_of(other)
+                apart = math.inf if place[3] in sums.exact or not math.isfinite(a - b) else abs(a - b) / max(a, b)
+                if apart >= worst:
+                    worst, named = apart, f"{place[3]!r} on ranks {one} and {rank} (norms {b:g} and {a:g})"
+        if worst > TOLERANCE:
+            raise MismatchError(
+                f"ranks hold different values of what they should hold alike: {named}; every rank must do the same to a model "
+                "(writes, state dicts, gradients), or load the last checkpoint on all")
+        if not self._warned and self.store.control.rank == 0:
+            self._warned = True
+            _log.warning("copies of a parameter differ by rounding: %s", named)
+
+
+class _Sums:
+    """Of what this rank holds, and others hold, too. groups: axes that split it -> names; on all ranks the same axes."""
+
+    def __init__(self, store: ParameterStore):
+        self.store, mesh = store, store.mesh
+        split = [chunks.split_axes(sharding) for sharding in store.layouts.values()]
+        all_axes = {tuple(a for a in mesh.names if a in one and mesh.size(a) > 1) for one in split} | {()}
+        shared = [axes for axes in sorted(all_axes) if mesh.size(*axes) < mesh.world_size or not axes]
+        self.groups: dict[Axes, list[str]] = {axes: [] for axes in shared}
+        held: dict[str, Tensor] = {}
+        for name, p in store.model.named_parameters():
+            if isinstance(p, DTensor):
+                axes = tuple(a for a, place in zip(mesh.names, p.placements, strict=True)
+                             if not place.is_replicate() and mesh.size(a) > 1)
+                if axes in self.groups:
+                    self.groups[axes].append(name)
+                    held[name] = compat.local_part(p)
+        for name, b in store.model.named_buffers():
+            if not b.is_meta:
+                self.groups[()].append(name)
+                held[name] = b
+        self.names = [name for group in self.groups.values() for name in group]
+        self.exact = {name for name in self.names if not held[name].is_floating_point()}
+        self.arriving = Arriving(norms([held[name].detach() for name in self.names]))
+
+    def checks(self) -> list[Check]:
+        """One for each group, also where this rank has nothing in it."""
+        mesh, bound, here = self.store.mesh, self.store.bound, self.arriving.here()
+        numbers = None if here is None else iter(here)
+        made = []
+        for axes, names in self.groups.items():
+            number = None if numbers is None else joined([next(numbers) for _ in names])
+            parts = mesh.size(*axes)
+            made.append(Check(bound.kind * parts + bound.index(axes), bound.kinds * parts, number))
+        return made
+
+    def by_place(self) -> dict[tuple[Axes, int, int, str], int]:
+        """(axes, kind, part, name) -> the bits of a norm, or a sum."""
+        numbers, bound = dict(zip(self.names, self.arriving.waited(), strict=True)), self.store.bound
+        return {(axes, bound.kind, bound.index(axes), n): numbers[n] for axes, names in self.groups.items() for n in names}

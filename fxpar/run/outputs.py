@@ -1,0 +1,61 @@
+"""outputs: what a module returns where tp or cp splits it: DTensors that meet plain tensors as plain code expects.
+
+Nothing is gathered that nobody reads: an output stays split as long as it is used by itself or along with other outputs. Where it
+meets a plain tensor (labels, a mask, weights of a plain module), or becomes numbers of Python or numpy, it is gathered, by
+all ranks that hold parts of it: they have to do the same with it, as with the module itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from fxpar import compat
+from fxpar.errors import InputError
+
+_NUMBERS = {Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__array__,
+            Tensor.__index__, Tensor.cpu}
+"""What takes a tensor to where no group of ranks is."""
+
+
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or",
+                                                         "xor", "lshift", "rshift"))}
+
+
+class Output(DTensor):
+    """A DTensor whose operators take plain tensors beside it, too."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with compat.no_torch_function():
+            args, kwargs = _met(func, args, kwargs)
+            return pytree.tree_map_only(DTensor, as_output, func(*args, **kwargs))
+
+
+def as_output(t: DTensor) -> DTensor:
+    """The same tensor, as an `Output`."""
+    if type(t) is DTensor:
+        t.__class__ = Output
+    return t
+
+
+def _met(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments, with whole tensors in the place of outputs if they meet plain ones.
+
+    Raises: `InputError` for what would write to an output that then is a copy.
+    """
+    leaves = pytree.tree_leaves((args, kwargs))
+    if func not in _NUMBERS and not any(isinstance(t, Tensor) and not isinstance(t, DTensor) for t in leaves):
+        return args, kwargs
+    name = getattr(func, "__name__", "")
+    written = args[0] if args and (name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))) else kwargs.get("out")
+    if isinstance(written, Output):
+        raise InputError(f"{name} writes plain tensors to an output that ranks hold parts of; take all of it first: "
+                         "output = output.full_tensor()")
+    return pytree.tree_map_only(Output, lambda t: t.full_tensor(), (args, kwargs))
