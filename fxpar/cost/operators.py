@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.dropout_attention import dropout_attention
+from fxpar.ops.experts import product_of_mine
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.ring import chunks
 from fxpar.ops.ring import costs as ring
@@ -213,6 +214,12 @@ def _grouped(x: Tensor, weights: Tensor, *_: Any, **__: Any) -> tuple[int, int]:
     """Each row meets the matrix of its own group."""
     product = 2 * x.numel() * weights.shape[-1]
     return product, product * (x.requires_grad + weights.requires_grad)
+
+
+@formula(product_of_mine)
+def _of_mine(x: Tensor, weights: Tensor, ends: Tensor, ranks: int) -> tuple[int, int]:
+    forward, backward = _grouped(x, weights)
+    return forward // ranks, backward // ranks
 
 
 # ---- arguments: nested lists and tuples ----

@@ -20,6 +20,7 @@ from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan, Plans
 from fxpar.program import Program, module_path
 from fxpar.report.attention import AttentionRow, attention_rows, gathered_note, lines
+from fxpar.report.experts import ExpertsRow, experts_rows, lines_of_experts
 from fxpar.report.memory import Peak, predict
 from fxpar.report.pipeline import PipelineReport, describe, uses
 from fxpar.report.step import StepReport
@@ -67,8 +68,9 @@ class Report:
     memory: bytes that are there between steps: "parameters", "optimizer" (AdamW's two moments, in the parameters' dtypes); and
     "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward (see
     `fxpar.cost.operators`); a gradient that nothing asks for, such as that of the model's input, counts nothing.
-    attention: how each runs under context parallelism. step: what a step takes, and its cluster. pipeline: its stages, under pp.
-    Then `memory`, `flops` (here with what is recomputed) and `peak` are each those of the pipeline rank that has most.
+    attention: how each runs under context parallelism. experts: how tokens reach them under expert parallelism. step: what a step
+    takes, and its cluster. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are
+    each those of the pipeline rank that has most.
     """
 
     plan: Plan
@@ -80,6 +82,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     pipeline: PipelineReport | None = None
     attention: list[AttentionRow] = field(default_factory=list)
+    experts: list[ExpertsRow] = field(default_factory=list)
     step: StepReport = field(kw_only=True)
     predicted: Callable[[], Peak] = field(kw_only=True, repr=False, compare=False)
 
@@ -107,6 +110,7 @@ class Report:
         mesh = f"{KIND}={self.plan.pp} x {self.mesh}" if pipeline else str(self.mesh)
         pipes = pipeline.lines(None if isinstance(peak, str) else pipeline.peaks) if pipeline else []
         attention = [*lines(self.attention), ""] if self.attention else []
+        attention += [*lines_of_experts(self.experts), ""] if self.experts else []
         return "\n".join([f"plan {self.plan}   mesh {mesh}   world size {self.plan.world_size}", "",
                           *self._parameters(), "", *self._collectives(), "", *attention, *pipes, *([""] if pipes else []),
                           "memory a rank: " + ", ".join(f"{k} {v / GIB:.3f} GiB" for k, v in self.memory.items()),
@@ -185,6 +189,7 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
                   if s.kind == "param"]
     trained = {s.name for s in program.sources if s.kind == "param" and s.requires_grad}
     attention, notes = attention_rows(program, count), [*program.notes, *gathered_note(program)]
+    experts = experts_rows(program, count)
     sizes = {p.name: (p.local_bytes, p.local_bytes if p.name in trained else 0) for p in parameters}
     if not stages:
         size, gradients = (sum(each[i] for each in sizes.values()) for i in (0, 1))
@@ -193,7 +198,8 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
         flops = count * sum(cost.forward + (cost.backward if program.training else 0) for cost in costs)
         alone = schedule("1f1b", ranks=1, microbatches=count, unshard=count > 1 and plan.stores_parts)
         return Report(plan, mesh, parameters, _collectives(program, count), memory, flops, notes, attention=attention,
-                      step=StepReport(alone, [(program, 0)], gradients), predicted=functools.partial(predict, program))
+                      experts=experts, step=StepReport(alone, [(program, 0)], gradients),
+                      predicted=functools.partial(predict, program))
     order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=count,
                      unshard=plan.stores_parts)
     on_rank = {rank: {p.name for p in parameters if not p.stages or {*p.stages} & {*order.stages_of(rank)}}
@@ -203,7 +209,7 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
     rows += _sums_over_stages([p for p in parameters if p.name in trained and program.training], order.owner)
     memory = max((rank.memory for rank in pipeline.ranks), key=lambda each: sum(each.values()))
     flops = max(sum(pipeline.stages[s].flops for s in rank.stages) for rank in pipeline.ranks)
-    return Report(plan, mesh, parameters, rows, memory, flops, notes, pipeline, attention, step=pipeline.step,
+    return Report(plan, mesh, parameters, rows, memory, flops, notes, pipeline, attention, experts, step=pipeline.step,
                   predicted=lambda: max(pipeline.peaks, key=lambda peak: peak.bytes))
 
 

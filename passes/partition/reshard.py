@@ -61,6 +61,10 @@ class Resharder:
         """The rows that have this share are in the order of these experts."""
         self._experts[share] = experts
 
+    def exchanges(self, share: Factor) -> bool:
+        """Whether rows that have this share were exchanged with their experts."""
+        return any(isinstance(key, tuple) and key[:2] == (self._experts[share], exchange_plan) for key in self._made)
+
     def _to_experts(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, user: fx.Node) -> fx.Node:
         """Rows in the order of their experts, with the axes exchanged that split their tokens and are to split the experts, or
         the other way round. How many there are is no matter of factors, so this is one exchange, over all such axes."""

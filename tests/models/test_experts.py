@@ -221,6 +221,18 @@ def test_rows_are_exchanged_together():
     assert not kinds & {"to_experts", "to_tokens"} and {"all_gather_varying", "reduce_scatter"} <= kinds
 
 
+def test_a_report_counts_rows_and_says_how_they_go():
+    """A balanced router's: as many FLOPs on each rank as without expert parallelism, and no pairs of all experts and tokens."""
+    model, inputs = FAMILIES["mixtral"]()
+    plain, rows, tokens = fxpar.inspect(model, ["dp=2", "dp=2,ep=2", "dp=2,ep=2,ep_dispatch=allgather"], inputs)
+    assert plain.flops == rows.flops == tokens.flops and not plain.experts
+    (sent,), (gathered,) = rows.experts, tokens.experts
+    assert sent.dispatch == "alltoall" and gathered.dispatch == "allgather" and sent.axes == gathered.axes == ("dp",)
+    of_rows = BATCH * LENGTH // 2 * 2 * 32 * 4  # a replica's tokens, two experts of each, hidden, fp32
+    assert sent.sent == (2 * of_rows, 2 * of_rows)
+    assert "alltoall" in str(rows) and rows.peak.bytes < 2 * plain.peak.bytes
+
+
 def test_without_ep_products_are_split_inside_of_experts():
     model, inputs = FAMILIES["mixtral"]()
     program = fxpar.compile_program(model, "dp=2,tp=2", inputs)

@@ -66,7 +66,12 @@ def gpt2() -> nn.Module:
     return hugging_face("GPT2Config", n_embd=32, n_layer=2, n_head=4, n_positions=64)
 
 
+def mixtral() -> nn.Module:
+    return hugging_face("MixtralConfig", **zoo.LLAMA, num_local_experts=4, num_experts_per_tok=2)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {"plain": Plain, "own": Own, "llama": llama, "gpt2": gpt2}
+MIXTURES: dict[str, Callable[[], nn.Module]] = {"mixtral": mixtral}
 
 
 def inputs(name: str) -> dict[str, Tensor]:
@@ -77,7 +82,7 @@ def inputs(name: str) -> dict[str, Tensor]:
 
 def on_one_device(name: str) -> nn.Module:
     torch.manual_seed(SEED)
-    model = MODELS[name]()
+    model = (MODELS | MIXTURES)[name]()
     torch.manual_seed(SEED)
     if name == "plain":
         for module in model.modules():
@@ -90,7 +95,7 @@ def on_one_device(name: str) -> nn.Module:
 def from_meta(rank: int, name: str, plan: str) -> tuple[dict[str, Tensor], float, bool]:
     """The filled model's state, a loss, and whether the caller's generator was left alone."""
     with torch.device("meta"):
-        model = MODELS[name]()
+        model = (MODELS | MIXTURES)[name]()
     module = fxpar.parallelize(model, plan, inputs(name))
     before = torch.get_rng_state()
     module.init_weights(SEED)
@@ -120,6 +125,14 @@ def test_one_rank_draws_what_one_device_draws(name):
 def test_tensor_parallel_ranks_draw_what_one_device_draws(name):
     for answer in launch(2, from_meta, name, "tp=2"):
         check(name, *answer)
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("plan", ["dp=2,tp=2,ep=4", "dp=4,ep=2,zero=3"])
+def test_ranks_that_share_experts_draw_what_one_device_draws(plan):
+    for answer in launch(4, from_meta, "mixtral", plan):
+        check("mixtral", *answer)
 
 
 def test_only_one_full_parameter_is_made_at_a_time(monkeypatch):

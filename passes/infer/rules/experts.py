@@ -25,6 +25,7 @@ from fxpar.ops.experts import (
     order_of,
     order_of_mine,
     places,
+    product_of_mine,
     put_back,
     sort_experts,
     take_mine,
@@ -150,7 +151,9 @@ def product(op: Op) -> Spec:
         rows, matrices, numbers = local.args
         count = local.extent(groups)
         ends = local.call(group_ends, _here(local, numbers, experts), count)
-        made: fx.Node = local.call(grouped_mm, rows, matrices, ends)
+        all_rows = local.axes(experts) and not local.owner.reshard.exchanges(share_of(op.dim(ids, 0)))
+        made: fx.Node = local.call(product_of_mine, rows, matrices, ends, local.ranks(experts)) if all_rows else \
+            local.call(grouped_mm, rows, matrices, ends)
         return made
 
     spec.emit = emit
