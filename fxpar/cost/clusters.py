@@ -44,7 +44,8 @@ class Cluster:
     name: of the file. device: as its maker calls it. memory: bytes of a device. memory_bandwidth: bytes in a second.
     flops: pairs of a dtype's name and the dense operations in a second that the maker says; there are "float8", for all of
         its kinds, and "tfloat32", for float32 on tensor cores.
-    efficiency: pairs of a dtype's name and the part of its flops that large matrix products were measured to reach.
+    efficiency: pairs of a dtype's name and the part of its flops that the matrix products of training steps were measured to
+        reach; and "attention", the part that fused attention reached, where it was measured.
     links: from that between neighbours to that between all. sources: of all numbers but those of links, which have theirs.
     """
 
@@ -65,9 +66,11 @@ class Cluster:
             raise PlanError("param_dtype", name, requirement, "param_dtype=bf16")
         return flops[name]
 
-    def reached(self, dtype: torch.dtype | str) -> float:
-        """FLOP/s of a large matrix product; of a dtype that was not measured, as efficient as the first that was."""
-        return self.peak(dtype) * dict(self.efficiency).get(_name(dtype), self.efficiency[0][1])
+    def reached(self, dtype: torch.dtype | str, attention: bool = False) -> float:
+        """FLOP/s of a large matrix product, or of attention; of what was not measured, as efficient as the first that was."""
+        parts = dict(self.efficiency)
+        part = parts.get(_name(dtype), self.efficiency[0][1])
+        return self.peak(dtype) * (parts.get("attention", part) if attention else part)
 
     def link(self, ranks: int) -> Link:
         """What a group communicates over whose members lie in one block of `ranks` neighbouring ranks: its slowest link."""
@@ -122,8 +125,8 @@ def _read(name: str, file: dict[str, Any]) -> Cluster:
     sources = tuple(table.pop("source") for table in (device, flops, efficiency))
     links = tuple(Link(link["level"], link.get("ranks"), link["alpha"], link["beta"], link["peak"], link["source"])
                   for link in file["links"])
-    if not efficiency:
-        raise ValueError("its efficiency names no dtype")
+    if not efficiency or next(iter(efficiency)) not in flops:
+        raise ValueError("its efficiency names no dtype first")
     if [link for link in links if link.ranks is None] != list(links[-1:]):
         raise ValueError("its last link, and no other, connects all ranks and says no number of them")
     return Cluster(name, device["name"], int(device["memory_mib"]) * 2**20, float(device["memory_bandwidth"]),

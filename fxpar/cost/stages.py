@@ -1,6 +1,7 @@
 """stages: what a step takes on a cluster, from the programs of the stages of a pipeline; or from one program, as of one stage.
 
-An operator takes the time of its floating-point operations or of its bytes, whichever is longer. One that is no matrix product,
+An operator takes the time of its floating-point operations, at the rate that products or attention were measured to reach, or of
+its bytes, whichever is longer. One that is no matrix product,
 convolution or attention takes that of its bytes, unless a single operator of its own kind reads it: then it is computed there, as
 compilers do it. The backward of a product is as fast as its forward, for each of its gradients; of another operator, it moves
 twice the bytes.
@@ -25,12 +26,16 @@ from fxpar.cost.clusters import Cluster, Link
 from fxpar.cost.operators import TensorSpec, measure
 from fxpar.ops.collectives import typed
 from fxpar.ops.ring import costs as ring
-from fxpar.ops.ring.operator import axes_of
+from fxpar.ops.ring.chunks import attention_of_chunks
+from fxpar.ops.ring.operator import axes_of, ring_attention
 from fxpar.ops.ring.schedule import RingSchedule
+from fxpar.ops.vocabulary import ATTENTION
 from fxpar.pipeline.schedules import Kind, Schedule
 from fxpar.pipeline.timeline import StageTimes, Timeline, timeline
 from fxpar.program import Program, block_path
 from fxpar.sharding.mesh import Axes, Mesh
+
+_ATTENTION = (*ATTENTION, ring_attention, attention_of_chunks)
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,8 @@ class _OperatorTimes:
             return ahead, back if trained else 0.0
         moved = (cost.read + cost.written) / self.cluster.memory_bandwidth
         if cost.forward:
-            ahead = max(cost.forward / self.cluster.reached(_dtype(self.values[node])), moved)
+            reached = self.cluster.reached(_dtype(self.values[node]), attention=node.target in _ATTENTION)
+            ahead = max(cost.forward / reached, moved)
             back = ahead * cost.backward / cost.forward if trained else 0.0
             return self._around(node, ahead, back)
         if self._is_fused(node):
