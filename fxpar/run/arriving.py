@@ -59,10 +59,15 @@ def checksum(t: Tensor) -> Tensor:
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """For each the bits of its norm in float32, or of integers their sum: equal for equal tensors, without a copy of any."""
-    floats = [t for t in tensors if t.is_floating_point() and t.numel()]
-    made = iter(torch._foreach_norm(floats, 2, dtype=torch.float32) if floats else ())
-    return [next(made).view(torch.int32).to(torch.int64) if t.is_floating_point() and t.numel() else
-            (torch.view_as_real(t) if t.is_complex() else t).sum().to(torch.int64) for t in tensors]
+    made: dict[int, Tensor] = {}
+    for wide in (False, True):
+        floats = {i: t for i, t in enumerate(tensors)
+                  if t.is_floating_point() and t.numel() and (t.dtype is torch.float64) == wide}
+        if floats:
+            found = torch._foreach_norm(list(floats.values()), 2, dtype=None if wide else torch.float32)
+            made |= {i: norm.float().view(torch.int32).to(torch.int64) for i, norm in zip(floats, found, strict=True)}
+    return [made[i] if i in made else (torch.view_as_real(t) if t.is_complex() else t).sum().to(torch.int64)
+            for i, t in enumerate(tensors)]
 
 
 def norm_of(bits: int) -> float:

@@ -81,7 +81,8 @@ class TraceGuard(TorchFunctionMode):
         if func in REFUSED:
             raise CaptureError(REFUSED[func][0], line_here(), REFUSED[func][1])
         args, kwargs = self._found(args, kwargs or {})
-        self._refuse_seeds(kwargs)
+        if not torch.compiler.is_dynamo_compiling():  # of a branch of torch.cond, it traces this function, too
+            self._refuse_seeds(kwargs)
         if func == _DATA:
             return args[0].detach()
         if func is torch.Tensor.register_hook:
