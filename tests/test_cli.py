@@ -49,7 +49,7 @@ def test_plan_is_printed_in_full(capsys):
     assert run(capsys, "plan", "tp=2, dp=4") == (0, "dp=4,tp=2   world size 8\n", "")
 
 
-@pytest.mark.parametrize("text, named", [("dp=0", "`dp`=0"), ("banana=1", "`banana`"), ("dp=2,ep=2", "`ep`=2")])
+@pytest.mark.parametrize("text, named", [("dp=0", "`dp`=0"), ("banana=1", "`banana`"), ("dp=2,ep=4", "`ep`=4")])
 def test_a_bad_plan_exits_with_2(capsys, text, named):
     code, _, err = run(capsys, "plan", text)
     assert code == 2 and err.startswith("error: ") and named in err and "try" in err
@@ -159,5 +159,5 @@ def test_arguments_that_argparse_refuses(argv):
 
 
 def test_the_module_runs():
-    done = subprocess.run([sys.executable, "-m", "fxpar", "plan", "dp=2,ep=2"], capture_output=True, text=True)
-    assert done.returncode == 2 and "ep=1" in done.stderr
+    done = subprocess.run([sys.executable, "-m", "fxpar", "plan", "dp=2,ep=4"], capture_output=True, text=True)
+    assert done.returncode == 2 and "`ep`=4" in done.stderr

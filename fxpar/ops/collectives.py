@@ -166,7 +166,10 @@ CONJUGATE: dict[str, tuple[Direction, Direction | None]] = {
 them."""
 PERFORMED_ELSEWHERE = {"to_experts": (ROWS, ROWS), "to_tokens": (ROWS, ROWS)}
 """The same of those that perform themselves."""
-_DIRECTIONS = CONJUGATE | PERFORMED_ELSEWHERE
+
+
+def _directions(kind: str) -> tuple[Direction, Direction | None]:
+    return CONJUGATE[kind] if kind in CONJUGATE else PERFORMED_ELSEWHERE[kind]
 
 
 def run_direction(step: Direction, run: Runtime, x: Tensor, axes: Axes, place: PlaceInDim, to: PlaceInDim) -> Tensor:
@@ -210,12 +213,12 @@ class Collective:
 
     @property
     def forward(self) -> Direction:
-        return _DIRECTIONS[self.kind][0]
+        return _directions(self.kind)[0]
 
     @property
     def backward(self) -> Direction | None:
         """None where no gradient flows."""
-        return _DIRECTIONS[self.kind][1]
+        return _directions(self.kind)[1]
 
     @property
     def gathers(self) -> bool:

@@ -41,6 +41,12 @@ class Branch(Net):
         return y.sum()
 
 
+class BranchesWhereNegative(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return -y.sum() if self.sign < 0 and y.sum() > 0 else y.sum()
+
+
 class Selects(Net):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -262,8 +268,8 @@ def error_of(rank: int, what: str) -> tuple[str, str]:
     """The error that this rank gets where ranks differ in `what`."""
     torch.manual_seed(0)
     try:
-        model = Branch() if what == "failure" and rank else Net(5 + rank if what == "model" else 6)
-        model.sign = 1 - 2 * rank if what == "code" else 1
+        model = BranchesWhereNegative() if what == "failure" else Net(5 + rank if what == "model" else 6)
+        model.sign = 1 - 2 * rank if what in ("code", "failure") else 1
         plan = ["dp=2", "tp=2"][rank] if what == "plan" else "dp=2"
         options = {what: (["eager", "inductor"] if what == "backend" else ["auto", "nccl"])[rank]} if what in OPTIONS else {}
         module = fxpar.parallelize(model, plan, (X[: 1 + rank] if what == "example" else X,), **options)

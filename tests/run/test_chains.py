@@ -170,7 +170,8 @@ def programs(rank: int, plan: str, seeds: list[int]) -> list[dict[str, Any]]:
     return [program(seed, modules, z, target, 1) for seed in seeds]
 
 
-@pytest.mark.parametrize("plan", [p if p == "dp=2,tp=2" else pytest.param(p, marks=pytest.mark.slow) for p in PLANS])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
 @settings(max_examples=2, phases=[Phase.generate])
 @given(RANDOM)
 def test_any_chain_of_modules_is_that_of_one_device(plan, r):

@@ -335,9 +335,9 @@ def test_a_model_computes_what_it_did():
     same(step(0, "dp=1", "inductor"), step(0, "dp=1", "eager"))
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
-@pytest.mark.parametrize("plan", ["dp=2", pytest.param("tp=2", marks=pytest.mark.slow),
-                                  pytest.param("dp=2,zero=3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plan", ["dp=2", "tp=2", "dp=2,zero=3"])
 def test_two_processes_compute_what_one_does(plan):
     want = step(0, "dp=1", "eager")
     for have in launch(2, step, plan, "inductor", timeout=300):

@@ -203,6 +203,7 @@ def step(rank: int, plan: str, backend: str) -> tuple[float, dict[str, Tensor]]:
     return loss.item(), {n: p.grad.full_tensor() for n, p in module.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_three_heads_are_compiled_for_two_ranks():
     model, batch = one_layer()
