@@ -81,7 +81,7 @@ def same(have: list[Any], want: list[Any]) -> None:
         torch.testing.assert_close(have[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(RANDOM)
 def test_changes_between_steps_are_the_plain_models(r):
     plain = model()

@@ -46,7 +46,7 @@ def check_plans(name: str, plans: list[str]) -> None:
 SOME = st.lists(st.sampled_from(PLANS), min_size=2, max_size=3, unique=True)
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(st.sampled_from(MODELS), SOME)
 def test_plans_after_one_capture_are_those_of_captures_of_their_own(name, plans):
     check_plans(name, plans)
