@@ -19,6 +19,7 @@ from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions
@@ -34,6 +35,7 @@ from fxpar.compat.steps import (
     interpret_steps,
     output_code,
     sizes_of_values,
+    sizes_to_compile,
     storage_of,
     trace_steps,
 )
@@ -51,7 +53,10 @@ __all__ = [
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
+    "attention_priority",
     "autocast_region",
+    "cache_counts",
+    "cache_settings",
     "compile_graph",
     "compile_steps",
     "default_store",
@@ -61,6 +66,7 @@ __all__ = [
     "is_grouped_product",
     "is_pointwise",
     "is_random",
+    "is_subgraph_call",
     "mutates",
     "no_grad_region",
     "no_torch_function",
@@ -121,16 +127,18 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
                   backward_at_once: bool = False, counts: bool = False) -> Callable:
     """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
 
-    No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this
-    graph alone. backward_at_once: the backward is compiled now, and not when it first runs. counts: see `sizes_of_values`.
+    No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this graph alone; without those of
+    `cache_settings` nothing is kept on disk. backward_at_once: the backward is compiled now, and not when it first runs.
+    counts: see `sizes_of_values`.
     """
     from torch._functorch import config as aot
     from torch._inductor.compile_fx import compile_fx
 
     _mend_reductions()
     at_once = aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext()
-    with at_once, sizes_of_values(inputs, counts) as inputs:
-        compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
+    with at_once, sizes_to_compile(inputs, counts) as inputs:
+        compiled: Any = compile_fx(gm, inputs, config_patches=cache_settings(None, ()) | (config or {}),
+                                   ignore_shape_env=not counts)
     return compiled
 
 
