@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def _as_one(passes: Sequence[GraphPass], key: str | None) -> Any:
             one(graph)
 
     applied = [(module.__name__, one.func.__name__, one.keywords) for module, one in passes]
-    return compat.graph_pass(apply, *_sources(), key=f"{applied} {key}")
+    return compat.graph_pass(apply, key=f"{applied} {_digest(tuple(_sources()))} {key}")
 
 
 @functools.cache
@@ -92,13 +93,23 @@ def _sources() -> list[str]:
     return sorted(f"{folder}/{name}" for folder, names in folders for name in names if name.endswith(".py"))
 
 
-def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, plan: Plan) -> Callable:
-    """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters)."""
+@functools.cache
+def _digest(files: tuple[str, ...]) -> str:
+    """Of what the files say, which this process goes by from now on: it has imported them."""
+    return hashlib.sha256(b"\0".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, plan: Plan,
+          later: Callable[[float], None] | None = None) -> Callable:
+    """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters).
+
+    ``later(seconds)`` is called when the backward was compiled, if that was after this had returned.
+    """
     plain, keep = tensor_inputs_only(module, example, fused=True)
     given = [example[i] for i in keep]
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
         config = _settings(plain.graph, given, runtime, plan)
-        compiled = compat.compile_graph(plain, given, config, counts=counts_rows(plain.graph))
+        compiled = compat.compile_graph(plain, given, config, counts=counts_rows(plain.graph), later=later)
 
     def run(*inputs: Any) -> Any:
         with use_runtime(runtime):
@@ -130,3 +141,6 @@ def _few_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*often)
+
+
+_digest(tuple(_sources()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -124,21 +125,31 @@ def autocast_region(node: fx.Node) -> bool:
 
 
 def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None,
-                  backward_at_once: bool = False, counts: bool = False) -> Callable:
+                  backward_at_once: bool = False, counts: bool = False, later: Callable[[float], None] | None = None) -> Callable:
     """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
 
     No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this graph alone; without those of
     `cache_settings` nothing is kept on disk. backward_at_once: the backward is compiled now, and not when it first runs.
-    counts: see `sizes_of_values`.
+    counts: see `sizes_of_values`. later: told the seconds of what is compiled after this has returned.
     """
     from torch._functorch import config as aot
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    returned = False
+
+    def compile_one(*args: Any, **options: Any) -> Any:
+        begin = time.perf_counter()
+        made = compile_fx_inner(*args, **options)
+        if later is not None and returned:
+            later(time.perf_counter() - begin)
+        return made
 
     _mend_reductions()
     at_once = aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext()
     with at_once, sizes_to_compile(inputs, counts) as inputs:
-        compiled: Any = compile_fx(gm, inputs, config_patches=cache_settings(None, ()) | (config or {}),
+        compiled: Any = compile_fx(gm, inputs, compile_one, config_patches=cache_settings(None, ()) | (config or {}),
                                    ignore_shape_env=not counts)
+    returned = True
     return compiled
 
 
