@@ -178,7 +178,7 @@ def main() -> None:
             for kernel in args.kernels:
                 with sdpa_kernel(BACKENDS[kernel]) if not args.cpu else contextlib.nullcontext():
                     about = {"gpus": ranks, "tokens": length, "kernel": kernel}
-                    for name, many, make in peers(args, bound, mesh, length, ranks, device):
+                    for name, many, make in peers(args, bound, mesh, length, ranks, kernel, device):
                         line = timed(name, make, device, group if many else None, args, about)
                         if "ms" in line and many and name != "fxpar window":
                             line["tflops_per_gpu"] = round(work / line["ms"] / 1e9, 1)
@@ -192,14 +192,15 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def peers(args: argparse.Namespace, bound: BoundMesh, mesh: DeviceMesh, length: int, ranks: int,
+def peers(args: argparse.Namespace, bound: BoundMesh, mesh: DeviceMesh, length: int, ranks: int, kernel: str,
           device: torch.device) -> Iterator[tuple[str, bool, Callable[[], Step]]]:
     """(name, whether it runs on several ranks, what makes its step) of what is compared."""
     yield "one GPU", False, lambda: differentiated(whole, args, length, device)
     runtime = GroupRuntime(bound)
     with use_runtime(runtime):
         yield "fxpar ring", True, lambda: differentiated(ring, args, length // ranks, device)
-        yield "fxpar window", True, lambda: differentiated(windowed(args.window), args, length // ranks, device)
+        if kernel == "flash":  # the one that knows windows
+            yield "fxpar window", True, lambda: differentiated(windowed(args.window), args, length // ranks, device)
     if args.cpu:
         return  # PyTorch's knows GPUs' kernels alone
     for rotate in ("allgather", "alltoall"):
