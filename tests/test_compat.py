@@ -103,6 +103,24 @@ def test_strided_shards_that_say_no_order_are_gathered_whatever_made_them():
 
 
 
+def test_numbers_of_dtensors_are_read_from_what_is_made_of_them(monkeypatch):
+    monkeypatch.setattr(DTensor, "__format__", DTensor.__format__)
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    before = handlers.get(aten._local_scalar_dense.default)
+    t = DTensor.from_local(torch.tensor(2.0), one_rank_mesh(), [Replicate()])
+    assert t.item() == 2
+    compat.read_numbers_of(lambda t: t._local_tensor + 1)
+    try:
+        assert t.item() == float(t) == int(t) == 3 and bool(t - 2) and f"{t:.2f}" == "3.00" and "2.0" in f"{t}"
+        with pytest.raises(TypeError, match="format"):
+            f"{t.reshape(1):.2f}"
+    finally:
+        compat.read_numbers_of(lambda t: t._local_tensor)
+        if before is not None:
+            handlers[aten._local_scalar_dense.default] = before
+    assert t.item() == 2
+
+
 def test_checkpoints_of_torch_refuse_parts_of_several_pieces(tmp_path):
     mesh, inside = one_rank_mesh(), [compat.strided_shard(0, 3)]
     tensor = DTensor.from_local(torch.ones(12), mesh, inside)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
+from fxpar.compat.numbers import read_numbers_of
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions
 from fxpar.compat.steps import (
     Cut,
@@ -67,6 +68,7 @@ __all__ = [
     "process_groups",
     "quiet_traces",
     "read_metadata",
+    "read_numbers_of",
     "sizes_of_values",
     "storage_of",
     "strided_shard",

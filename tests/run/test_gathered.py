@@ -151,11 +151,40 @@ def averages_weights(rank: int, pair: Pair) -> None:
 
 
 def has_gradients_of_penalties(rank: int, pair: Pair) -> None:
+    numbers = []
     for model, rows in ((pair.module, pair.mine()), (pair.plain, [pair.x, pair.y])):
         model.zero_grad()
-        (model(*rows) + 0.1 * sum(p.pow(2).sum() for p in model.parameters())).backward()
+        loss = model(*rows) + 0.1 * sum(p.pow(2).sum() for p in model.parameters())
+        loss.backward()
+        numbers.append([loss.item(), float(loss.detach() + 0), float(f"{loss:.6e}")])
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
     for p, q in zip(pair.module.parameters(), pair.plain.parameters(), strict=True):
         assert close(p.grad.full_tensor(), q.grad)
+
+
+def has_numbers_of_parameters(rank: int, pair: Pair) -> None:
+    """Whatever is made of parameters, and added up, and put beside plain numbers."""
+    makers = (lambda p: p.sum(), lambda p: p.abs().mean(), lambda p: p.norm(), lambda p: p.norm(3) ** 3, lambda p: p.max(),
+              lambda p: p.min(), lambda p: (p > 0).sum(), lambda p: p.std(), lambda p: p.isnan().any(), lambda p: p.flatten()[-1],
+              lambda p: (p * p).sum().sqrt(), lambda p: (p * 2).square().mean() + torch.tensor(0.5))
+    pair.module.load_state_dict(pair.plain.state_dict())
+    for number, make in enumerate(makers):
+        have, want = ([make(p.detach()) for p in m.parameters()] for m in (pair.module, pair.plain))
+        for a, b in zip([*have, sum(map(Tensor.float, have))], [*want, sum(map(Tensor.float, want))], strict=True):
+            assert a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6), number
+            assert bool(a > b + 0.1) is bool(a + 0.1 < b) is False
+
+
+def says_who_reads_a_number_alone(rank: int, pair: Pair) -> None:
+    penalty = sum(p.pow(2).sum() for p in pair.module.parameters())
+    if not any(place.is_partial() for place in penalty.placements):
+        return
+    with pytest.raises(MismatchError, match=r"rank 0 item\(\) of a sum over.*full_tensor\(\)`\), rank 1 "):
+        if rank == 0:
+            penalty.item()
+        else:
+            pair.module(*pair.mine())
+    assert pair.agree()
 
 
 def meets_plain_labels(rank: int, pair: Pair) -> None:
@@ -179,14 +208,16 @@ def meets_plain_labels(rank: int, pair: Pair) -> None:
 
 
 CHECKS = (is_there_for_a_while, keeps_what_rank_0_wrote, ends_on_all_ranks, says_what_needs_it_whole, takes_full_state_dicts,
-          averages_weights, has_gradients_of_penalties)
+          averages_weights, has_gradients_of_penalties, says_who_reads_a_number_alone)
 UNDER_TP = (*CHECKS, meets_plain_labels)
+SLOW = (*CHECKS, has_numbers_of_parameters)
 
 
 def checks(rank, text, names):
     pair = Pair(text)
-    for check in (check for check in UNDER_TP if check.__name__ in names):
-        check(rank, pair)
+    for check in dict.fromkeys((*UNDER_TP, *SLOW)):
+        if check.__name__ in names:
+            check(rank, pair)
 
 
 def names_of(*checks):
@@ -198,9 +229,9 @@ def test_a_module_besides_its_steps():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["dp=2", "dp=2,zero=1", "dp=2,zero=3"])
+@pytest.mark.parametrize("text", ["tp=2", "dp=2", "dp=2,zero=1", "dp=2,zero=3"])
 def test_a_module_besides_its_steps_under_other_plans(text):
-    launch(2, checks, text, names_of(*CHECKS))
+    launch(2, checks, text, names_of(*SLOW))
 
 
 @pytest.mark.slow
