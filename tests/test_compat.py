@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import importlib
 import logging
@@ -306,6 +308,22 @@ def test_functions_applied_by():
 def test_has_setup_context():
     assert compat.has_setup_context(WithSetup) and not compat.has_setup_context(Tripled)
 
+
+
+def test_calls_of_a_module_go_through_a_function_of_which_copies_know_nothing():
+    made, x = nn.Linear(2, 2), torch.ones(2)
+    made.register_forward_hook(lambda module, args, out: out + 1)
+    want = made(x)
+    compat.call_by(made, functools.partial(lambda module, *args: ("called", compat.call_plainly(module, *args)), made))
+    assert made(x)[0] == "called" and torch.equal(made(x)[1], want)
+    assert torch.equal(copy.deepcopy(made)(x), want)
+    assert compat.CALLED in vars(made)
+    compat.call_by(made, None)
+    assert torch.equal(made(x), want) and compat.CALLED not in vars(made)
+    compiled = nn.Linear(2, 2)
+    compiled._compiled_call_impl = compiled.forward  # as `compiled.compile()` has it
+    compat.call_by(compiled, functools.partial(print))
+    assert compiled(x).shape == (2,)
 
 
 def test_forward_hooks_of_one_module_and_of_all():

@@ -23,11 +23,12 @@ class Net(nn.Module):
     def __init__(self, loss=True):
         super().__init__()
         self.up, self.norm, self.down, self.head = nn.Linear(8, 32), nn.LayerNorm(8), nn.Linear(32, 8), nn.Linear(8, 4)
+        self.blocks = nn.Sequential(self.up, nn.GELU(), self.down)
         self.register_buffer("scale", torch.ones(8))
         self.loss = loss
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.down(F.gelu(self.up(x)))) * self.scale
+        return self.norm(x + self.blocks(x)) * self.scale
 
     def classes(self) -> int:
         return self.head.out_features
@@ -121,6 +122,16 @@ def says_what_needs_it_whole(rank: int, pair: Pair) -> None:
     with pytest.raises(InputError, match=r"Net\.encode mixes plain tensors.*with module\.gathered\(\) as model: model\.encode"):
         module.encode(pair.x)
     assert module.classes() == 4
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"Net\.norm mixes plain tensors.*with module\.gathered\(\) as model: model\.norm\("):
+            module.norm(pair.x)
+        with pytest.raises(InputError, match=r"Net\.blocks mixes plain tensors.*model\.blocks\(.*"):
+            module.blocks(pair.x)
+        assert torch.equal(module.blocks[1](pair.x), F.gelu(pair.x)) and pair.agree()
+    with module.gathered() as model:
+        assert close(model.blocks(pair.x), pair.plain.blocks(pair.x)) and close(module.norm(pair.x), pair.plain.norm(pair.x))
+    with pytest.raises(InputError, match=r"Net\.norm mixes"):
+        copy.deepcopy(module).norm(pair.x)
 
 
 def takes_full_state_dicts(rank: int, pair: Pair) -> None:
