@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
+from fxpar.compat.numbers import read_numbers_of
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions
 from fxpar.compat.steps import (
     Cut,
@@ -67,6 +68,7 @@ __all__ = [
     "process_groups",
     "quiet_traces",
     "read_metadata",
+    "read_numbers_of",
     "sizes_of_values",
     "storage_of",
     "strided_shard",
@@ -234,6 +236,24 @@ def without_forward_hooks(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module.__dict__.update(kept)
+
+
+CALLED = "_compiled_call_impl"
+"""The attribute of a module that is called in its place."""
+
+
+def call_by(module: torch.nn.Module, function: Callable | None) -> None:
+    """Have ``module(...)`` call `function`, or what it called before any was given; copies and pickles of it do not. A module
+    whose user compiled it is left alone."""
+    if isinstance(module.__dict__.get(CALLED), functools.partial):
+        del module.__dict__[CALLED]
+    if function is not None and module.__dict__.get(CALLED) is None:
+        module.__dict__[CALLED] = function
+
+
+def call_plainly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``module(...)`` does where `call_by` was given nothing: its hooks and its forward."""
+    return module._call_impl(*args, **kwargs)
 
 
 def memory(tensor: Any) -> torch.Tensor:
