@@ -236,6 +236,22 @@ def without_forward_hooks(module: torch.nn.Module) -> Iterator[None]:
         module.__dict__.update(kept)
 
 
+def trace_facts(t: torch.Tensor) -> tuple | None:
+    """What a trace may depend on of a tensor, but for its values; None if its shape or its values are not what they seem: a shape
+    is a symbol, or the trace knows the values of a fake tensor."""
+    if getattr(t, "constant", None) is not None or not all(type(n) is int for n in (*t.shape, *t.stride())):
+        return None
+    return type(t), tuple(t.shape), t.stride(), t.dtype, t.device, t.layout, t.requires_grad, t.is_leaf, t.storage_offset()
+
+
+def trace_modes() -> tuple:
+    """PyTorch's settings that a trace may depend on."""
+    kinds = ("cpu", "cuda")
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.get_default_device(),
+            *((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds), torch.is_autocast_cache_enabled(),
+            torch.are_deterministic_algorithms_enabled(), torch.overrides._len_torch_function_stack())
+
+
 def memory(tensor: Any) -> torch.Tensor:
     """The tensor that a DTensor keeps its rank's part in, itself."""
     return tensor._local_tensor

@@ -48,7 +48,8 @@ class TraceGuard(TorchFunctionMode):
 
     ``torch.rand([]) < p`` is answered where it does not depend on the draw: p is 0 or 1 (layer dropping is off). ``x.data``,
     which would be a constant, is `x` detached. A parameter that the forward finds elsewhere than in its module (in a list, a
-    closure, a partial) is the module's: `places` says where that is. ``x.register_hook(f)`` leaves a mark in `hooks`.
+    closure, a partial) is the module's: `places` says where that is. ``x.register_hook(f)`` leaves a mark in `marks`:
+    results that have to be outputs of the trace.
     Raises: `CaptureError` for the functions of `REFUSED`, for a tensor that wants a gradient and is no parameter, for a generator
     of random numbers that is not PyTorch's default one, and for a seed that the forward sets.
     """
@@ -57,7 +58,7 @@ class TraceGuard(TorchFunctionMode):
         super().__init__()
         self.places = places
         self.draws: list[torch.Tensor] = []
-        self.hooks: list[torch.Tensor] = []
+        self.marks: list[torch.Tensor] = []
         self.given: set[int] = set()
         self._made: list[tuple[Any, Any]] = []
         self._imports = _imports()
@@ -86,7 +87,7 @@ class TraceGuard(TorchFunctionMode):
         if func == _DATA:
             return args[0].detach()
         if func is torch.Tensor.register_hook:
-            self.hooks.append(record_hook(*args, **kwargs))
+            self.marks.append(record_hook(*args, **kwargs))
             return _Handle()
         if func is torch.Tensor.random_ and len(args) == 3:  # an overload whose name Python does not take: "from"
             return args[0].random_(args[2] - args[1]).add_(args[1])
@@ -111,7 +112,7 @@ class TraceGuard(TorchFunctionMode):
     def require_nothing_kept(self) -> None:
         """Raises: `CaptureError` if somebody still has a tensor that was made, now that the trace is over: it has no values."""
         self.draws.clear()
-        self.hooks.clear()
+        self.marks.clear()
         for generation in (None, 0, 1, 2):  # a full collection takes as long as many captures
             if generation is not None:
                 gc.collect(generation)
