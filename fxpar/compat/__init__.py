@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
-from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions
+from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -72,6 +72,7 @@ __all__ = [
     "strided_shard",
     "trace_steps",
     "unchecked_distributions",
+    "untraced",
 ]
 
 
@@ -248,7 +249,7 @@ def trace_modes() -> tuple:
     """PyTorch's settings that a trace may depend on."""
     kinds = ("cpu", "cuda")
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.get_default_device(),
-            *((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds), torch.is_autocast_cache_enabled(),
+            *map(torch.is_autocast_enabled, kinds), *map(torch.get_autocast_dtype, kinds), torch.is_autocast_cache_enabled(),
             torch.are_deterministic_algorithms_enabled(), torch.overrides._len_torch_function_stack())
 
 

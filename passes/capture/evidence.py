@@ -198,7 +198,7 @@ class Evidence:
 
     @contextlib.contextmanager
     def watching(self, reads: Reads) -> Iterator[None]:
-        """Inside, it is seen what is looked at; afterwards, what was written to."""
+        """Inside, it is seen what is looked at."""
         reads.listener = self._look
         sys.setprofile(self._call)
         try:
@@ -206,6 +206,9 @@ class Evidence:
         finally:
             sys.setprofile(None)
             reads.listener = None
+
+    def settle(self) -> None:
+        """Afterwards, `reason` says whether something that was looked at was written to."""
         for slot, _, was in self._slots.values():
             if self.view.describe(slot.get(slot.name, MISSING), was[0]) != was[1]:
                 self._spoil(f"it changes {slot.text}, or that is nothing to compare")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -60,8 +59,6 @@ class _Call:
     key: Hashable
     hooks: list[Any]
 
-    def equals(self, other: _Call) -> bool:
-        return self.key == other.key and self.hooks == other.hooks and self.rest == other.rest
 
 
 @dataclass
@@ -75,6 +72,11 @@ class _Class:
     made: list[Tensor]
     leaves: list[Any]
     spec: pytree.TreeSpec
+
+    def is_like(self, call: _Call) -> bool:
+        """Whether a call of another layer would be traced as this one was."""
+        mine = self.call
+        return mine.key == call.key and mine.hooks == call.hooks and mine.rest == call.rest and self.evidence.holds(call.view)
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,16 @@ class _Layers:
     def run(self, group: _Group, layer: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         group.calls += 1
         few = max(group.members, group.calls) < 2 or group.misses == MISSES
-        call = None if self.inside or few or sys.getprofile() is not None else self._call(layer, args, kwargs)
+        if self.inside or few or sys.getprofile() is not None:
+            return forward(*args, **kwargs)
+        with compat.untraced():
+            call = self._call(layer, args, kwargs)
+            known = next((c for c in group.classes if call is not None and c.is_like(call)), None)
         if call is None:
             return forward(*args, **kwargs)
-        for known in group.classes:
-            if known.call.equals(call) and known.evidence.holds(call.view):
-                known.evidence.share(self.reads, call.view)
-                return self._again(known, call)
+        if known is not None:
+            known.evidence.share(self.reads, call.view)
+            return self._again(known, call)
         self.inside = True
         try:
             return self._trace(group, call, forward, args, kwargs)
@@ -131,10 +136,11 @@ class _Layers:
         return self.owners[id(t)] != sum(p is t for p in view.tensors)
 
     def _trace(self, group: _Group, call: _Call, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        number, hooks = self.count, len(self.traced.marks)
+        number, count = self.count, len(self.traced.marks)
         self.count += 1
-        before, versions, modes = self._state(call), [t._version for t in call.given], compat.trace_modes()
-        evidence = Evidence(call.view, forward)
+        with compat.untraced():
+            evidence = Evidence(call.view, forward)
+            before = self._state(call)
         self.traced.marks.append(marks.begins(call.given, number))
         with evidence.watching(self.reads):
             out = forward(*args, **kwargs)
@@ -144,27 +150,38 @@ class _Layers:
         made = list({id(x): x for x in leaves if isinstance(x, Tensor) and id(x) not in given}.values())
         if made:
             self.traced.marks.append(marks.ends(made, number))
-        again, again_spec = pytree.tree_flatten((args, kwargs))
-        grads = {t.requires_grad for t in made if t.is_floating_point()}
-        wants = torch.is_grad_enabled() and any(t.requires_grad for t in call.given)
-        same = not evidence.reason and modes == compat.trace_modes() and versions == [t._version for t in call.given] and \
-            made and len(self.traced.marks) == hooks + 2 and _are(before, self._state(call)) and \
-            again_spec == call.spec and _are([again], [call.leaves]) and grads <= {wants} and \
-            all(isinstance(x, (Tensor, *SIMPLE)) for x in leaves) and all(compat.trace_facts(t) is not None for t in made) and \
-            [None if isinstance(x, Tensor) else call.view.describe(x) for x in again] == call.rest
-        if same:
-            new = {id(t): i for i, t in enumerate(made)}
-            places = [x if not isinstance(x, Tensor) else _Place(id(x) in new, (new if id(x) in new else given)[id(x)])
-                      for x in leaves]
-            group.classes.append(_Class(number, call, evidence, made, places, spec))
-        else:
+        with compat.untraced():
+            evidence.settle()
+            same = not evidence.reason and len(self.traced.marks) == count + 2 and _are(before, self._state(call)) and \
+                self._leaves_inputs(call, args, kwargs) and self._can_be_again(call, leaves, made)
+        if not same:
             group.misses += 1
+            return out
+        new = {id(t): i for i, t in enumerate(made)}
+        places = [x if not isinstance(x, Tensor) else _Place(id(x) in new, (new if id(x) in new else given)[id(x)])
+                  for x in leaves]
+        group.classes.append(_Class(number, call, evidence, made, places, spec))
         return out
 
+    def _leaves_inputs(self, call: _Call, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether what a call was given is as it was."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        return spec == call.spec and _are([leaves], [call.leaves]) and \
+            [None if isinstance(x, Tensor) else call.view.describe(x) for x in leaves] == call.rest
+
+    def _can_be_again(self, call: _Call, leaves: list[Any], made: list[Tensor]) -> bool:
+        """Whether `marks.again` makes what a layer returns: it says by the inputs whether results have gradients."""
+        wants = torch.is_grad_enabled() and any(t.requires_grad for t in call.given)
+        return all(isinstance(x, (Tensor, *SIMPLE)) for x in leaves) and all(
+            compat.trace_facts(t) is not None and t.requires_grad == (wants and (t.is_floating_point() or t.is_complex()))
+            for t in made)
+
     def _state(self, call: _Call) -> list[list[Any]]:
-        """All that the model holds: what is in its attributes, and in the tables of this layer."""
+        """What a layer may write to: what the model's attributes hold, the tables of the layer, the versions of the tensors that
+        it was given, and PyTorch's settings."""
         tables = [*call.view.tables, *(m._modules for m in call.view.modules)]
-        return [*([*t, *t.values()] for t in tables), *self.record.held()]
+        return [*([*t, *t.values()] for t in tables), *self.record.held(), [t._version for t in call.given],
+                list(compat.trace_modes())]
 
     def _again(self, known: _Class, call: _Call) -> Any:
         made = marks.again(call.given, known.made, known.number)
@@ -173,9 +190,10 @@ class _Layers:
 
 
 def _are(before: list[list[Any]], now: list[list[Any]]) -> bool:
-    """Whether lists hold the same objects."""
-    return len(before) == len(now) and all(len(a) == len(b) and all(map(operator.is_, a, b))
-                                           for a, b in zip(before, now, strict=True))
+    """Whether lists hold the same objects, or equal numbers."""
+    return len(before) == len(now) and all(
+        len(a) == len(b) and all(x is y or (type(x) is type(y) and isinstance(x, SIMPLE) and x == y) for x, y in zip(a, b))
+        for a, b in zip(before, now))
 
 
 def _members(model: nn.Module) -> Iterator[nn.Module]:

@@ -6,7 +6,7 @@ import gc
 import random
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ REFUSED: dict[Any, tuple[str, str]] = {
 
 _UNLIKELY = 0x5DEECE66D1B54A32
 """The seed of PyTorch's generator in a trace: a forward that sets one sets another."""
+
+_NO_TREES = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 Places = Mapping[int, tuple[dict[str, Any], str]]
 """Where the model keeps each of its parameters: id -> the module's table and the name in it."""
@@ -94,7 +96,7 @@ class TraceGuard(TorchFunctionMode):
         made = func(*args, **kwargs)
         if func is torch.rand and made.dim() == 0:
             self.draws.append(made)
-        fakes = [t for t in pytree.tree_leaves(made) if isinstance(t, compat.FakeTensor)]
+        fakes = [t for t in _tensors((made,)) if isinstance(t, compat.FakeTensor)]
         if fakes:
             line = _frame()
             self._made += [(weakref.ref(t), line) for t in fakes]
@@ -130,7 +132,7 @@ class TraceGuard(TorchFunctionMode):
 
     def _found(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments, with the module's own parameters for those that come from elsewhere."""
-        if not any(_is_foreign(t) for t in pytree.tree_leaves((args, kwargs))):
+        if not any(map(_is_foreign, _tensors((*args, *kwargs.values())))):
             return args, kwargs
         return pytree.tree_map_only(torch.Tensor, self._own, (args, kwargs))
 
@@ -181,8 +183,19 @@ def _where_kept(t: torch.Tensor) -> str:
     return ""
 
 
+def _tensors(values: Iterable[Any]) -> list[Any]:
+    """The leaves of trees that may be tensors; most values are no trees."""
+    out: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            out.append(value)
+        elif type(value) not in _NO_TREES:
+            out += pytree.tree_leaves(value)
+    return out
+
+
 def _is_foreign(t: Any) -> bool:
-    return isinstance(t, torch.Tensor) and t.requires_grad and t.is_leaf and not isinstance(t, compat.FakeTensor)
+    return isinstance(t, torch.Tensor) and not isinstance(t, compat.FakeTensor) and t.requires_grad and t.is_leaf
 
 
 def _imports() -> int:
