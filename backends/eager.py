@@ -44,8 +44,10 @@ def run_flat(module: fx.GraphModule, inputs: list[Any], record: dict[str, Any] |
     raise AssertionError("a program without an output")
 
 
-def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan) -> Callable[..., Any]:
-    """A callable over the program's flat local inputs. Collectives speak to `runtime`.
+def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan,
+          later: Callable[[float], None] | None = None) -> Callable[..., Any]:
+    """A callable over the program's flat local inputs. Collectives speak to `runtime`. later: of a backend that compiles, see
+    `fxpar.backends.inductor.lower`; here nothing is.
 
     Where the plan has the backward pass make values again, forward and backward are traced once, split, and run as they
     stand; `example` has local inputs, one per placeholder, whose ``requires_grad`` matters.

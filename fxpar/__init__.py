@@ -3,6 +3,7 @@
 parallelize     the one line: a model and a `Plan` -> a `ParallelModule`
 Plan            how a model is split over ranks
 sampler         the data of this rank's replica
+pad             batches of many lengths, as calls of few shapes
 capture         a model traced once, for many plans
 simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
@@ -24,6 +25,7 @@ from fxpar.errors import (
     PlanError,
     UnsupportedOperator,
 )
+from fxpar.model.padding import pad
 from fxpar.plan import Plan
 from fxpar.report.report import Report, inspect
 from fxpar.run.module import ParallelModule
@@ -35,4 +37,4 @@ __version__ = "0.1.0"
 __all__ = ["CaptureError", "Captured", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "MismatchError",
            "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
            "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
-           "load_safetensors", "parallelize", "sampler", "save_checkpoint", "simulate", "testing"]
+           "load_safetensors", "pad", "parallelize", "sampler", "save_checkpoint", "simulate", "testing"]

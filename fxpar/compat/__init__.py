@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import read_numbers_of
@@ -35,6 +37,7 @@ from fxpar.compat.steps import (
     interpret_steps,
     output_code,
     sizes_of_values,
+    sizes_to_compile,
     storage_of,
     trace_steps,
 )
@@ -52,7 +55,10 @@ __all__ = [
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
+    "attention_priority",
     "autocast_region",
+    "cache_counts",
+    "cache_settings",
     "compile_graph",
     "compile_steps",
     "default_store",
@@ -62,6 +68,7 @@ __all__ = [
     "is_grouped_product",
     "is_pointwise",
     "is_random",
+    "is_subgraph_call",
     "mutates",
     "no_grad_region",
     "no_torch_function",
@@ -121,19 +128,31 @@ def autocast_region(node: fx.Node) -> bool:
 
 
 def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None,
-                  backward_at_once: bool = False, counts: bool = False) -> Callable:
+                  backward_at_once: bool = False, counts: bool = False, later: Callable[[float], None] | None = None) -> Callable:
     """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
 
-    No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this
-    graph alone. backward_at_once: the backward is compiled now, and not when it first runs. counts: see `sizes_of_values`.
+    No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this graph alone; without those of
+    `cache_settings` nothing is kept on disk. backward_at_once: the backward is compiled now, and not when it first runs.
+    counts: see `sizes_of_values`. later: told the seconds of what is compiled after this has returned.
     """
     from torch._functorch import config as aot
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    returned = False
+
+    def compile_one(*args: Any, **options: Any) -> Any:
+        begin = time.perf_counter()
+        made = compile_fx_inner(*args, **options)
+        if later is not None and returned:
+            later(time.perf_counter() - begin)
+        return made
 
     _mend_reductions()
     at_once = aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext()
-    with at_once, sizes_of_values(inputs, counts) as inputs:
-        compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
+    with at_once, sizes_to_compile(inputs, counts) as inputs:
+        compiled: Any = compile_fx(gm, inputs, compile_one, config_patches=cache_settings(None, ()) | (config or {}),
+                                   ignore_shape_env=not counts)
+    returned = True
     return compiled
 
 
