@@ -33,7 +33,13 @@ def save_adapters(path: str | os.PathLike, module: ParallelModule) -> None:
                 own = {**part._parameters, **part._buffers}
                 state |= {name: own[name.rpartition(".")[2]].detach().clone() for name in names
                           if name.rpartition(".")[0] == owner}
-    alike(ranks, path, lambda: model.save_pretrained(os.fspath(path), state_dict=state) if ranks.rank == 0 else None)
+
+    def write() -> None:
+        if ranks.rank == 0:
+            with module.parameter_store.all_parameters():
+                model.save_pretrained(os.fspath(path), state_dict=state)
+
+    alike(ranks, path, write)
 
 
 def load_adapters(path: str | os.PathLike, module: ParallelModule) -> None:
@@ -45,8 +51,9 @@ def load_adapters(path: str | os.PathLike, module: ParallelModule) -> None:
     with together("load_adapters", module, {"path": place(path)}):
         ranks = LocalModel(module).ranks
         found = alike(ranks, path, lambda: {adapter: _read(Path(path), module, model, adapter) for adapter in model.peft_config})
-        for adapter, weights in found.items():
-            set_peft_model_state_dict(module, weights, adapter)
+        with module.parameter_store.all_parameters():
+            for adapter, weights in found.items():
+                set_peft_model_state_dict(module, weights, adapter)
 
 
 def _read(path: Path, module: ParallelModule, model: Any, adapter: str) -> dict[str, Tensor]:
@@ -81,7 +88,7 @@ def _marks(module: ParallelModule, model: Any, adapter: str) -> tuple[dict[str, 
     store.describe_absent()
     with store.all_parameters():
         marks = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in model.state_dict().items()}
-    return marks, get_peft_model_state_dict(model, marks, adapter)
+        return marks, get_peft_model_state_dict(model, marks, adapter)
 
 
 def _peft_model(module: ParallelModule) -> Any:
