@@ -46,23 +46,23 @@ class Accelerator(accelerate.Accelerator):
     def _take(self, module: nn.Module) -> None:
         """Check that this accelerator can work with a module; from now on, its replicas are what counts."""
         if not isinstance(module, ParallelModule):
-            raise InputError(f"fxpar's Accelerator prepares what fxpar.parallelize returned, and this {type(module).__name__} is a "
-                             "plain module: parallelize it, or prepare it with an accelerator of its own")
+            raise InputError(f"fxpar's Accelerator prepares what fxpar.parallelize returned, and this {type(module).__name__} is "
+                             "a plain module: parallelize it, or prepare it with an accelerator of its own")
         if self._module not in (None, module):
             raise InputError("this Accelerator has a parallel module already: use another one for each")
         world = dist.get_world_size() if dist.is_initialized() else 1
         if self.state.num_processes != world:
-            raise InputError(f"accelerate counts {self.state.num_processes} processes, and there are {world}: on CPUs it has to be "
-                             "told that it may use them (Accelerator(cpu=True), TrainingArguments(use_cpu=True))")
+            raise InputError(f"accelerate counts {self.state.num_processes} processes, and there are {world}: on CPUs it has to "
+                             "be told that it may use them (Accelerator(cpu=True), TrainingArguments(use_cpu=True))")
         kind = self.distributed_type.name
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or self.parallelism_config is not None:
-            raise PlanError("model", "ParallelModule", f"is parallel already, and accelerate is configured to make it so ({kind})",
-                            "an accelerate configuration without FSDP, DeepSpeed, Megatron-LM and parallelism_config")
+            raise PlanError("model", "ParallelModule", "is parallel already, and accelerate is configured to make it so "
+                            f"({kind})", "an accelerate configuration without FSDP, DeepSpeed, Megatron-LM, parallelism_config")
         if self.mixed_precision not in (None, "no") and not (
                 self.mixed_precision == "bf16" and module.plan.param_dtype == torch.bfloat16):
-            raise PlanError("param_dtype", module.plan.param_dtype, f"decides in which precision the module computes, and accelerate "
-                            f"was told mixed_precision={self.mixed_precision!r}", "mixed_precision='no' (bf16=False) and "
-                            "Plan(param_dtype='bf16', reduce_dtype='fp32')")
+            raise PlanError("param_dtype", module.plan.param_dtype, "decides in which precision the module computes, and "
+                            f"accelerate was told mixed_precision={self.mixed_precision!r}", "mixed_precision='no' (bf16=False) "
+                            "and Plan(param_dtype='bf16', reduce_dtype='fp32')")
         self._module = module
         mesh = module.parameter_store.mesh
         self._first_ranks = mesh.groups(mesh.axes("dp"))[0]
@@ -71,8 +71,8 @@ class Accelerator(accelerate.Accelerator):
     def module(self) -> ParallelModule:
         """The parallel module that was prepared. Raises: `InputError` before that."""
         if self._module is None:
-            raise InputError("which replica this rank belongs to is not known yet: prepare the parallel module first, or together "
-                             "with what depends on it")
+            raise InputError("which replica this rank belongs to is not known yet: prepare the parallel module first, or "
+                             "together with what depends on it")
         return self._module
 
     @property
@@ -97,12 +97,13 @@ class Accelerator(accelerate.Accelerator):
             self._models.append(model)
         return model
 
-    def prepare_data_loader(self, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None) -> Any:
+    def prepare_data_loader(self, data_loader: Any, device_placement: bool | None = None,
+                            slice_fn_for_dispatch: Any = None) -> Any:
         if getattr(data_loader, "_is_accelerate_prepared", False):
             return super().prepare_data_loader(data_loader, device_placement, slice_fn_for_dispatch)
         if self.dispatch_batches:
-            raise InputError("dispatch_batches=True has rank 0 read all data and cut it into parts for ranks, of which those of a "
-                             "replica need the same: leave it out")
+            raise InputError("dispatch_batches=True has rank 0 read all data and cut it into parts for ranks, of which those of "
+                             "a replica need the same: leave it out")
         replica, config = self.module.replica, self.dataloader_config
         prepared = prepare_data_loader(
             data_loader, self.device, num_processes=replica.count, process_index=replica.index, split_batches=self.split_batches,
@@ -188,19 +189,19 @@ class Accelerator(accelerate.Accelerator):
     @contextlib.contextmanager
     def _without_model(self) -> Iterator[None]:
         """Inside, accelerate knows of no model and no optimizer, of which a rank has a part."""
-        before = self._models, self._optimizers
-        self._models, self._optimizers = [], []
+        before = {name: getattr(self, name) for name in ("_models", "_optimizers")}
+        self.__dict__.update(_models=[], _optimizers=[])
         try:
             yield
         finally:
-            self._models, self._optimizers = before
+            self.__dict__.update(before)
 
     def save_model(self, model: nn.Module, save_directory: str | os.PathLike, max_shard_size: Any = None,
                    safe_serialization: bool = True) -> None:
         """The plain model's safetensors, as `fxpar.export_safetensors` writes them. All ranks call."""
         if not safe_serialization or max_shard_size is not None:
-            raise InputError("save_model of a parallel module writes safetensors; fxpar.export_safetensors(..., max_file_bytes=...) "
-                             "has them in several files")
+            raise InputError("save_model of a parallel module writes safetensors; fxpar.export_safetensors has them in several "
+                             "files, of max_file_bytes each")
         if self.is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.wait_for_everyone()

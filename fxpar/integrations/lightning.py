@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 try:
-    from lightning.fabric.plugins.precision import Precision
     from lightning.fabric.strategies import DDPStrategy
 except ImportError:  # the package of Fabric alone
-    from lightning_fabric.plugins.precision import Precision
     from lightning_fabric.strategies import DDPStrategy
 
 from fxpar.checkpoint import load_checkpoint, save_checkpoint
@@ -39,13 +37,13 @@ class FxparStrategy(DDPStrategy):
 
     def setup_module(self, module: nn.Module) -> ParallelModule:
         if not isinstance(module, ParallelModule):
-            raise InputError(f"FxparStrategy sets up what fxpar.parallelize returned, and this {type(module).__name__} is a plain "
-                             "module: write fabric.setup(fxpar.parallelize(model, plan), optimizer)")
+            raise InputError(f"FxparStrategy sets up what fxpar.parallelize returned, and this {type(module).__name__} is a "
+                             "plain module: write fabric.setup(fxpar.parallelize(model, plan), optimizer)")
         if self._module not in (None, module):
             raise InputError("this strategy has a parallel module already: use another Fabric for each")
-        if type(self.precision) is not Precision and getattr(self.precision, "precision", "32-true") != "32-true":
-            raise PlanError("param_dtype", module.plan.param_dtype, "decides in which precision the module computes, and Fabric was "
-                            f"told precision={self.precision.precision!r}", "Fabric(precision=None) and "
+        if self.precision.precision != "32-true":
+            raise PlanError("param_dtype", module.plan.param_dtype, "decides in which precision the module computes, and Fabric "
+                            f"was told precision={self.precision.precision!r}", "Fabric(precision=None) and "
                             "Plan(param_dtype='bf16', reduce_dtype='fp32')")
         self._module = module
         self._backward_sync_control = _NoSync()
@@ -53,7 +51,8 @@ class FxparStrategy(DDPStrategy):
 
     def module_to_device(self, module: nn.Module) -> None:
         if isinstance(module, ParallelModule) and module.device.type != self.root_device.type:
-            raise InputError(f"the module is on {module.device}, and Fabric works on {self.root_device}: give both the same accelerator")
+            raise InputError(f"the module is on {module.device}, and Fabric works on {self.root_device}: start Fabric with the "
+                             "accelerator of that device")
         if not isinstance(module, ParallelModule):
             super().module_to_device(module)
 
@@ -64,7 +63,7 @@ class FxparStrategy(DDPStrategy):
                              "fabric.setup_dataloaders")
         return {"num_replicas": self._module.replica.count, "rank": self._module.replica.index}
 
-    def clip_gradients_norm(self, module: nn.Module, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0,
+    def clip_gradients_norm(self, module: Any, optimizer: Optimizer, max_norm: float, norm_type: float = 2.0,
                             error_if_nonfinite: bool = True) -> Tensor:
         norm = module.clip_grad_norm_(max_norm, norm_type)
         if error_if_nonfinite and not torch.isfinite(norm):
@@ -73,7 +72,8 @@ class FxparStrategy(DDPStrategy):
 
     # ---- checkpoints ----
 
-    def save_checkpoint(self, path: str | os.PathLike, state: dict[str, Any], storage_options: Any = None, filter: Any = None) -> None:
+    def save_checkpoint(self, path: str | os.PathLike, state: dict[str, Any], storage_options: Any = None,
+                        filter: Any = None) -> None:
         if filter or storage_options:
             raise InputError("Fabric.save of a parallel module takes no filter and no storage options")
         module, optimizer, rest = _sorted(state)
@@ -105,7 +105,7 @@ class FxparStrategy(DDPStrategy):
 class _NoSync:
     """Fabric's `no_backward_sync`."""
 
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+    def no_backward_sync(self, module: Any, enabled: bool) -> contextlib.AbstractContextManager:
         return module.no_sync() if enabled else contextlib.nullcontext()
 
 
@@ -114,8 +114,8 @@ def _sorted(state: dict[str, Any]) -> tuple[ParallelModule, Optimizer | None, di
     modules = [x for x in state.values() if isinstance(x, nn.Module)]
     optimizers = [x for x in state.values() if isinstance(x, Optimizer)]
     if len(modules) != 1 or not isinstance(modules[0], ParallelModule) or len(optimizers) > 1:
-        raise InputError("a checkpoint of FxparStrategy has one parallel module, at most one optimizer, and anything else that has a "
-                         f"state_dict or can be pickled, and this one would have {len(modules)} modules and {len(optimizers)} "
-                         "optimizers")
+        raise InputError("a checkpoint of FxparStrategy has one parallel module, at most one optimizer, and anything else that "
+                         f"has a state_dict or can be pickled; this one would have {len(modules)} modules and "
+                         f"{len(optimizers)} optimizers")
     rest = {name: x for name, x in state.items() if not isinstance(x, nn.Module | Optimizer)}
     return modules[0], optimizers[0] if optimizers else None, rest

@@ -21,19 +21,22 @@ from fxpar.errors import InputError, PlanError
 from fxpar.integrations.accelerate import STATE, Accelerator
 from fxpar.run.module import ParallelModule
 
+_Mixed: Any = object
+"""Some class derived from `transformers.Trainer`."""
 
-class OnReplicas:
+
+class OnReplicas(_Mixed):
     """What makes a class derived from Hugging Face's `Trainer` train a parallel module: ``class Mine(OnReplicas, SFTTrainer)``.
 
-    model: what `fxpar.parallelize` returned. `per_device_train_batch_size` is that of a *replica*, all of whose ranks get the same
-    rows. A loss is divided by the labels of all replicas and accumulation steps, gradients are clipped by their joint norm,
+    model: what `fxpar.parallelize` returned. `per_device_train_batch_size` is that of a *replica*, all of whose ranks get the
+    same rows. A loss is divided by the labels of all replicas and accumulation steps, gradients are clipped by their joint norm,
     predictions are gathered once from each replica, and rows that fill up the last batch of an evaluation do not count. A
     checkpoint has the plain model (`from_pretrained` reads it) and, in a folder "fxpar", what any plan can resume.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, **options: Any):
         _check(model, args)
-        super().__init__(model, args, *more, **options)  # type: ignore[call-arg]
+        super().__init__(model, args, *more, **options)
         plain = _plain(model)
         self.model_accepts_loss_kwargs = getattr(plain, "accepts_loss_kwargs", any(
             p.kind == inspect.Parameter.VAR_KEYWORD for p in inspect.signature(plain.forward).parameters.values()))
@@ -42,8 +45,8 @@ class OnReplicas:
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.accelerator = Accelerator.of(self.accelerator, self.model)
-        self.gather_function = functools.partial(
+        self.accelerator: Any = Accelerator.of(self.accelerator, self.model)
+        self.gather_function: Any = functools.partial(
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object)
 
     def get_total_train_batch_size(self, args: Any) -> int:
@@ -82,9 +85,10 @@ class OnReplicas:
         if state.remainder == rows * self.model.replica.count:
             return inputs
         if labels.is_floating_point():
-            raise InputError(f"{rows * self.model.replica.count - state.remainder} rows are repeated to fill up the last batch of this "
-                             "evaluation, and labels of floating-point numbers cannot say that they do not count: use a dataset "
-                             "that divides by the batches of all replicas, or dataloader_drop_last=True")
+            filled = rows * self.model.replica.count - state.remainder
+            raise InputError(f"{filled} rows are repeated to fill up the last batch of this evaluation, and labels of floating-"
+                             "point numbers cannot say that they do not count: use a dataset that divides by the batches of all "
+                             "replicas, or dataloader_drop_last=True")
         labels = labels.clone()
         labels[real:] = -100
         return {**inputs, "labels": labels}
@@ -130,7 +134,7 @@ class Trainer(OnReplicas, transformers.Trainer):
 
 
 def save_pretrained(path: str | os.PathLike, module: ParallelModule) -> None:
-    """Write what `from_pretrained` reads: the plain model's safetensors and configs, or of peft's the adapters. All ranks call."""
+    """Write what `from_pretrained` reads: the plain model's safetensors and configs; of peft's the adapters. All ranks call."""
     if hasattr(module, "peft_config"):
         from fxpar.integrations.peft import save_adapters
 
@@ -153,17 +157,17 @@ def load_pretrained(path: str | os.PathLike, module: ParallelModule) -> None:
 def _check(model: Any, args: Any) -> None:
     """Raises: what says why this Trainer cannot train this model as one process would."""
     if not isinstance(model, ParallelModule):
-        raise InputError(f"fxpar's Trainer trains what fxpar.parallelize returned, not {type(model).__name__} (and not model_init): "
-                         "write model=fxpar.parallelize(model, plan)")
+        raise InputError(f"fxpar's Trainer trains what fxpar.parallelize returned, not {type(model).__name__}, and takes no "
+                         "model_init: write model=fxpar.parallelize(model, plan)")
     plan = model.plan
     if plan.microbatches > 1 and plan.pp == 1:
-        raise PlanError("microbatches", plan.microbatches, "has train_step run a step in parts, and the Trainer has parts of its own",
-                        "TrainingArguments(gradient_accumulation_steps=...), which has the loss of the whole batch, too")
+        raise PlanError("microbatches", plan.microbatches, "has train_step run a step in parts, and the Trainer has parts of its "
+                        "own", "TrainingArguments(gradient_accumulation_steps=...), which has the loss of the whole batch, too")
     if args is None:
         return
     if not args.average_tokens_across_devices and args.world_size > 1:
-        raise PlanError("average_tokens_across_devices", False, "would divide by the labels of one replica, and a loss is that of "
-                        "all", "leaving it out, which is True")
+        raise PlanError("average_tokens_across_devices", False, "would divide by the labels of one replica, and a loss is that "
+                        "of all", "average_tokens_across_devices=True, the default")
     if args.train_sampling_strategy == "batch_rebalance":
         raise PlanError("train_sampling_strategy", args.train_sampling_strategy, "gives ranks batches of different shapes",
                         "another strategy")
@@ -171,5 +175,5 @@ def _check(model: Any, args: Any) -> None:
 
 def _plain(model: ParallelModule) -> Any:
     """The user's model; of peft's, the one that has adapters in it."""
-    plain = model.parameter_store.model
+    plain: Any = model.parameter_store.model
     return plain.get_base_model() if hasattr(plain, "get_base_model") else plain
