@@ -261,7 +261,8 @@ class ParallelModule(nn.Module):
         device = self.device if offload is None else torch.device(offload)
         control = self.parameter_store.control
         with control.watch.call("gathered"):
-            control.agree("gathered", {"submodule": type(part).__name__, "rank0_only": rank0_only, "offload": offload,
+            where = next((path for path, m in self._model.named_modules() if m is part), type(part).__name__)
+            control.agree("gathered", {"submodule": where, "rank0_only": rank0_only, "offload": offload,
                                        "write_back": write_back})
         with gathered(self.parameter_store, part, rank0_only, device, write_back) as plain:
             self._gathered = True
