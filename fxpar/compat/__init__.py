@@ -39,6 +39,7 @@ from fxpar.compat.steps import (
 )
 from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
+from fxpar.progress import stage
 
 __all__ = [
     "WRAPPERS",
@@ -125,12 +126,18 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
     graph alone. backward_at_once: the backward is compiled now, and not when it first runs. counts: see `sizes_of_values`.
     """
     from torch._functorch import config as aot
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     _mend_reductions()
+    @functools.wraps(compile_fx_inner)
+    def said(*args: Any, **kwargs: Any) -> Any:
+        with stage("compiling the backward, 2 of 2" if kwargs.get("is_backward") else f"compiling the forward, 1 of {graphs}"):
+            return compile_fx_inner(*args, **kwargs)
+
+    graphs = 2 if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) else 1
     at_once = aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext()
     with at_once, sizes_of_values(inputs, counts) as inputs:
-        compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
+        compiled: Any = compile_fx(gm, inputs, inner_compile=said, config_patches=config or {})
     return compiled
 
 
