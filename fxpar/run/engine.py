@@ -227,10 +227,11 @@ class Engine:
             microbatches.require_divides(named, self._batch_dims(named), count)
 
     def newest(self) -> Program:
-        """The program that was captured last."""
+        """The program that was captured last; of those that train, if there are any."""
         if not self.programs:
             raise InputError("this copy of a parallel module was not called yet: there is no program to report on")
-        return list(self.programs.values())[-1]
+        made = list(self.programs.values())
+        return next((p for p in reversed(made) if p.training), made[-1])
 
     def stages(self, program: Program) -> list[Stage]:
         """What a program is cut into; nothing without a pipeline."""
