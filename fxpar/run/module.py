@@ -289,8 +289,10 @@ class ParallelModule(nn.Module):
                          "with module.gathered(rank0_only=True, offload=\"cpu\") as model: model and torch.save(model, path)")
 
     def report(self) -> Report:
-        """What the newest program that trains does: layouts, collectives, memory, and the stages of a pipeline. Of several shapes it
-        is the last that was new; where there was no training, an evaluation."""
+        """What the newest program that trains does: layouts, collectives, memory, and the stages of a pipeline.
+
+        Of several shapes it is the last that was new; where there was no training, an evaluation.
+        """
         program = self._engine.newest()
         return report_of(program, self._engine.stages(program))
 

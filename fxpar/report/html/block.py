@@ -139,7 +139,7 @@ def _without_cycles(nodes: list[fx.Node], group: dict[fx.Node, int]) -> dict[fx.
         for node in nodes:
             edges[group[node]] |= {group[u] for u in node.users if u in group} - {group[node]}
         left = set(edges)
-        while free := {g for g in left if not edges[g] & left}:
+        while free := {g for g in left if not edges[g] & left or not any(g in edges[other] for other in left)}:
             left -= free
         split = next((g for g in left if sum(group[n] == g for n in nodes) > 1), None)
         if split is None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 MOST = 1024
 """Ranks that are drawn; of more, the first."""
-CELL, GAP, HEAD = 17.0, 3.0, 13.0
+CELL, GAP, HEAD = 17.0, 3.0, 9.0
 MEANS = {
     "dp": "other rows of the batch",
     "cp": "other parts of every sequence",
@@ -40,7 +40,9 @@ def picture(report: Report) -> str:
         strides[name] = (stride, count)
         stride *= count
     width, height, parts = _box(shown, 0, strides)
-    made = drawing(width + 2, height + 2, tag("g", *parts, transform="translate(1 1)"), label=f"{report.plan.world_size} ranks")
+    scale = min(2.2, max(1.0, 400 / width))
+    inner = tag("g", *parts, transform=f"translate(1 1) scale({scale:.3f})")
+    made = drawing(width * scale + 2, height * scale + 2, inner, label=f"{report.plan.world_size} ranks")
     buttons = "".join(
         tag("button", words(f"{name} = {count}"), type="button", data_stride=strides[name][0], data_count=count, class_="axis")
         for name, count in axes
@@ -66,7 +68,7 @@ def _box(axes: list[tuple[str, int]], first: int, strides: dict[str, tuple[int, 
     for i in range(count):
         width, height, inner = _box(rest, first + i * strides[name][0], strides)
         head = HEAD if rest and not (len(rest) == 1 and count > 8) else 0.0
-        label = tag("text", words(f"{name} {i}"), x=0, y=9, class_="tick") if head else ""
+        label = tag("text", words(f"{name} {i}"), x=0, y=6.5, class_="tick") if head else ""
         parts.append(tag("g", label, tag("g", *inner, transform=f"translate(0 {head:g})"), transform=f"translate({x:g} {y:g})"))
         w, h = max(w, x + width), max(h, y + height + head)
         x, y = (x + width + gap, y) if across else (x, y + height + head + gap)

@@ -51,7 +51,7 @@ def page(report: Report) -> str:
     head = tag(
         "header",
         tag("h1", "What the plan does"),
-        tag("p", words(str(report.plan)), class_="plan"),
+        tag("p", words(str(report.plan)).replace(",", ",<wbr>"), class_="plan"),
         tag(
             "p",
             words(
@@ -157,7 +157,33 @@ def _traffic(report: Report) -> str:
         ),
         table(("for", "collective", "over", "phase", "serves", "count", "bytes"), rows, numbers=2),
     )
-    return table(("for", "count", "forward", "backward", "together"), totals, numbers=4) + folded
+    return table(("for", "count", "forward", "backward", "together"), totals, numbers=4) + _special(report) + folded
+
+
+def _special(report: Report) -> str:
+    """What attention does under context parallelism, and how tokens reach their experts."""
+    out = ""
+    if report.attention:
+        rows = [
+            (words(a.where), words(f"{a.count:,}"), words(a.how), words(a.why), *(words(size(each)) for each in a.sent))
+            for a in report.attention
+        ]
+        head = ("attention of", "count", "how", "why", "received forward, each", "backward, each")
+        out += tag("h3", "Attention under context parallelism") + table(head, rows, numbers=2)
+    if report.experts:
+        reached = [
+            (
+                words(e.where),
+                words(f"{e.count:,}"),
+                words(e.dispatch),
+                words("+".join(e.axes)),
+                *(words(size(each)) for each in e.sent),
+            )
+            for e in report.experts
+        ]
+        head = ("experts of", "count", "tokens reach them by", "over", "sent forward, each", "backward, each")
+        out += tag("h3", "Experts") + table(head, reached, numbers=2)
+    return out
 
 
 def _largest(report: Report) -> tuple[int, Program]:
