@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
-from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions
+from fxpar.compat.numbers import read_numbers_of
+from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -68,11 +69,13 @@ __all__ = [
     "process_groups",
     "quiet_traces",
     "read_metadata",
+    "read_numbers_of",
     "sizes_of_values",
     "storage_of",
     "strided_shard",
     "trace_steps",
     "unchecked_distributions",
+    "untraced",
 ]
 
 
@@ -241,6 +244,40 @@ def without_forward_hooks(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module.__dict__.update(kept)
+
+
+CALLED = "_compiled_call_impl"
+"""The attribute of a module that is called in its place."""
+
+
+def call_by(module: torch.nn.Module, function: Callable | None) -> None:
+    """Have ``module(...)`` call `function`, or what it called before any was given; copies and pickles of it do not. A module
+    whose user compiled it is left alone."""
+    if isinstance(module.__dict__.get(CALLED), functools.partial):
+        del module.__dict__[CALLED]
+    if function is not None and module.__dict__.get(CALLED) is None:
+        module.__dict__[CALLED] = function
+
+
+def call_plainly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``module(...)`` does where `call_by` was given nothing: its hooks and its forward."""
+    return module._call_impl(*args, **kwargs)
+
+
+def trace_facts(t: torch.Tensor) -> tuple | None:
+    """What a trace may depend on of a tensor, but for its values; None if its shape or its values are not what they seem: a shape
+    is a symbol, or the trace knows the values of a fake tensor."""
+    if getattr(t, "constant", None) is not None or not all(type(n) is int for n in (*t.shape, *t.stride())):
+        return None
+    return type(t), tuple(t.shape), t.stride(), t.dtype, t.device, t.layout, t.requires_grad, t.is_leaf, t.storage_offset()
+
+
+def trace_modes() -> tuple:
+    """PyTorch's settings that a trace may depend on."""
+    kinds = ("cpu", "cuda")
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.get_default_device(),
+            *map(torch.is_autocast_enabled, kinds), *map(torch.get_autocast_dtype, kinds), torch.is_autocast_cache_enabled(),
+            torch.are_deterministic_algorithms_enabled(), torch.overrides._len_torch_function_stack())
 
 
 def memory(tensor: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from fxpar import compat
 from fxpar.errors import InputError, PlanError
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
-from fxpar.run import optimizers, whole
+from fxpar.run import optimizers, sums, whole
 from fxpar.run.clip import clip_grad_norm
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
@@ -82,6 +82,7 @@ class ParallelModule(nn.Module):
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
         optimizers.watch()
+        sums.read_whole()
         self._sync, self._gathered = True, False
         self.forward = whole.with_signature(self.forward, model)  # type: ignore[method-assign]
         self._made = True
