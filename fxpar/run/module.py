@@ -294,13 +294,16 @@ class ParallelModule(nn.Module):
                          "with module.gathered(rank0_only=True, offload=\"cpu\") as model: model and torch.save(model, path)")
 
     def report(self) -> Report:
-        """What the newest program does: layouts, collectives, memory, and the stages of a pipeline; and where the time went on
-        the way to its first step (`timings`)."""
+        """What the newest program that trains does: layouts, collectives, memory, the stages of a pipeline, and where the
+        time went on the way to its first step (`timings`).
+
+        Of several shapes it is the last that was new; where there was no training, an evaluation.
+        """
         program = self._engine.newest()
         return report_of(program, self._engine.stages(program))
 
     def print_readable(self) -> str:
-        """Print (and return) the newest local program as annotated Python."""
+        """Print (and return) the local program that `report` describes, as annotated Python."""
         text = readable(self._engine.newest())
         print(text)
         return text
