@@ -9,11 +9,19 @@ simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
 testing         `assert_equivalent`: a plan against the plain model
 save_checkpoint, load_checkpoint        model and optimizer, under any plan or none
+CheckpointManager       numbered checkpoints of a whole run
 export_safetensors, load_safetensors    Hugging Face's files
 """
 
 from fxpar.api import parallelize
-from fxpar.checkpoint import SaveHandle, export_safetensors, load_checkpoint, load_safetensors, save_checkpoint
+from fxpar.checkpoint import (
+    CheckpointManager,
+    SaveHandle,
+    export_safetensors,
+    load_checkpoint,
+    load_safetensors,
+    save_checkpoint,
+)
 from fxpar.compiler import Captured, capture, compile_program
 from fxpar.errors import (
     CaptureError,
@@ -34,7 +42,7 @@ from fxpar.verify import equivalence as testing
 from fxpar.verify.simulation import Simulation, simulate
 
 __version__ = "0.1.0"
-__all__ = ["CaptureError", "Captured", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "MismatchError",
-           "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
+__all__ = ["CaptureError", "Captured", "CheckpointError", "CheckpointManager", "EquivalenceError", "FxparError", "InputError",
+           "MismatchError", "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
            "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
            "load_safetensors", "pad", "parallelize", "sampler", "save_checkpoint", "simulate", "testing"]

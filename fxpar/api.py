@@ -26,6 +26,7 @@ from fxpar.model import inputs as calls
 from fxpar.model.inputs import Call
 from fxpar.model.padding import Padding
 from fxpar.plan import Plan, require_one_of
+from fxpar.progress import be_quiet
 from fxpar.report.dump import Dumper
 from fxpar.report.timings import PARAMETERS
 from fxpar.run.agreement import agree_on_program, facts
@@ -40,7 +41,8 @@ BACKENDS = ("auto", "inductor", "eager")
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
                 transport: str = "auto", timeout: float = TIMEOUT, check_batches: int = CHECKED_EVERY,
-                pad: Padding | Mapping[str, Any] | int | None = None, dump_dir: str | Path | None = None) -> ParallelModule:
+                 pad: Padding | Mapping[str, Any] | int | None = None, quiet: bool | None = None,
+                 dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
 
     model: real or on the meta device, on all ranks alike; DTensors take the place of its parameters, wherever those are held (in
@@ -54,12 +56,15 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
     the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of
     all replicas, to the next multiple of this number (or a dict of arguments of `fxpar.pad`); what a model returns is as long,
-    too. dump_dir: where the program after every pass is written, numbered, as readable Python (rank 0 only).
+    too. quiet: whether this process says nothing, here and later, while it captures, compiles, saves or loads for more than two
+    seconds; None: as FXPAR_QUIET of the environment says (see `fxpar.progress`). dump_dir: where the program after every pass is
+    written, numbered, as readable Python (rank 0 only).
     Several modules may be parallelized and fed into each other, if their plans have the same replicas (see `ParallelModule`).
     Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
     Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`, `MismatchError`; on all ranks alike. What one rank
     alone cannot do is an `FxparError` on the others.
     """
+    be_quiet(quiet)
     device = _join()
     with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()

@@ -21,6 +21,7 @@ from fxpar.passes.infer.roles import batch_dim_error
 from fxpar.passes.pipeline import TRACED_FIELDS, Observer, back, front, passes, run
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.progress import stage
 from fxpar.sharding import mesh as meshes
 from fxpar.sharding.factors import Factor
 from fxpar.sharding.factors import leaves as leaves_of
@@ -174,7 +175,8 @@ def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
 def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, observe: Observer | None,
            microbatches: int = 1) -> Program:
     start = time.perf_counter()
-    program = trace(model, plan, meshes.in_time(meshes.from_plan(plan), microbatches), *call, device)
+    with stage("capturing the model"):
+        program = trace(model, plan, meshes.in_time(meshes.from_plan(plan), microbatches), *call, device)
     program.timings["capture"] = time.perf_counter() - start
     if observe is not None:
         observe("capture", program)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import importlib
 import logging
@@ -101,6 +103,24 @@ def test_strided_shards_that_say_no_order_are_gathered_whatever_made_them():
     for t in (p, p.detach(), torch.ones_like(p), p.redistribute(placements=[Replicate()]).redistribute(placements=p.placements)):
         assert t.placements == p.placements and torch.equal(t.full_tensor(), t.to_local())
 
+
+
+def test_numbers_of_dtensors_are_read_from_what_is_made_of_them(monkeypatch):
+    monkeypatch.setattr(DTensor, "__format__", DTensor.__format__)
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    before = handlers.get(aten._local_scalar_dense.default)
+    t = DTensor.from_local(torch.tensor(2.0), one_rank_mesh(), [Replicate()])
+    assert t.item() == 2
+    compat.read_numbers_of(lambda t: t._local_tensor + 1)
+    try:
+        assert t.item() == float(t) == int(t) == 3 and bool(t - 2) and f"{t:.2f}" == "3.00" and "2.0" in f"{t}"
+        with pytest.raises(TypeError, match="format"):
+            f"{t.reshape(1):.2f}"
+    finally:
+        compat.read_numbers_of(lambda t: t._local_tensor)
+        if before is not None:
+            handlers[aten._local_scalar_dense.default] = before
+    assert t.item() == 2
 
 
 def test_checkpoints_of_torch_refuse_parts_of_several_pieces(tmp_path):
@@ -288,6 +308,22 @@ def test_functions_applied_by():
 def test_has_setup_context():
     assert compat.has_setup_context(WithSetup) and not compat.has_setup_context(Tripled)
 
+
+
+def test_calls_of_a_module_go_through_a_function_of_which_copies_know_nothing():
+    made, x = nn.Linear(2, 2), torch.ones(2)
+    made.register_forward_hook(lambda module, args, out: out + 1)
+    want = made(x)
+    compat.call_by(made, functools.partial(lambda module, *args: ("called", compat.call_plainly(module, *args)), made))
+    assert made(x)[0] == "called" and torch.equal(made(x)[1], want)
+    assert torch.equal(copy.deepcopy(made)(x), want)
+    assert compat.CALLED in vars(made)
+    compat.call_by(made, None)
+    assert torch.equal(made(x), want) and compat.CALLED not in vars(made)
+    compiled = nn.Linear(2, 2)
+    compiled._compiled_call_impl = compiled.forward  # as `compiled.compile()` has it
+    compat.call_by(compiled, functools.partial(print))
+    assert compiled(x).shape == (2,)
 
 
 def test_forward_hooks_of_one_module_and_of_all():

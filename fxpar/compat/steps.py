@@ -15,6 +15,8 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fxpar.compat.reductions import mend_reductions
+
 Code = Callable[[list[Any]], Sequence[Any]]
 """A graph made ready to run: takes its inputs as a list, which it empties."""
 Make = Callable[[fx.GraphModule, Sequence[Tensor], Sequence[int], int], tuple[Code, list[Tensor]]]
@@ -122,7 +124,7 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx_inner
 
-    from fxpar.compat import _mend_reductions, graph_pass
+    from fxpar.compat import graph_pass
 
     def compile_forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
         return compile_fx_inner(module, example, **options)
@@ -141,7 +143,7 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
         return code, [x.new_empty_strided(x.shape, stride or x.stride())
                       for x, stride in zip(values, strides or [None] * len(values), strict=True)]
 
-    _mend_reductions()
+    mend_reductions()
     with sizes_to_compile(inputs, counts) as inputs:
         return _through_inductor(gm, inputs, config, cut, compile_forward, part, fixed=not counts)
 

@@ -137,6 +137,12 @@ def stage_times(cluster: Cluster, load: StageLoad) -> StageTimes:
                       reduce=reduce)
 
 
+def operator_seconds(cluster: Cluster, program: Program) -> dict[fx.Node, tuple[float, float]]:
+    """Seconds of every operator of a program, by itself: of its forward, and of its backward. Raises as `step_on`."""
+    clock = _OperatorTimes(cluster, program)
+    return {node: clock.seconds(node) for node in clock.costs}
+
+
 def recomputed(program: Program, node: fx.Node) -> float:
     """Which part of an operator's forward the backward pass makes again: all of a block, or what a memory budget leaves of it.
     (`selective` keeps all products.)"""

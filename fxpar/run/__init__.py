@@ -15,6 +15,8 @@ updates     what optimizers did, for ranks to compare
 initialize  parameters of meta models, as the model itself initialises them
 edges       tensors that go from one parallel module into another
 outputs     tensors that tp splits meet plain ones
+alone       parts of the model that are called by themselves
+sums        numbers read from sums over parameters
 gathered    the plain model, for a while (with whole: who asks for it)
 optimizers  those that cannot step parts of parameters
 numbers     Python numbers in a call that need no capture of their own

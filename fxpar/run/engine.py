@@ -33,6 +33,7 @@ from fxpar.passes.strategies.stages import Stage, cut_like, cut_stages
 from fxpar.pipeline.schedules import Schedule, schedule
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.progress import stage
 from fxpar.report.timings import STEP
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
@@ -235,10 +236,11 @@ class Engine:
             microbatches.require_divides(named, self._batch_dims(named), count)
 
     def newest(self) -> Program:
-        """The program that was captured last."""
+        """The program that was captured last; of those that train, if there are any."""
         if not self.programs:
             raise InputError("this copy of a parallel module was not called yet: there is no program to report on")
-        return list(self.programs.values())[-1]
+        made = list(self.programs.values())
+        return next((p for p in reversed(made) if p.training), made[-1])
 
     def stages(self, program: Program) -> list[Stage]:
         """What a program is cut into; nothing without a pipeline."""
@@ -342,7 +344,7 @@ class Engine:
                 if self.programs and captured[PARTS] != next(reversed(self.programs))[PARTS]:
                     self.store.relocate()
                 self.store.describe_absent()
-                with agree_on_program(control) as made:
+                with stage(f"new {_shape(named)}"), agree_on_program(control) as made:
                     with self.store.all_parameters():
                         made.append(self._numbers.checked(self._compile_call(call, self.store.layouts, count)))
                     self._left.add(made[0], captured[:-1])
@@ -351,7 +353,7 @@ class Engine:
                 captured = _of_all(self._captured(named, count), of_kinds)
                 key = (*captured, torch.is_grad_enabled())
                 self.programs[captured] = made[0]
-            with self._watch.busy("compiling"):
+            with self._watch.busy("compiling"), stage(f"compiling for the {_shape(named)}"):
                 self.compiled[key] = self._compile(self.programs[captured], named)
         self.compiled.move_to_end(key)
         return self.compiled[key], late
@@ -454,6 +456,12 @@ class Engine:
 def _of_all(captured: tuple, of_kinds: tuple[int, ...]) -> tuple:
     """What a captured program depends on, with what is trained on ranks of all kinds, where there are several."""
     return (*captured[:TRAINED], (captured[TRAINED], of_kinds), *captured[TRAINED + 1 :]) if of_kinds else captured
+
+
+def _shape(named: Mapping[str, Any]) -> str:
+    """Of a call: that of its first tensor, for people."""
+    first = next((tuple(x.shape) for x in named.values() if isinstance(x, Tensor)), ())
+    return f"shape {first}"
 
 
 def _nothing() -> None:

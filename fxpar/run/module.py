@@ -17,7 +17,7 @@ from fxpar.errors import InputError, PlanError
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.report.timings import INITIALISING
-from fxpar.run import optimizers, whole
+from fxpar.run import optimizers, sums, whole
 from fxpar.run.clip import clip_grad_norm
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
@@ -84,6 +84,7 @@ class ParallelModule(nn.Module):
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
         optimizers.watch()
+        sums.read_whole()
         self._sync, self._gathered = True, False
         self.forward = whole.with_signature(self.forward, model)  # type: ignore[method-assign]
         self._made = True
@@ -260,7 +261,8 @@ class ParallelModule(nn.Module):
         device = self.device if offload is None else torch.device(offload)
         control = self.parameter_store.control
         with control.watch.call("gathered"):
-            control.agree("gathered", {"submodule": type(part).__name__, "rank0_only": rank0_only, "offload": offload,
+            where = next((path for path, m in self._model.named_modules() if m is part), type(part).__name__)
+            control.agree("gathered", {"submodule": where, "rank0_only": rank0_only, "offload": offload,
                                        "write_back": write_back})
         with gathered(self.parameter_store, part, rank0_only, device, write_back) as plain:
             self._gathered = True
@@ -292,13 +294,16 @@ class ParallelModule(nn.Module):
                          "with module.gathered(rank0_only=True, offload=\"cpu\") as model: model and torch.save(model, path)")
 
     def report(self) -> Report:
-        """What the newest program does: layouts, collectives, memory, and the stages of a pipeline; and where the time went on
-        the way to its first step (`timings`)."""
+        """What the newest program that trains does: layouts, collectives, memory, the stages of a pipeline, and where the
+        time went on the way to its first step (`timings`).
+
+        Of several shapes it is the last that was new; where there was no training, an evaluation.
+        """
         program = self._engine.newest()
         return report_of(program, self._engine.stages(program))
 
     def print_readable(self) -> str:
-        """Print (and return) the newest local program as annotated Python."""
+        """Print (and return) the local program that `report` describes, as annotated Python."""
         text = readable(self._engine.newest())
         print(text)
         return text

@@ -59,16 +59,21 @@ class Write:
 @dataclass
 class Recorded:
     """What one forward left behind, as far as it differs from what was there; `names` of the outputs that are beside the model's
-    own (None: a mark). places: where attributes hold tensors, by their ids."""
+    own (None: a mark). places: where attributes hold tensors, by their ids. holders: where the model keeps what it holds."""
 
     writes: list[Write] = field(default_factory=list)
     names: list[str | None] = field(default_factory=list)
     places: dict[int, AttributePlace] = field(default_factory=dict)
+    holders: list[Holder] = field(default_factory=list)
+
+    def held(self) -> list[list[Any]]:
+        """What is in the model's dicts, lists and attributes now, keys included."""
+        return [[*h, *h.values()] if isinstance(h, dict) else list(h) for h in self.holders]
 
 
 @contextlib.contextmanager
 def recorded_attributes(model: nn.Module, traced: TraceGuard, watch: bool = True) -> Iterator[Recorded]:
-    """Inside, the model's forward returns its outputs and a tuple of tensors: those that it stores, then the marks of hooks;
+    """Inside, the model's forward returns its outputs and a tuple of tensors: those that it stores, then the marks in it;
     hooks around it do not run. watch: see what it reads; otherwise (Dynamo traces no watched module) it may have read everything.
 
     Afterwards: attributes are as they were. Raises: `CaptureError` for what cannot be stored again.
@@ -77,6 +82,7 @@ def recorded_attributes(model: nn.Module, traced: TraceGuard, watch: bool = True
     original: Callable = model.forward
     own = {k: v for k, v in model.__dict__.items() if k == "forward"}
     before = _snapshot(model)
+    record.holders = [h.holder for h in before]
     record.places = {id(t): (h.holder, key) for h in before for key, t in h.entries() if isinstance(t, Tensor)}
 
     @functools.wraps(original)
@@ -98,8 +104,8 @@ def recorded_attributes(model: nn.Module, traced: TraceGuard, watch: bool = True
                 h.restore()
         for module, table in buffers:
             _write_buffers(module, table)
-        record.names += [None] * len(traced.hooks)
-        return out, (*tensors, *traced.hooks)
+        record.names += [None] * len(traced.marks)
+        return out, (*tensors, *traced.marks)
 
     model.__dict__["forward"] = forward
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class GroupedProducts(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if str(func).removesuffix(".default") == HUGGING_FACE or compat.is_grouped_product(func):
+        if _is_grouped_product(func):
             x, weights, ends, bias, dtype = _given(NAMES, args, kwargs)
             plain = ends is not None and bias is None and dtype in (None, x.dtype)
             if plain and (x.dim(), weights.dim()) == (2, 3):
@@ -38,6 +39,11 @@ class GroupedProducts(TorchFunctionMode):
                 places = torch.arange(least, device=numbers.device)
                 return (within(numbers, least).unsqueeze(-1) == places).sum(0)
         return func(*args, **kwargs)
+
+
+@functools.lru_cache(4096)
+def _is_grouped_product(func: Any) -> bool:
+    return str(func).removesuffix(".default") == HUGGING_FACE or compat.is_grouped_product(func)
 
 
 BINCOUNT = (("input", "self"), ("weights",), ("minlength",))
