@@ -6,6 +6,7 @@ sampler         the data of this rank's replica
 capture         a model traced once, for many plans
 simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
+Meter           throughput, MFU and memory of a run
 testing         `assert_equivalent`: a plan against the plain model
 save_checkpoint, load_checkpoint        model and optimizer, under any plan or none
 export_safetensors, load_safetensors    Hugging Face's files
@@ -26,13 +27,14 @@ from fxpar.errors import (
 )
 from fxpar.plan import Plan
 from fxpar.report.report import Report, inspect
+from fxpar.run.meter import Meter
 from fxpar.run.module import ParallelModule
 from fxpar.run.replica import sampler
 from fxpar.verify import equivalence as testing
 from fxpar.verify.simulation import Simulation, simulate
 
 __version__ = "0.1.0"
-__all__ = ["CaptureError", "Captured", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "MismatchError",
-           "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
+__all__ = ["CaptureError", "Captured", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "Meter",
+           "MismatchError", "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
            "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
            "load_safetensors", "parallelize", "sampler", "save_checkpoint", "simulate", "testing"]
