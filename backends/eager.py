@@ -57,8 +57,10 @@ def _told(node: fx.Node) -> str:
     return f"{where}: {getattr(node.target, '_opname', None) or getattr(node.target, '__name__', node.target)}"
 
 
-def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan) -> Callable[..., Any]:
-    """A callable over the program's flat local inputs. Collectives speak to `runtime`.
+def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan,
+          later: Callable[[float], None] | None = None) -> Callable[..., Any]:
+    """A callable over the program's flat local inputs. Collectives speak to `runtime`. later: of a backend that compiles, see
+    `fxpar.backends.inductor.lower`; here nothing is.
 
     Where the plan has the backward pass make values again, forward and backward are traced once, split, and run as they
     stand; `example` has local inputs, one per placeholder, whose ``requires_grad`` matters.

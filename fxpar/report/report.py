@@ -30,6 +30,7 @@ from fxpar.report.pipeline import PipelineReport, describe, uses
 from fxpar.report.step import StepReport
 from fxpar.report.terminal import in_colour
 from fxpar.report.text import GIB, MIB, ranges, table
+from fxpar.report.timings import Timings
 from fxpar.report.traffic import CollectiveRow, Total, rows_of, totals
 from fxpar.report.words import starred, without_letters
 from fxpar.sharding.facts import full_value, local_value, sharding_at
@@ -59,8 +60,8 @@ class Report:
     "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward (see
     `fxpar.cost.operators`); a gradient that nothing asks for, such as that of the model's input, counts nothing.
     attention: how each runs under context parallelism. experts: how tokens reach them under expert parallelism. step: what a step
-    takes, and its cluster. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are
-    each those of the pipeline rank that has most.
+    takes, and its cluster. timings: where the time went on the way to the first step. pipeline: its stages, under pp. Then
+    `memory`, `flops` (here with what is recomputed) and `peak` are each those of the pipeline rank that has most.
     """
 
     plan: Plan
@@ -74,6 +75,7 @@ class Report:
     attention: list[AttentionRow] = field(default_factory=list)
     experts: list[ExpertsRow] = field(default_factory=list)
     step: StepReport = field(kw_only=True)
+    timings: Timings = field(default=Timings({}, {}), kw_only=True, compare=False)
     predicted: Callable[[], Peak] = field(kw_only=True, repr=False, compare=False)
 
     @functools.cached_property
@@ -138,6 +140,7 @@ class Report:
                           f"peak memory a rank: {peak}",
                           f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",
                           self.step.line(),
+                          *([f"to the first step: {self.timings}"] if self.timings.ran else []),
                           *(f"note: {n}" for n in self.notes)])
 
     def grouped(self) -> list[tuple[str, int, ParameterRow]]:
@@ -229,7 +232,7 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
         flops = count * sum(cost.forward + (cost.backward if program.training else 0) for cost in costs)
         alone = schedule("1f1b", ranks=1, microbatches=count, unshard=count > 1 and plan.stores_parts)
         return Report(plan, mesh, parameters, rows_of(program, count), memory, flops, notes, attention=attention,
-                      experts=experts, step=StepReport(alone, [(program, 0)], gradients),
+                      experts=experts, step=StepReport(alone, [(program, 0)], gradients), timings=Timings.of(program.timings),
                       predicted=functools.partial(predict, program))
     order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=count,
                      unshard=plan.stores_parts)
@@ -241,6 +244,7 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
     memory = max((rank.memory for rank in pipeline.ranks), key=lambda each: sum(each.values()))
     flops = max(sum(pipeline.stages[s].flops for s in rank.stages) for rank in pipeline.ranks)
     return Report(plan, mesh, parameters, rows, memory, flops, notes, pipeline, attention, experts, step=pipeline.step,
+                  timings=Timings.of(program.timings),
                   predicted=lambda: max(pipeline.peaks, key=lambda peak: peak.bytes))
 
 

@@ -231,6 +231,11 @@ class BoundMesh:
         made = (self.across, *self._groups.values(), *self._exchange_groups.values(), *self._among.values())
         return [g for g in made if isinstance(g, torch.distributed.ProcessGroup)]  # it is no member of others
 
+    def group_names(self) -> list[tuple[str, Axes, str]]:
+        """The names of the groups over axes that were made so far, those by which rows go to experts apart, in order of axes."""
+        kinds = (("group", self._groups), ("exchange", self._exchange_groups))
+        return [(kind, axes, groups[axes].group_name) for kind, groups in kinds for axes in sorted(groups)]
+
     def exchange_group(self, axes: Axes) -> torch.distributed.ProcessGroup:
         """Another group of the same ranks, by which rows go to experts: what it does waits for no other collective, and on GPUs
         goes first."""
