@@ -92,6 +92,7 @@ class ParallelModule(nn.Module):
 
     @property
     def mesh(self) -> DeviceMesh:
+        """The ranks that this module's parameters are DTensors on; under pp, those that hold the same stages."""
         return self.parameter_store.bound.device_mesh
 
     @property
