@@ -24,6 +24,7 @@ from fxpar.compat.compiling import compile_graph
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import read_numbers_of
+from fxpar.compat.profiles import profiling
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
     Cut,
@@ -72,6 +73,7 @@ __all__ = [
     "no_grad_region",
     "no_torch_function",
     "process_groups",
+    "profiling",
     "quiet_traces",
     "read_metadata",
     "read_numbers_of",
