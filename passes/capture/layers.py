@@ -226,7 +226,7 @@ def traced_once(model: nn.Module, traced: TraceGuard, reads: Reads | None, recor
             group = groups.setdefault(tuple((path, type(m)) for path, m in layer.named_modules()), _Group())
             group.members += 1
             undo.append((layer, layer.__dict__.get("forward")))
-            layer.__dict__["forward"] = wrap(group, layer, layer.forward)
+            layer.__dict__["forward"] = wrap(group, layer, object.__getattribute__(layer, "forward"))  # which is no look at it
         yield
     finally:
         for layer, own in undo:
@@ -275,7 +275,7 @@ def _moved(node: fx.Node, begin: fx.Node, call: fx.Node) -> dict[str, Any]:
     """What is known of a node of one layer, for its copy in another: the modules are that layer's."""
     meta = dict(node.meta)
     stack, of_begin, of_call = (dict(n.meta.get("nn_module_stack") or {}) for n in (node, begin, call))
-    if of_begin and of_call:
+    if stack and of_begin and of_call:
         old, new = (next(reversed(list(s.values())))[0] for s in (of_begin, of_call))
         meta["nn_module_stack"] = dict(of_call)
         for key, (path, *kind) in list(stack.items())[len(of_begin):]:
