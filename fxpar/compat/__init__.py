@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
-from fxpar.compat.numbers import read_numbers_of
+from fxpar.compat.numbers import in_full, mend_sums_of_norms, read_numbers_of
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions
 from fxpar.compat.steps import (
     Cut,
@@ -58,10 +58,12 @@ __all__ = [
     "default_store",
     "detect_fake_mode",
     "fake_like",
+    "in_full",
     "interpret_steps",
     "is_grouped_product",
     "is_pointwise",
     "is_random",
+    "mend_sums_of_norms",
     "mutates",
     "no_grad_region",
     "no_torch_function",
