@@ -51,7 +51,8 @@ def trained(rank: int, plan: str | None, folder: Path, resume: bool, options: di
         size = BATCH // model.replica.count
     if options.pop("freeze", False):
         model.model.embed_tokens.weight.requires_grad_(False)
-    trainer = kind(model, arguments(folder, size, **options), train_dataset=rows(), eval_dataset=rows()[:count], **metrics, **loss)
+    trainer = kind(model, arguments(folder, size, **options), train_dataset=rows(), eval_dataset=rows()[:count],
+                   **metrics, **loss)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
     trainer.save_model(str(folder / "final"))
     log = [{name: line[name] for name in LOGGED if name in line} for line in trainer.state.log_history]
