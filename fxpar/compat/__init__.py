@@ -38,6 +38,7 @@ from fxpar.compat.steps import (
     interpret_steps,
     output_code,
     sizes_of_values,
+    sizes_to_compile,
     storage_of,
     trace_steps,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "read_metadata",
     "read_numbers_of",
     "sizes_of_values",
+    "sizes_to_compile",
     "storage_of",
     "strided_shard",
     "trace_steps",

@@ -254,7 +254,8 @@ class _Attributes:
 
     def now(self) -> Any:
         if isinstance(self.holder, dict):
-            return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(type(self.module), k)}
+            kind: Any = type(self.module)
+            return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(kind, k)}
         return list(self.holder)
 
     def entries(self) -> list[tuple[Any, Any]]:
