@@ -185,8 +185,9 @@ class _Layers:
 
     def _again(self, known: _Class, call: _LayerCall) -> Any:
         made = marks.again(call.given, known.made, known.number)
-        places = [p if not isinstance(p, _ResultPlace) else made[p.index] if p.made else call.given[p.index] for p in known.leaves]
-        return pytree.tree_unflatten(places, known.spec)
+        leaves = [p if not isinstance(p, _ResultPlace) else made[p.index] if p.made else call.given[p.index]
+                  for p in known.leaves]
+        return pytree.tree_unflatten(leaves, known.spec)
 
 
 def _are(before: list[list[Any]], now: list[list[Any]]) -> bool:
