@@ -39,7 +39,7 @@ def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = No
     them (see `fxpar.program.Microbatches`). device: where the program is to run (default: where the parameters are; the CPU for a
     meta model). `observe(name, program)` is called after capture and after
     every pass. pinned: how parameters are stored already, by name: for a model that is called in another way.
-    ``program.timings`` has the seconds of each pass.
+    ``program.timings`` has the seconds of each pass. Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`.
     """
     if pinned:
         plan = Plan.of(plan)
@@ -87,7 +87,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, device: torch.devic
     """`model` on a *global* batch, captured once for many plans: ``captured.partition(plan)``, and the first argument of
     `fxpar.inspect`, `fxpar.simulate` and `fxpar.testing.assert_equivalent`.
 
-    Arguments as in `compile_program`. The trace is made when the first plan asks for it. Raises: `InputError`.
+    example_inputs, device: as in `compile_program`. The trace is made when the first plan asks for it. Raises: `InputError`.
     """
     return Captured(model, example_inputs, device=device)
 

@@ -192,7 +192,8 @@ def _indexed(index: Path) -> list[str]:
 def load_safetensors(path: str | os.PathLike, module: nn.Module) -> None:
     """Fill the model's parameters and persistent buffers from safetensors with the model's own names.
 
-    path: a file, or a folder in Hugging Face's layout. Each rank reads only what it holds. Floating dtypes are converted to
+    path: a file, or a folder in Hugging Face's layout. module: a `ParallelModule` (every rank calls; it may have been made on the
+    meta device), or a plain module. Each rank reads only what it holds. Floating dtypes are converted to
     the model's. Either name of a tied tensor will do; a name that a Hugging Face model ignores is skipped.
     Everything is read, and checked against the checksums of `export_safetensors` where there are any, before the model is written
     to: for that each rank needs memory on the host for its part of the model.

@@ -32,8 +32,8 @@ _log = logging.getLogger("fxpar")
 def load_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Fill the model, and the optimizer if one is given, with what `save_checkpoint` wrote.
 
-    module: a `ParallelModule` under any plan (every rank calls; it may have been made on the meta device), or a plain
-    module. Each rank reads the files that hold something of its part. Floating dtypes are converted to the model's.
+    path: the folder. module: a `ParallelModule` under any plan (every rank calls; it may have been made on the meta device), or
+    a plain module. Each rank reads the files that hold something of its part. Floating dtypes are converted to the model's.
     optimizer: made from the module's parameters; it need not have stepped. A folder of Hugging Face safetensors is loaded
     as by `load_safetensors`.
 

@@ -171,7 +171,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """The plan written as `field=value`, separated by commas: "dp=2,tp=2,zero=3".
+        """The plan written in `text` as `field=value`, separated by commas: "dp=2,tp=2,zero=3".
 
         Switches are true or false, an absent value is none, overrides are written `name:value;name:value`,
         as in "batch_dims=src:1;tgt:none,roles=head.weight[0]:vocab". `Plan.parse(str(plan)) == plan`, always.
@@ -196,7 +196,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:
-        """The plan in a file: its fields, in TOML, YAML or JSON, by the file's name; or those of its table "plan".
+        """The plan in the file `path`: its fields, in TOML, YAML or JSON, by the file's name; or those of its table "plan".
 
         Values are as the constructor takes them (``recompute = "full"``, ``batch_dims = {src = 1}``). YAML is read with PyYAML,
         which has to be installed. Raises PlanError for what is no such file, unknown fields, and as the constructor does.

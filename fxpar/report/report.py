@@ -62,6 +62,7 @@ class Report:
     attention: how each runs under context parallelism. experts: how tokens reach them under expert parallelism. step: what a step
     takes, and its cluster. timings: where the time went on the way to the first step. pipeline: its stages, under pp. Then
     `memory`, `flops` (here with what is recomputed) and `peak` are each those of the pipeline rank that has most.
+    predicted: what predicts `peak`.
     """
 
     plan: Plan
@@ -94,7 +95,8 @@ class Report:
         return self.peak.bytes
 
     def count(self, kind: str, phase: str | None = None, axes: tuple[str, ...] | None = None) -> int:
-        """How many collectives of a kind a step has; under pp, over all stages."""
+        """How many collectives a step has, under pp in all stages: of a kind ("all_gather", ...); of one phase ("forward" or
+        "backward"); over just these axes of the mesh."""
         return sum(r.count for r in self.collectives if r.kind == kind and phase in (None, r.phase)
                    and axes in (None, r.axes))
 

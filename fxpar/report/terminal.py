@@ -51,22 +51,10 @@ def in_colour(report: Report) -> Iterator[Any]:
     )
     if report.collectives:
         yield ""
-        yield table(
-            "Collectives of a step, on one rank",
-            ("for", "kind", "over", "phase", "where", "count", "bytes"),
-            [
-                (r.strategy, r.kind, "+".join(r.axes), r.phase, r.where or "the model", f"{r.count:,}", size(r.bytes))
-                for r in report.merged()
-            ],
-            right=2,
-        )
+        yield table("Collectives of a step, on one rank", ("for", "over", "where", "forward", "backward"), _both_ways(report))
         yield ""
-        yield table(
-            "All of a rank's, for",
-            ("", "count", "forward", "backward"),
-            [(t.name, f"{t.count:,}", size(t.forward), size(t.backward)) for t in report.totals()],
-            right=3,
-        )
+        totals = [(t.name, f"{t.count:,}", size(t.forward), size(t.backward)) for t in report.totals()]
+        yield table("All of a rank's, for", ("", "count", "forward", "backward"), totals, right=3)
     if pipeline is not None:
         yield ""
         yield table(
@@ -105,3 +93,12 @@ def in_colour(report: Report) -> Iterator[Any]:
         lines.append(("a step", f"not known: {error}"))
     for name, text in [*lines, *(("note", note) for note in report.notes)]:
         yield Text.assemble((f"{name:<14}", QUIET), text)
+
+
+def _both_ways(report: Report) -> list[tuple[str, ...]]:
+    """A line for what serves one module for one strategy: what goes forward and what backward, how many and their bytes."""
+    found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for r in report.merged():
+        entry = found.setdefault((r.strategy, "+".join(r.axes), r.where or "the model"), {"forward": [], "backward": []})
+        entry[r.phase].append(f"{r.kind} x{r.count:,} {size(r.bytes)}")
+    return [(*key, "\n".join(phases["forward"]), "\n".join(phases["backward"])) for key, phases in found.items()]

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fxpar import compat
 from fxpar.errors import InputError, PlanError
+from fxpar.program import Program
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.report.timings import INITIALISING
@@ -91,6 +92,7 @@ class ParallelModule(nn.Module):
 
     @property
     def mesh(self) -> DeviceMesh:
+        """The ranks that this module's parameters are DTensors on; under pp, those that hold the same stages."""
         return self.parameter_store.bound.device_mesh
 
     @property
@@ -301,6 +303,10 @@ class ParallelModule(nn.Module):
         """
         program = self._engine.newest()
         return report_of(program, self._engine.stages(program))
+
+    def newest_program(self) -> Program:
+        """The program that `report` describes: another one when the module was called in a new way."""
+        return self._engine.newest()
 
     def print_readable(self) -> str:
         """Print (and return) the local program that `report` describes, as annotated Python."""

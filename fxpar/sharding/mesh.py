@@ -214,7 +214,8 @@ class BoundMesh:
             else:
                 groups = [[kind * self.mesh.world_size + rank for rank in group]
                           for kind in range(self.kinds) for group in self.mesh.groups(axes)]
-                self._groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(groups)
+                self._groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(
+                    groups, group_desc=f"fxpar {'+'.join(axes)}")
         return self._groups[axes]
 
     def among(self, kinds: tuple[int, ...]) -> torch.distributed.ProcessGroup:
@@ -245,7 +246,8 @@ class BoundMesh:
             options = None
             if self.device_mesh.device_type == "cuda":
                 options = torch.distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            self._exchange_groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(groups, pg_options=options)
+            self._exchange_groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(
+                groups, pg_options=options, group_desc=f"fxpar exchange {'+'.join(axes)}")
         return self._exchange_groups[axes]
 
     def index(self, axes: Axes) -> int:
