@@ -37,17 +37,17 @@ MISSES = 4
 
 
 @dataclass
-class _Group:
+class _LayerGroup:
     """Members of lists of modules whose trees of classes are equal; `calls` that were seen of them, and `classes`."""
 
     members: int = 0
     calls: int = 0
     misses: int = 0
-    classes: list[_Class] = field(default_factory=list)
+    classes: list[_TracedLayer] = field(default_factory=list)
 
 
 @dataclass
-class _Call:
+class _LayerCall:
     """A call of a layer. rest: of its inputs, those that are no tensors; given: the tensors, then the layer's own; key: what
     else has to be equal."""
 
@@ -62,25 +62,25 @@ class _Call:
 
 
 @dataclass
-class _Class:
+class _TracedLayer:
     """A layer that was traced. made: the tensors that it returned and did not get; leaves: what it returned, with a place in
     `made` or among the inputs for each tensor."""
 
     number: int
-    call: _Call
+    call: _LayerCall
     evidence: Evidence
     made: list[Tensor]
     leaves: list[Any]
     spec: pytree.TreeSpec
 
-    def is_like(self, call: _Call) -> bool:
+    def is_like(self, call: _LayerCall) -> bool:
         """Whether a call of another layer would be traced as this one was."""
         mine = self.call
         return mine.key == call.key and mine.hooks == call.hooks and mine.rest == call.rest and self.evidence.holds(call.view)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorPlace:
     made: bool
     index: int
 
@@ -91,7 +91,7 @@ class _Layers:
         self.count, self.inside = 0, False
         self.owners: Counter[int] | None = None
 
-    def run(self, group: _Group, layer: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run(self, group: _LayerGroup, layer: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         group.calls += 1
         few = max(group.members, group.calls) < 2 or group.misses == MISSES
         if self.inside or few or sys.getprofile() is not None:
@@ -110,7 +110,7 @@ class _Layers:
         finally:
             self.inside = False
 
-    def _call(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
+    def _call(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _LayerCall | None:
         """None if there is an input of which it is not known what it is, or a tensor of unknown shape or known values."""
         know((args, kwargs))
         view = View(layer)
@@ -126,7 +126,7 @@ class _Layers:
         hooks = [view.describe(list(table.values())) for m in view.modules[1:] for table in compat.hooks(m)]
         key = (view.tree, view.names, tuple(isinstance(x, Tensor) for x in leaves), str(spec), tuple(facts), tuple(places),
                outside, compat.trace_modes())
-        return _Call(view, spec, leaves, rest, given, key, hooks)
+        return _LayerCall(view, spec, leaves, rest, given, key, hooks)
 
     def _is_shared(self, t: Tensor, view: View) -> bool:
         """Whether the model has a tensor elsewhere than in this layer, too."""
@@ -135,7 +135,7 @@ class _Layers:
                                   for p in table.values())
         return self.owners[id(t)] != sum(p is t for p in view.tensors)
 
-    def _trace(self, group: _Group, call: _Call, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _trace(self, group: _LayerGroup, call: _LayerCall, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         number, count = self.count, len(self.traced.marks)
         self.count += 1
         with compat.untraced():
@@ -158,34 +158,34 @@ class _Layers:
             group.misses += 1
             return out
         new = {id(t): i for i, t in enumerate(made)}
-        places = [x if not isinstance(x, Tensor) else _Place(id(x) in new, (new if id(x) in new else given)[id(x)])
+        places = [x if not isinstance(x, Tensor) else _TensorPlace(id(x) in new, (new if id(x) in new else given)[id(x)])
                   for x in leaves]
-        group.classes.append(_Class(number, call, evidence, made, places, spec))
+        group.classes.append(_TracedLayer(number, call, evidence, made, places, spec))
         return out
 
-    def _leaves_inputs(self, call: _Call, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _leaves_inputs(self, call: _LayerCall, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether what a call was given is as it was."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return spec == call.spec and _are([leaves], [call.leaves]) and \
             [None if isinstance(x, Tensor) else call.view.describe(x) for x in leaves] == call.rest
 
-    def _can_be_again(self, call: _Call, leaves: list[Any], made: list[Tensor]) -> bool:
+    def _can_be_again(self, call: _LayerCall, leaves: list[Any], made: list[Tensor]) -> bool:
         """Whether `marks.again` makes what a layer returns: it says by the inputs whether results have gradients."""
         wants = torch.is_grad_enabled() and any(t.requires_grad for t in call.given)
         return all(isinstance(x, (Tensor, *SIMPLE)) for x in leaves) and all(
             compat.trace_facts(t) is not None and t.requires_grad == (wants and (t.is_floating_point() or t.is_complex()))
             for t in made)
 
-    def _state(self, call: _Call) -> list[list[Any]]:
+    def _state(self, call: _LayerCall) -> list[list[Any]]:
         """What a layer may write to: what the model's attributes hold, the tables of the layer, the versions of the tensors that
         it was given, and PyTorch's settings."""
         tables = [*call.view.tables, *(m._modules for m in call.view.modules)]
         return [*([*t, *t.values()] for t in tables), *self.record.held(), [t._version for t in call.given],
                 list(compat.trace_modes())]
 
-    def _again(self, known: _Class, call: _Call) -> Any:
+    def _again(self, known: _TracedLayer, call: _LayerCall) -> Any:
         made = marks.again(call.given, known.made, known.number)
-        places = [p if not isinstance(p, _Place) else made[p.index] if p.made else call.given[p.index] for p in known.leaves]
+        places = [p if not isinstance(p, _TensorPlace) else made[p.index] if p.made else call.given[p.index] for p in known.leaves]
         return pytree.tree_unflatten(places, known.spec)
 
 
@@ -209,11 +209,11 @@ def traced_once(model: nn.Module, traced: TraceGuard, reads: Reads | None, recor
     reads: what is looked at, which will be known of the layers that are not traced as well; None: it is not seen, and all layers
     are traced.
     """
-    groups: dict[Hashable, _Group] = {}
+    groups: dict[Hashable, _LayerGroup] = {}
     undo: list[tuple[nn.Module, Any]] = []
     layers = None if reads is None else _Layers(model, traced, reads, record)
 
-    def wrap(group: _Group, layer: nn.Module, forward: Callable) -> Callable:
+    def wrap(group: _LayerGroup, layer: nn.Module, forward: Callable) -> Callable:
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             return layers.run(group, layer, forward, args, kwargs)
@@ -223,7 +223,7 @@ def traced_once(model: nn.Module, traced: TraceGuard, reads: Reads | None, recor
 
     try:
         for layer in _members(model) if layers is not None else ():
-            group = groups.setdefault(tuple((path, type(m)) for path, m in layer.named_modules()), _Group())
+            group = groups.setdefault(tuple((path, type(m)) for path, m in layer.named_modules()), _LayerGroup())
             group.members += 1
             undo.append((layer, layer.__dict__.get("forward")))
             layer.__dict__["forward"] = wrap(group, layer, object.__getattribute__(layer, "forward"))  # which is no look at it
