@@ -19,8 +19,12 @@ from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
+from fxpar.compat.compiling import compile_graph
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
+from fxpar.compat.numbers import in_full, mend_sums_of_norms, read_numbers_of
+from fxpar.compat.profiles import profiling
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
     Cut,
@@ -51,22 +55,30 @@ __all__ = [
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
+    "attention_priority",
     "autocast_region",
+    "cache_counts",
+    "cache_settings",
     "compile_graph",
     "compile_steps",
     "default_store",
     "detect_fake_mode",
     "fake_like",
+    "in_full",
     "interpret_steps",
     "is_grouped_product",
     "is_pointwise",
     "is_random",
+    "is_subgraph_call",
+    "mend_sums_of_norms",
     "mutates",
     "no_grad_region",
     "no_torch_function",
     "process_groups",
+    "profiling",
     "quiet_traces",
     "read_metadata",
+    "read_numbers_of",
     "sizes_of_values",
     "storage_of",
     "strided_shard",
@@ -116,49 +128,6 @@ def no_grad_region(node: fx.Node) -> bool:
 
 def autocast_region(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is wrap_with_autocast
-
-
-def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None,
-                  backward_at_once: bool = False, counts: bool = False) -> Callable:
-    """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
-
-    No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this
-    graph alone. backward_at_once: the backward is compiled now, and not when it first runs. counts: see `sizes_of_values`.
-    """
-    from torch._functorch import config as aot
-    from torch._inductor.compile_fx import compile_fx
-
-    _mend_reductions()
-    at_once = aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext()
-    with at_once, sizes_of_values(inputs, counts) as inputs:
-        compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
-    return compiled
-
-
-@functools.cache
-def _mend_reductions() -> None:
-    """Have Inductor lay out the operands of `all_reduce_coalesced`, in place or not, as the graph has them, and densely.
-
-    Inductor reduces in place, and lays out what it reduces as it likes: transposed, or as a part of a wider product. What waits
-    for it wants the graph's strides, so it is copied once more: before the wait, while it is being summed (torch 2.11 to 2.15).
-    """
-    from torch._inductor import ir
-    from torch._inductor.lowering import clone, lowerings
-    from torch._inductor.virtualized import V
-
-    c10d = torch.ops._c10d_functional
-    in_place = lowerings[c10d.all_reduce_coalesced_.default]
-
-    def dense(x: Any, strides: Sequence[int]) -> Any:
-        order = ir.get_stride_order(strides)
-        return ir.ExternKernel.require_exact_strides(x, ir.FlexibleLayout.stride_ordered(x.get_size(), order))
-
-    def reduce_(inputs: list[Any], *args: Any) -> Any:
-        nodes: Any = V.graph.current_node.args[0]
-        return in_place([dense(x, node.meta["val"].stride()) for x, node in zip(inputs, nodes, strict=True)], *args)
-
-    lowerings[c10d.all_reduce_coalesced.default] = lambda inputs, *args: reduce_([clone(x) for x in inputs], *args)
-    lowerings[c10d.all_reduce_coalesced_.default] = reduce_
 
 
 @contextlib.contextmanager
@@ -235,6 +204,24 @@ def without_forward_hooks(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module.__dict__.update(kept)
+
+
+CALLED = "_compiled_call_impl"
+"""The attribute of a module that is called in its place."""
+
+
+def call_by(module: torch.nn.Module, function: Callable | None) -> None:
+    """Have ``module(...)`` call `function`, or what it called before any was given; copies and pickles of it do not. A module
+    whose user compiled it is left alone."""
+    if isinstance(module.__dict__.get(CALLED), functools.partial):
+        del module.__dict__[CALLED]
+    if function is not None and module.__dict__.get(CALLED) is None:
+        module.__dict__[CALLED] = function
+
+
+def call_plainly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``module(...)`` does where `call_by` was given nothing: its hooks and its forward."""
+    return module._call_impl(*args, **kwargs)
 
 
 def trace_facts(t: torch.Tensor) -> tuple | None:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxpar import compat
+
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum)
 """Values that are compared by what they are; others are compared by which object they are."""
 
@@ -30,7 +32,7 @@ MISSING = object()
 _TRACERS = ("torch.fx.", "torch.export.", "torch._")
 """Modules with classes of modules that a trace makes for itself."""
 
-MACHINERY = frozenset(vars(nn.Module()))
+MACHINERY = frozenset((*vars(nn.Module()), compat.CALLED))
 """Attributes that every module has: parts, modes and hooks, which are compared by themselves."""
 
 
