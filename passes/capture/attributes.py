@@ -253,8 +253,9 @@ class _Attributes:
         self.read: set[str] = set()
 
     def now(self) -> Any:
+        kind: Any = type(self.module)
         if isinstance(self.holder, dict):
-            return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(type(self.module), k)}
+            return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(kind, k)}
         return list(self.holder)
 
     def entries(self) -> list[tuple[Any, Any]]:

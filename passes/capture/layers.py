@@ -185,8 +185,8 @@ class _Layers:
 
     def _again(self, known: _TracedLayer, call: _LayerCall) -> Any:
         made = marks.again(call.given, known.made, known.number)
-        places = [p if not isinstance(p, _TensorPlace) else made[p.index] if p.made else call.given[p.index] for p in known.leaves]
-        return pytree.tree_unflatten(places, known.spec)
+        return pytree.tree_unflatten([(made if p.made else call.given)[p.index] if isinstance(p, _TensorPlace) else p
+                                      for p in known.leaves], known.spec)
 
 
 def _are(before: list[list[Any]], now: list[list[Any]]) -> bool:
