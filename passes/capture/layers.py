@@ -47,7 +47,7 @@ class _Group:
 
 
 @dataclass
-class _Call:
+class _LayerCall:
     """A call of a layer. rest: of its inputs, those that are no tensors; given: the tensors, then the layer's own; key: what
     else has to be equal."""
 
@@ -67,13 +67,13 @@ class _Class:
     `made` or among the inputs for each tensor."""
 
     number: int
-    call: _Call
+    call: _LayerCall
     evidence: Evidence
     made: list[Tensor]
     leaves: list[Any]
     spec: pytree.TreeSpec
 
-    def is_like(self, call: _Call) -> bool:
+    def is_like(self, call: _LayerCall) -> bool:
         """Whether a call of another layer would be traced as this one was."""
         mine = self.call
         return mine.key == call.key and mine.hooks == call.hooks and mine.rest == call.rest and self.evidence.holds(call.view)
@@ -110,7 +110,7 @@ class _Layers:
         finally:
             self.inside = False
 
-    def _call(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
+    def _call(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _LayerCall | None:
         """None if there is an input of which it is not known what it is, or a tensor of unknown shape or known values."""
         know((args, kwargs))
         view = View(layer)
@@ -126,7 +126,7 @@ class _Layers:
         hooks = [view.describe(list(table.values())) for m in view.modules[1:] for table in compat.hooks(m)]
         key = (view.tree, view.names, tuple(isinstance(x, Tensor) for x in leaves), str(spec), tuple(facts), tuple(places),
                outside, compat.trace_modes())
-        return _Call(view, spec, leaves, rest, given, key, hooks)
+        return _LayerCall(view, spec, leaves, rest, given, key, hooks)
 
     def _is_shared(self, t: Tensor, view: View) -> bool:
         """Whether the model has a tensor elsewhere than in this layer, too."""
@@ -135,7 +135,7 @@ class _Layers:
                                   for p in table.values())
         return self.owners[id(t)] != sum(p is t for p in view.tensors)
 
-    def _trace(self, group: _Group, call: _Call, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _trace(self, group: _Group, call: _LayerCall, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         number, count = self.count, len(self.traced.marks)
         self.count += 1
         with compat.untraced():
@@ -163,27 +163,27 @@ class _Layers:
         group.classes.append(_Class(number, call, evidence, made, places, spec))
         return out
 
-    def _leaves_inputs(self, call: _Call, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def _leaves_inputs(self, call: _LayerCall, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether what a call was given is as it was."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return spec == call.spec and _are([leaves], [call.leaves]) and \
             [None if isinstance(x, Tensor) else call.view.describe(x) for x in leaves] == call.rest
 
-    def _can_be_again(self, call: _Call, leaves: list[Any], made: list[Tensor]) -> bool:
+    def _can_be_again(self, call: _LayerCall, leaves: list[Any], made: list[Tensor]) -> bool:
         """Whether `marks.again` makes what a layer returns: it says by the inputs whether results have gradients."""
         wants = torch.is_grad_enabled() and any(t.requires_grad for t in call.given)
         return all(isinstance(x, (Tensor, *SIMPLE)) for x in leaves) and all(
             compat.trace_facts(t) is not None and t.requires_grad == (wants and (t.is_floating_point() or t.is_complex()))
             for t in made)
 
-    def _state(self, call: _Call) -> list[list[Any]]:
+    def _state(self, call: _LayerCall) -> list[list[Any]]:
         """What a layer may write to: what the model's attributes hold, the tables of the layer, the versions of the tensors that
         it was given, and PyTorch's settings."""
         tables = [*call.view.tables, *(m._modules for m in call.view.modules)]
         return [*([*t, *t.values()] for t in tables), *self.record.held(), [t._version for t in call.given],
                 list(compat.trace_modes())]
 
-    def _again(self, known: _Class, call: _Call) -> Any:
+    def _again(self, known: _Class, call: _LayerCall) -> Any:
         made = marks.again(call.given, known.made, known.number)
         places = [p if not isinstance(p, _Place) else made[p.index] if p.made else call.given[p.index] for p in known.leaves]
         return pytree.tree_unflatten(places, known.spec)
