@@ -189,14 +189,14 @@ def layout_words(node: fx.Node) -> str:
 
 
 @dataclass(eq=False)
-class _Spot:
+class _Vertex:
     """A box, or a bend of an edge that goes past others."""
 
     box: Box | None
     level: int
     x: float = 0.0
-    above: list[_Spot] = field(default_factory=list)
-    below: list[_Spot] = field(default_factory=list)
+    above: list[_Vertex] = field(default_factory=list)
+    below: list[_Vertex] = field(default_factory=list)
 
     @property
     def width(self) -> float:
@@ -205,16 +205,16 @@ class _Spot:
 
 def _drawing(boxes: list[Box]) -> str:
     order = _levels(boxes)
-    place = {box: _Spot(box, box.level) for box in order}
-    rows: list[list[_Spot]] = [[] for _ in range(max(b.level for b in boxes) + 1)]
+    place = {box: _Vertex(box, box.level) for box in order}
+    rows: list[list[_Vertex]] = [[] for _ in range(max(b.level for b in boxes) + 1)]
     for box in order:
         rows[box.level].append(place[box])
-    paths: list[tuple[list[_Spot], str]] = []
+    paths: list[tuple[list[_Vertex], str]] = []
     for box in order:
         for other, layout in box.after.items():
             chain = [place[box]]
             for level in range(box.level + 1, other.level):
-                bend = _Spot(None, level)
+                bend = _Vertex(None, level)
                 rows[level].append(bend)
                 chain.append(bend)
             chain.append(place[other])
@@ -262,7 +262,7 @@ def _levels(boxes: list[Box]) -> list[Box]:
     return order
 
 
-def _arrange(rows: list[list[_Spot]]) -> None:
+def _arrange(rows: list[list[_Vertex]]) -> None:
     """Give places their x: first an order with few crossings, then near what they are joined to, without overlaps."""
     for row in rows:
         for i, p in enumerate(row):
@@ -290,7 +290,7 @@ def _arrange(rows: list[list[_Spot]]) -> None:
             p.x -= left
 
 
-def _spread(row: list[_Spot], wish: list[float]) -> None:
+def _spread(row: list[_Vertex], wish: list[float]) -> None:
     """Put places where they wish to be, moved apart as far as they overlap, evenly to both sides."""
     clusters: list[tuple[list[int], float]] = []
     for i in range(len(row)):
@@ -305,15 +305,15 @@ def _spread(row: list[_Spot], wish: list[float]) -> None:
             x += row[i].width + ACROSS
 
 
-def _width(row: list[_Spot], members: list[int]) -> float:
+def _width(row: list[_Vertex], members: list[int]) -> float:
     return sum(row[i].width for i in members) + ACROSS * (len(members) - 1)
 
 
-def _left(row: list[_Spot], cluster: tuple[list[int], float]) -> float:
+def _left(row: list[_Vertex], cluster: tuple[list[int], float]) -> float:
     return cluster[1] - _width(row, cluster[0]) / 2
 
 
-def _right(row: list[_Spot], cluster: tuple[list[int], float]) -> float:
+def _right(row: list[_Vertex], cluster: tuple[list[int], float]) -> float:
     return cluster[1] + _width(row, cluster[0]) / 2
 
 
@@ -321,7 +321,7 @@ def _top(level: int) -> float:
     return MARGIN + level * (HIGH + DOWN)
 
 
-def _edge(chain: list[_Spot]) -> str:
+def _edge(chain: list[_Vertex]) -> str:
     x, y = chain[0].x, _top(chain[0].level) + HIGH
     path = f"M{x:.1f} {y:.1f}"
     for p in chain[1:]:
