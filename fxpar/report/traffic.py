@@ -122,8 +122,8 @@ def strategy_of(node: fx.Node, made: Collective, mesh: Mesh) -> str:
 def gathered_again(program: Program) -> set[fx.Node]:
     """The gathers of a program that its backward pass does again: under zero=3 those of stored parameters which it reads, but for
     those used behind the last block, which are kept. Under a memory budget all that may be: what is made again, and so reads its
-    parameters again, is then PyTorch's choice; so it is, under a plan that recomputes, of what a model computes between modules of
-    a block and outside of it."""
+    parameters again, is then PyTorch's choice; so it is, under a plan that recomputes, of what a model computes between modules
+    of a block and outside of it."""
     if not program.training or not program.plan.gathers_each_use:
         return set()
     nodes = list(program.graph.nodes)

@@ -24,7 +24,7 @@ from fxpar.report.traffic import strategy_of
 from fxpar.report.words import dims_of_layout, short
 from fxpar.sharding.facts import if_local
 
-WIDE, HIGH, ACROSS, DOWN, MARGIN = 176.0, 40.0, 18.0, 36.0, 8.0
+WIDE, HIGH, ACROSS, DOWN, MARGIN = 176.0, 40.0, 46.0, 36.0, 8.0
 MOVES = ("to", "_to_copy", "reshape", "contiguous", "clone", "movedim", "transpose", "flatten", "squeeze", "unsqueeze")
 MOST = 140
 """Boxes that are drawn; a larger block is not."""
@@ -176,6 +176,8 @@ def _weights(node: fx.Node) -> list[fx.Node]:
 
 
 def _name(node: fx.Node) -> str:
+    if node.target in ATTENTION or node.target is ring_attention:
+        return "ring attention" if node.target is ring_attention else "attention"
     return str(getattr(node.target, "_opname", "") or getattr(node.target, "__name__", node.target))
 
 
@@ -233,7 +235,7 @@ def _drawing(boxes: list[Box]) -> str:
             tag(
                 "g",
                 tag("rect", class_=f"box {box.colour}", x=x - WIDE / 2, y=y, width=WIDE, height=HIGH, rx=6),
-                tag("text", words(_cut(box.title, 27)), x=x, y=y + 17, class_="title"),
+                tag("text", words(_cut(box.title, 26)), x=x, y=y + 17, class_="title"),
                 tag("text", words(_cut(box.line, 31)), x=x, y=y + 31, class_="line"),
                 data_t=f"{box.title}\n{box.text}",
             )
