@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fxpar import compat
 from fxpar.backends.transport.copies import CopyGroup
@@ -121,6 +121,17 @@ def test_numbers_of_dtensors_are_read_from_what_is_made_of_them(monkeypatch):
         if before is not None:
             handlers[aten._local_scalar_dense.default] = before
     assert t.item() == 2
+
+
+def test_sums_of_norms_are_of_whole_norms():
+    mesh, norm = one_rank_mesh(), torch.ones(4, 6).norm
+    norms = DTensor.from_local(torch.ones(4, 6), mesh, [Shard(0)]).norm(dim=0)
+    placement = norms.placements[0]
+    compat.mend_sums_of_norms()
+    assert placement.is_partial() and placement.reduce_op == "sum" and norms.sum().placements == (Replicate(),)
+    assert norms.sum(0, keepdim=True).placements == (Replicate(),) and norms.sum().item() == norm(dim=0).sum()
+    assert torch.equal(compat.in_full(norms), norm(dim=0))
+    assert DTensor.from_local(torch.ones(3), mesh, [Partial()]).sum().placements == (Partial(),)
 
 
 def test_checkpoints_of_torch_refuse_parts_of_several_pieces(tmp_path):

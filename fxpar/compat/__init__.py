@@ -23,7 +23,7 @@ from fxpar.compat.caches import attention_priority, cache_counts, cache_settings
 from fxpar.compat.compiling import compile_graph
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
-from fxpar.compat.numbers import read_numbers_of
+from fxpar.compat.numbers import in_full, mend_sums_of_norms, read_numbers_of
 from fxpar.compat.profiles import profiling
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
@@ -38,6 +38,7 @@ from fxpar.compat.steps import (
     interpret_steps,
     output_code,
     sizes_of_values,
+    sizes_to_compile,
     storage_of,
     trace_steps,
 )
@@ -64,11 +65,13 @@ __all__ = [
     "default_store",
     "detect_fake_mode",
     "fake_like",
+    "in_full",
     "interpret_steps",
     "is_grouped_product",
     "is_pointwise",
     "is_random",
     "is_subgraph_call",
+    "mend_sums_of_norms",
     "mutates",
     "no_grad_region",
     "no_torch_function",
@@ -78,6 +81,7 @@ __all__ = [
     "read_metadata",
     "read_numbers_of",
     "sizes_of_values",
+    "sizes_to_compile",
     "storage_of",
     "strided_shard",
     "trace_steps",

@@ -221,7 +221,7 @@ def recorded() -> Iterator[Reads]:
         def look(self: Any, name: str) -> Any:
             if reads.listener is not None:
                 reads.listener(self, name)
-            if name in MACHINERY or name.startswith("__"):
+            if name in MACHINERY or name[:2] == "__":
                 return before(self, name)
             key = id(object.__getattribute__(self, "__dict__")), name
             if key not in reads.found:

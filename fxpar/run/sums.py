@@ -6,10 +6,9 @@ themselves. Here they give the number: parts are summed by all ranks of the tens
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from fxpar import compat
 from fxpar.backends.transport.control import Control
@@ -22,9 +21,9 @@ READ = ("item() of a sum over parameters, of which each rank has a part (where o
 def read_whole() -> None:
     """From now on, numbers read from DTensors in this process are whole. Once is enough."""
     compat.read_numbers_of(whole)
+    compat.mend_sums_of_norms()
 
 
-@torch.no_grad()
 def whole(t: DTensor) -> Tensor:
     """All of a tensor with one element. Where the ranks of the world share it, they compare that all of them are here.
 
@@ -36,4 +35,4 @@ def whole(t: DTensor) -> Tensor:
     with control.watch.call(READ):
         if t.device_mesh.size() == dist.get_world_size():
             control.agree(READ, {})
-        return t.redistribute(placements=[Replicate()] * t.device_mesh.ndim).to_local()
+        return compat.in_full(t)

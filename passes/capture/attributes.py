@@ -254,7 +254,8 @@ class _Attributes:
 
     def now(self) -> Any:
         if isinstance(self.holder, dict):
-            return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(self.module, k)}
+            kind: Any = type(self.module)
+            return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(kind, k)}
         return list(self.holder)
 
     def entries(self) -> list[tuple[Any, Any]]:
@@ -344,9 +345,10 @@ def _snapshot(model: nn.Module) -> list[_Attributes]:
     return list(found.values())
 
 
-def _is_own(module: nn.Module, key: str) -> bool:
+@functools.lru_cache(1 << 16)
+def _is_own(kind: type, key: str) -> bool:
     """Whether it is no attribute of the module's author: PyTorch's modules keep lists of their weights (``_flat_weights``)."""
-    return key in OWN or "_hooks" in key or (key.startswith("_") and type(module).__module__.startswith("torch."))
+    return key in OWN or "_hooks" in key or (key.startswith("_") and kind.__module__.startswith("torch."))
 
 
 def _is_plain(value: Any) -> bool:

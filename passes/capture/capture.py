@@ -364,8 +364,13 @@ def _sinks(exported: torch.export.ExportedProgram, prefix: str, record: Recorded
             made = next((n for n in exported.graph.nodes if n.name == out.arg.name), None)
             kind = "parameter" if out.kind is OutputKind.PARAMETER_MUTATION else "input"
             raise CaptureError(f"a forward that writes to the {kind} {out.target}", user_line(made) if made else None,
+                               _RENORMALISE if made and made.target is torch.ops.aten.embedding_renorm.default else
                                "a forward may write to buffers alone: write to a copy, or outside of forward, between steps")
     return sinks, own
+
+
+_RENORMALISE = ("an embedding with max_norm=N scales its table's rows where it looks them up: leave max_norm out, and scale them "
+                "between steps, `with torch.no_grad(): w.mul_(N / w.norm(dim=1, keepdim=True).clamp(min=N))`")
 
 
 def _sink(arg: Any, position: int, beside: int, record: Recorded) -> Sink:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from fxpar import compat
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.within import within
+from fxpar.passes.capture.traced import DESCRIPTIONS
 
 HUGGING_FACE = "transformers.grouped_mm_fallback"
 """What Hugging Face's models call where they do not trust PyTorch's. Its backward reads the groups into Python."""
@@ -28,6 +29,8 @@ class GroupedProducts(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in DESCRIPTIONS:
+            return func(*args, **kwargs)
         if _is_grouped_product(func):
             x, weights, ends, bias, dtype = _given(NAMES, args, kwargs)
             plain = ends is not None and bias is None and dtype in (None, x.dtype)

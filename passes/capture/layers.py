@@ -80,7 +80,7 @@ class _Class:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ResultPlace:
     made: bool
     index: int
 
@@ -158,7 +158,7 @@ class _Layers:
             group.misses += 1
             return out
         new = {id(t): i for i, t in enumerate(made)}
-        places = [x if not isinstance(x, Tensor) else _Place(id(x) in new, (new if id(x) in new else given)[id(x)])
+        places = [x if not isinstance(x, Tensor) else _ResultPlace(id(x) in new, (new if id(x) in new else given)[id(x)])
                   for x in leaves]
         group.classes.append(_Class(number, call, evidence, made, places, spec))
         return out
@@ -185,8 +185,9 @@ class _Layers:
 
     def _again(self, known: _Class, call: _LayerCall) -> Any:
         made = marks.again(call.given, known.made, known.number)
-        places = [p if not isinstance(p, _Place) else made[p.index] if p.made else call.given[p.index] for p in known.leaves]
-        return pytree.tree_unflatten(places, known.spec)
+        leaves = [p if not isinstance(p, _ResultPlace) else made[p.index] if p.made else call.given[p.index]
+                  for p in known.leaves]
+        return pytree.tree_unflatten(leaves, known.spec)
 
 
 def _are(before: list[list[Any]], now: list[list[Any]]) -> bool:
@@ -226,7 +227,7 @@ def traced_once(model: nn.Module, traced: TraceGuard, reads: Reads | None, recor
             group = groups.setdefault(tuple((path, type(m)) for path, m in layer.named_modules()), _Group())
             group.members += 1
             undo.append((layer, layer.__dict__.get("forward")))
-            layer.__dict__["forward"] = wrap(group, layer, layer.forward)
+            layer.__dict__["forward"] = wrap(group, layer, object.__getattribute__(layer, "forward"))  # which is no look at it
         yield
     finally:
         for layer, own in undo:
@@ -275,7 +276,7 @@ def _moved(node: fx.Node, begin: fx.Node, call: fx.Node) -> dict[str, Any]:
     """What is known of a node of one layer, for its copy in another: the modules are that layer's."""
     meta = dict(node.meta)
     stack, of_begin, of_call = (dict(n.meta.get("nn_module_stack") or {}) for n in (node, begin, call))
-    if of_begin and of_call:
+    if stack and of_begin and of_call:
         old, new = (next(reversed(list(s.values())))[0] for s in (of_begin, of_call))
         meta["nn_module_stack"] = dict(of_call)
         for key, (path, *kind) in list(stack.items())[len(of_begin):]:

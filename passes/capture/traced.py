@@ -39,6 +39,13 @@ REFUSED: dict[Any, tuple[str, str]] = {
 _UNLIKELY = 0x5DEECE66D1B54A32
 """The seed of PyTorch's generator in a trace: a forward that sets one sets another."""
 
+DESCRIPTIONS = frozenset(getattr(torch.Tensor, name).__get__ for name in (
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_sparse", "is_quantized", "is_nested",
+    "is_meta", "is_cpu", "is_cuda", "itemsize", "nbytes",
+)) | {torch.Tensor.size, torch.Tensor.stride, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.storage_offset,
+      torch.Tensor.is_contiguous, torch.Tensor.is_floating_point, torch.Tensor.is_complex}  # fmt: skip
+"""Functions that say of one tensor what a trace knows of it anyway, whichever object it is."""
+
 _NO_TREES = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 Places = Mapping[int, tuple[dict[str, Any], str]]
@@ -76,6 +83,8 @@ class TraceGuard(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in DESCRIPTIONS:
+            return func(*args, **(kwargs or {}))
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
             if isinstance(args[1], int | float) and not 0 < args[1] < 1:
                 return args[1] >= 1

@@ -199,7 +199,7 @@ def test_a_random_operator_is_named_with_its_line_and_a_way_out():
 @pytest.mark.parametrize("model, mark, what, way_out", [
     (Branch, "branch", "control flow", "torch.where"),
     (Selects, "selects", "shape depends on values", "torch.where"),
-    (Renormalises, "renormalises", "writes to the parameter linear.weight", "between steps"),
+    (Renormalises, "renormalises", "writes to the parameter linear.weight", "max_norm out, and scale them between steps"),
     (Vmaps, "vmaps", "torch.vmap", "broadcasting"),
     (SelectsAndWrites, "keeps", "shape depends on values", "torch.where"),
 ])  # fmt: skip

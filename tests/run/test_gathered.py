@@ -165,7 +165,7 @@ def has_gradients_of_penalties(rank: int, pair: Pair) -> None:
     numbers = []
     for model, rows in ((pair.module, pair.mine()), (pair.plain, [pair.x, pair.y])):
         model.zero_grad()
-        loss = model(*rows) + 0.1 * sum(p.pow(2).sum() for p in model.parameters())
+        loss = model(*rows) + 0.1 * sum(p.pow(2).sum() for p in model.parameters()) + model.down.weight.norm(dim=1).sum()
         loss.backward()
         numbers.append([loss.item(), float(loss.detach() + 0), float(f"{loss:.6e}")])
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
@@ -177,7 +177,8 @@ def has_numbers_of_parameters(rank: int, pair: Pair) -> None:
     """Whatever is made of parameters, and added up, and put beside plain numbers."""
     makers = (lambda p: p.sum(), lambda p: p.abs().mean(), lambda p: p.norm(), lambda p: p.norm(3) ** 3, lambda p: p.max(),
               lambda p: p.min(), lambda p: (p > 0).sum(), lambda p: p.std(), lambda p: p.isnan().any(), lambda p: p.flatten()[-1],
-              lambda p: (p * p).sum().sqrt(), lambda p: (p * 2).square().mean() + torch.tensor(0.5))
+              lambda p: (p * p).sum().sqrt(), lambda p: p.norm(dim=0).sum(), lambda p: p.norm(dim=-1).sum(),
+              lambda p: (p * 2).square().mean() + torch.tensor(0.5), lambda p: torch.stack([p.norm(), -p.max()]).sum())
     pair.module.load_state_dict(pair.plain.state_dict())
     for number, make in enumerate(makers):
         have, want = ([make(p.detach()) for p in m.parameters()] for m in (pair.module, pair.plain))
