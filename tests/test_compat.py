@@ -412,6 +412,13 @@ def test_modules_that_make_models_parallel_are_where_they_are_said_to_be():
         assert hasattr(importlib.import_module(name), function)
 
 
+def test_a_profiler_that_listens_is_seen():
+    assert not compat.profiling()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert compat.profiling()
+    assert not compat.profiling()
+
+
 def test_distributions_are_unchecked_for_a_while():
     def make():
         return torch.distributions.Normal(torch.zeros(2), -torch.ones(2))

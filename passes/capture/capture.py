@@ -21,12 +21,13 @@ from fxpar import compat
 from fxpar.errors import CaptureError
 from fxpar.model.hugging_face import as_trained, say
 from fxpar.model.inputs import leaves
-from fxpar.model.reads import everything, recorded
+from fxpar.model.reads import Reads, everything, recorded
 from fxpar.passes.canonical.dropout import expand_dropout
 from fxpar.passes.capture.attributes import Recorded, recorded_attributes
 from fxpar.passes.capture.batchnorm import expand_batch_norm
 from fxpar.passes.capture.functions import expand_functions, recorded_functions
 from fxpar.passes.capture.grouped import GroupedProducts
+from fxpar.passes.capture.layers import expand_layers, traced_once
 from fxpar.passes.capture.regions import inline_regions
 from fxpar.passes.capture.traced import TraceGuard, host_draws
 from fxpar.plan import Plan
@@ -58,12 +59,12 @@ def capture(
             model, mode, device, plan.param_dtype) as originals:
         try:
             with recorded() as reads:
-                exported, prefix, record = _export(model, originals, fake_args, fake_kwargs)
+                exported, prefix, record = _export(model, originals, fake_args, fake_kwargs, reads)
         except CaptureError as error:
             if not type(error.__cause__).__module__.startswith("torch._dynamo."):
                 raise
             reads = everything(model)  # what is traced by Dynamo (torch.cond) cannot be watched
-            exported, prefix, record = _export(model, originals, fake_args, fake_kwargs, watch=False)
+            exported, prefix, record = _export(model, originals, fake_args, fake_kwargs, None)
         mapped = [n for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes
                   if compat.is_of_vmap(n.target)]
         if mapped and any(isinstance(c, compat.FakeTensor) for c in exported.constants.values()):
@@ -72,6 +73,7 @@ def capture(
         if mapped:
             exported = _decomposed(exported)
         inline_regions(exported.graph_module)
+        expand_layers(exported)
         expand_batch_norm(exported.graph)
         expand_dropout(exported.graph)
         if any(compat.mutates(n.target) for n in exported.graph.nodes):
@@ -165,9 +167,10 @@ def _fake_tensor_of(
 
 
 def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, kwargs: dict[str, Any],
-            watch: bool = True) -> tuple[torch.export.ExportedProgram, str, Recorded]:
+            reads: Reads | None) -> tuple[torch.export.ExportedProgram, str, Recorded]:
     """The exported program, the prefix its names carry ("model." where autocast had to be moved inside), and what the forward
-    left in attributes. (Forward hooks of submodules are part of it; the model's own run around the program.)"""
+    left in attributes. reads: where what it looks at is kept; None: that cannot be seen. (Forward hooks of submodules are part
+    of it; the model's own run around the program.)"""
     _refuse_hooks(model)
     traced = TraceGuard({id(p): _place(model, name) for name, p in originals.items()})
     root, device, prefix = model, next((t.device.type for t in model.parameters()), "cpu"), ""
@@ -175,8 +178,9 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
     drawn = host_draws()
     try:
-        with recorded_attributes(root, traced, watch) as record, torch.autocast(device, enabled=False), torch.enable_grad(), \
-                compat.checkpoints_inlined(), compat.unchecked_distributions(), recorded_functions(), traced, GroupedProducts():
+        with recorded_attributes(root, traced, reads is not None) as record, traced_once(root, traced, reads, record), \
+                torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), \
+                compat.unchecked_distributions(), recorded_functions(), traced, GroupedProducts():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None
