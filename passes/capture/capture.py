@@ -65,8 +65,12 @@ def capture(
                 raise
             reads = everything(model)  # what is traced by Dynamo (torch.cond) cannot be watched
             exported, prefix, record = _export(model, originals, fake_args, fake_kwargs, None)
-        if any(compat.is_of_vmap(n.target) for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)
-               for n in m.graph.nodes):
+        mapped = [n for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes
+                  if compat.is_of_vmap(n.target)]
+        if mapped and any(isinstance(c, compat.FakeTensor) for c in exported.constants.values()):
+            raise CaptureError("torch.vmap with out_dims other than 0", user_line(mapped[-1]) or None,
+                               "leave out_dims at 0, and move the dim behind it: torch.vmap(f)(x).movedim(0, dim)")
+        if mapped:
             exported = _decomposed(exported)
         inline_regions(exported.graph_module)
         expand_layers(exported)

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxpar
+from fxpar.errors import CaptureError
 from fxpar.testing import assert_equivalent
 
 
@@ -38,6 +40,7 @@ MAPPED = {
     "a mask": causal,
     "dropout": lambda net, x: torch.vmap(lambda a: F.dropout(net.row(a), 0.5), randomness="different")(x),
     "drawn alike": lambda net, x: torch.vmap(lambda a: net.row(a) * torch.rand(8), randomness="same")(x),
+    "another dim": lambda net, x: torch.vmap(net.row, in_dims=1)(x).movedim(0, 1),
     "in place": lambda net, x: torch.vmap(lambda a: net.row(a).mul_(2).add_(a))(x),
 }
 
@@ -47,7 +50,7 @@ def check(name, plan, **options):
     assert_equivalent(Net(MAPPED[name]), plan, (torch.randn(4, 6, 8),), **options)
 
 
-@pytest.mark.parametrize("name", ["rows", "dropout", "in place"])
+@pytest.mark.parametrize("name", ["rows"])
 def test_what_is_mapped_over_is_split_like_any_dim(name):
     check(name, "dp=2,tp=2")
 
@@ -58,3 +61,9 @@ def test_what_is_mapped_over_is_split_like_any_dim(name):
 @pytest.mark.parametrize("name", MAPPED)
 def test_whatever_is_mapped(name, plan, lowered):
     check(name, plan, lowered=lowered)
+
+
+def test_another_dim_of_the_result_is_refused():
+    net = Net(lambda net, x: torch.vmap(net.row, out_dims=1)(x))
+    with pytest.raises(CaptureError, match=r"out_dims other than 0 .*test_vmap\.py.*movedim\(0, dim\)"):
+        fxpar.simulate(net, "dp=2", (torch.randn(4, 6, 8),))
