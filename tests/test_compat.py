@@ -447,13 +447,14 @@ def test_modes_do_not_see_functions_for_a_while():
 
 
 def test_what_a_trace_may_depend_on():
-    x = torch.ones(2, 3)
-    known = compat.trace_facts(x)
-    for other in (x.mT, x.double(), torch.ones(2, 3, requires_grad=True), torch.nn.Parameter(x), torch.ones(3, 3)[1:]):
-        assert compat.trace_facts(other) != known
-    assert compat.trace_facts(torch.zeros(2, 3)) == known
+    assert compat.trace_facts(torch.ones(2, 3)) is None  # has values
     with compat.FakeTensorMode():
-        assert compat.trace_facts(torch.tensor(0.5)) is None and compat.trace_facts(torch.empty(2)) is not None
+        x = torch.ones(2, 3)
+        known = compat.trace_facts(x)
+        for other in (x.mT, x.double(), torch.ones(2, 3, requires_grad=True), torch.ones(3, 3)[1:]):
+            assert compat.trace_facts(other) not in (None, known)
+        assert compat.trace_facts(torch.zeros(2, 3)) == known
+        assert compat.trace_facts(torch.tensor(0.5)) is None
     modes = compat.trace_modes()
     for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
         with mode:
