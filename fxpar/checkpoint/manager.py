@@ -68,7 +68,7 @@ class CheckpointManager:
                 hint = ": torchdata's StatefulDataLoader has" if name == "loader" else ""
                 raise TypeError(f"CheckpointManager({name}=...) takes what has state_dict() and load_state_dict(), and "
                                 f"{type(thing).__name__} has not{hint}")
-        if getattr(loader, "generator", loader) is None:
+        if loader is not None and getattr(loader, "generator", loader) is None:
             raise ValueError("CheckpointManager(loader=...): this loader draws from PyTorch's generator whenever an iteration "
                              "begins, in a resumed run once more, which would then draw other numbers in its steps: make the "
                              "loader with generator=torch.Generator()")

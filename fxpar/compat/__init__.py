@@ -38,6 +38,7 @@ from fxpar.compat.steps import (
     interpret_steps,
     output_code,
     sizes_of_values,
+    sizes_to_compile,
     storage_of,
     trace_steps,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "in_full",
     "interpret_steps",
     "is_grouped_product",
+    "is_of_vmap",
     "is_pointwise",
     "is_random",
     "is_subgraph_call",
@@ -80,6 +82,7 @@ __all__ = [
     "read_metadata",
     "read_numbers_of",
     "sizes_of_values",
+    "sizes_to_compile",
     "storage_of",
     "strided_shard",
     "trace_steps",
@@ -109,6 +112,11 @@ def is_pointwise(target: Any) -> bool:
 
 def is_random(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def is_of_vmap(target: Any) -> bool:
+    """Whether a node's target is one of the functions by which an export writes down where `torch.vmap` begins and ends."""
+    return getattr(target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def mutates(target: Any) -> bool:

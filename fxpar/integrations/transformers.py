@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.utils.generic import can_return_loss, find_labels
 
@@ -58,13 +59,28 @@ class OnReplicas(_Mixed):
 
     # ---- losses ----
 
+    @property
+    def _own_loss(self) -> bool:
+        """Whether the Trainer computes losses, from outputs of a replica's rows, and not the model, from those of all."""
+        return self.label_smoother is not None or self.compute_loss_func is not None
+
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """A loss of the model's own is that of all replicas; one that the Trainer computes is this replica's, and averaged."""
-        if self.label_smoother is not None or self.compute_loss_func is not None:
+        if self.compute_loss_func is not None or (self._own_loss and "labels" not in inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._own_loss:
+            return self._smoothed(model, dict(inputs), return_outputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             inputs = {**inputs, "num_items_in_batch": num_items_in_batch}
         return super().compute_loss(model, inputs, return_outputs)
+
+    def _smoothed(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
+        """The loss of smoothed labels: as the Trainer's, which asks a model's class whether it shifts them."""
+        labels, outputs = inputs.pop("labels"), model(**inputs)
+        loss = self.label_smoother(outputs, labels, num_items_in_batch=num_items_in_batch,
+                                   shift_labels=type(_plain(self.model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        if num_items_in_batch is not None:
+            loss = loss * self.model.replica.count
+        return (loss, outputs) if return_outputs else loss
 
     # ---- evaluation ----
 
@@ -73,6 +89,8 @@ class OnReplicas(_Mixed):
             raise InputError("predictions of a pipeline are on the ranks of its last stage alone: evaluate the loss (without "
                              "compute_metrics, or with prediction_loss_only=True), or predict under a plan without pp")
         loss, logits, labels = super().prediction_step(model, self._counted(inputs), prediction_loss_only, ignore_keys)
+        if loss is not None and self._own_loss:
+            loss = self.accelerator.reduce(loss, "mean")
         return loss, pytree.tree_map_only(DTensor, DTensor.full_tensor, logits), labels
 
     def _counted(self, inputs: Any) -> Any:

@@ -27,6 +27,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "peak": _peak(report),
         "flops": report.flops,
         "step": _step(report),
+        "timings": {"parts": dict(report.timings.parts), "passes": dict(report.timings.passes)},
         "attention": _rows(report.attention),
         "experts": _rows(report.experts),
         "notes": list(report.notes),

@@ -91,6 +91,8 @@ def in_colour(report: Report) -> Iterator[Any]:
         )
     except FxparError as error:
         lines.append(("a step", f"not known: {error}"))
+    if report.timings.ran:
+        lines.append(("to first step", str(report.timings)))
     for name, text in [*lines, *(("note", note) for note in report.notes)]:
         yield Text.assemble((f"{name:<14}", QUIET), text)
 

@@ -122,7 +122,8 @@ def strategy_of(node: fx.Node, made: Collective, mesh: Mesh) -> str:
 def gathered_again(program: Program) -> set[fx.Node]:
     """The gathers of a program that its backward pass does again: under zero=3 those of stored parameters which it reads, but for
     those used behind the last block, which are kept. Under a memory budget all that may be: what is made again, and so reads its
-    parameters again, is then PyTorch's choice."""
+    parameters again, is then PyTorch's choice; so it is, under a plan that recomputes, of what a model computes between modules
+    of a block and outside of it."""
     if not program.training or not program.plan.gathers_each_use:
         return set()
     nodes = list(program.graph.nodes)
@@ -163,10 +164,9 @@ def _reads(user: fx.Node, value: fx.Node, wants: set[fx.Node]) -> bool:
     if user not in wants or is_view(user) or user.target in ADDS or typed(user) is not None:
         return False
     position = ADDED.get(user.target)
-    if position is not None and len(user.args) > position and user.args[position] is value:
-        return False
-    others = [n for n in user.all_input_nodes if n is not value]
-    return any(n in wants for n in others) if others else user.target not in SCALED
+    added = user.args[position] if position is not None and len(user.args) > position else None
+    others = [n for n in user.all_input_nodes if n not in (value, added)]
+    return value is not added and (any(n in wants for n in others) if others else user.target not in SCALED)
 
 
 def _made_again(nodes: list[fx.Node], wants: set[fx.Node], plan: Plan) -> set[fx.Node]:

@@ -340,11 +340,12 @@ class Engine:
         captured = _of_all(captured, of_kinds)
         key = (*captured, torch.is_grad_enabled())
         if key not in self.compiled:
+            told = f"{'compiling for the' if captured in self.programs else 'new'} {_shape(named)}"
             if captured not in self.programs:
                 if self.programs and captured[PARTS] != next(reversed(self.programs))[PARTS]:
                     self.store.relocate()
                 self.store.describe_absent()
-                with stage(f"new {_shape(named)}"), agree_on_program(control) as made:
+                with stage(told), agree_on_program(control) as made:
                     with self.store.all_parameters():
                         made.append(self._numbers.checked(self._compile_call(call, self.store.layouts, count)))
                     self._left.add(made[0], captured[:-1])
@@ -353,7 +354,7 @@ class Engine:
                 captured = _of_all(self._captured(named, count), of_kinds)
                 key = (*captured, torch.is_grad_enabled())
                 self.programs[captured] = made[0]
-            with self._watch.busy("compiling"), stage(f"compiling for the {_shape(named)}"):
+            with self._watch.busy("compiling"), stage(told):
                 self.compiled[key] = self._compile(self.programs[captured], named)
         self.compiled.move_to_end(key)
         return self.compiled[key], late

@@ -23,7 +23,7 @@ class Mlp(nn.Module):
         return self.down(torch.relu(self.up(x))).square().mean()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def parallel() -> fxpar.ParallelModule:
     return fxpar.parallelize(Mlp(), "dp=1", (torch.randn(8, 16),))
 

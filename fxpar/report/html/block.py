@@ -24,7 +24,7 @@ from fxpar.report.traffic import strategy_of
 from fxpar.report.words import dims_of_layout, short
 from fxpar.sharding.facts import if_local
 
-WIDE, HIGH, ACROSS, DOWN, MARGIN = 176.0, 40.0, 18.0, 36.0, 8.0
+WIDE, HIGH, ACROSS, DOWN, MARGIN = 176.0, 40.0, 46.0, 36.0, 8.0
 MOVES = ("to", "_to_copy", "reshape", "contiguous", "clone", "movedim", "transpose", "flatten", "squeeze", "unsqueeze")
 MOST = 140
 """Boxes that are drawn; a larger block is not."""
@@ -176,6 +176,8 @@ def _weights(node: fx.Node) -> list[fx.Node]:
 
 
 def _name(node: fx.Node) -> str:
+    if node.target in ATTENTION or node.target is ring_attention:
+        return "ring attention" if node.target is ring_attention else "attention"
     return str(getattr(node.target, "_opname", "") or getattr(node.target, "__name__", node.target))
 
 
@@ -189,14 +191,14 @@ def layout_words(node: fx.Node) -> str:
 
 
 @dataclass(eq=False)
-class _Place:
+class _Vertex:
     """A box, or a bend of an edge that goes past others."""
 
     box: Box | None
     level: int
     x: float = 0.0
-    above: list[_Place] = field(default_factory=list)
-    below: list[_Place] = field(default_factory=list)
+    above: list[_Vertex] = field(default_factory=list)
+    below: list[_Vertex] = field(default_factory=list)
 
     @property
     def width(self) -> float:
@@ -205,16 +207,16 @@ class _Place:
 
 def _drawing(boxes: list[Box]) -> str:
     order = _levels(boxes)
-    place = {box: _Place(box, box.level) for box in order}
-    rows: list[list[_Place]] = [[] for _ in range(max(b.level for b in boxes) + 1)]
+    place = {box: _Vertex(box, box.level) for box in order}
+    rows: list[list[_Vertex]] = [[] for _ in range(max(b.level for b in boxes) + 1)]
     for box in order:
         rows[box.level].append(place[box])
-    paths: list[tuple[list[_Place], str]] = []
+    paths: list[tuple[list[_Vertex], str]] = []
     for box in order:
         for other, layout in box.after.items():
             chain = [place[box]]
             for level in range(box.level + 1, other.level):
-                bend = _Place(None, level)
+                bend = _Vertex(None, level)
                 rows[level].append(bend)
                 chain.append(bend)
             chain.append(place[other])
@@ -233,7 +235,7 @@ def _drawing(boxes: list[Box]) -> str:
             tag(
                 "g",
                 tag("rect", class_=f"box {box.colour}", x=x - WIDE / 2, y=y, width=WIDE, height=HIGH, rx=6),
-                tag("text", words(_cut(box.title, 27)), x=x, y=y + 17, class_="title"),
+                tag("text", words(_cut(box.title, 26)), x=x, y=y + 17, class_="title"),
                 tag("text", words(_cut(box.line, 31)), x=x, y=y + 31, class_="line"),
                 data_t=f"{box.title}\n{box.text}",
             )
@@ -262,7 +264,7 @@ def _levels(boxes: list[Box]) -> list[Box]:
     return order
 
 
-def _arrange(rows: list[list[_Place]]) -> None:
+def _arrange(rows: list[list[_Vertex]]) -> None:
     """Give places their x: first an order with few crossings, then near what they are joined to, without overlaps."""
     for row in rows:
         for i, p in enumerate(row):
@@ -290,7 +292,7 @@ def _arrange(rows: list[list[_Place]]) -> None:
             p.x -= left
 
 
-def _spread(row: list[_Place], wish: list[float]) -> None:
+def _spread(row: list[_Vertex], wish: list[float]) -> None:
     """Put places where they wish to be, moved apart as far as they overlap, evenly to both sides."""
     clusters: list[tuple[list[int], float]] = []
     for i in range(len(row)):
@@ -305,15 +307,15 @@ def _spread(row: list[_Place], wish: list[float]) -> None:
             x += row[i].width + ACROSS
 
 
-def _width(row: list[_Place], members: list[int]) -> float:
+def _width(row: list[_Vertex], members: list[int]) -> float:
     return sum(row[i].width for i in members) + ACROSS * (len(members) - 1)
 
 
-def _left(row: list[_Place], cluster: tuple[list[int], float]) -> float:
+def _left(row: list[_Vertex], cluster: tuple[list[int], float]) -> float:
     return cluster[1] - _width(row, cluster[0]) / 2
 
 
-def _right(row: list[_Place], cluster: tuple[list[int], float]) -> float:
+def _right(row: list[_Vertex], cluster: tuple[list[int], float]) -> float:
     return cluster[1] + _width(row, cluster[0]) / 2
 
 
@@ -321,7 +323,7 @@ def _top(level: int) -> float:
     return MARGIN + level * (HIGH + DOWN)
 
 
-def _edge(chain: list[_Place]) -> str:
+def _edge(chain: list[_Vertex]) -> str:
     x, y = chain[0].x, _top(chain[0].level) + HIGH
     path = f"M{x:.1f} {y:.1f}"
     for p in chain[1:]:

@@ -269,4 +269,5 @@ def _block(report: Report) -> str:
 
 
 def _notes(report: Report) -> str:
-    return tag("ul", *(tag("li", words(note)) for note in report.notes)) if report.notes else ""
+    notes = [*report.notes, *([f"To the first step: {report.timings}."] if report.timings.ran else [])]
+    return tag("ul", *(tag("li", words(note)) for note in notes)) if notes else ""
