@@ -233,9 +233,9 @@ def call_plainly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def trace_facts(t: torch.Tensor) -> tuple | None:
-    """What a trace may depend on of a tensor, but for its values; None if its shape or its values are not what they seem: a shape
-    is a symbol, or the trace knows the values of a fake tensor."""
-    if getattr(t, "constant", None) is not None or not all(type(n) is int for n in (*t.shape, *t.stride())):
+    """What a trace may depend on of a fake tensor; None where there is more than can be said here: its shape is a symbol, or the
+    trace can read its values, as it can those of other tensors."""
+    if not isinstance(t, FakeTensor) or t.constant is not None or not all(type(n) is int for n in (*t.shape, *t.stride())):
         return None
     return type(t), tuple(t.shape), t.stride(), t.dtype, t.device, t.layout, t.requires_grad, t.is_leaf, t.storage_offset()
 

@@ -1,10 +1,12 @@
-"""Programs as annotated, runnable Python: one line a value, with its layout and the user's line that made it."""
+"""Programs as annotated, runnable Python: one line a value, with its layout and the user's line that made it. Of equal blocks one
+is written, and called for all."""
 
 from __future__ import annotations
 
 import math
 import operator
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import fx
 from fxpar.errors import FxparError
 from fxpar.ops.collectives import typed
 from fxpar.program import Program, user_line
+from fxpar.report.blocks import Blocks, equal_blocks
 from fxpar.sharding.factors import Factor, leaves
 from fxpar.sharding.facts import global_value, if_local, sharding_at
 
@@ -50,29 +53,69 @@ def _one_line(text: str) -> str:
 
 
 def readable(program: Program, stage: str = "replicas") -> str:
-    """The program as a Python module: `forward` on flat inputs, and a main that runs it on made-up ones."""
+    """The program as a Python module: `forward` on flat inputs, the block that it calls where several are equal, and a main that
+    runs it on made-up ones."""
     local = any(if_local(n).sharding is not None for n in program.placeholders())
     modules = sorted({n.target.__module__ for n in program.graph.nodes if n.op == "call_function" and _ours(n.target)})
     plan = _one_line(str(program.plan)).replace("\\", "\\\\").replace('"', '\\"')  # it names inputs and modules of the model
     lines = [f'"""After pass {stage!r}. Plan {plan}; mesh {program.mesh}; '
              f'{"one rank of it" if local else "all of it, on one device"}."""', "", "import torch",
              *(f"import {m}" for m in modules), "from torch import device", "", "inf, nan = float('inf'), float('nan')"]
+    nodes = [n for n in program.graph.nodes if n.op not in ("placeholder", "output")]
+    blocks = equal_blocks(program.graph)
+    function = next(name for name in _names("block") if name not in {n.name for n in program.graph.nodes})
+    if blocks is not None:
+        lines += ["", "", *_block(function, blocks)]
     lines += ["", "", "def forward("]
     for node, source in zip(program.placeholders(), program.sources, strict=True):
         lines.append(f"    {node.name},{_comment(node, f'{source.kind} {source.name}')}")
     lines.append("):")
-    path = None
-    for node in program.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
+    if blocks is None:
+        lines += _body(nodes)
+    else:
+        begin, end = nodes.index(blocks.members[0][0]), nodes.index(blocks.members[-1][-1]) + 1
+        lines += [*_body(nodes[:begin]), *_calls(function, blocks), *_body(nodes[end:])]
+    outs = ", ".join(n.name for n in program.outputs())
+    lines += [f"    return ({outs}{',' if outs else ''})", "", "", *_main(program, local), ""]
+    return "\n".join(lines)
+
+
+def _names(name: str) -> Iterator[str]:
+    while True:
+        yield name
+        name += "_"
+
+
+def _body(nodes: list[fx.Node], arguments: list[tuple[tuple, dict[str, Any]]] | None = None) -> list[str]:
+    """A line for each operator, and the user's lines that made them. arguments: those of the operators, instead of their own."""
+    lines, path = [], None
+    for i, node in enumerate(nodes):
         line = user_line(node)
         if line != path and line:
             lines.append(f"    # {_one_line(_short(line))}")
             path = line
-        lines.append(f"    {node.name} = {_expression(node)}{_comment(node)}")
-    outs = ", ".join(n.name for n in program.outputs())
-    lines += [f"    return ({outs}{',' if outs else ''})", "", "", *_main(program, local), ""]
-    return "\n".join(lines)
+        args, kwargs = arguments[i] if arguments is not None else (node.args, node.kwargs)
+        lines.append(f"    {node.name} = {_expression(node, args, kwargs)}{_comment(node)}")
+    return lines
+
+
+def _block(function: str, blocks: Blocks) -> list[str]:
+    """The first of equal blocks, as a function of what it takes."""
+    outs = "".join(f"{blocks.members[0][i].name}, " for i in blocks.given)
+    return [f"def {function}(", *(f"    {read[0].name},{_comment(read[0])}" for read in blocks.taken),
+            *(f"    {name},  # differs" for name in blocks.numbers), "):",
+            f'    """{_one_line(blocks.names[0])}, and {len(blocks.members) - 1} more that are equal."""',
+            *_body(blocks.members[0], blocks.arguments), f"    return ({outs.rstrip()})"]
+
+
+def _calls(function: str, blocks: Blocks) -> list[str]:
+    first = blocks.names[0]
+    lines = []
+    for k, (block, name) in enumerate(zip(blocks.members, blocks.names, strict=True)):
+        outs = "".join(f"{block[i].name}, " for i in blocks.given)
+        given = ", ".join([*(read[k].name for read in blocks.taken), *(repr(values[k]) for values in blocks.numbers.values())])
+        lines.append(f"    ({outs.rstrip()}) = {function}({given})  # {_one_line(name if not k else f'{name} as {first}')}")
+    return lines
 
 
 def _short(line: str) -> str:
@@ -80,15 +123,15 @@ def _short(line: str) -> str:
     return f"{'/'.join(Path(file).parts[-3:])}:{rest}"
 
 
-def _expression(node: fx.Node) -> str:
+def _expression(node: fx.Node, arguments: tuple, kwargs: dict[str, Any]) -> str:
     if node.op == "get_attr":
         return f"ATTRIBUTES[{node.target!r}]"
-    args = [_text(a) for a in node.args]
+    args = [_text(a) for a in arguments]
     if node.target is operator.getitem:
         return f"{args[0]}[{args[1]}]"
     if node.target in _BINARY:
         return f"{args[0]} {_BINARY[node.target]} {args[1]}"
-    return f"{_callee(node.target)}({', '.join([*args, *(f'{k}={_text(v)}' for k, v in node.kwargs.items())])})"
+    return f"{_callee(node.target)}({', '.join([*args, *(f'{k}={_text(v)}' for k, v in kwargs.items())])})"
 
 
 def _ours(target: Any) -> bool:

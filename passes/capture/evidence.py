@@ -14,6 +14,7 @@ import contextlib
 import dis
 import functools
 import logging
+import operator
 import re
 import sys
 import types
@@ -35,9 +36,10 @@ OPAQUE = {"id", "hash", "globals", "locals", "vars", "eval", "exec", "compile", 
 """Builtin functions with which code finds what cannot be seen here."""
 _CACHED = type(functools.lru_cache(len))
 _LASTING = (type, types.ModuleType, logging.Logger, re.Pattern, types.GetSetDescriptorType, types.MemberDescriptorType,
-            types.WrapperDescriptorType, types.MethodDescriptorType)
+            types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType)
 """Objects that are the same as long as they are the same object."""
 _LASTING_OF_TORCH = (torch.layout, torch.memory_format, torch.finfo, torch.iinfo)
+_GETTERS = (operator.itemgetter, operator.attrgetter)
 _IMMUTABLE, _HEAP = 1 << 8, 1 << 9
 """Flags of classes: that their attributes cannot be set, and that they are not written in C."""
 
@@ -100,7 +102,7 @@ class View:
             return kind, [below(part) for part in parts]
         if isinstance(value, (list, tuple, deque, dict, set, frozenset)):
             return kind, self._container(value, below), self._fields(value, below) if hasattr(value, "__dict__") else None
-        if isinstance(value, types.BuiltinFunctionType):
+        if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
             owner = value.__self__
             lasting = owner is None or isinstance(owner, (type, types.ModuleType))
             return Same(value) if lasting else (value.__name__, below(owner))
@@ -108,7 +110,7 @@ class View:
             return Same(value), below(value.__wrapped__)
         if value is MISSING or isinstance(value, (Enum, *_LASTING, *_LASTING_OF_TORCH)) or _is_operator(value):
             return Same(value)
-        if not hasattr(value, "__dict__") and not hasattr(kind, "__slots__"):
+        if _holds_more(kind):
             return _Unknown()
         if not inside and kind.__flags__ & _HEAP and not kind.__flags__ & _IMMUTABLE and kind.__dictoffset__ and \
                 not _is_of_torch(kind):
@@ -159,9 +161,16 @@ def _is_of_torch(kind: type) -> bool:
 
 
 def _is_operator(value: Any) -> bool:
-    """Whether it is a function in all but name: one of PyTorch's operators, or written in C."""
+    """Whether it is a function in all but name, which holds nothing that changes."""
     kind = type(value)
-    return callable(value) and (_is_of_torch(kind) or not (kind.__flags__ & _HEAP or hasattr(value, "__dict__")))
+    ufunc = str(kind.__module__).partition(".")[0] == "numpy" and kind.__name__ == "ufunc"
+    return (_is_of_torch(kind) and callable(value)) or ufunc or isinstance(value, _GETTERS)
+
+
+def _holds_more(kind: type) -> bool:
+    """Whether objects of a class hold something beside their attributes, as those do that are written in C."""
+    slots = sum(len(_names(vars(c).get("__slots__", ()))) for c in kind.__mro__)
+    return kind.__basicsize__ > object.__basicsize__ + 8 * (slots + 2)
 
 
 def _version(t: Tensor) -> int | None:

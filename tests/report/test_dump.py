@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import re
 import subprocess
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch import fx
 
 import fxpar
 from fxpar import compiler
@@ -57,6 +59,38 @@ def test_comments_say_source_layout_collective_and_the_users_line(files):
     assert f"# {'/'.join(zoo.plain.__file__.split('/')[-3:])}:{at}  qkv = self.c_attn(x)" in text
     assert "all_gather over tp for" in text and "reduce_scatter over tp for" in text
     assert text.startswith("\"\"\"After pass 'replicas'. Plan dp=2,tp=2; mesh dp=2 x tp=2; one rank of it.")
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """name -> the program after a pass, as text and as it was, of a model of four equal layers."""
+    made = {}
+    torch.manual_seed(0)
+    model, inputs = zoo.NanoGPT(layers=4), {"idx": zoo.ids(), "targets": zoo.labels()}
+    compiler.compile_program(model, "tp=2", inputs, observe=lambda name, program: made.setdefault(
+        name, (dump.readable(program, name), copy.deepcopy(program.graph))))
+    return made
+
+
+def test_a_block_is_written_once_and_called_for_all_that_are_equal(deep):
+    text, _ = deep["replicas"]
+    assert text.count("def block(") == 1 and text.count("scaled_dot_product_attention.default(") < 4
+    assert re.search(r"= block\(.*  # h.2 as h.[01]\n", text) and re.search(r"= block\(.*  # h.3 as h.[01]\n", text)
+    assert re.search(r'"""h.[01], and [23] more that are equal."""', text)
+    assert re.search(r"__\d+,  # differs", text)  # every dropout has a number of its own
+
+
+def test_a_program_written_in_blocks_computes_the_same(deep):
+    text, graph = deep["losses"]
+    namespace: dict = {"__name__": "dumped"}
+    exec(text, namespace)
+    assert "def block(" in text
+    inputs = [torch.rand_like(x) if x.is_floating_point() else x for x in namespace["made_up_inputs"]()]
+    results = []
+    for function in (namespace["forward"], fx.GraphModule({}, graph)):
+        torch.manual_seed(1)  # of the same random numbers
+        results.append(function(*inputs))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_a_directory_is_written_where_parallelize_is_told_to(tmp_path, capsys):

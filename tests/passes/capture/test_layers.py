@@ -4,24 +4,23 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import random
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from fxpar import Plan
-from fxpar.model.inputs import example_call
 from fxpar.passes.capture import capture as capturing
 from fxpar.passes.capture import layers
-from fxpar.program import module_path
-from fxpar.sharding import mesh as meshes
+from tests.passes.capture.traces import captured, facts, texts
 
 COUNT = 0
 STATE = [0.0]
 NUMBERS = itertools.count(1)
+STEP = itertools.count(1).__next__
+DRAWS = random.Random(0)
 CONTEXT = contextvars.ContextVar("scale", default=1.0)
 TABLE = {}
 SETTINGS = SimpleNamespace(scale=1.0)
@@ -58,36 +57,6 @@ class Model(nn.Module):
         return self.head(x).sum()
 
 
-def texts(program):
-    """The program's nodes: targets, arguments by the number of their nodes, values, modules and lines; inputs by their names."""
-    known, out = {}, []
-    for node, source in program.source_of().items():
-        known[node] = source.name if source.kind != "constant" else repr(source.value)
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        args = fx.node.map_aggregate((node.args, node.kwargs), lambda a: known[a] if isinstance(a, fx.Node) else a)
-        values = [(tuple(t.shape), t.stride(), t.dtype, t.requires_grad) for t in pytree.tree_leaves(node.meta.get("val"))
-                  if isinstance(t, torch.Tensor)]
-        stack = [tuple(entry) for entry in (node.meta.get("nn_module_stack") or {}).values()]
-        line = "" if node.target is torch.ops.aten.detach.default else (node.meta.get("stack_trace") or "").split("File ")[-1]
-        out.append(f"{node.op} {node.target} {args} {values} {module_path(node)} {stack} {line}")
-        known[node] = f"%{len(out)}"
-    return out
-
-
-def facts(program, model):
-    named = [(s.kind, s.name, s.requires_grad, s.storage_dtype) for s in program.sources if s.kind != "constant"]
-    slots = {s.text for s in program.reads.slots(model) if "constant" not in s.text}
-    writes = [(w.name, w.key, str(w.value), w.read) for w in program.writes]
-    return named, [(s.kind, s.name, s.constant) for s in program.sinks], program.notes, program.tied, slots, writes
-
-
-def captured(model, inputs):
-    plan = Plan.of("dp=1")
-    return capturing.capture(model, plan, meshes.from_plan(plan), *example_call(model, inputs), torch.device("cpu"))
-
-
 @pytest.fixture
 def check(monkeypatch):
     """check(make, inputs): how many layers of ``make()`` were not traced. Fails unless the program is that of a trace of all."""
@@ -119,7 +88,8 @@ def check(monkeypatch):
 
 
 def reset():
-    global COUNT, NUMBERS
+    global COUNT, NUMBERS, STEP, DRAWS
+    STEP, DRAWS = itertools.count(1).__next__, random.Random(0)
     COUNT, STATE[:], NUMBERS, SETTINGS.scale = 0, [0.0], itertools.count(1), 1.0
     TABLE.clear()
     Counted.count = 0
@@ -326,6 +296,18 @@ class Iterated(Block):
         return h * next(NUMBERS)
 
 
+class Stepped(Block):
+    def twist(self, h):
+        return h * STEP()
+
+
+class Drawn(Block):
+    """A generator that is written in C."""
+
+    def twist(self, h):
+        return h * DRAWS.random()
+
+
 class Variable(Block):
     def twist(self, h):
         CONTEXT.set(CONTEXT.get() * 1.0)
@@ -400,8 +382,8 @@ class Hooked(Block):
         return h
 
 
-DIFFER = (Read, Moved, Global, Cell, Identity, Neighbours, Hooked)
-SLOW = (ReadByName, Normed, GlobalList, ByModule, Iterated, Variable, Default, Counted, Keyed)
+DIFFER = (Read, Moved, Global, Stepped, Cell, Identity, Neighbours, Hooked)
+SLOW = (ReadByName, Normed, GlobalList, ByModule, Iterated, Drawn, Variable, Default, Counted, Keyed)
 
 
 @pytest.mark.parametrize("block", params(DIFFER, SLOW))
@@ -469,7 +451,14 @@ def known(model, layer, x, i):
     return layer(x, torch.tensor(float(i)))
 
 
-@pytest.mark.parametrize("block, call", [(Appends, appended), (Taken, known),
+TENSORS = [torch.tensor(float(i)) for i in range(4)]
+
+
+def kept(model, layer, x, i):
+    return layer(x, TENSORS[i])
+
+
+@pytest.mark.parametrize("block, call", [(Appends, appended), (Taken, known), (Taken, kept),
                                          pytest.param(InPlace, once_more, marks=pytest.mark.slow)])
 def test_a_layer_that_writes_to_inputs_or_reads_their_values_is_traced(check, block, call):
     assert check(lambda: Model(block, call=call)) == 0
