@@ -4,6 +4,7 @@
 #   make test-integrations    the tests of fxpar.integrations, with the libraries that it is for
 #   make demo    train a tiny model on 4 CPU processes and compare with one device
 #   make lint    ruff and mypy                   make clean   remove .venv and caches
+#   make docs    the documentation, into site/   make browser look at reports in a headless Chromium
 #
 # PYTHON=python3.12 picks the interpreter. PIP_TORCH picks where torch comes from: without a GPU,
 #   make test PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
@@ -21,7 +22,7 @@ INTEGRATED := $(VENV)/.integrated
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := $(RUN) -m pytest -n 2
 
-.PHONY: test slow test-integrations demo lint clean
+.PHONY: test slow test-integrations demo lint docs browser clean
 .DEFAULT_GOAL := test
 
 test: $(INSTALLED)
@@ -40,8 +41,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+browser: $(INSTALLED)
+	$(RUN) -m pytest -m browser tests/report
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.docs: $(INSTALLED)
+	$(PIP) mkdocs mkdocs-material "mkdocstrings[python]" mkdocstrings-python
+	touch $@
 
 # torch comes first, so that nothing that follows chooses another build of it, and without its dependencies: the index of
 # PIP_TORCH may lack the versions of them that constraints.txt asks for; the line after it brings them from the usual one.
@@ -52,7 +63,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("fxpar needs Python 3.11 or newer; $(PYTHON) is %d.%d: make PYTHON=python3.12" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps $(PIP_TORCH) torch
-	$(PIP) torch setuptools numpy sympy rich safetensors transformers pytest pytest-xdist hypothesis ruff mypy
+	$(PIP) torch setuptools numpy rich safetensors transformers pytest pytest-xdist hypothesis ruff mypy
 	$(PIP) huggingface_hub PyYAML pillow
 	$(PIP) --no-deps timm
 	$(PIP) --no-deps --upgrade --target $(VENV)/vision torchvision

@@ -3,9 +3,11 @@
 parallelize     the one line: a model and a `Plan` -> a `ParallelModule`
 Plan            how a model is split over ranks
 sampler         the data of this rank's replica
+pad             batches of many lengths, as calls of few shapes
 capture         a model traced once, for many plans
 simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
+Meter           throughput, MFU and memory of a run
 testing         `assert_equivalent`: a plan against the plain model
 save_checkpoint, load_checkpoint        model and optimizer, under any plan or none
 CheckpointManager       numbered checkpoints of a whole run
@@ -32,8 +34,10 @@ from fxpar.errors import (
     PlanError,
     UnsupportedOperator,
 )
+from fxpar.model.padding import pad
 from fxpar.plan import Plan
 from fxpar.report.report import Report, inspect
+from fxpar.run.meter import Meter
 from fxpar.run.module import ParallelModule
 from fxpar.run.replica import sampler
 from fxpar.verify import equivalence as testing
@@ -41,6 +45,6 @@ from fxpar.verify.simulation import Simulation, simulate
 
 __version__ = "0.1.0"
 __all__ = ["CaptureError", "Captured", "CheckpointError", "CheckpointManager", "EquivalenceError", "FxparError", "InputError",
-           "MismatchError", "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
+           "Meter", "MismatchError", "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
            "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
-           "load_safetensors", "parallelize", "sampler", "save_checkpoint", "simulate", "testing"]
+           "load_safetensors", "pad", "parallelize", "sampler", "save_checkpoint", "simulate", "testing"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    {"errors", "compat"},
+    {"errors", "progress"},
+    {"compat"},
     {"plan"},
     {"sharding", "pipeline"},
     {"model", "ops"},

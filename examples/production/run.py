@@ -1,6 +1,7 @@
 """What it takes to train a large model on a whole cluster: memory, communication, bubble, time of a step and MFU, predicted.
 
     python examples/production/run.py llama3_70b        one configuration: its report, and what is published of it
+    python examples/production/run.py llama3_70b --html report.html     and as a page for a browser
     python examples/production/run.py --table           one line for each configuration, as a table in Markdown
 
 A configuration is a file beside this one: a model of transformers, a plan, the batch of a step, the cluster. The model is on the
@@ -105,7 +106,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--table", action="store_true", help="one line for each configuration, and no reports")
+    parser.add_argument("--html", metavar="FILE.html", help="write the report of one configuration as a page, too")
     args = parser.parse_args()
+    if args.html and len(args.names) != 1:
+        parser.error("--html is for one configuration")
     if not args.names and not args.table:
         parser.error("name a configuration, or ask for the --table of all")
     if args.table:
@@ -114,6 +118,8 @@ def main():
         config, start, used = read(name), time.perf_counter(), time.process_time()
         report = report_of(config)
         lines = summary(config, report) if args.table else [str(report), "", *summary(config, report)]
+        if args.html:
+            report.save_html(args.html)
         took, used = time.perf_counter() - start, time.process_time() - used
         if args.table:
             print(" | ".join(("", *row(config, report, used), "")).strip(), flush=True)

@@ -78,6 +78,7 @@ class CheckpointManager:
     # ---- which there are ----
 
     def folder_of(self, step: int) -> Path:
+        """The folder of the checkpoint of a step, whether there is one or not."""
         return self.path / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
