@@ -70,8 +70,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Without dependencies: those that are missing are named, and none can bring another build of torch.
+# Without dependencies: what transformers brought has them but for those named, and none can bring another build of torch.
 $(INTEGRATED): $(INSTALLED)
 	$(PIP) --no-deps accelerate peft torchdata lightning-fabric lightning-utilities psutil
-	$(PIP) fsspec
 	touch $@

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=2 examples/finetune.py --check
     torchrun --nproc-per-node=4 examples/finetune.py --plan dp=2,tp=2,zero=1 --check
 
-NCCL where there are GPUs, gloo elsewhere. Needs accelerate: pip install 'fxpar[trainer]'.
+NCCL where there are GPUs, gloo elsewhere. Needs accelerate: pip install '.[trainer]'.
 """
 
 import tempfile

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=2 examples/lora.py --check
     torchrun --nproc-per-node=4 examples/lora.py --plan dp=2,tp=2 --check
 
-NCCL where there are GPUs, gloo elsewhere. Needs peft: pip install 'fxpar[peft]'.
+NCCL where there are GPUs, gloo elsewhere. Needs peft: pip install '.[peft]'.
 """
 
 import tempfile

@@ -60,4 +60,4 @@ def train(args):
 
 
 if __name__ == "__main__":
-    common.run(train, common.arguments(__doc__, "dp=2", lr=2e-3, steps=16, batch=32))
+    common.run(train, common.arguments(__doc__, "dp=2", lr=1e-3, steps=12, batch=32))

@@ -73,6 +73,6 @@ def on_ranks(rank: int, plan: str) -> None:
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("plan", ["dp=2,zero=3", "tp=2"])
+@pytest.mark.parametrize("plan", ["dp=2,zero=3", pytest.param("tp=2", marks=pytest.mark.slow)])
 def test_states_go_out_and_come_back(plan):
     launch(2, on_ranks, plan)
