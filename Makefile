@@ -1,6 +1,7 @@
 # Works on a machine that has python3 (3.11 or newer) and pip, nothing else. Everything is installed into .venv.
 #
 #   make test    the tests                       make slow    the long property runs
+#   make test-integrations    the tests of fxpar.integrations, with the libraries that it is for
 #   make demo    train a tiny model on 4 CPU processes and compare with one device
 #   make lint    ruff and mypy                   make clean   remove .venv and caches
 #   make docs    the documentation, into site/   make browser look at reports in a headless Chromium
@@ -15,12 +16,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
+INTEGRATED := $(VENV)/.integrated
 
 # One thread a process: the tests and the demo start several. Models are built from configs: nothing is downloaded.
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := $(RUN) -m pytest -n 2
 
-.PHONY: test slow demo lint docs browser clean
+.PHONY: test slow test-integrations demo lint docs browser clean
 .DEFAULT_GOAL := test
 
 test: $(INSTALLED)
@@ -28,6 +30,9 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+test-integrations: $(INTEGRATED)
+	$(RUN) -m pytest -m integrations
 
 demo: $(INSTALLED)
 	$(RUN) -m torch.distributed.run --nproc-per-node=4 examples/train.py --plan dp=2,tp=2,zero=3 --check
@@ -63,4 +68,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps timm
 	$(PIP) --no-deps --upgrade --target $(VENV)/vision torchvision
 	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Without dependencies: those that are missing are named, and none can bring another build of torch.
+$(INTEGRATED): $(INSTALLED)
+	$(PIP) --no-deps accelerate peft torchdata lightning-fabric lightning-utilities psutil
+	$(PIP) fsspec
 	touch $@

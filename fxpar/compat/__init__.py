@@ -68,6 +68,7 @@ __all__ = [
     "in_full",
     "interpret_steps",
     "is_grouped_product",
+    "is_of_vmap",
     "is_pointwise",
     "is_random",
     "is_subgraph_call",
@@ -111,6 +112,11 @@ def is_pointwise(target: Any) -> bool:
 
 def is_random(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def is_of_vmap(target: Any) -> bool:
+    """Whether a node's target is one of the functions by which an export writes down where `torch.vmap` begins and ends."""
+    return getattr(target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def mutates(target: Any) -> bool:

@@ -53,7 +53,8 @@ def refuse_wrapping() -> None:
         if (name := frame.f_globals.get("__name__")) in compat.WRAPPERS:
             raise PlanError("model", "ParallelModule", f"is parallel already, and {name} is about to wrap it (which is also what "
                             "Accelerator.prepare and Fabric.setup do): gradients would be reduced twice",
-                            "the parallel module as it is: give prepare or setup the optimizer and the data loader alone")
+                            "the parallel module as it is, or in a loop of Trainer, accelerate or Fabric what "
+                            "fxpar.integrations has for it")
         frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
 
 

@@ -253,8 +253,8 @@ class _Attributes:
         self.read: set[str] = set()
 
     def now(self) -> Any:
+        kind: Any = type(self.module)
         if isinstance(self.holder, dict):
-            kind: Any = type(self.module)
             return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(kind, k)}
         return list(self.holder)
 

@@ -65,16 +65,15 @@ def capture(
                 raise
             reads = everything(model)  # what is traced by Dynamo (torch.cond) cannot be watched
             exported, prefix, record = _export(model, originals, fake_args, fake_kwargs, None)
+        if any(compat.is_of_vmap(n.target) for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)
+               for n in m.graph.nodes):
+            exported = _decomposed(exported)
         inline_regions(exported.graph_module)
         expand_layers(exported)
         expand_batch_norm(exported.graph)
         expand_dropout(exported.graph)
         if any(compat.mutates(n.target) for n in exported.graph.nodes):
-            try:
-                exported = exported.run_decompositions({aten.copy.default: _copy})
-            except Exception as error:
-                _require_shapes(exported.graph)
-                raise _capture_error(error) from error
+            exported = _decomposed(exported)
             inline_regions(exported.graph_module)
         expand_functions(exported.graph_module)
     program = _program(exported, prefix, model, originals, record, plan, mesh)
@@ -94,6 +93,15 @@ def _fake_input(mode: compat.FakeTensorMode, t: torch.Tensor, device: torch.devi
     """dtype: of those that are computed with; a number that is a tensor, which decides of no other's dtype, keeps its own."""
     cast = dtype if t.is_floating_point() and t.dim() else None
     return compat.fake_like(mode, t, device, cast).requires_grad_(t.requires_grad)
+
+
+def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without writes to tensors, and with what `torch.vmap` maps over as a dim like any other."""
+    try:
+        return exported.run_decompositions({aten.copy.default: _copy})
+    except Exception as error:
+        _require_shapes(exported.graph)
+        raise _capture_error(error) from error
 
 
 def _copy(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -230,7 +238,7 @@ _CAUSES = {
     "GuardOnDataDependentSymNode": ("control flow that depends on the values of a tensor", _BRANCH),
     "DataDependentOutputException": ("a Python value read out of a tensor (.item(), bool(tensor))", _BRANCH),
     "DynamicOutputShapeException": ("an operator whose output shape depends on values (nonzero, boolean indexing)", _BRANCH),
-    "gen_vmap_plumbing": ("torch.vmap", "write the mapped dimension out, by broadcasting"),
+    "internal functorch error": ("torch.vmap", "write the mapped dimension out, by broadcasting"),
     "Unsupported input type": ("an input of a type that torch.utils._pytree does not know", _INPUT),
     "which is not a known type": ("an output of a type that torch.utils._pytree does not know", _TYPE),
 }

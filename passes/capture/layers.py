@@ -37,13 +37,13 @@ MISSES = 4
 
 
 @dataclass
-class _Group:
+class _LayerGroup:
     """Members of lists of modules whose trees of classes are equal; `calls` that were seen of them, and `classes`."""
 
     members: int = 0
     calls: int = 0
     misses: int = 0
-    classes: list[_Class] = field(default_factory=list)
+    classes: list[_TracedLayer] = field(default_factory=list)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class _LayerCall:
 
 
 @dataclass
-class _Class:
+class _TracedLayer:
     """A layer that was traced. made: the tensors that it returned and did not get; leaves: what it returned, with a place in
     `made` or among the inputs for each tensor."""
 
@@ -80,7 +80,7 @@ class _Class:
 
 
 @dataclass(frozen=True)
-class _ResultPlace:
+class _TensorPlace:
     made: bool
     index: int
 
@@ -91,7 +91,7 @@ class _Layers:
         self.count, self.inside = 0, False
         self.owners: Counter[int] | None = None
 
-    def run(self, group: _Group, layer: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run(self, group: _LayerGroup, layer: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         group.calls += 1
         few = max(group.members, group.calls) < 2 or group.misses == MISSES
         if self.inside or few or sys.getprofile() is not None:
@@ -135,7 +135,7 @@ class _Layers:
                                   for p in table.values())
         return self.owners[id(t)] != sum(p is t for p in view.tensors)
 
-    def _trace(self, group: _Group, call: _LayerCall, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _trace(self, group: _LayerGroup, call: _LayerCall, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         number, count = self.count, len(self.traced.marks)
         self.count += 1
         with compat.untraced():
@@ -158,9 +158,9 @@ class _Layers:
             group.misses += 1
             return out
         new = {id(t): i for i, t in enumerate(made)}
-        places = [x if not isinstance(x, Tensor) else _ResultPlace(id(x) in new, (new if id(x) in new else given)[id(x)])
+        places = [x if not isinstance(x, Tensor) else _TensorPlace(id(x) in new, (new if id(x) in new else given)[id(x)])
                   for x in leaves]
-        group.classes.append(_Class(number, call, evidence, made, places, spec))
+        group.classes.append(_TracedLayer(number, call, evidence, made, places, spec))
         return out
 
     def _leaves_inputs(self, call: _LayerCall, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -183,11 +183,10 @@ class _Layers:
         return [*([*t, *t.values()] for t in tables), *self.record.held(), [t._version for t in call.given],
                 list(compat.trace_modes())]
 
-    def _again(self, known: _Class, call: _LayerCall) -> Any:
+    def _again(self, known: _TracedLayer, call: _LayerCall) -> Any:
         made = marks.again(call.given, known.made, known.number)
-        leaves = [p if not isinstance(p, _ResultPlace) else made[p.index] if p.made else call.given[p.index]
-                  for p in known.leaves]
-        return pytree.tree_unflatten(leaves, known.spec)
+        return pytree.tree_unflatten([(made if p.made else call.given)[p.index] if isinstance(p, _TensorPlace) else p
+                                      for p in known.leaves], known.spec)
 
 
 def _are(before: list[list[Any]], now: list[list[Any]]) -> bool:
@@ -210,11 +209,11 @@ def traced_once(model: nn.Module, traced: TraceGuard, reads: Reads | None, recor
     reads: what is looked at, which will be known of the layers that are not traced as well; None: it is not seen, and all layers
     are traced.
     """
-    groups: dict[Hashable, _Group] = {}
+    groups: dict[Hashable, _LayerGroup] = {}
     undo: list[tuple[nn.Module, Any]] = []
     layers = None if reads is None else _Layers(model, traced, reads, record)
 
-    def wrap(group: _Group, layer: nn.Module, forward: Callable) -> Callable:
+    def wrap(group: _LayerGroup, layer: nn.Module, forward: Callable) -> Callable:
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             return layers.run(group, layer, forward, args, kwargs)
@@ -224,7 +223,7 @@ def traced_once(model: nn.Module, traced: TraceGuard, reads: Reads | None, recor
 
     try:
         for layer in _members(model) if layers is not None else ():
-            group = groups.setdefault(tuple((path, type(m)) for path, m in layer.named_modules()), _Group())
+            group = groups.setdefault(tuple((path, type(m)) for path, m in layer.named_modules()), _LayerGroup())
             group.members += 1
             undo.append((layer, layer.__dict__.get("forward")))
             layer.__dict__["forward"] = wrap(group, layer, object.__getattribute__(layer, "forward"))  # which is no look at it

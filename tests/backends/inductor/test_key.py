@@ -29,6 +29,7 @@ from tests import zoo
 from tests.backends.inductor.test_inductor import net, two_steps
 from tests.graphs import local_feed, runtime_of
 from tests.processes import launch
+from tests.run.test_experts import LENGTH, VOCAB, Mixture
 
 aten = torch.ops.aten
 PLAN = "dp=2,zero=3"
@@ -307,3 +308,28 @@ def test_the_stages_of_a_pipeline_find_their_graphs(tmp_path, monkeypatch):
         assert (then["graph hit"], then["graph miss"], then["graph bypass"]) == (first["graph miss"], 0, 0)
         assert after[0] == before[0]
         assert all(torch.equal(after[1][name], grad) for name, grad in before[1].items())
+
+
+def experts(rank: int) -> tuple[dict[str, int], list[float], dict[str, Tensor]]:
+    """As `found`, of a graph with sizes that are known only when it runs; in two calls, of which the rows go elsewhere."""
+    torch.manual_seed(0)
+    module = fxpar.parallelize(Mixture(), "dp=2,ep=2", {"ids": torch.zeros(2, LENGTH, dtype=torch.long)}, backend="inductor")
+    losses = []
+    for seed in range(2):
+        ids = torch.randint(VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(seed))
+        loss = module(ids=ids.chunk(2)[rank])["loss"]
+        loss.backward()
+        losses.append(loss.item())
+    return compat.cache_counts(), losses, {n: p.grad.full_tensor() for n, p in module.named_parameters()}
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_graphs_with_sizes_that_depend_on_values_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cold, warm = launch(2, experts, timeout=500), launch(2, experts, timeout=500)
+    for (first, losses, before), (then, again, after) in zip(cold, warm, strict=True):
+        assert (first["hit"], first["miss"], first["saved"]) == (0, 1, 1)
+        assert (then["hit"], then["miss"], then["graph hit"], then["graph miss"]) == (1, 0, 2, 0)
+        assert again == losses
+        assert all(torch.equal(after[name], grad) for name, grad in before.items())
