@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import threading
 import time
 
@@ -25,34 +26,38 @@ def impatient(monkeypatch):
     be_quiet(None)
 
 
-def wait(text: str = "compiling 2 of 5") -> None:
+def wait(text: str = "compiling 2 of 5", seconds: float = 0.15) -> None:
     with stage(text):
-        time.sleep(0.15)
+        time.sleep(seconds)
+
+
+def without_seconds(lines: list[str]) -> list[str]:
+    """How long something takes is the machine's affair."""
+    return [re.sub(r"\d+(\.\d)? s", "N s", line) for line in lines]
 
 
 def test_a_long_stage_is_announced_and_told_with_its_seconds(capfd):
     wait()
-    with stage("a short one"):
-        pass
-    assert capfd.readouterr().err.splitlines() == ["fxpar: compiling 2 of 5 ...", "fxpar: compiling 2 of 5: 0.2 s"]
+    said = capfd.readouterr().err.splitlines()
+    assert without_seconds(said) == ["fxpar: compiling 2 of 5 ...", "fxpar: compiling 2 of 5: N s"]
 
 
-def test_stages_lie_within_each_other_and_short_ones_say_nothing(capfd):
+def test_stages_lie_within_each_other_and_short_ones_say_nothing(capfd, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.4)
     with stage("partitioning"):
         for name in ("infer", "place", "partition", "zero", "ep", "axes"):
             with stage(f"pass {name}"):
-                time.sleep(0.02)
-        wait("pass that is long")
-    said = capfd.readouterr().err.splitlines()
-    assert said[0] == "fxpar: partitioning ..." and said[-1].startswith("fxpar: partitioning: 0.")
-    assert [line for line in said if "pass" in line] == ["fxpar: pass that is long ...", "fxpar: pass that is long: 0.2 s"]
+                time.sleep(0.1)
+        wait("pass that is long", 0.6)
+    assert without_seconds(capfd.readouterr().err.splitlines()) == [
+        "fxpar: partitioning ...", "fxpar: pass that is long ...", "fxpar: pass that is long: N s", "fxpar: partitioning: N s"]
 
 
 def test_what_fails_is_told_as_failed(capfd):
     with pytest.raises(KeyError), stage("loading x"):
         time.sleep(0.1)
         raise KeyError
-    assert "fxpar: loading x: failed after 0.1 s" in capfd.readouterr().err
+    assert "fxpar: loading x: failed after N s" in without_seconds(capfd.readouterr().err.splitlines())
 
 
 @pytest.mark.parametrize("how", ["argument", "environment", "another rank"])
@@ -69,12 +74,20 @@ def test_it_can_be_quiet(capfd, monkeypatch, caplog, how):
 def test_a_program_that_logs_gets_it_there_alone(capfd, caplog):
     caplog.set_level(logging.INFO, "fxpar")
     wait()
-    assert [r.getMessage() for r in caplog.records] == ["compiling 2 of 5 ...", "compiling 2 of 5: 0.2 s"]
+    assert without_seconds([r.getMessage() for r in caplog.records]) == ["compiling 2 of 5 ...", "compiling 2 of 5: N s"]
     assert "fxpar:" not in capfd.readouterr().err
 
 
 def test_stages_of_other_threads_are_said_once(capfd):
-    threads = [threading.Thread(target=wait, args=("compiling the backward",)) for _ in range(3)]
+    together = threading.Barrier(3)
+
+    def work() -> None:
+        with stage("compiling the backward"):
+            together.wait()
+            time.sleep(0.15)
+            together.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -93,8 +106,8 @@ def test_a_terminal_has_a_line_that_moves(monkeypatch):
     with stage("new shape (4, 107)"):
         wait("compiling the forward, 1 of 2")
     text = shown.getvalue()
-    assert "new shape (4, 107) > compiling the forward, 1 of 2  0 s" in text
-    assert "fxpar: new shape (4, 107): 0.2 s" in text and text.index("\x1b[") >= 0
+    assert "new shape (4, 107) > compiling the forward, 1 of 2  " in text
+    assert re.search(r"fxpar: new shape \(4, 107\): [\d.]+ s", text) and "\x1b[" in text
 
 
 def test_an_inspection_names_its_stages(monkeypatch):

@@ -111,16 +111,17 @@ def _grouped(nodes: list[fx.Node], alone: set[fx.Node]) -> dict[fx.Node, int]:
     """Node -> its group. What is not alone is with what it takes from, of the same module, with as many of those alone before."""
     depth: dict[fx.Node, int] = {}
     group: dict[fx.Node, int] = {}
+    closed = set(alone)  # and what merely rearranges results
     for node in nodes:
         before = [n for n in node.all_input_nodes if n in group]
-        depth[node] = max((depth[n] + (n in alone) for n in before), default=0)
-        mine = [
-            group[n]
-            for n in before
-            if n not in alone and node not in alone and depth[n] == depth[node] and module_path(n) == module_path(node)
-        ]
-        if before and (node.target is operator.getitem or (len(before) == 1 and _rearranges(node))):
-            mine, depth[node] = [group[before[0]]], depth[before[0]]
+        depth[node] = max((depth[n] + (n in closed) for n in before), default=0)
+        moves = is_view(node) or (before[:1] and before[0] in closed and _rearranges(node))
+        if len(before) == 1 and (moves or node.target is operator.getitem):
+            group[node], depth[node] = group[before[0]], depth[before[0]]
+            closed.add(node)
+            continue
+        joins = [n for n in before if n not in closed and depth[n] == depth[node] and module_path(n) == module_path(node)]
+        mine = [group[n] for n in joins] if node not in alone else []
         group[node] = mine[0] if mine else len(group)
         for other in mine[1:]:
             group.update({n: mine[0] for n, g in group.items() if g == other})
@@ -151,7 +152,8 @@ def _without_cycles(nodes: list[fx.Node], group: dict[fx.Node, int]) -> dict[fx.
 def _box(program: Program, block: str, nodes: list[fx.Node], alone: bool) -> Box:
     first, made = nodes[0], typed(nodes[0])
     where = module_path(first).removeprefix(block).lstrip(".")
-    names = list(dict.fromkeys(_name(n) for n in nodes if n.target is not operator.getitem))
+    names = list(dict.fromkeys(_name(n) for n in nodes if n.target is not operator.getitem and not _rearranges(n)))
+    names = names or [_name(first)]
     line = source_line(first)
     if made is not None:
         back = made.backward.comm if made.backward is not None else None
@@ -242,7 +244,7 @@ def _drawing(boxes: list[Box]) -> str:
         )
         for i, layout in enumerate(labels):
             parts.append(tag("text", words(layout), x=x + 7, y=y + HIGH + 13 + 11 * i, class_="layout"))
-    return drawing(right + MARGIN + 40, height, *parts, label="the graph of a block")
+    return drawing(right + MARGIN + 80, height, *parts, label="the graph of a block")
 
 
 def _cut(text: str, most: int) -> str:
