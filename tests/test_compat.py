@@ -427,36 +427,3 @@ def test_distributions_are_unchecked_for_a_while():
         assert make().stddev.sum() == -2
     with pytest.raises(ValueError, match="scale"):
         make()
-
-
-def test_modes_do_not_see_functions_for_a_while():
-    seen = []
-
-    class Mode(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    x = torch.ones(2)
-    with Mode():
-        with compat.untraced():
-            x.add(1)
-        assert not seen
-        x.add(1)
-    assert seen
-
-
-def test_what_a_trace_may_depend_on():
-    assert compat.trace_facts(torch.ones(2, 3)) is None  # has values
-    with compat.FakeTensorMode():
-        x = torch.ones(2, 3)
-        known = compat.trace_facts(x)
-        for other in (x.mT, x.double(), torch.ones(2, 3, requires_grad=True), torch.ones(3, 3)[1:]):
-            assert compat.trace_facts(other) not in (None, known)
-        assert compat.trace_facts(torch.zeros(2, 3)) == known
-        assert compat.trace_facts(torch.tensor(0.5)) is None
-    modes = compat.trace_modes()
-    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
-        with mode:
-            assert compat.trace_modes() != modes
-    assert compat.trace_modes() == modes

@@ -9,19 +9,24 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxpar import compat
 
-OTHERS = {
-    "shape": torch.ones(3, 2), "strides": torch.ones(3, 2).mT, "dtype": torch.ones(2, 3).double(),
-    "device": torch.ones(2, 3, device="meta"), "gradient": torch.ones(2, 3, requires_grad=True),
-    "leaf": torch.ones(2, 3, requires_grad=True) * 1, "offset": torch.ones(3, 3)[1:],
-    "class": torch.nn.Parameter(torch.ones(2, 3), requires_grad=False),
-}  # fmt: skip
+with FakeTensorMode():
+    LIKE, EQUAL = torch.ones(2, 3), torch.zeros(2, 3)
+    OTHERS = {
+        "shape": torch.ones(3, 2), "strides": torch.ones(3, 2).mT, "dtype": torch.ones(2, 3).double(),
+        "device": torch.ones(2, 3, device="meta"), "gradient": torch.ones(2, 3, requires_grad=True),
+        "leaf": torch.ones(2, 3, requires_grad=True) * 1, "offset": torch.ones(3, 3)[1:],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_facts_of_a_tensor_are_all_but_its_values(name):
-    facts = compat.trace_facts(torch.ones(2, 3))
-    assert facts is not None and facts == compat.trace_facts(torch.zeros(2, 3))
+    facts = compat.trace_facts(LIKE)
+    assert facts is not None and facts == compat.trace_facts(EQUAL)
     assert facts != compat.trace_facts(OTHERS[name])
+
+
+def test_a_tensor_that_has_values_has_no_facts():
+    assert compat.trace_facts(torch.ones(2, 3)) is None
 
 
 def test_a_tensor_whose_shape_or_values_a_trace_knows_otherwise_has_no_facts():
