@@ -6,6 +6,7 @@ sampler         the data of this rank's replica
 capture         a model traced once, for many plans
 simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
+suggest         which plan to take for a number of GPUs, and why
 testing         `assert_equivalent`: a plan against the plain model
 save_checkpoint, load_checkpoint        model and optimizer, under any plan or none
 export_safetensors, load_safetensors    Hugging Face's files
@@ -13,6 +14,7 @@ export_safetensors, load_safetensors    Hugging Face's files
 
 from fxpar.api import parallelize
 from fxpar.checkpoint import SaveHandle, export_safetensors, load_checkpoint, load_safetensors, save_checkpoint
+from fxpar.choose.suggest import Suggestions, suggest
 from fxpar.compiler import Captured, capture, compile_program
 from fxpar.errors import (
     CaptureError,
@@ -34,5 +36,6 @@ from fxpar.verify.simulation import Simulation, simulate
 __version__ = "0.1.0"
 __all__ = ["CaptureError", "Captured", "CheckpointError", "EquivalenceError", "FxparError", "InputError", "MismatchError",
            "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
-           "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
-           "load_safetensors", "parallelize", "sampler", "save_checkpoint", "simulate", "testing"]
+           "Suggestions", "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
+           "load_safetensors", "parallelize", "sampler", "save_checkpoint", "simulate", "suggest",
+           "testing"]

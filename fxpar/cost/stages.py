@@ -159,7 +159,7 @@ def stage_times(cluster: Cluster, load: StageLoad) -> StageTimes:
 
 def stage_cost(cluster: Cluster, load: StageLoad) -> StageCost:
     """The same, and what the seconds are for. Raises as `step_on`."""
-    clock, training = _OperatorTimes(cluster, load.program), load.program.training
+    clock, training = OperatorTimes(cluster, load.program), load.program.training
     forward = inputs = weights = unshard = reduce = beside_forward = beside_backward = 0.0
     terms = dict.fromkeys(TERMS, 0.0)
     for node in clock.costs:
@@ -208,7 +208,7 @@ def _hop(cluster: Cluster, one: int, other: int, ranks: int, size: int) -> float
     return max(cluster.between(one * ranks + r, other * ranks + r).seconds(size) for r in range(ranks))
 
 
-class _OperatorTimes:
+class OperatorTimes:
     """Seconds of a program's operators. early: nodes through which the gradients of what the stage receives flow."""
 
     def __init__(self, cluster: Cluster, program: Program):

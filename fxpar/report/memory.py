@@ -79,16 +79,7 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule, briefly: boo
     Not counted: messages that have arrived and are not used yet. briefly: as of `predict`; and one of stages that compute the
     same may stand for all.
     """
-    steps, peaks = [], []
-    seen: dict[Hashable, tuple[_Step, Peak, list[str]]] = {}
-    for program in programs:
-        key, blocks = likeness(program, {n: None if i is None else i.facts() for n, i in _inputs(program).items()})
-        if key not in seen or not briefly:
-            made = _Step(program, *trace(program, briefly))
-            seen[key] = made, made.peak(), blocks
-        step, peak, its = seen[key]
-        steps.append(step)
-        peaks.append(replace(peak, where=renamed(peak.where, its, blocks)))
+    steps, peaks = _each(programs, briefly)
     activations, alive = schedule.memory([peak.kept for peak in peaks]), schedule.alive()
     out = []
     for rank in range(schedule.ranks):
@@ -107,6 +98,31 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule, briefly: boo
             together.append(replace(peaks[s], bytes=sum(parts.values()), parts=parts, kept=int(activations[rank])))
         out.append(max(together, key=lambda peak: peak.bytes))
     return out
+
+
+def first_alike(programs: Sequence[Program]) -> list[int]:
+    """For each program, which is the first that computes the same on equal shapes."""
+    seen: dict[Hashable, int] = {}
+    return [seen.setdefault(_likeness(program)[0], i) for i, program in enumerate(programs)]
+
+
+def _likeness(program: Program) -> tuple[Hashable, list[str]]:
+    return likeness(program, {n: None if i is None else i.facts() for n, i in _inputs(program).items()})
+
+
+def _each(programs: Sequence[Program], briefly: bool) -> tuple[list[_Step], list[Peak]]:
+    """Of each program by itself; of those that compute the same, one may stand for all."""
+    steps, peaks = [], []
+    seen: dict[Hashable, tuple[_Step, Peak, list[str]]] = {}
+    for program in programs:
+        key, blocks = _likeness(program)
+        if key not in seen or not briefly:
+            made = _Step(program, *trace(program, briefly))
+            seen[key] = made, made.peak(), blocks
+        step, peak, its = seen[key]
+        steps.append(step)
+        peaks.append(replace(peak, where=renamed(peak.where, its, blocks)))
+    return steps, peaks
 
 
 def _output_bytes(program: Program) -> int:
