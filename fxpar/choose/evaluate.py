@@ -69,6 +69,7 @@ def partitioned(capture: Captures, estimate: Estimate, cluster: Cluster, rows: i
 
 
 def traced(candidate: Candidate) -> Candidate:
-    """The same with the peak that `fxpar.inspect` predicts. Raises what PyTorch raises for a model that Inductor cannot compile."""
+    """The same with the peak that `fxpar.inspect` predicts. Raises what PyTorch raises for a model that Inductor cannot
+    compile."""
     parts = {name: float(size) for name, size in candidate.report.peak.parts.items()}
     return replace(candidate, memory=parts, traced=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,10 +66,10 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """dimensions: what may be split. values: of the symbols of `fxpar.cost.formulas` that do not depend on recomputation. kept: those
-    that do, for each recomputation that Inductor can trace. parts: seconds of each product, in order, on one device and for one
-    sequence: between them a pipeline may be cut. width: of the residual stream, as norms have it; 0 where that is not known.
-    parameters: how many the model has."""
+    """dimensions: what may be split. values: of the symbols of `fxpar.cost.formulas` that do not depend on recomputation.
+    kept: those that do, for each recomputation that Inductor can trace. parts: seconds of each product, in order, on one
+    device and for one sequence: between them a pipeline may be cut. width: of the residual stream, as norms have it; 0 where
+    that is not known. parameters: how many the model has. batch_dims: of each input."""
 
     dimensions: Dimensions
     values: dict[str, float]
@@ -77,6 +77,7 @@ class ModelFacts:
     parts: tuple[float, ...]
     width: int
     parameters: int
+    batch_dims: Mapping[str, int | None]
 
 
 def facts_of(captured: Captured, base: Plan, cluster: Cluster) -> ModelFacts:
@@ -104,7 +105,8 @@ def facts_of(captured: Captured, base: Plan, cluster: Cluster) -> ModelFacts:
     kept = _all_kept(stages, alike, _per_block(halved) if halved is not None else [], rows)
     width = max((v.shape[-1] for n, s in alone.source_of().items() if s.kind == "param" and len((v := full_value(n)).shape) == 1),
                 default=0)
-    return ModelFacts(dimensions, values, kept, parts, width, int(values["numbers"]))
+    inputs = {s.name: local_value(n).batch_dim for n, s in alone.source_of().items() if s.kind == "input"}
+    return ModelFacts(dimensions, values, kept, parts, width, int(values["numbers"]), inputs)
 
 
 def _dimensions(inferred: Program, alone: Program) -> Dimensions:
@@ -126,7 +128,8 @@ def _dimensions(inferred: Program, alone: Program) -> Dimensions:
 def _parts(stages: list[Stage], alike: list[int], cluster: Cluster, rows: int) -> tuple[float, ...]:
     """Seconds of what a pipeline may be cut between, in order, for one sequence: products and attention."""
     clocks = {i: OperatorTimes(cluster, stages[i].program) for i in dict.fromkeys(alike)}
-    made = {i: [sum(clock.seconds(node)) / rows for node in clock.costs if clock.costs[node].forward] for i, clock in clocks.items()}
+    made = {i: [sum(clock.seconds(node)) / rows for node, cost in clock.costs.items() if cost.forward]
+            for i, clock in clocks.items()}
     return tuple(part for i in alike for part in made[i] or [0.0])
 
 
@@ -167,8 +170,8 @@ def _numbers(program: Program, base: Plan) -> dict[str, float]:
 
 
 def _of_tensor(program: Program, alone: Program, dimensions: Dimensions) -> dict[str, float]:
-    """What tp splits and communicates, from a program of `LEARNED` ranks of tp; of experts' parameters, which ep splits instead, in
-    `n_expert`."""
+    """What tp splits and communicates, from a program of `LEARNED` ranks of tp; of experts' parameters, which ep splits
+    instead, in `n_expert`."""
     found = {"n_split": 0.0, "n_same": 0.0, "n_expert": 0.0, "tp_forward": 0.0, "tp_backward": 0.0, "tp_count": 0.0}
     of_experts = {s.name for n, s in alone.source_of().items() if s.kind == "param" and _has_experts(n, dimensions)}
     for node, source in program.source_of().items():
@@ -226,8 +229,9 @@ def _collectives(program: Program, wanted: Any) -> Iterator[tuple[float, float]]
 
 
 def _all_kept(stages: list[Stage], alike: list[int], halved: list[Stage], rows: int) -> dict[str | float, dict[str, float]]:
-    """Recomputation -> what is kept under it. alike: of each stage, which one stands for it. halved: the stages of `LEARNED` ranks of tp, where there are such; what each of these
-    ranks keeps of gathered values grows with tp as much as it does without recomputation."""
+    """Recomputation -> what is kept under it. alike: of each stage, which one stands for it. halved: the stages of `LEARNED`
+    ranks of tp, where there are such; what each of these ranks keeps of gathered values grows with tp as much as it does
+    without recomputation."""
     others = first_alike([s.program for s in halved])
     found: dict[str | float, dict[str, float]] = {}
     grows = {"kept_blocks": 0.0, "kept_end": 0.0}
@@ -248,11 +252,14 @@ def _kept(stages: list[Stage], alike: list[int], policy: str | float, rows: floa
     traced. alike: of each stage, which one is traced for it."""
     try:
         traced = {i: predict(_under(stages[i].program, policy)) for i in dict.fromkeys(alike)}
-    except Exception:  # whatever stops Inductor: plans that recompute so are not searched
+    except Exception as error:  # whatever stops Inductor: plans that recompute so are not searched
+        if policy == "none":
+            raise FxparError(f"no plan can be suggested, as the memory of a step is not predicted ({type(error).__name__}: "
+                             f"{str(error).partition(chr(10))[0]})") from error
         return None
     peaks = [traced[i] for i in alike]
     kept = [peak.kept / rows for peak in peaks]
     room = [max(0.0, (peak.parts["activations"] + peak.parts["temporaries"] - peak.kept) / rows) for peak in peaks]
     last = kept[-2] if len(kept) > 2 else kept[-1]
-    return {"kept_blocks": sum(kept[:-1]) + last, "kept_end": max(0.0, kept[-1] - last), "room_block": max(room[:-1], default=0.0),
-            "room_end": room[-1]}
+    return {"kept_blocks": sum(kept[:-1]) + last, "kept_end": max(0.0, kept[-1] - last),
+            "room_block": max(room[:-1], default=0.0), "room_end": room[-1]}

@@ -74,8 +74,8 @@ def not_searched(facts: ModelFacts, cluster: Cluster, gpus: int) -> list[str]:
     out = []
     if gpus > node and size.split:
         far = cluster.link(gpus)
-        out.append(f"tp={2 * node} and more leave the node: {far.beta / 1e9:.0f} GB/s instead of {cluster.links[0].beta / 1e9:.0f}, "
-                   "for collectives that nothing hides")
+        out.append(f"tp={2 * node} and more leave the node: {far.beta / 1e9:.0f} GB/s instead of "
+                   f"{cluster.links[0].beta / 1e9:.0f}, for collectives that nothing hides")
     if size.sequences and size.length < LONG:
         out.append(f"cp is for sequences of {LONG} tokens and more; these have {size.length}")
     if not size.split:
@@ -85,26 +85,35 @@ def not_searched(facts: ModelFacts, cluster: Cluster, gpus: int) -> list[str]:
     return out
 
 
-def _families(estimates: Sequence[Estimate], best: Plan) -> Iterator[tuple[str, Callable[[Plan], bool]]]:
-    def alone(p: Plan) -> bool:
-        return p.tp == p.pp == p.cp == 1
+Belongs = Callable[[Plan], bool]
 
-    yield "dp alone", lambda p: alone(p) and p.zero == 0 and p.recompute == "none"
-    for level in (1, 2, 3):
-        yield f"zero={level} alone", lambda p, level=level: alone(p) and p.zero == level and p.recompute == "none"
-    yield "zero=3 with recomputation, alone", lambda p: alone(p) and p.zero == 3 and p.recompute != "none"
+
+def _families(estimates: Sequence[Estimate], best: Plan) -> Iterator[tuple[str, Belongs]]:
+    """Names of families, and whether a plan belongs to them."""
+    alone = {"tp": 1, "pp": 1, "cp": 1}
+    for level in (0, 1, 2, 3):
+        yield f"zero={level} alone" if level else "dp alone", _with(**alone, zero=level, recompute="none")
+    for policy in ("selective", "full"):
+        yield f"zero=3 with recompute={policy}, alone", _with(**alone, zero=3, recompute=policy)
     for name in ("tp", "cp", "pp", "ep"):
-        yield f"no {name}", lambda p, name=name: getattr(p, name) == 1
-    for name in ("tp", "cp", "pp", "ep"):
-        for degree in _values(estimates, name):
-            if degree > 1:
-                yield f"{name}={degree}", lambda p, name=name, degree=degree: getattr(p, name) == degree
-    for name in ("zero", "recompute", "schedule", "cp_comm"):
-        for value in _values(estimates, name):
-            if name == "schedule" and best.pp == 1 or name == "cp_comm" and best.cp == 1:
-                continue
-            yield f"{name}={value}", lambda p, name=name, value=value: getattr(p, name) == value and (
-                name != "schedule" or p.pp > 1) and (name != "cp_comm" or p.cp > 1)
+        yield f"no {name}", _with(**{name: 1})
+    for name in ("tp", "cp", "pp", "ep", "zero", "recompute"):
+        yield from ((f"{name}={value}", _with(**{name: value})) for value in _values(estimates, name)
+                    if value != 1 or name == "zero")
+    pipelines, contexts = ([e for e in estimates if getattr(e.plan, name) > 1] for name in ("pp", "cp"))
+    if best.pp > 1:
+        yield from ((f"schedule={order}", _more("pp", schedule=order)) for order in _values(pipelines, "schedule"))
+    if best.cp > 1:
+        yield from ((f"cp_comm={how}", _more("cp", cp_comm=how)) for how in _values(contexts, "cp_comm"))
+
+
+def _with(**fields: object) -> Belongs:
+    return lambda plan: all(getattr(plan, name) == value for name, value in fields.items())
+
+
+def _more(degree: str, **fields: object) -> Belongs:
+    has = _with(**fields)
+    return lambda plan: getattr(plan, degree) > 1 and has(plan)
 
 
 def _values(estimates: Iterable[Estimate], name: str) -> list:
@@ -117,7 +126,7 @@ def _slower(mine: Estimate, other: Estimate, pace: Callable[[Estimate], float], 
     scale = pace(mine) / mine.seconds / (pace(other) / other.seconds)  # of a row each, where steps have other batches
     term = max(other.terms, key=lambda name: other.terms[name] / scale - mine.terms[name])
     share = other.terms[term] / other.seconds
-    plan = _short(other.plan, mine.plan)
+    plan = _short(other.plan)
     if ratio < 1.005:
         return f"as fast within {abs(ratio - 1):.1%}, and no simpler ({plan})"
     return f"{ratio - 1:.1%} slower at best: {share:.0%} of the step is {PHRASES[term]} ({plan})"
@@ -127,10 +136,10 @@ def _larger(other: Estimate, facts: ModelFacts) -> str:
     """Why a family does not fit."""
     part, size = max(other.memory.items(), key=lambda item: item[1])
     tokens = f" at {facts.dimensions.length} tokens" if part == "activations" and facts.dimensions.length else ""
-    return f"does not fit: {size / GIB:.0f} GiB of {part}{tokens}, {other.peak / GIB:.0f} GiB at least ({_short(other.plan, None)})"
+    return f"does not fit: {size / GIB:.0f} GiB of {part}{tokens}, {other.peak / GIB:.0f} GiB at least ({_short(other.plan)})"
 
 
-def _short(plan: Plan, base: Plan | None) -> str:
+def _short(plan: Plan) -> str:
     """A plan without the fields that all have."""
     shared = ("param_dtype", "reduce_dtype", "outputs", "batch_dims", "roles")
     return ",".join(item for item in str(plan).split(",") if item.partition("=")[0] not in shared) or "dp=1"
@@ -148,7 +157,8 @@ def advice(plan: Plan, facts: ModelFacts, cluster: Cluster, gpus: int, memory: i
         lines.append(f"tp inside a node for wide layers ({WIDE} and more): {facts.width} wide, {node} GPUs a node: tp={plan.tp}")
     lines.append(f"pp for depth ({DEEP} blocks and more): {int(values['blocks'])} blocks: pp={plan.pp}")
     if facts.dimensions.length:
-        lines.append(f"cp for long sequences ({LONG} tokens and more) rather than more tp: {facts.dimensions.length}: cp={plan.cp}")
+        lines.append(f"cp for long sequences ({LONG} tokens and more) rather than more tp: {facts.dimensions.length}: "
+                     f"cp={plan.cp}")
     if facts.dimensions.experts:
         lines.append(f"ep for experts: {max(facts.dimensions.experts)}: ep={plan.ep}")
     lines.append(f"recomputation last: {plan.recompute}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from fxpar.choose.facts import ModelFacts
 from fxpar.cost.clusters import Cluster
-from fxpar.cost.formulas import CLUSTER, SYMBOLS, compiled
+from fxpar.cost.formulas import SYMBOLS, compiled
 from fxpar.errors import PlanError
 from fxpar.plan import Plan
 
@@ -47,8 +46,8 @@ def divisors(n: int) -> list[int]:
 
 
 class Space:
-    """Every plan that a model, a number of GPUs and a cluster allow; `base` has the fields that all plans share, and those in `fixed`
-    keep the value that they have there. plain: each replica has the batch of `facts`, and no pipeline or accumulation."""
+    """Every plan that a model, a number of GPUs and a cluster allow; `base` has the fields that all plans share, and those in
+    `fixed` keep the value that they have there. plain: each replica has the batch of `facts`, and no pipeline or accumulation."""
 
     def __init__(self, facts: ModelFacts, cluster: Cluster, gpus: int, base: Plan, fixed: frozenset[str], plain: bool):
         self.facts, self.cluster, self.gpus, self.base, self.fixed, self.plain = facts, cluster, gpus, base, fixed, plain
@@ -151,14 +150,15 @@ class Space:
         storage = [(0, 1), *((z, rep) for z in (1, 2, 3) for rep in self._replicas(dp, tp, cp))] if dp * cp > 1 else [(0, 1)]
         if "zero" in self.fixed:
             storage = [(z, rep) for z, rep in {(self.base.zero, 1), *storage} if z == self.base.zero]
-        around = ["p2p", *(["a2a"] if all(n % (tp * cp) == 0 for n in self.facts.dimensions.heads) else [])] if cp > 1 else ["p2p"]
+        exchanged = cp > 1 and all(n % (tp * cp) == 0 for n in self.facts.dimensions.heads)
+        around = ["p2p", *(["a2a"] if exchanged else [])]
         again = [self.base.recompute] if "recompute" in self.fixed else [*self.facts.kept]
         for (zero, replicate), count, comm, recompute, (order, virtual) in itertools.product(
                 storage, counts, around, again, self._orders(pp)):
             if self._kept(microbatches=count, zero=zero, dp_replicate=replicate, cp_comm=comm if cp > 1 else self.base.cp_comm,
                           schedule=order, virtual_stages=virtual) and rows % count == 0:
-                yield dict(zero=zero, dp_replicate=replicate, microbatches=count, cp_comm=comm, recompute=recompute, schedule=order,
-                           virtual_stages=virtual)
+                yield dict(zero=zero, dp_replicate=replicate, microbatches=count, cp_comm=comm, recompute=recompute,
+                           schedule=order, virtual_stages=virtual)
 
     def _replicas(self, dp: int, tp: int, cp: int) -> list[int]:
         """Degrees of hybrid sharding: none, and that which keeps parts inside a node."""
@@ -174,7 +174,8 @@ class Space:
         return [("1f1b", 1), *looped, ("zb1p", 1), *([("zbv", 2)] if 2 * pp <= blocks else [])]
 
     def _plan(self, degrees: tuple[int, ...], choice: dict[str, Any]) -> Plan | None:
+        fields: dict[str, Any] = {**dict(zip(("dp", "tp", "pp", "cp", "ep"), degrees, strict=True)), **choice}
         try:
-            return replace(self.base, **dict(zip(("dp", "tp", "pp", "cp", "ep"), degrees, strict=True)), **choice)
+            return replace(self.base, **fields)
         except PlanError:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,10 +22,12 @@ from fxpar.cost.clusters import Cluster
 from fxpar.cost.clusters import cluster as read_cluster
 from fxpar.cost.stages import TERMS
 from fxpar.errors import FxparError, PlanError
+from fxpar.model.inputs import Call, globalize
 from fxpar.plan import Plan
 from fxpar.report.step import CLUSTER
 from fxpar.report.text import GIB
 from fxpar.report.verdict import bytes_of, usable
+from fxpar.sharding.mesh import from_plan
 
 CANDIDATES = 6
 """How many plans are partitioned for real."""
@@ -85,8 +87,10 @@ class Suggestions:
 
     def _least(self) -> str:
         least = min(self.estimates, key=lambda e: e.peak, default=None)
-        return "no plan divides what has to be divided" if least is None else (
-            f"{_brief(least.plan)} takes least, about {least.peak / GIB:.1f} GiB of the {usable(self.memory) / GIB:.1f} that a step may")
+        if least is None:
+            return "no plan divides what has to be divided"
+        return (f"{_brief(least.plan)} takes least, about {least.peak / GIB:.1f} GiB of the {usable(self.memory) / GIB:.1f} that "
+                "a step may")
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -156,14 +160,15 @@ def suggest(model: nn.Module | Captured, example_inputs: Any = None, *, gpus: in
     """Which plan to train `model` under: a ranked table of plans, what limits the best, and why others are rejected.
 
     model: may be on the meta device; or what `fxpar.capture` made of one. example_inputs: the *global* batch of a step (a dict of
-    keyword arguments or a tuple), of which only shapes and dtypes matter. gpus: how many there are. memory: of one, in bytes or as
-    text ("80GiB"); default: what the cluster's devices have. cluster: a name, or a .toml file of one's own. fixed: fields that all
-    plans share, a plan or its text: what it says of degrees and options is kept too ("tp=4,param_dtype=bf16"). compare: plans
-    that are told beside the best. candidates: how many plans are partitioned for real, the best by the formulas. trace: whether
-    the best one's peak is predicted as `fxpar.inspect` does; without it all peaks are those of the formulas.
+    keyword arguments or a tuple), of which only shapes and dtypes matter. gpus: how many there are. memory: of one, in bytes
+    or as text ("80GiB"); default: what the cluster's devices have. cluster: a name, or a .toml file of one's own. fixed:
+    fields that all plans share, a plan or its text: what it says of degrees and options is kept too ("tp=4,param_dtype=bf16").
+    compare: plans that are told beside the best. candidates: how many plans are partitioned for real, the best by the
+    formulas. trace: whether the best one's peak is predicted as `fxpar.inspect` does; without it all peaks are those of the
+    formulas.
 
-    No process, GPU or weight is needed. Raises: `PlanError` for arguments that are none, and for a dtype that the cluster does not
-    compute in; as `fxpar.capture`.
+    No process, GPU or weight is needed. Raises: `PlanError` for arguments that are none, and for a dtype that the cluster does
+    not compute in; as `fxpar.capture`.
     """
     start = time.process_time()
     base, names = _fixed(fixed)
@@ -171,26 +176,41 @@ def suggest(model: nn.Module | Captured, example_inputs: Any = None, *, gpus: in
     base = _with_loss(captured, base, "outputs" in names and fixed != DEFAULT)
     machine = read_cluster(cluster) if isinstance(cluster, str) else cluster
     others = [replace(Plan.of(plan)) for plan in compare]
-    return _search(lambda plan: captured, base, names, _count("gpus", gpus), machine, memory, others, _count("candidates", candidates),
-                   trace, start)
+    sizes = _count("gpus", gpus), machine, bytes_of(memory) if memory is not None else machine.memory
+    return _search(lambda plan: captured, facts_of(captured, _shared(base), machine), base, names, *sizes, others,
+                   _count("candidates", candidates), trace, start)
 
 
-def for_replicas(capture_of: Captures, example: Captured, rows: int, gpus: int, memory: int, cluster: Cluster) -> Suggestions:
-    """The same for a training loop that passes each replica `rows` rows, whatever the plan, and calls backward itself: without
-    pipelines and accumulation. example: the model on one replica's batch; capture_of: on that of a plan's step."""
-    return _search(capture_of, Plan(), frozenset(), gpus, cluster, memory, [], 2, True, time.process_time(), example)
+def suggest_for_replicas(model: nn.Module, example: Call, gpus: int, memory: int, cluster: Cluster) -> Suggestions:
+    """The same for a training loop that passes each replica such an example, whatever the plan, and calls backward itself:
+    without pipelines and accumulation. Raises as `suggest`."""
+    alone = capture(model, _inputs(example))
+    known: dict[int, Captured] = {1: alone}
+
+    def capture_of(plan: Plan, batch: Mapping[str, int | None]) -> Captured:
+        if plan.dp not in known:
+            known[plan.dp] = capture(model, _inputs(globalize(example, plan, from_plan(plan), batch)))
+        return known[plan.dp]
+
+    facts = facts_of(alone, Plan(), cluster)
+    return _search(lambda plan: capture_of(plan, facts.batch_dims), facts, Plan(), frozenset(), gpus, cluster, memory, [], 2,
+                   True, time.process_time(), per_replica=True)
 
 
-def _search(capture_of: Captures, base: Plan, fixed: frozenset[str], gpus: int, cluster: Cluster,
-            memory: int | float | str | None, others: list[Plan], count: int, trace: bool, start: float,
-            replica: Captured | None = None) -> Suggestions:
-    size = bytes_of(memory) if memory is not None else cluster.memory
-    facts = facts_of(replica if replica is not None else capture_of(base), _shared(base), cluster)
-    space = Space(facts, cluster, gpus, base, fixed, plain=replica is not None)
+def _inputs(call: Call) -> Any:
+    args, kwargs = call
+    if args and kwargs:
+        raise PlanError("plan", "auto", "needs example_inputs that all have names, or none", 'a plan, as "dp=2"')
+    return kwargs or args
+
+
+def _search(capture_of: Captures, facts: ModelFacts, base: Plan, fixed: frozenset[str], gpus: int, cluster: Cluster, size: int,
+            others: list[Plan], count: int, trace: bool, start: float, per_replica: bool = False) -> Suggestions:
+    space = Space(facts, cluster, gpus, base, fixed, plain=per_replica)
     estimates = space.estimates()
 
     def rows(plan: Plan) -> int:
-        return facts.dimensions.batch * (plan.dp if replica is not None else 1)
+        return facts.dimensions.batch * (plan.dp if per_replica else 1)
 
     def pace(estimate: Estimate) -> float:
         return estimate.seconds / rows(estimate.plan)
@@ -215,11 +235,12 @@ def _search(capture_of: Captures, base: Plan, fixed: frozenset[str], gpus: int, 
             raise found
         compared.append(traced(found) if trace else found)
     return Suggestions(gpus, size, cluster, best, tuple(made), tuple(compared), tuple(rejected), tuple(estimates), tuple(errors),
-                       facts, replica is not None, used)
+                       facts, per_replica, used)
 
 
 def _promising(estimates: list[Estimate], pace: Any, memory: int) -> list[Estimate]:
-    """Plans that fit by the formulas, the fastest first; of each combination of degrees one, the simplest of those that are alike."""
+    """Plans that fit by the formulas, the fastest first; of each combination of degrees one, the simplest of those that are
+    alike."""
     fitting = sorted((e for e in estimates if e.peak <= usable(memory)), key=pace)
     kinds: dict[tuple[int, ...], list[Estimate]] = {}
     for e in fitting:

@@ -38,7 +38,8 @@ PLAN = dict(dp="data parallel ranks", tp="tensor parallel ranks", cp="context pa
 """Symbols of a plan."""
 PER_SEQUENCE = dict(t_products="seconds of matrix products", t_attention="of attention", t_others="of other operators",
                     t_again="of the blocks' forward", tp_forward="bytes that tp gathers and scatters, forward",
-                    tp_backward="the same, backward", ring="bytes of keys and values", heads="bytes of queries, keys, values, results",
+                    tp_backward="the same, backward", ring="bytes of keys and values",
+                    heads="bytes of queries, keys, values and results",
                     rows="bytes of rows sent to their experts, and back", hop="bytes that cross a cut",
                     kept_blocks="bytes that the blocks keep for the backward", kept_end="the same of what comes behind them",
                     room_block="bytes that one block needs while it runs", room_end="the same of what comes behind them",
@@ -108,7 +109,8 @@ def seconds(schedule: str) -> dict[str, Expr]:
                             OTHERS: split * _S["t_others"], AGAIN: split * _S["again"] * _S["t_again"]}
     both = 1 + _S["again"]
     size = both * _S["tp_forward"] + _S["tp_backward"]
-    out[TENSOR] = _share(tp) * part / cp * size / _S["beta_tp"] + (tp - 1) * _S["alpha_tp"] * part / b * (1 + both) / 2 * _S["tp_count"]
+    out[TENSOR] = (_share(tp) * part / cp * size / _S["beta_tp"]
+                   + (tp - 1) * _S["alpha_tp"] * part / b * (1 + both) / 2 * _S["tp_count"])
     out[CONTEXT] = m * _S["uneven"] / pp * ((1 - _S["a2a"]) * _ring(both) + _S["a2a"] * _exchange(both))
     out[EXPERTS] = (_share(ep) * split * (1 + both) / 2 * _S["rows"] / _S["beta_ep"]
                     + (ep - 1) * _S["alpha_ep"] * part / b * (1 + both) / 2 * _S["ep_count"])
@@ -185,8 +187,8 @@ def _activations(name: str) -> Expr:
 
 @functools.cache
 def compiled(schedule: str) -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]:
-    """`seconds` and `memory` as functions of the symbols' values by name: numbers, or arrays of one length. schedule: "" for plans
-    without a pipeline."""
+    """`seconds` and `memory` as functions of the symbols' values by name: numbers, or arrays of one length. schedule: "" for
+    plans without a pipeline."""
     return _function(seconds(schedule)), _function(memory(schedule))
 
 

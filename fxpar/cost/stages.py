@@ -164,7 +164,7 @@ def stage_cost(cluster: Cluster, load: StageLoad) -> StageCost:
     terms = dict.fromkeys(TERMS, 0.0)
     for node in clock.costs:
         pieces = clock.pieces(node)
-        ahead, back = (sum(piece[i] for piece in pieces) for i in (1, 2))
+        ahead, back = clock.seconds(node)
         again = recomputed(load.program, node) * ahead if training else 0.0
         if node in load.once_forward:
             unshard += ahead

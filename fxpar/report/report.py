@@ -73,8 +73,8 @@ class Report:
     "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward (see
     `fxpar.cost.operators`); a gradient that nothing asks for, such as that of the model's input, counts nothing.
     attention: how each runs under context parallelism. experts: how tokens reach them under expert parallelism. step: what a step
-    takes, and its cluster. limit: bytes of a device, where `inspect` was told them, for `verdict`. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are
-    each those of the pipeline rank that has most.
+    takes, and its cluster. limit: bytes of a device, where `inspect` was told them, for `verdict`. pipeline: its stages, under
+    pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are each those of the pipeline rank that has most.
     """
 
     plan: Plan

@@ -12,7 +12,8 @@ from fxpar.report.text import GIB
 
 RESERVED = 0.025
 """The part of a device's memory that is not PyTorch's allocator's: the driver's, NCCL's, that of libraries. Two of 80 GiB."""
-_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "b": 1, "": 1}
+_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "b": 1,
+          "": 1}
 
 
 def bytes_of(memory: int | float | str) -> int:
@@ -33,8 +34,8 @@ def usable(memory: int) -> int:
 @dataclass(frozen=True)
 class Verdict:
     """peak: predicted bytes of a rank. memory: of its device, of which `usable` may be taken. plan: what was asked about.
-    ways: changes of the plan that save memory, each with what is changed before it, and the peak then; they end with the first that
-    fits, if one does. Empty where the plan fits."""
+    ways: changes of the plan that save memory, each with what is changed before it, and the peak then; they end with the first
+    that fits, if one does. Empty where the plan fits."""
 
     plan: Plan
     peak: int
@@ -46,12 +47,14 @@ class Verdict:
         return self.peak <= usable(self.memory)
 
     def __str__(self) -> str:
-        room, of = usable(self.memory) / GIB, f"{self.memory / GIB:.1f} GiB, of which a step may take {usable(self.memory) / GIB:.1f}"
+        room = usable(self.memory) / GIB
+        of = f"{self.memory / GIB:.1f} GiB, of which a step may take {room:.1f}"
         if self.fits:
             return f"fits: {self.peak / GIB:.1f} GiB in {of}; {room - self.peak / GIB:.1f} GiB are left"
         text = f"does not fit: {self.peak / GIB:.1f} GiB in {of}"
         if not self.ways:
-            return f"{text}; no ZeRO level, number of microbatches or recomputation is left to try: more ranks of tp, pp or cp split the rest"
+            return (f"{text}; no ZeRO level, number of microbatches or recomputation is left to try: more ranks of tp, pp or cp "
+                    "split the rest")
         tried = ", ".join(f"{change} {size / GIB:.1f} GiB" for change, size in self.ways)
         if self.ways[-1][1] <= usable(self.memory):
             return f"{text}; {self.ways[-1][0]} fits ({tried})"

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fxpar.compiler import compile_program
 from fxpar.cost.clusters import Cluster, Link
 from fxpar.cost.operators import measure
-from fxpar.cost.stages import StageLoad, OperatorTimes, stage_times, step_on, step_time
+from fxpar.cost.stages import OperatorTimes, StageLoad, stage_times, step_on, step_time
 from fxpar.errors import PlanError
 from fxpar.ops.ring.operator import axes_of
 from fxpar.passes.partition.phases import beside_computation, once_a_step
