@@ -166,7 +166,7 @@ def _numbers(program: Program, base: Plan) -> dict[str, float]:
     stored = max((v.element_size() for v, _ in sizes), default=4)
     used = base.param_dtype.itemsize if base.param_dtype is not None else stored
     summed = base.reduce_dtype.itemsize if base.reduce_dtype is not None else stored
-    return {"numbers": numbers, "stored": stored, "used": used, "summed": summed, "copied": float(used != stored)}
+    return {"numbers": numbers, "tensors": len(sizes), "stored": stored, "used": used, "summed": summed, "copied": float(used != stored)}
 
 
 def _of_tensor(program: Program, alone: Program, dimensions: Dimensions) -> dict[str, float]:

@@ -29,7 +29,7 @@ from fxpar.report.text import GIB
 from fxpar.report.verdict import bytes_of, usable
 from fxpar.sharding.mesh import from_plan
 
-CANDIDATES = 6
+CANDIDATES = 5
 """How many plans are partitioned for real."""
 ALIKE = 0.02
 """Plans whose steps differ by less than this part are alike: the simpler one is preferred."""

@@ -47,7 +47,8 @@ PER_SEQUENCE = dict(t_products="seconds of matrix products", t_attention="of att
                         "kept_blocks", "kept_end", "room_block", "room_end")},
                     **{f"{name}_gathered": "what each further rank of tp adds" for name in ("kept_blocks", "kept_end")})
 """Symbols of a model, for each sequence of the batch, on one device; bytes kept, and of room, under the plan's recomputation."""
-NUMBERS = dict(n_split="parameters that tp splits", n_same="parameters that it does not", n_expert="parameters of experts",
+NUMBERS = dict(tensors="parameter tensors", n_split="parameters that tp splits", n_same="parameters that it does not",
+               n_expert="parameters of experts",
                blocks="blocks", attentions="operators of attention", tp_count="collectives over tp of a forward and a backward",
                ep_count="the same of exchanges with experts", stored="bytes that a parameter is stored in",
                used="bytes that it is used in", summed="bytes that its gradient is summed in", copied="1 where it is cast")
@@ -123,7 +124,7 @@ def seconds(schedule: str) -> dict[str, Expr]:
     else:
         waits = bubble(schedule)
         messages = 2 * (pp - 1) * (_S["alpha_pp"] + b * _S["hop"] / (tp * cp * _S["beta_pp"]))
-        out[BUBBLE] = busy * waits / (1 - waits) + messages + once / v
+        out[BUBBLE] = busy * waits / (1 - waits) + messages + Max(once / v, once - busy * (v - 1) / (v * m))
     out[OPTIMIZER] = 7 * _S["stored"] * stored() / _S["bandwidth"]
     return out
 
@@ -149,10 +150,11 @@ def _data(computing: Expr) -> tuple[Expr, Expr]:
     """Seconds of parameters' gathers and gradients' sums that are not hidden: those of all microbatches, and those that a step
     has once. Gathers and sums run beside computation: forward, a third of it, and backward."""
     n, used, summed = dp * cp / rep, dense() + experts(), _S["summed"]
-    gather = _share(n) * _S["used"] * used / _S["beta_dp"]
-    scatter = _share(n) * summed * used / _S["beta_dp"]
-    across = 2 * _share(rep) * summed * used / (n * _S["beta_rep"])
-    whole = 2 * _share(dp * cp) * summed * used / _S["beta_dp"]
+    turns = _S["tensors"] / pp
+    gather = _share(n) * _S["used"] * used / _S["beta_dp"] + turns * (n - 1) * _S["alpha_dp"]
+    scatter = _share(n) * summed * used / _S["beta_dp"] + turns * (n - 1) * _S["alpha_dp"]
+    across = 2 * (_share(rep) * summed * used / (n * _S["beta_rep"]) + turns * (rep - 1) * _S["alpha_rep"])
+    whole = 2 * (_share(dp * cp) * summed * used / _S["beta_dp"] + turns * (dp * cp - 1) * _S["alpha_dp"])
     forward, backward = computing / 3, 2 * computing / 3
     each = (z3 * Max(0, m * gather - forward)
             + z2 * Max(0, m * (scatter + across + z3 * gather) - backward))
