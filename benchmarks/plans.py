@@ -3,8 +3,9 @@
     python benchmarks/plans.py               measures ten plans of two models on the 2 or 4 GPUs of this host (about 4 minutes)
     python benchmarks/plans.py --recorded    beside what RESULTS.md has measured already; no GPU is needed
 
-Each plan is one run of bench_fxpar.py; plans of two GPUs run side by side on four. Under the table: how far predictions are off, and
-for how many pairs of plans of one model, whose measured times for a row of the batch are more than 10% apart, the order is right.
+Each plan is one run of bench_fxpar.py; plans of two GPUs run side by side on four. Under the table: how far predictions are
+off, and for how many pairs of plans of one model, whose measured times for a row of the batch are more than 10% apart, the
+order is right.
 """
 
 import argparse
@@ -36,7 +37,8 @@ EIGHT = dict(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=1282
 RECORDED = [
     ("1B", ONE, "tp=2", 173.6), ("1B", ONE, "dp=2", 308.8), ("1B", ONE, "dp=2,zero=3", 302.3),
     ("1B", ONE, "pp=2,microbatches=8", 1322.8), ("1B", ONE, "pp=2,microbatches=8,schedule=zbv,virtual_stages=2", 1241.0),
-    ("1B, 4 layers", NARROW, "tp=2", 63.8), ("1B, 4 layers", NARROW, "dp=2", 118.2), ("1B, 4 layers", NARROW, "dp=2,zero=3", 111.9),
+    ("1B, 4 layers", NARROW, "tp=2", 63.8), ("1B, 4 layers", NARROW, "dp=2", 118.2),
+    ("1B, 4 layers", NARROW, "dp=2,zero=3", 111.9),
     ("8B", EIGHT, "dp=2,zero=3,recompute=selective", 825.4),
 ]
 """Model, shape, plan, milliseconds of a step on two H200s: the tables of RESULTS.md."""

@@ -98,9 +98,15 @@ def facts_of(captured: Captured, base: Plan, cluster: Cluster) -> ModelFacts:
         "t_others": sum(c[OTHERS] for c in costs) / rows, "t_again": sum(c[AGAIN] for c in costs) / rows,
         "hop": max((s.bytes_sent for s in stages[:-1]), default=0) / rows, "blocks": len(stages),
         **_of_attention(alone, rows), **_numbers(alone, base)}
-    halved = _learned(captured, replace(base, tp=LEARNED)) if dimensions.takes(LEARNED, 1, 1) else None
+    exchanging = _learned(captured, replace(base, dp=LEARNED, ep=LEARNED)) if dimensions.takes(1, 1, LEARNED) else None
+    if exchanging is None:
+        dimensions = replace(dimensions, experts=frozenset())
+    halved = (_learned(captured, replace(base, tp=LEARNED, ep=LEARNED if dimensions.experts else 1))
+              if dimensions.takes(LEARNED, 1, 1) else None)
+    if halved is None:
+        dimensions = replace(dimensions, split=False)
     values |= _of_tensor(halved or alone, alone, dimensions)
-    values |= _of_experts(captured, base, dimensions)
+    values |= _of_experts(exchanging, rows)
     parts = _parts(stages, alike, cluster, rows)
     kept = _all_kept(stages, alike, _per_block(halved) if halved is not None else [], rows)
     width = max((v.shape[-1] for n, s in alone.source_of().items() if s.kind == "param" and len((v := full_value(n)).shape) == 1),
@@ -166,12 +172,13 @@ def _numbers(program: Program, base: Plan) -> dict[str, float]:
     stored = max((v.element_size() for v, _ in sizes), default=4)
     used = base.param_dtype.itemsize if base.param_dtype is not None else stored
     summed = base.reduce_dtype.itemsize if base.reduce_dtype is not None else stored
-    return {"numbers": numbers, "tensors": len(sizes), "stored": stored, "used": used, "summed": summed, "copied": float(used != stored)}
+    return {"numbers": numbers, "tensors": len(sizes), "stored": stored, "used": used, "summed": summed,
+            "copied": float(used != stored)}
 
 
 def _of_tensor(program: Program, alone: Program, dimensions: Dimensions) -> dict[str, float]:
-    """What tp splits and communicates, from a program of `LEARNED` ranks of tp; of experts' parameters, which ep splits
-    instead, in `n_expert`."""
+    """What tp splits and communicates, from a program of `LEARNED` ranks of tp, which have other experts; of experts'
+    parameters, which ep splits instead, in `n_expert`."""
     found = {"n_split": 0.0, "n_same": 0.0, "n_expert": 0.0, "tp_forward": 0.0, "tp_backward": 0.0, "tp_count": 0.0}
     of_experts = {s.name for n, s in alone.source_of().items() if s.kind == "param" and _has_experts(n, dimensions)}
     for node, source in program.source_of().items():
@@ -192,14 +199,12 @@ def _has_experts(node: fx.Node, dimensions: Dimensions) -> bool:
     return len(shape) == 3 and shape[0] in dimensions.experts
 
 
-def _of_experts(captured: Captured, base: Plan, dimensions: Dimensions) -> dict[str, float]:
-    """Bytes of rows that are sent to their experts and back, of all ranks."""
+def _of_experts(program: Program | None, rows: int) -> dict[str, float]:
+    """Bytes of rows that are sent to their experts and back, of all ranks; from a program of `LEARNED` ranks of ep, if there
+    is one."""
     found = {"rows": 0.0, "ep_count": 0.0}
-    if not dimensions.experts or dimensions.batch % LEARNED:
-        return found
-    program = _learned(captured, replace(base, dp=LEARNED, ep=LEARNED))
     for ahead, _ in _collectives(program, lambda n: n.target in EXCHANGES) if program is not None else ():
-        found["rows"] += ahead * LEARNED / dimensions.batch
+        found["rows"] += ahead * LEARNED / rows
         found["ep_count"] += 2
     return found
 

@@ -81,7 +81,9 @@ def not_searched(facts: ModelFacts, cluster: Cluster, gpus: int) -> list[str]:
     if not size.split:
         out.append("tp: no parameter has heads, ffn or vocab that it could split")
     if not size.experts:
-        out.append("ep: the model has no experts")
+        out.append("ep: the model has no experts that it could split")
+    elif size.split:
+        out.append("tp with fewer ranks of ep: it would split each expert, and exchange all of what they make")
     return out
 
 

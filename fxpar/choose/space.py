@@ -139,7 +139,8 @@ class Space:
                 if (pp > 1 and self.plain) or pp > blocks or (size.batch % dp and not self.plain):
                     continue
                 for ep in (divisors(dp * cp * tp) if size.experts else (1,)):
-                    if size.takes(tp, cp, ep) and self._kept(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep):
+                    folded = not size.experts or ep >= tp or "ep" in self.fixed  # or tp would split each expert
+                    if folded and size.takes(tp, cp, ep) and self._kept(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep):
                         yield dp, tp, pp, cp, ep
 
     def _choices(self, dp: int, tp: int, pp: int, cp: int, ep: int) -> Iterator[dict[str, Any]]:

@@ -172,13 +172,14 @@ def suggest(model: nn.Module | Captured, example_inputs: Any = None, *, gpus: in
     """
     start = time.process_time()
     base, names = _fixed(fixed)
-    captured = model if isinstance(model, Captured) else capture(model, example_inputs)
-    base = _with_loss(captured, base, "outputs" in names and fixed != DEFAULT)
     machine = read_cluster(cluster) if isinstance(cluster, str) else cluster
-    others = [replace(Plan.of(plan)) for plan in compare]
+    others = [Plan.of(plan) for plan in compare]
     sizes = _count("gpus", gpus), machine, bytes_of(memory) if memory is not None else machine.memory
+    count = _count("candidates", candidates)
+    captured = model if isinstance(model, Captured) else capture(model, example_inputs)
+    base = _with_loss(captured, base, fixed != DEFAULT)
     return _search(lambda plan: captured, facts_of(captured, _shared(base), machine), base, names, *sizes, others,
-                   _count("candidates", candidates), trace, start)
+                   count, trace, start)
 
 
 def suggest_for_replicas(model: nn.Module, example: Call, gpus: int, memory: int, cluster: Cluster) -> Suggestions:

@@ -40,7 +40,7 @@ PER_SEQUENCE = dict(t_products="seconds of matrix products", t_attention="of att
                     t_again="of the blocks' forward", tp_forward="bytes that tp gathers and scatters, forward",
                     tp_backward="the same, backward", ring="bytes of keys and values",
                     heads="bytes of queries, keys, values and results",
-                    rows="bytes of rows sent to their experts, and back", hop="bytes that cross a cut",
+                    rows="bytes of rows sent to their experts, and back, forward", hop="bytes that cross a cut",
                     kept_blocks="bytes that the blocks keep for the backward", kept_end="the same of what comes behind them",
                     room_block="bytes that one block needs while it runs", room_end="the same of what comes behind them",
                     **{f"{name}_tp": "what it is more on two ranks of tp" for name in (
@@ -113,7 +113,7 @@ def seconds(schedule: str) -> dict[str, Expr]:
     out[TENSOR] = (_share(tp) * part / cp * size / _S["beta_tp"]
                    + (tp - 1) * _S["alpha_tp"] * part / b * (1 + both) / 2 * _S["tp_count"])
     out[CONTEXT] = m * _S["uneven"] / pp * ((1 - _S["a2a"]) * _ring(both) + _S["a2a"] * _exchange(both))
-    out[EXPERTS] = (_share(ep) * split * (1 + both) / 2 * _S["rows"] / _S["beta_ep"]
+    out[EXPERTS] = (_share(ep) * split * (1 + both) * _S["rows"] / _S["beta_ep"]
                     + (ep - 1) * _S["alpha_ep"] * part / b * (1 + both) / 2 * _S["ep_count"])
     computing = sum(out.values(), sympy.Integer(0))
     each, once = _data(computing)
