@@ -46,6 +46,7 @@ def test_nothing_that_one_plan_may_change_is_enough():
     assert "nor do these" in str(made) and made.ways[-1][0] == "microbatches=2,recompute=full"
 
 
+@pytest.mark.slow
 def test_inspect_says_what_would_make_it_fit():
     whole = fxpar.inspect(captured(), "dp=2,outputs=loss").peak_memory
     report = fxpar.inspect(captured(), "dp=2,outputs=loss", memory=int(whole / 1.05))
