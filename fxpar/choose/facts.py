@@ -109,8 +109,8 @@ def facts_of(captured: Captured, base: Plan, cluster: Cluster) -> ModelFacts:
     values |= _of_experts(exchanging, rows)
     parts = _parts(stages, alike, cluster, rows)
     kept = _all_kept(stages, alike, _per_block(halved) if halved is not None else [], rows)
-    width = max((v.shape[-1] for n, s in alone.source_of().items() if s.kind == "param" and len((v := full_value(n)).shape) == 1),
-                default=0)
+    vectors = Counter(v.shape[0] for n, s in alone.source_of().items() if s.kind == "param" and (v := full_value(n)).dim() == 1)
+    width = next((size for size, _ in vectors.most_common(1)), 0)
     inputs = {s.name: local_value(n).batch_dim for n, s in alone.source_of().items() if s.kind == "input"}
     return ModelFacts(dimensions, values, kept, parts, width, int(values["numbers"]), inputs)
 

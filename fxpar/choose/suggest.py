@@ -101,8 +101,8 @@ class Suggestions:
         head = (f"{len(self.estimates)} plans for {self.gpus} GPUs of {self.cluster.name} ({self.cluster.device}), "
                 f"{len(self.fitting())} of which fit into {usable(self.memory) / GIB:.1f} of {self.memory / GIB:.1f} GiB; "
                 f"{len(self.candidates) + len(self.compared)} partitioned for real; {self.seconds:.0f} s of a processor")
-        out = [head, "all with " + ", ".join(i for i in str(shared).split(",") if i.partition("=")[0] in SHARED), "",
-               *self._table(width)]
+        told = ", ".join(i for i in str(shared).split(",") if i.partition("=")[0] in SHARED)
+        out = [head, *([f"all with {told}"] if told else []), "", *self._table(width)]
         if self.best is None:
             out += ["", f"nothing fits: {self._least()}"]
         else:

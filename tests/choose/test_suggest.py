@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-import logging
+import json
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -19,8 +21,8 @@ from fxpar.errors import PlanError
 from fxpar.plan import Plan
 from fxpar.testing import assert_equivalent
 from tests import zoo
+from tests.choose import auto_program
 from tests.choose.models import BLOCKS, Blocks, blocks, captured, facts, machine
-from tests.processes import launch
 
 MEMORY = 2 * 2**20
 
@@ -102,28 +104,19 @@ def test_mistakes_are_named(wrong, field):
 # ---- plan="auto" ----
 
 
-def trained(rank: int) -> tuple[str, list[float]]:
-    """A step under the plan that is suggested; its loss, and the first parameter's gradient."""
-    torch.manual_seed(0)
-    model = Blocks()
-    logging.getLogger("fxpar").setLevel(logging.INFO)
-    module = fxpar.parallelize(model, "auto", (torch.empty(4, 64),), backend="eager")
-    batch = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).chunk(module.replica.count)[module.replica]
-    loss = module(batch)
-    loss.backward()
-    return str(module.plan), [loss.item(), next(iter(module.parameters())).grad.full_tensor().sum().item()]
-
-
 @pytest.mark.slow
 @pytest.mark.multiproc
 def test_auto_takes_a_plan_for_the_ranks_that_are_there():
-    (plan, first), (other, second) = launch(2, trained, timeout=280)
-    assert plan == other and Plan.parse(plan).world_size == 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+               "tests.choose.auto_program"]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
+    told = [json.loads(line[line.index("["):]) for line in made.stdout.splitlines() if '["' in line]
     torch.manual_seed(0)
     model = Blocks()
-    loss = model(torch.randn(8, 64, generator=torch.Generator().manual_seed(1)))
+    loss = model(auto_program.whole())
     loss.backward()
-    assert first == second == pytest.approx([loss.item(), model.layers[0].up.weight.grad.sum().item()], rel=1e-4)
+    assert len(told) == 2 and told[0] == told[1] and Plan.parse(told[0][0]).world_size == 2
+    assert told[0][1:] == pytest.approx([loss.item(), model.layers[0].up.weight.grad.sum().item()], rel=1e-4)
 
 
 # ---- models of other kinds ----
