@@ -1,8 +1,10 @@
 # Works on a machine that has python3 (3.11 or newer) and pip, nothing else. Everything is installed into .venv.
 #
 #   make test    the tests                       make slow    the long property runs
+#   make test-integrations    the tests of fxpar.integrations, with the libraries that it is for
 #   make demo    train a tiny model on 4 CPU processes and compare with one device
 #   make lint    ruff and mypy                   make clean   remove .venv and caches
+#   make docs    the documentation, into site/   make browser look at reports in a headless Chromium
 #
 # PYTHON=python3.12 picks the interpreter. PIP_TORCH picks where torch comes from: without a GPU,
 #   make test PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
@@ -14,12 +16,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
+INTEGRATED := $(VENV)/.integrated
 
 # One thread a process: the tests and the demo start several. Models are built from configs: nothing is downloaded.
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := $(RUN) -m pytest -n 2
 
-.PHONY: test slow demo lint clean
+.PHONY: test slow test-integrations demo lint docs browser clean
 .DEFAULT_GOAL := test
 
 test: $(INSTALLED)
@@ -28,6 +31,9 @@ test: $(INSTALLED)
 slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
+test-integrations: $(INTEGRATED)
+	$(RUN) -m pytest -m integrations
+
 demo: $(INSTALLED)
 	$(RUN) -m torch.distributed.run --nproc-per-node=4 examples/train.py --plan dp=2,tp=2,zero=3 --check
 
@@ -35,8 +41,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+browser: $(INSTALLED)
+	$(RUN) -m pytest -m browser tests/report
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.docs: $(INSTALLED)
+	$(PIP) mkdocs mkdocs-material "mkdocstrings[python]" mkdocstrings-python
+	touch $@
 
 # torch comes first, so that nothing that follows chooses another build of it, and without its dependencies: the index of
 # PIP_TORCH may lack the versions of them that constraints.txt asks for; the line after it brings them from the usual one.
@@ -47,9 +63,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("fxpar needs Python 3.11 or newer; $(PYTHON) is %d.%d: make PYTHON=python3.12" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps $(PIP_TORCH) torch
-	$(PIP) torch setuptools numpy sympy rich safetensors transformers pytest pytest-xdist hypothesis ruff mypy
+	$(PIP) torch setuptools numpy rich safetensors transformers pytest pytest-xdist hypothesis ruff mypy
 	$(PIP) huggingface_hub PyYAML pillow
 	$(PIP) --no-deps timm
 	$(PIP) --no-deps --upgrade --target $(VENV)/vision torchvision
 	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Without dependencies: those that are missing are named, and none can bring another build of torch.
+$(INTEGRATED): $(INSTALLED)
+	$(PIP) --no-deps accelerate peft torchdata lightning-fabric lightning-utilities psutil
+	$(PIP) fsspec
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -13,9 +14,11 @@ from fxpar.backends.remat import choose_recomputation
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.control import told
+from fxpar.ops.collectives import typed
 from fxpar.ops.exchange import counts_rows
 from fxpar.ops.runtime import Runtime, use_runtime
 from fxpar.plan import Plan
+from fxpar.program import module_path
 
 
 def run_flat(module: fx.GraphModule, inputs: list[Any], record: dict[str, Any] | None = None) -> list[Any]:
@@ -26,6 +29,7 @@ def run_flat(module: fx.GraphModule, inputs: list[Any], record: dict[str, Any] |
     for node in module.graph.nodes:
         for used in node.all_input_nodes:
             last[used] = node
+    ranges = compat.profiling()
     for node in module.graph.nodes:
         if node.op == "placeholder":
             env[node] = next(feed)
@@ -35,7 +39,8 @@ def run_flat(module: fx.GraphModule, inputs: list[Any], record: dict[str, Any] |
             return [env[n] for n in node.args[0]]
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)
+            with torch.profiler.record_function(_told(node)) if ranges else contextlib.nullcontext():
+                env[node] = node.target(*args, **kwargs)
         if record is not None and isinstance(env[node], torch.Tensor):
             record[node.name] = env[node].detach()
         for used in node.all_input_nodes:
@@ -44,8 +49,18 @@ def run_flat(module: fx.GraphModule, inputs: list[Any], record: dict[str, Any] |
     raise AssertionError("a program without an output")
 
 
-def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan) -> Callable[..., Any]:
-    """A callable over the program's flat local inputs. Collectives speak to `runtime`.
+def _told(node: fx.Node) -> str:
+    """What profilers call an operator: "model.layers.0.mlp.up_proj: linear", or "all_gather over tp for model.norm"."""
+    made, where = typed(node), module_path(node) or "the model"
+    if made is not None:
+        return f"{made.label} over {'+'.join(made.axes)} for {where}"
+    return f"{where}: {getattr(node.target, '_opname', None) or getattr(node.target, '__name__', node.target)}"
+
+
+def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan,
+          later: Callable[[float], None] | None = None) -> Callable[..., Any]:
+    """A callable over the program's flat local inputs. Collectives speak to `runtime`. later: of a backend that compiles, see
+    `fxpar.backends.inductor.lower`; here nothing is.
 
     Where the plan has the backward pass make values again, forward and backward are traced once, split, and run as they
     stand; `example` has local inputs, one per placeholder, whose ``requires_grad`` matters.

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import time
 import torch
 import torch.distributed as dist
 import transformers
+from bench_fxpar import run_steps, write_trace
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -41,6 +43,7 @@ def parse_args():
     parser.add_argument("--impl", help="the one that this process, started by torchrun, is to measure")
     parser.add_argument("--limit", type=int, default=600, help="seconds before a run is given up")
     parser.add_argument("--fp32", action="store_true", help="compute in fp32")
+    parser.add_argument("--trace", metavar="FOLDER", help="profile one more step of each; write its time by kernel category")
     return parser.parse_args()
 
 
@@ -86,32 +89,33 @@ def measure(a):
     start = time.perf_counter()
     module, clip = sharded(model, a, device) if a.impl == PEER else planned(model, a, ids)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    seconds = []
-    for _ in range(a.warmup + a.steps):
-        if gpu:
-            torch.cuda.synchronize()
-        dist.barrier()
-        begin = time.perf_counter()
+
+    def step():
         loss = module(input_ids=ids, labels=ids).loss
         loss.backward()
         clip()
         optimizer.step()
         optimizer.zero_grad()
-        if gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        if len(seconds) == 1:
-            first = time.perf_counter() - start
-    step = statistics.median(seconds[a.warmup:]) * 1e3
-    peak = torch.tensor([step, torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0], device=device)
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
+        return loss.detach()
+
+    synchronize = torch.cuda.synchronize if gpu else lambda: None
+    seconds, losses = run_steps(step, 1, synchronize)
+    first = time.perf_counter() - start
+    more, losses = run_steps(step, a.warmup - 1 + a.steps, synchronize)
+    seconds += more
+    slowest = torch.tensor([statistics.median(seconds[a.warmup:]) * 1e3,
+                            torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0], device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    step_ms, gib = slowest.tolist()
     if dist.get_rank() == 0:
         name = f"transformers {transformers.__version__} + FSDP2, compile per layer" if a.impl == PEER else f"fxpar {a.impl}"
         print(json.dumps({
-            "impl": name, "torch": torch.__version__, "world": dist.get_world_size(), "step_ms": round(peak[0].item(), 1),
-            "tokens_per_s_per_gpu": round(a.mbs * a.seq / peak[0].item() * 1e3, 1), "peak_mem_gib": round(peak[1].item(), 2),
-            "first_s": round(first, 1), "loss": round(float(loss.detach()), 4),
+            "impl": name, "torch": torch.__version__, "world": dist.get_world_size(), "step_ms": round(step_ms, 1),
+            "tokens_per_s_per_gpu": round(a.mbs * a.seq / step_ms * 1e3, 1), "peak_mem_gib": round(gib, 2),
+            "first_s": round(first, 1), "loss": round(losses[-1], 4),
         }), flush=True)  # fmt: skip
+    if a.trace:
+        write_trace(step, synchronize, gpu, os.path.join(a.trace, re.sub(r"\W+", "_", a.impl) + f"_{dist.get_world_size()}.json"))
     dist.destroy_process_group()
 
 
@@ -120,6 +124,7 @@ def compare(a):
     dp = f"dp={a.gpus}"
     impls = a.impls or [f"{dp},ep={a.gpus}", f"{dp},ep={a.gpus},ep_dispatch=allgather", f"{dp},zero=3", PEER]
     shape = [f"--{name.replace('_', '-')}={getattr(a, name)}" for name in SHAPE] + ["--fp32"] * a.fp32
+    shape += [f"--trace={a.trace}"] if a.trace else []
     environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     for impl in impls:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={a.gpus}", __file__,

@@ -8,7 +8,8 @@ Causal, bf16, 32 heads of queries and 8 of keys, head dim 128, one sequence. For
 FlashAttention) one GPU's `scaled_dot_product_attention` is timed, and then, over groups of 2, 4 and 8 GPUs, `ring_attention` and
 PyTorch's `torch.distributed.tensor.experimental.context_parallel`, which deals out the sequence in zigzag too, with each of its
 two ways to move keys. The median of the rounds is taken; of n ranks that of the slowest. A line of JSON for each, and a table of
-ratios at the end: the speedup over one GPU, that as a part of n, and PyTorch's time as a multiple of fxpar's.
+ratios at the end: the speedup over one GPU, that as a part of n, the ring's milliseconds with a sliding window (`--window`), and
+PyTorch's time as a multiple of fxpar's.
 """
 
 import argparse
@@ -51,11 +52,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--window", type=int, default=4096, help="of the ring that is timed with a sliding window, too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
     if args.cpu:
         args.lengths, args.heads, args.kv_heads, args.head_dim, args.rounds, args.kernels = [256], 4, 2, 16, 2, ["flash"]
+        args.window = 64
     return args
 
 
@@ -90,6 +93,11 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def ring(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ring_attention(q, k, v, ("cp",), causal=True, zigzag=True)
+
+
+def windowed(window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The ring of a sliding window, whose work is even without zigzag."""
+    return lambda q, k, v: ring_attention(q, k, v, ("cp",), causal=True, window=window)
 
 
 @contextlib.contextmanager
@@ -170,9 +178,9 @@ def main() -> None:
             for kernel in args.kernels:
                 with sdpa_kernel(BACKENDS[kernel]) if not args.cpu else contextlib.nullcontext():
                     about = {"gpus": ranks, "tokens": length, "kernel": kernel}
-                    for name, many, make in peers(args, bound, mesh, length, ranks, device):
+                    for name, many, make in peers(args, bound, mesh, length, ranks, kernel, device):
                         line = timed(name, make, device, group if many else None, args, about)
-                        if "ms" in line and many:
+                        if "ms" in line and many and name != "fxpar window":
                             line["tflops_per_gpu"] = round(work / line["ms"] / 1e9, 1)
                         if "ms" in line and name == "fxpar ring":
                             line["workspace_gib"] = round(workspace / 2**30, 2)
@@ -184,13 +192,15 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def peers(args: argparse.Namespace, bound: BoundMesh, mesh: DeviceMesh, length: int, ranks: int,
+def peers(args: argparse.Namespace, bound: BoundMesh, mesh: DeviceMesh, length: int, ranks: int, kernel: str,
           device: torch.device) -> Iterator[tuple[str, bool, Callable[[], Step]]]:
     """(name, whether it runs on several ranks, what makes its step) of what is compared."""
     yield "one GPU", False, lambda: differentiated(whole, args, length, device)
     runtime = GroupRuntime(bound)
     with use_runtime(runtime):
         yield "fxpar ring", True, lambda: differentiated(ring, args, length // ranks, device)
+        if kernel == "flash":  # the one that knows windows
+            yield "fxpar window", True, lambda: differentiated(windowed(args.window), args, length // ranks, device)
     if args.cpu:
         return  # PyTorch's knows GPUs' kernels alone
     for rotate in ("allgather", "alltoall"):
@@ -205,14 +215,16 @@ def table(lines: list[dict]) -> None:
     for line in lines:
         if "ms" in line:
             of.setdefault((line["gpus"], line["tokens"], line["kernel"]), {})[line["name"]] = line["ms"]
-    print(f"{'GPUs':>4} {'tokens':>7} {'kernel':>6} {'ring ms':>9} {'speedup':>8} {'of n':>6}  PyTorch / fxpar")
+    print(f"{'GPUs':>4} {'tokens':>7} {'kernel':>6} {'ring ms':>9} {'speedup':>8} {'of n':>6} {'window':>9}  PyTorch / fxpar")
     for (gpus, tokens, kernel), ms in of.items():
         if "fxpar ring" not in ms:
             continue
         mine, one = ms["fxpar ring"], ms.get("one GPU", float("nan"))
         theirs = {name.removeprefix("PyTorch "): t for name, t in ms.items() if name.startswith("PyTorch")}
+        slid = ms.get("fxpar window", float("nan"))
         others = ", ".join(f"{name} {t / mine:.2f}" for name, t in theirs.items())
-        print(f"{gpus:>4} {tokens:>7} {kernel:>6} {mine:>9.2f} {one / mine:>8.2f} {one / mine / gpus:>6.0%}  {others}")
+        speedup = one / mine
+        print(f"{gpus:>4} {tokens:>7} {kernel:>6} {mine:>9.2f} {speedup:>8.2f} {speedup / gpus:>6.0%} {slid:>9.2f}  {others}")
 
 
 if __name__ == "__main__":

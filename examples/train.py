@@ -13,13 +13,11 @@ NCCL where there are GPUs, gloo elsewhere.
 import argparse
 import contextlib
 import dataclasses
-import os
-import pathlib
-import sysconfig
 import time
 
 import torch
 import torch.distributed as dist
+from common import compare, plan, read_corpus, start_processes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -27,20 +25,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import fxpar
 
 VOCAB = 256  # bytes
-CHECKED_STEPS, TOLERANCE = 5, 1e-5  # relative, fp32
+CHECKED_STEPS = 5
 SIZES = {
     "tiny": dict(layers=2, hidden=64, heads=4, kv_heads=2, ffn=176),
     "small": dict(layers=8, hidden=512, heads=8, kv_heads=4, ffn=1408),
     "1b": dict(layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192),
     "8b": dict(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336),
 }
-
-
-def plan(text):
-    try:
-        return fxpar.Plan.parse(text)
-    except ValueError as error:  # argparse shows the reason only of its own error
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_args():
@@ -70,27 +61,6 @@ def parse_args():
     if args.dtype == "bf16":
         args.plan = dataclasses.replace(args.plan, param_dtype="bf16", reduce_dtype="fp32")
     return args
-
-
-def start_processes():
-    """Joins the process group (of one, without torchrun); returns this rank's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **alone)
-    return device
-
-
-def read_corpus(megabytes):
-    """The first bytes of the standard library's sources, in sorted order, as one tensor of byte values."""
-    text, limit = bytearray(), int(megabytes * 2**20)
-    for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text += path.read_bytes()
-        if len(text) >= limit:
-            break
-    return torch.frombuffer(text[:limit], dtype=torch.uint8)
 
 
 def draw_batch(corpus, args, step, part=slice(None)):
@@ -180,17 +150,6 @@ def train_parallel(args, corpus):
             losses.append(loss.item())
             report(step, losses[-1], time.perf_counter() - start)
     return losses
-
-
-def compare(plain, parallel):
-    """Prints both runs' losses side by side; returns whether they are equal within the tolerance."""
-    print(f"\n{'step':>4}  {'one process':>12}  {'parallel':>12}  {'difference':>10}")
-    relative = [abs(a - b) / abs(a) for a, b in zip(plain, parallel)]
-    for step, row in enumerate(zip(plain, parallel, relative), 1):
-        print("{:>4}  {:12.7f}  {:12.7f}  {:10.1e}".format(step, *row))
-    equal = all(difference <= TOLERANCE for difference in relative)  # false for NaN, too
-    print("equal" if equal else f"NOT equal: the relative difference exceeds {TOLERANCE}", flush=True)
-    return equal
 
 
 def main():

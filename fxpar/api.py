@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ from fxpar.errors import PlanError
 from fxpar.model import identity
 from fxpar.model import inputs as calls
 from fxpar.model.inputs import Call
+from fxpar.model.padding import Padding
 from fxpar.plan import Plan, require_one_of
+from fxpar.progress import be_quiet
 from fxpar.report.dump import Dumper
+from fxpar.report.timings import PARAMETERS
 from fxpar.run.agreement import agree_on_program, facts
 from fxpar.run.batches import CHECKED_EVERY
 from fxpar.run.engine import Engine
@@ -42,7 +46,8 @@ AUTO = "auto"
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
                 transport: str = "auto", timeout: float = TIMEOUT, check_batches: int = CHECKED_EVERY,
-                dump_dir: str | Path | None = None) -> ParallelModule:
+                 pad: Padding | Mapping[str, Any] | int | None = None, quiet: bool | None = None,
+                 dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
 
     model: real or on the meta device, on all ranks alike; DTensors take the place of its parameters, wherever those are held (in
@@ -56,19 +61,27 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
     timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
     that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
-    the first calls and in every so many-th (1: always, 0: never). dump_dir: where the program after every pass is written,
-    numbered, as readable Python (rank 0 only).
+    the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of
+    all replicas, to the next multiple of this number (or a dict of arguments of `fxpar.pad`); what a model returns is as long,
+    too. quiet: whether this process says nothing, here and later, while it captures, compiles, saves or loads for more than two
+    seconds; None: as FXPAR_QUIET of the environment says (see `fxpar.progress`). dump_dir: where the program after every pass is
+    written, numbered, as readable Python (rank 0 only).
     Several modules may be parallelized and fed into each other, if their plans have the same replicas (see `ParallelModule`).
     Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
     Raises: `PlanError` (under "auto", also where no plan fits), `InputError`, `CaptureError`, `UnsupportedOperator`,
     `MismatchError`; on all ranks alike. What one rank
     alone cannot do is an `FxparError` on the others.
     """
+    be_quiet(quiet)
     device = _join()
     with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()
-        options = {"backend": backend, "transport": transport, "timeout": timeout, "check_batches": check_batches}
+        options = {"backend": backend, "transport": transport, "timeout": timeout, "check_batches": check_batches, "pad": pad}
         plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, device, options, dump_dir))
+        padding = None if pad is None else Padding.of(pad)
+        if padding is not None:
+            lengths = control.longest("parallelize", control.together(lambda: padding.lengths(example[1])))
+            example = control.together(lambda: calls.canonical(model, (), padding.padded(example[1], lengths)))
         chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
         control.agree("parallelize", {"plan": plan, **options, "backend": chosen, **facts(model, example)})
         control = Control(plan.pp)
@@ -76,10 +89,13 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         with agree_on_program(control) as made:
             identity.check(model)
             made.append(compile_call(example, None, plan.microbatches if plan.pp > 1 else 1))
+        begin = time.perf_counter()
         bound = BoundMesh(made[0].mesh, device.type, plan.pp)
         store = ParameterStore(model, bound, control, device)
-        engine = Engine(store, plan, compile_call, {"eager": eager, "inductor": inductor}[chosen], transport, check_batches)
+        backend_module = {"eager": eager, "inductor": inductor}[chosen]
+        engine = Engine(store, plan, compile_call, backend_module, transport, check_batches, padding)
         engine.adopt(made[0], example)
+        made[0].timings[PARAMETERS] = time.perf_counter() - begin
         return ParallelModule(store, engine)
 
 
@@ -95,6 +111,8 @@ def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, device: t
     every = options["check_batches"]
     if isinstance(every, bool) or not isinstance(every, int) or every < 0:
         raise PlanError("check_batches", every, "must be 0, or a positive integer", "check_batches=1")
+    if options["pad"] is not None:
+        Padding.of(options["pad"])
     plan.require_supported()
     plan.check_world(dist.get_world_size())
     example = calls.example_call(model, example_inputs)

@@ -15,15 +15,18 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import rich
 import torch
 from torch import nn
 
+import fxpar
 from fxpar.choose.suggest import CANDIDATES, DEFAULT, suggest
 from fxpar.cost.clusters import cluster, clusters
 from fxpar.cost.formulas import explained
 from fxpar.errors import FxparError, PlanError, brief
 from fxpar.pipeline import drawing
-from fxpar.plan import Plan
+from fxpar.plan import SUFFIXES, Plan
+from fxpar.progress import be_quiet
 from fxpar.report.report import Report, inspect
 from fxpar.report.step import CLUSTER
 from fxpar.verify.equivalence import assert_equivalent
@@ -33,10 +36,11 @@ from fxpar.verify.simulation import BACKENDS
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 on success, 1 where a check failed or no plan fits, 2 for a mistake in the arguments."""
     args = _parser().parse_args(argv)
+    be_quiet(args.quiet or None)
     try:
         if args.command == "suggest":
             return _suggest(args)
-        plan = Plan.parse(args.plan)
+        plan = _plan(args)
         if args.command == "plan":
             print(f"{plan}   world size {plan.world_size}")
             plan.require_supported()
@@ -60,6 +64,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _plan(args: argparse.Namespace) -> Plan:
+    """The plan that is given as text, as a file, or in Megatron's flags."""
+    if args.command == "plan" and args.megatron is not None:
+        if args.plan is not None:
+            raise PlanError("plan", args.plan, "must not be given with --megatron, which says all of it")
+        return Plan.from_megatron(args.megatron, args.world_size)
+    if args.plan is None:
+        raise PlanError("plan", None, "must be given, or --megatron", "dp=2,tp=2")
+    return Plan.load(args.plan) if Path(args.plan).suffix in SUFFIXES else Plan.parse(args.plan)
+
+
 def _check_pipeline(args: argparse.Namespace, plan: Plan) -> None:
     """Refuse what is about pipelines, where there is none, and what does not exist."""
     if args.timeline and plan.pp == 1:
@@ -80,7 +95,14 @@ def _suggest(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace, report: Report) -> int:
     """Print a report; draw its timeline where that is asked for. 1 where the plan does not fit into the memory that was named."""
-    print(report)
+    if args.html:
+        print(f"written: {report.save_html(args.html)}", file=sys.stderr)
+    if args.json:
+        print(report.to_json())
+    elif sys.stdout.isatty():
+        rich.print(report)
+    else:
+        print(report)
     code = int(report.limit is not None and not report.verdict.fits)
     if report.pipeline is None or not args.timeline:
         return code
@@ -96,17 +118,21 @@ def _inspect(args: argparse.Namespace, report: Report) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fxpar", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"fxpar {fxpar.__version__}, torch {torch.__version__}")
+    parser.add_argument("--quiet", action="store_true", help="say nothing while something takes long")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("inspect", "layouts, collectives, memory and FLOPs; no processes, no weights"),
                        ("check", "run every rank in this process and compare with one device")):
         command = commands.add_parser(name, help=text)
         command.add_argument("model", metavar="MODEL")
-        command.add_argument("--plan", required=True, help="for example dp=2,tp=2")
+        command.add_argument("--plan", required=True, help="for example dp=2,tp=2, or a .toml or .yaml file")
         command.add_argument("--batch", type=_positive, help="global batch (Hugging Face models); default: 2 x dp x microbatches")
         command.add_argument("--seq", type=_positive, default=128, help="sequence length (Hugging Face models)")
         command.add_argument("--eval", action="store_true", help="check the model in eval mode")
     look = commands.choices["inspect"]
     look.add_argument("--timeline", metavar="FILE.svg", help="draw a step of the pipeline there, and print it as text")
+    look.add_argument("--html", metavar="FILE.html", help="write the report as a page for a browser, too")
+    look.add_argument("--json", action="store_true", help="print the report as JSON")
     look.add_argument("--cluster", help=f"what times are for: {', '.join(clusters())}, or a .toml file of "
                                         f"the same form; default: {CLUSTER}")
     look.add_argument("--memory", help="of a device, as 80GiB: exit with 1 where the plan does not fit; default: that of the "
@@ -116,8 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--partitioned", action="store_true",
                        help="run the partitioned program, not the graphs that the inductor backend makes of it")
     check.add_argument("--backend", default="eager", choices=BACKENDS, help="inductor: compile those graphs, too")
-    plan = commands.add_parser("plan", help="parse and validate a plan")
-    plan.add_argument("plan", metavar="PLAN")
+    plan = commands.add_parser("plan", help="parse and validate a plan; translate Megatron's flags into one")
+    plan.add_argument("plan", metavar="PLAN", nargs="?", help="its text, or a .toml or .yaml file")
+    plan.add_argument("--megatron", metavar="FLAGS", help="parallelism flags of Megatron Core, in quotes: "
+                      "--megatron=\"--tensor-model-parallel-size 4 --bf16\"")
+    plan.add_argument("--world-size", type=_positive, help="number of ranks, from which dp follows (with --megatron)")
     return parser
 
 

@@ -21,6 +21,7 @@ from fxpar.passes.infer.roles import batch_dim_error
 from fxpar.passes.pipeline import TRACED_FIELDS, Observer, back, front, passes, run
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.progress import stage
 from fxpar.sharding import mesh as meshes
 from fxpar.sharding.factors import Factor
 from fxpar.sharding.factors import leaves as leaves_of
@@ -38,7 +39,7 @@ def compile_program(model: nn.Module, plan: Plan | str, example_inputs: Any = No
     them (see `fxpar.program.Microbatches`). device: where the program is to run (default: where the parameters are; the CPU for a
     meta model). `observe(name, program)` is called after capture and after
     every pass. pinned: how parameters are stored already, by name: for a model that is called in another way.
-    ``program.timings`` has the seconds of each pass.
+    ``program.timings`` has the seconds of each pass. Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`.
     """
     if pinned:
         plan = Plan.of(plan)
@@ -86,7 +87,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, device: torch.devic
     """`model` on a *global* batch, captured once for many plans: ``captured.partition(plan)``, and the first argument of
     `fxpar.inspect`, `fxpar.simulate` and `fxpar.testing.assert_equivalent`.
 
-    Arguments as in `compile_program`. The trace is made when the first plan asks for it. Raises: `InputError`.
+    example_inputs, device: as in `compile_program`. The trace is made when the first plan asks for it. Raises: `InputError`.
     """
     return Captured(model, example_inputs, device=device)
 
@@ -174,7 +175,8 @@ def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
 def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, observe: Observer | None,
            microbatches: int = 1) -> Program:
     start = time.perf_counter()
-    program = trace(model, plan, meshes.in_time(meshes.from_plan(plan), microbatches), *call, device)
+    with stage("capturing the model"):
+        program = trace(model, plan, meshes.in_time(meshes.from_plan(plan), microbatches), *call, device)
     program.timings["capture"] = time.perf_counter() - start
     if observe is not None:
         observe("capture", program)

@@ -72,6 +72,7 @@ class UnsupportedOperator(_SourceError):
 
     @property
     def op(self) -> str:
+        """The operator's name, as in "aten.unique.default"."""
         return self.what
 
 

@@ -26,6 +26,7 @@ from fxpar.passes.strategies.microbatches import take_out_time
 from fxpar.passes.strategies.replicas import average_replicas
 from fxpar.passes.strategies.zero import shard_storage
 from fxpar.program import Program
+from fxpar.progress import stage
 from fxpar.sharding.layout import Sharding
 
 TRACED_FIELDS = ("outputs", "param_dtype", "reduce_dtype", "roles", "batch_dims")
@@ -73,10 +74,12 @@ def passes(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
 
 def run(program: Program, steps: list[tuple[str, Pass]], observe: Observer | None) -> Program:
     """The program after these passes; ``observe(name, program)`` is called after each, `Program.timings` has its seconds."""
-    for name, apply in steps:
-        start = time.perf_counter()
-        program = apply(program)
-        program.timings[name] = time.perf_counter() - start
-        if observe is not None:
-            observe(name, program)
+    with stage("partitioning"):
+        for name, apply in steps:
+            start = time.perf_counter()
+            with stage(f"pass {name}"):
+                program = apply(program)
+            program.timings[name] = time.perf_counter() - start
+            if observe is not None:
+                observe(name, program)
     return program

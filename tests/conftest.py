@@ -1,5 +1,6 @@
 """Test runs are reproducible: hypothesis derives its examples from the test alone."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,7 @@ settings.register_profile(
 )  # for a first look at many failures
 settings.load_profile("fxpar")
 torch.set_num_threads(1)
+os.environ.setdefault("FXPAR_QUIET", "1")  # how long something takes depends on the machine, what tests read does not
 
 
 @pytest.fixture(autouse=True)

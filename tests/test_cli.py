@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from torch import nn
 
+import fxpar
 from fxpar.cli import load_model, main
 from fxpar.ops import collectives
 from tests import zoo
@@ -74,6 +75,28 @@ def test_suggest_takes_a_cluster_of_ones_own(capsys, tmp_path, memory, code, sai
 def test_suggest_names_mistakes(capsys):
     code, _, err = run(capsys, "suggest", "tests.choose.models:blocks", "--gpus", "4", "--memory", "much")
     assert code == 2 and "`memory`" in err
+
+
+def test_a_plan_in_megatrons_flags_and_in_files(capsys, tmp_path):
+    flags = "--tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer --bf16"
+    said = "dp=2,tp=4,zero=1,sequence_parallel=true,param_dtype=bfloat16,reduce_dtype=float32   world size 8\n"
+    assert run(capsys, "plan", "--megatron", flags, "--world-size", "8") == (0, said, "")
+    (tmp_path / "plan.toml").write_text('dp = 2\nzero = "optim"\n')
+    assert run(capsys, "plan", str(tmp_path / "plan.toml")) == (0, "dp=2,zero=1   world size 2\n", "")
+
+
+def test_a_report_as_a_page_and_as_json(capsys, tmp_path):
+    file = tmp_path / "out.html"
+    argv = ["--quiet", "inspect", "tests.test_cli:classifier", "--plan", "dp=2", "--html", str(file), "--json"]
+    code, out, err = run(capsys, *argv)
+    assert code == 0 and json.loads(out)["plan"] == "dp=2" and err == f"written: {file}\n"
+    assert file.read_text().startswith("<!doctype html>")
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith(f"fxpar {fxpar.__version__}, torch ")
 
 
 @pytest.mark.parametrize("spec", ["class", "directory"])
@@ -155,6 +178,11 @@ def test_check_exits_with_1_where_values_differ(capsys, monkeypatch):
     (["inspect", "{config.parent}", "--plan", "dp=999999999", "--seq", "999999999"], "inputs of batch 1999999998"),
     (["inspect", "tests.test_cli:classifier", "--plan", "pp=2", "--cluster", "y" * 5000 + ".toml"], "`cluster`="),
     (["plan", "dp=" + "9" * 5000], "`dp`="),
+    (["plan"], "must be given, or --megatron"),
+    (["plan", "dp=2", "--megatron=--bf16"], "must not be given with --megatron"),
+    (["plan", "--megatron", "--tensor-model-paralel-size 2"], "--tensor-model-parallel-size"),
+    (["plan", "{empty}/no.toml"], "cannot be read"),
+    (["inspect", "tests.test_cli:classifier", "--plan", "dp=2", "--html", "{empty}"], "no report in "),
     (["plan", "tp=99999999999"], "must be less than 2147483648"),
     (["plan", "y" * 5000 + "=1"], "must be one of the fields"),
     (["check", "tests.test_cli:classifier", "--plan", "dp=3"], "`dp`=3"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import importlib
 import logging
@@ -17,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fxpar import compat
 from fxpar.backends.transport.copies import CopyGroup
@@ -101,6 +103,35 @@ def test_strided_shards_that_say_no_order_are_gathered_whatever_made_them():
     for t in (p, p.detach(), torch.ones_like(p), p.redistribute(placements=[Replicate()]).redistribute(placements=p.placements)):
         assert t.placements == p.placements and torch.equal(t.full_tensor(), t.to_local())
 
+
+
+def test_numbers_of_dtensors_are_read_from_what_is_made_of_them(monkeypatch):
+    monkeypatch.setattr(DTensor, "__format__", DTensor.__format__)
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    before = handlers.get(aten._local_scalar_dense.default)
+    t = DTensor.from_local(torch.tensor(2.0), one_rank_mesh(), [Replicate()])
+    assert t.item() == 2
+    compat.read_numbers_of(lambda t: t._local_tensor + 1)
+    try:
+        assert t.item() == float(t) == int(t) == 3 and bool(t - 2) and f"{t:.2f}" == "3.00" and "2.0" in f"{t}"
+        with pytest.raises(TypeError, match="format"):
+            f"{t.reshape(1):.2f}"
+    finally:
+        compat.read_numbers_of(lambda t: t._local_tensor)
+        if before is not None:
+            handlers[aten._local_scalar_dense.default] = before
+    assert t.item() == 2
+
+
+def test_sums_of_norms_are_of_whole_norms():
+    mesh, norm = one_rank_mesh(), torch.ones(4, 6).norm
+    norms = DTensor.from_local(torch.ones(4, 6), mesh, [Shard(0)]).norm(dim=0)
+    placement = norms.placements[0]
+    compat.mend_sums_of_norms()
+    assert placement.is_partial() and placement.reduce_op == "sum" and norms.sum().placements == (Replicate(),)
+    assert norms.sum(0, keepdim=True).placements == (Replicate(),) and norms.sum().item() == norm(dim=0).sum()
+    assert torch.equal(compat.in_full(norms), norm(dim=0))
+    assert DTensor.from_local(torch.ones(3), mesh, [Partial()]).sum().placements == (Partial(),)
 
 
 def test_checkpoints_of_torch_refuse_parts_of_several_pieces(tmp_path):
@@ -290,6 +321,22 @@ def test_has_setup_context():
 
 
 
+def test_calls_of_a_module_go_through_a_function_of_which_copies_know_nothing():
+    made, x = nn.Linear(2, 2), torch.ones(2)
+    made.register_forward_hook(lambda module, args, out: out + 1)
+    want = made(x)
+    compat.call_by(made, functools.partial(lambda module, *args: ("called", compat.call_plainly(module, *args)), made))
+    assert made(x)[0] == "called" and torch.equal(made(x)[1], want)
+    assert torch.equal(copy.deepcopy(made)(x), want)
+    assert compat.CALLED in vars(made)
+    compat.call_by(made, None)
+    assert torch.equal(made(x), want) and compat.CALLED not in vars(made)
+    compiled = nn.Linear(2, 2)
+    compiled._compiled_call_impl = compiled.forward  # as `compiled.compile()` has it
+    compat.call_by(compiled, functools.partial(print))
+    assert compiled(x).shape == (2,)
+
+
 def test_forward_hooks_of_one_module_and_of_all():
     linear = nn.Linear(2, 2)
     linear.register_forward_hook(lambda module, args, out: out * 0)
@@ -363,6 +410,13 @@ def test_modules_that_make_models_parallel_are_where_they_are_said_to_be():
     for name, function in zip(compat.WRAPPERS, ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel",
                                                 "fully_shard", "contract"), strict=True):
         assert hasattr(importlib.import_module(name), function)
+
+
+def test_a_profiler_that_listens_is_seen():
+    assert not compat.profiling()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert compat.profiling()
+    assert not compat.profiling()
 
 
 def test_distributions_are_unchecked_for_a_while():

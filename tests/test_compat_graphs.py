@@ -64,6 +64,16 @@ def test_is_grouped_product():
 
 
 
+def test_an_export_says_where_vmap_is():
+    class Maps(torch.nn.Module):
+        def forward(self, x):
+            return torch.vmap(torch.sin)(x)
+
+    exported = torch.export.export(Maps(), (torch.ones(2, 3),), strict=False)
+    assert any(compat.is_of_vmap(n.target) for n in exported.graph.nodes)
+    assert not any(compat.is_of_vmap(n.target) for n in exported.run_decompositions({}).graph.nodes)
+
+
 def test_mutates():
     assert all(map(compat.mutates, (aten.add_.Tensor, aten.copy_.default)))
     assert not any(map(compat.mutates, (aten.add.Tensor, aten.view.default, torch.add)))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    {"errors", "compat"},
+    {"errors", "progress"},
+    {"compat"},
     {"plan"},
     {"sharding", "pipeline"},
     {"model", "ops"},
@@ -26,7 +27,7 @@ FLOORS = (
     {"report"},
     {"run", "choose"},
     {"verify", "checkpoint", "api"},
-    {"testing", "cli"},
+    {"testing", "cli", "integrations"},
 )
 """Parts of the package, from the ground up: each imports from floors below its own alone. Folders are parts, and in
 passes and backends their folders and files."""

@@ -1,6 +1,7 @@
 """AOTAutograd and Inductor on the partitioned program.
 
 lower     the backend: settings, and the list of graph passes
+key       by what compiled graphs are found again, by the next process too
 lowered   the same graphs, run by every rank of a simulation
 reductions, fp32_products, products, overlap, prefetch, buckets   the graph passes, in the order they run
 casts     operators that they use

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,9 +18,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxpar import compat, ops
+import fxpar
+from fxpar import compat
 from fxpar.backends import remat
 from fxpar.backends.inductor import buckets, fp32_products, overlap, prefetch, products, reductions
+from fxpar.backends.inductor.key import key_of, python_functions
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
@@ -47,42 +51,65 @@ def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = Fals
     ]
 
 
-def settings(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = False, passes: int | None = None) -> dict[str, Any]:
+def settings(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = False, passes: int | None = None,
+             key: str | None = None, functions: Sequence[str] = ()) -> dict[str, Any]:
     """Inductor's settings for one graph: our order of operators, which its own reordering must not undo.
 
-    transport, as_on_gpu: see `graph_passes`, of which the first `passes` are applied (None: all).
+    transport, as_on_gpu: see `graph_passes`, of which the first `passes` are applied (None: all). key: under which what is
+    compiled is kept on disk, and found by the next start of the same program (None: it is not kept). functions: of
+    `python_functions`.
     """
     return {
-        "joint_custom_pre_pass": _as_one([(remat, functools.partial(remat.choose_recomputation, plan=plan))]),
-        "post_grad_custom_post_pass": _as_one(graph_passes(plan, transport, as_on_gpu)[:passes]),
+        "joint_custom_pre_pass": _as_one([(remat, functools.partial(remat.choose_recomputation, plan=plan))], key),
+        "post_grad_custom_post_pass": _as_one(graph_passes(plan, transport, as_on_gpu)[:passes], key),
         "reorder_for_peak_memory": False,
+        **compat.cache_settings(key, functions),
     }
 
 
-def _as_one(passes: Sequence[GraphPass]) -> Any:
-    """Passes one after the other, as Inductor takes them. What it compiled is used again with the same passes and options, as
-    long as no file has changed that has a part in what becomes of a graph."""
+def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, plan: Plan) -> dict[str, Any]:
+    """`settings` of a graph that is about to be compiled for inputs like these."""
+    key = key_of(graph, inputs, runtime.facts(), plan)
+    return settings(plan, runtime.transport, key=key, functions=python_functions(graph) if key is not None else ())
+
+
+def _as_one(passes: Sequence[GraphPass], key: str | None) -> Any:
+    """Passes one after the other, as Inductor takes them. What it compiled is used again with the same key, passes and options,
+    as long as no file of fxpar has changed."""
 
     def apply(graph: fx.Graph) -> None:
         for _, one in passes:
             one(graph)
 
-    return compat.graph_pass(apply, *_sources(), key=repr([(module.__name__, one.keywords) for module, one in passes]))
+    applied = [(module.__name__, one.func.__name__, one.keywords) for module, one in passes]
+    return compat.graph_pass(apply, key=f"{applied} {_digest(tuple(_sources()))} {key}")
 
 
 @functools.cache
 def _sources() -> list[str]:
-    """The passes, the operators that they and programs use, and how those are lowered."""
-    folders = [Path(__file__).parent.parent, *(Path(str(file)).parent for file in (ops.__file__, compat.__file__))]
-    return [str(file) for folder in folders for file in sorted(folder.rglob("*.py"))]
+    """All of fxpar: the passes, the operators that they and programs use, how those are lowered, and what they are made of."""
+    package = str(Path(fxpar.__file__).parent)
+    folders = [(folder, names) for folder, _, names in os.walk(package, followlinks=True)]
+    return sorted(f"{folder}/{name}" for folder, names in folders for name in names if name.endswith(".py"))
 
 
-def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, plan: Plan) -> Callable:
-    """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters)."""
+@functools.cache
+def _digest(files: tuple[str, ...]) -> str:
+    """Of what the files say, which this process goes by from now on: it has imported them."""
+    return hashlib.sha256(b"\0".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, plan: Plan,
+          later: Callable[[float], None] | None = None) -> Callable:
+    """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters).
+
+    ``later(seconds)`` is called when the backward was compiled, if that was after this had returned.
+    """
     plain, keep = tensor_inputs_only(module, example, fused=True)
+    given = [example[i] for i in keep]
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
-        compiled = compat.compile_graph(plain, [example[i] for i in keep], settings(plan, runtime.transport),
-                                        counts=counts_rows(plain.graph))
+        config = _settings(plain.graph, given, runtime, plan)
+        compiled = compat.compile_graph(plain, given, config, counts=counts_rows(plain.graph), later=later)
 
     def run(*inputs: Any) -> Any:
         with use_runtime(runtime):
@@ -98,7 +125,7 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
 
     def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
-            return compat.compile_steps(plain, given, settings(plan, runtime.transport), cut, counts_rows(plain.graph))
+            return compat.compile_steps(plain, given, _settings(plain.graph, given, runtime, plan), cut, counts_rows(plain.graph))
 
     return in_steps(plain, example, keep, early, trace, lambda: use_runtime(runtime), plan)
 
@@ -114,3 +141,6 @@ def _few_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*often)
+
+
+_digest(tuple(_sources()))

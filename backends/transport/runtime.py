@@ -71,6 +71,13 @@ class GroupRuntime(FunctionalRuntime):
             elif axes is not None:
                 self.mesh.group(axes)
 
+    def facts(self) -> object:
+        """All that a trace may read of it, as a value whose text is the same in every process for which all of that is the same.
+        Of its groups, those that were made: a program's are before it is traced (see `prepare`)."""
+        mesh, names = self.mesh.mesh, self.mesh.group_names()
+        return (type(self).__name__, self.balanced, mesh.names, mesh.sizes, sorted(mesh.strategies.items()), self.mesh.rank,
+                self.mesh.kind, self.mesh.kinds, names, self.transport)
+
     def size(self, axes: Axes) -> int:
         return self.mesh.mesh.size(*axes)
 

@@ -1,6 +1,7 @@
 """What it takes to train a large model on a whole cluster: memory, communication, bubble, time of a step and MFU, predicted.
 
     python examples/production/run.py llama3_70b        one configuration: its report, and what is published of it
+    python examples/production/run.py llama3_70b --html report.html     and as a page for a browser
     python examples/production/run.py --table           one line for each configuration, as a table in Markdown
     python examples/production/run.py --suggest llama3_70b    the plans that `fxpar.suggest` prefers, and its own beside the best
 
@@ -115,7 +116,10 @@ def main():
     parser.add_argument("names", nargs="*", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--table", action="store_true", help="one line for each configuration, and no reports")
     parser.add_argument("--suggest", action="store_true", help="which plan would be better, and why")
+    parser.add_argument("--html", metavar="FILE.html", help="write the report of one configuration as a page, too")
     args = parser.parse_args()
+    if args.html and len(args.names) != 1:
+        parser.error("--html is for one configuration")
     if not args.names and not args.table and not args.suggest:
         parser.error("name a configuration, or ask for the --table of all, or to --suggest for all")
     if args.suggest:
@@ -128,6 +132,8 @@ def main():
         config, start, used = read(name), time.perf_counter(), time.process_time()
         report = report_of(config)
         lines = summary(config, report) if args.table else [str(report), "", *summary(config, report)]
+        if args.html:
+            report.save_html(args.html)
         took, used = time.perf_counter() - start, time.process_time() - used
         if args.table:
             print(" | ".join(("", *row(config, report, used), "")).strip(), flush=True)

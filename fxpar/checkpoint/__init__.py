@@ -2,6 +2,7 @@
 
 save          `save_checkpoint`: every rank writes its share of the rectangles, at once or in the background
 load          `load_checkpoint`
+manager       `CheckpointManager`: numbered checkpoints of a whole run
 huggingface   `export_safetensors`, `load_safetensors`
 folder        how a folder is replaced as a whole, and nothing removed that no save wrote
 manifest      the list of what a save wrote, with checksums
@@ -16,6 +17,7 @@ optimizer     state and options by parameter name
 
 from fxpar.checkpoint.huggingface import export_safetensors, load_safetensors
 from fxpar.checkpoint.load import load_checkpoint
+from fxpar.checkpoint.manager import CheckpointManager
 from fxpar.checkpoint.save import SaveHandle, save_checkpoint
 
-__all__ = ["SaveHandle", "export_safetensors", "load_checkpoint", "load_safetensors", "save_checkpoint"]
+__all__ = ["CheckpointManager", "SaveHandle", "export_safetensors", "load_checkpoint", "load_safetensors", "save_checkpoint"]

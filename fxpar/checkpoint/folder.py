@@ -117,6 +117,18 @@ def _remove(folder: Path) -> None:
     os.rmdir(folder)
 
 
+def remove(path: Path) -> None:
+    """Remove a checkpoint, and what saves to that path have left half written.
+
+    Raises: `CheckpointError` if anything in it is not what a save wrote.
+    """
+    there = [each for each in (path, saving(path), previous(path)) if each.is_symlink() or each.exists()]
+    for each in there:
+        _require_ours(each)
+    for each in there:
+        _remove(each)
+
+
 def commit(path: Path) -> None:
     """Make the folder that was written the checkpoint."""
     if path.exists():

@@ -26,6 +26,7 @@ from fxpar.checkpoint.ranks import LocalModel, alike, listed, place, require_ali
 from fxpar.checkpoint.save import finish_running
 from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
+from fxpar.progress import stage
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUMS, OF_SUMS = "fxpar.checksums", "fxpar.checksum"
@@ -48,7 +49,8 @@ def export_safetensors(path: str | os.PathLike, module: nn.Module, *, max_file_b
     Files of an earlier export are replaced. Raises: `CheckpointError`, on all ranks alike; also if the folder has safetensors
     of a model that fxpar did not write.
     """
-    with together("export_safetensors", module, {"path": place(path), "max_file_bytes": max_file_bytes}):
+    given = {"path": place(path), "max_file_bytes": max_file_bytes}
+    with stage(f"exporting to {path}"), together("export_safetensors", module, given):
         finish_running()
         _export(path, LocalModel(module), max_file_bytes)
 
@@ -190,13 +192,14 @@ def _indexed(index: Path) -> list[str]:
 def load_safetensors(path: str | os.PathLike, module: nn.Module) -> None:
     """Fill the model's parameters and persistent buffers from safetensors with the model's own names.
 
-    path: a file, or a folder in Hugging Face's layout. Each rank reads only what it holds. Floating dtypes are converted to
+    path: a file, or a folder in Hugging Face's layout. module: a `ParallelModule` (every rank calls; it may have been made on the
+    meta device), or a plain module. Each rank reads only what it holds. Floating dtypes are converted to
     the model's. Either name of a tied tensor will do; a name that a Hugging Face model ignores is skipped.
     Everything is read, and checked against the checksums of `export_safetensors` where there are any, before the model is written
     to: for that each rank needs memory on the host for its part of the model.
     Raises: `CheckpointError`, on all ranks alike, before the model is changed.
     """
-    with together("load_safetensors", module, {"path": place(path)}):
+    with stage(f"loading {path}"), together("load_safetensors", module, {"path": place(path)}):
         finish_running()
         _load(path, LocalModel(module))
 

@@ -21,6 +21,7 @@ from fxpar.checkpoint.save import SUMMARY, finish_running
 from fxpar.checkpoint.source import OpenedFolder, identity_of
 from fxpar.checkpoint.target import ModelLoad, SavedTensor
 from fxpar.errors import CheckpointError
+from fxpar.progress import stage
 
 ATTEMPTS = 50
 """How often a load begins anew because a save replaced the checkpoint; each time there is a whole one."""
@@ -31,8 +32,8 @@ _log = logging.getLogger("fxpar")
 def load_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Fill the model, and the optimizer if one is given, with what `save_checkpoint` wrote.
 
-    module: a `ParallelModule` under any plan (every rank calls; it may have been made on the meta device), or a plain
-    module. Each rank reads the files that hold something of its part. Floating dtypes are converted to the model's.
+    path: the folder. module: a `ParallelModule` under any plan (every rank calls; it may have been made on the meta device), or
+    a plain module. Each rank reads the files that hold something of its part. Floating dtypes are converted to the model's.
     optimizer: made from the module's parameters; it need not have stepped. A folder of Hugging Face safetensors is loaded
     as by `load_safetensors`.
 
@@ -42,7 +43,8 @@ def load_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
     Raises: `CheckpointError`, on all ranks alike and before anything is changed: if there is no checkpoint, a file is
     missing or damaged, it is of another model, a value does not fit the model's dtype, or it has no state for this optimizer.
     """
-    with together("load_checkpoint", module, {"path": place(path), "optimizer": optimizer and type(optimizer).__name__}):
+    given = {"path": place(path), "optimizer": optimizer and type(optimizer).__name__}
+    with stage(f"loading {path}"), together("load_checkpoint", module, given):
         finish_running()
         _load_newest(path, LocalModel(module), optimizer)
 

@@ -23,6 +23,7 @@ from fxpar.checkpoint.part import Part
 from fxpar.checkpoint.planners import Contents, Key, SavePlanner, contents, joined
 from fxpar.checkpoint.ranks import LocalModel, RankControl, alike, place, require_alike, same, together
 from fxpar.errors import CheckpointError
+from fxpar.progress import stage
 from fxpar.run.module import ParallelModule
 
 SUMMARY: Key = ("fxpar",)
@@ -86,7 +87,7 @@ def save_checkpoint(path: str | os.PathLike, module: nn.Module, optimizer: Optim
     Raises: `CheckpointError`, on all ranks alike.
     """
     given = {"path": place(path), "asynchronous": asynchronous, "optimizer": optimizer and type(optimizer).__name__}
-    with together("save_checkpoint", module, given):
+    with stage(f"saving {path}"), together("save_checkpoint", module, given):
         return _save(path, LocalModel(module), optimizer, asynchronous)
 
 

@@ -19,9 +19,13 @@ from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
+from fxpar.compat.compiling import compile_graph
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
-from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions
+from fxpar.compat.numbers import in_full, mend_sums_of_norms, read_numbers_of
+from fxpar.compat.profiles import profiling
+from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
     Cut,
     Make,
@@ -34,6 +38,7 @@ from fxpar.compat.steps import (
     interpret_steps,
     output_code,
     sizes_of_values,
+    sizes_to_compile,
     storage_of,
     trace_steps,
 )
@@ -51,27 +56,38 @@ __all__ = [
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
+    "attention_priority",
     "autocast_region",
+    "cache_counts",
+    "cache_settings",
     "compile_graph",
     "compile_steps",
     "default_store",
     "detect_fake_mode",
     "fake_like",
+    "in_full",
     "interpret_steps",
     "is_grouped_product",
+    "is_of_vmap",
     "is_pointwise",
     "is_random",
+    "is_subgraph_call",
+    "mend_sums_of_norms",
     "mutates",
     "no_grad_region",
     "no_torch_function",
     "process_groups",
+    "profiling",
     "quiet_traces",
     "read_metadata",
+    "read_numbers_of",
     "sizes_of_values",
+    "sizes_to_compile",
     "storage_of",
     "strided_shard",
     "trace_steps",
     "unchecked_distributions",
+    "untraced",
 ]
 
 
@@ -98,6 +114,11 @@ def is_random(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
+def is_of_vmap(target: Any) -> bool:
+    """Whether a node's target is one of the functions by which an export writes down where `torch.vmap` begins and ends."""
+    return getattr(target, "__module__", None) == "torch._functorch.predispatch"
+
+
 def mutates(target: Any) -> bool:
     """Whether the operator writes to one of its arguments."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
@@ -115,49 +136,6 @@ def no_grad_region(node: fx.Node) -> bool:
 
 def autocast_region(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is wrap_with_autocast
-
-
-def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None,
-                  backward_at_once: bool = False, counts: bool = False) -> Callable:
-    """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
-
-    No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this
-    graph alone. backward_at_once: the backward is compiled now, and not when it first runs. counts: see `sizes_of_values`.
-    """
-    from torch._functorch import config as aot
-    from torch._inductor.compile_fx import compile_fx
-
-    _mend_reductions()
-    at_once = aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext()
-    with at_once, sizes_of_values(inputs, counts) as inputs:
-        compiled: Any = compile_fx(gm, inputs, config_patches=config or {})
-    return compiled
-
-
-@functools.cache
-def _mend_reductions() -> None:
-    """Have Inductor lay out the operands of `all_reduce_coalesced`, in place or not, as the graph has them, and densely.
-
-    Inductor reduces in place, and lays out what it reduces as it likes: transposed, or as a part of a wider product. What waits
-    for it wants the graph's strides, so it is copied once more: before the wait, while it is being summed (torch 2.11 to 2.15).
-    """
-    from torch._inductor import ir
-    from torch._inductor.lowering import clone, lowerings
-    from torch._inductor.virtualized import V
-
-    c10d = torch.ops._c10d_functional
-    in_place = lowerings[c10d.all_reduce_coalesced_.default]
-
-    def dense(x: Any, strides: Sequence[int]) -> Any:
-        order = ir.get_stride_order(strides)
-        return ir.ExternKernel.require_exact_strides(x, ir.FlexibleLayout.stride_ordered(x.get_size(), order))
-
-    def reduce_(inputs: list[Any], *args: Any) -> Any:
-        nodes: Any = V.graph.current_node.args[0]
-        return in_place([dense(x, node.meta["val"].stride()) for x, node in zip(inputs, nodes, strict=True)], *args)
-
-    lowerings[c10d.all_reduce_coalesced.default] = lambda inputs, *args: reduce_([clone(x) for x in inputs], *args)
-    lowerings[c10d.all_reduce_coalesced_.default] = reduce_
 
 
 @contextlib.contextmanager
@@ -234,6 +212,40 @@ def without_forward_hooks(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module.__dict__.update(kept)
+
+
+CALLED = "_compiled_call_impl"
+"""The attribute of a module that is called in its place."""
+
+
+def call_by(module: torch.nn.Module, function: Callable | None) -> None:
+    """Have ``module(...)`` call `function`, or what it called before any was given; copies and pickles of it do not. A module
+    whose user compiled it is left alone."""
+    if isinstance(module.__dict__.get(CALLED), functools.partial):
+        del module.__dict__[CALLED]
+    if function is not None and module.__dict__.get(CALLED) is None:
+        module.__dict__[CALLED] = function
+
+
+def call_plainly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``module(...)`` does where `call_by` was given nothing: its hooks and its forward."""
+    return module._call_impl(*args, **kwargs)
+
+
+def trace_facts(t: torch.Tensor) -> tuple | None:
+    """What a trace may depend on of a tensor, but for its values; None if its shape or its values are not what they seem: a shape
+    is a symbol, or the trace knows the values of a fake tensor."""
+    if getattr(t, "constant", None) is not None or not all(type(n) is int for n in (*t.shape, *t.stride())):
+        return None
+    return type(t), tuple(t.shape), t.stride(), t.dtype, t.device, t.layout, t.requires_grad, t.is_leaf, t.storage_offset()
+
+
+def trace_modes() -> tuple:
+    """PyTorch's settings that a trace may depend on."""
+    kinds = ("cpu", "cuda")
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.get_default_device(),
+            *map(torch.is_autocast_enabled, kinds), *map(torch.get_autocast_dtype, kinds), torch.is_autocast_cache_enabled(),
+            torch.are_deterministic_algorithms_enabled(), torch.overrides._len_torch_function_stack())
 
 
 def memory(tensor: Any) -> torch.Tensor:

@@ -20,6 +20,12 @@ def no_torch_function() -> contextlib.AbstractContextManager:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def untraced() -> contextlib.AbstractContextManager:
+    """Inside, neither classes derived from Tensor nor modes see the functions that are called: what is looked at of tensors while
+    a trace is made costs what it costs otherwise."""
+    return torch._C.DisableTorchFunction()
+
+
 @contextlib.contextmanager
 def quiet_traces() -> Iterator[None]:
     """Inside, operators that fail on fake tensors raise, and write no traceback to the log besides."""

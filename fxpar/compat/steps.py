@@ -15,6 +15,8 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fxpar.compat.reductions import mend_reductions
+
 Code = Callable[[list[Any]], Sequence[Any]]
 """A graph made ready to run: takes its inputs as a list, which it empties."""
 Make = Callable[[fx.GraphModule, Sequence[Tensor], Sequence[int], int], tuple[Code, list[Tensor]]]
@@ -65,6 +67,18 @@ def sizes_of_values(inputs: list[Tensor], counts: bool = True) -> Iterator[list[
 
 
 @contextlib.contextmanager
+def sizes_to_compile(inputs: list[Tensor], counts: bool) -> Iterator[list[Tensor]]:
+    """As `sizes_of_values`. Without such sizes all are fixed, in an environment of shapes: caches pass by graphs without one."""
+    if counts:
+        with sizes_of_values(inputs) as inputs:
+            yield inputs
+        return
+    mode = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), allow_non_fake_inputs=True)
+    with tracing(TracingContext(mode)):
+        yield inputs
+
+
+@contextlib.contextmanager
 def as_traced() -> Iterator[None]:
     """Inside, operators do what graphs of AOTAutograd say: nothing is recorded, and nothing cast by autocast."""
     with torch.no_grad(), torch._C._DisableAutocast():
@@ -110,7 +124,7 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx_inner
 
-    from fxpar.compat import _mend_reductions, graph_pass
+    from fxpar.compat import graph_pass
 
     def compile_forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
         return compile_fx_inner(module, example, **options)
@@ -120,8 +134,8 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
         visible = range(gradients if inductor_config.bw_outputs_user_visible else 0)
         module.graph.output_node().meta["user_visible_output_idxs"] = list(visible)
         values, context = _values(module), TracingContext.get()
-        # What is overwritten is no part of the key by which Inductor finds what it compiled before: a pass is.
-        mark = graph_pass(lambda graph: None, key=f"part of a backward, may overwrite {list(donated)}")
+        # What is overwritten, and seen, is no part of the key by which Inductor finds what it compiled before: a pass is.
+        mark = graph_pass(lambda graph: None, key=f"part of a backward, may overwrite {list(donated)}, visible {list(visible)}")
         with (inductor_config.patch(post_grad_custom_pre_pass=mark),
               mock.patch.object(context.fw_metadata, "bw_donated_idxs", list(donated)),
               TracingContext.report_output_strides() as strides):
@@ -129,9 +143,9 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
         return code, [x.new_empty_strided(x.shape, stride or x.stride())
                       for x, stride in zip(values, strides or [None] * len(values), strict=True)]
 
-    _mend_reductions()
-    with sizes_of_values(inputs, counts) as inputs:
-        return _through_inductor(gm, inputs, config, cut, compile_forward, part)
+    mend_reductions()
+    with sizes_to_compile(inputs, counts) as inputs:
+        return _through_inductor(gm, inputs, config, cut, compile_forward, part, fixed=not counts)
 
 
 def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], interpreter: type[fx.Interpreter],
@@ -180,7 +194,9 @@ def output_code(run: Callable[[list[Any]], Any]) -> Any:
 
 
 def _through_inductor(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut,
-                      compile_forward: Callable[..., Any], part: Callable[..., tuple[Code, list[Tensor]]]) -> TracedForward:
+                      compile_forward: Callable[..., Any], part: Callable[..., tuple[Code, list[Tensor]]],
+                      fixed: bool = False) -> TracedForward:
+    """fixed: no size is a symbol, whatever environment of shapes there is."""
     from torch._inductor.compile_fx import compile_fx
 
     found: list[TracedForward] = []
@@ -196,7 +212,8 @@ def _through_inductor(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str
         return code
 
     with _at_once():
-        compile_fx(gm, _leaves(inputs), inner, config_patches=config)
+        compile_fx(gm, _leaves(inputs), inner, config_patches={"fx_graph_cache": False, **config},
+                   ignore_shape_env=fixed)
     return found[0]
 
 

@@ -98,14 +98,7 @@ def step_time(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad], 
 
     stored: bytes of the parameters that are trained, on the rank that stores most of them; gradients and moments are as large.
     """
-    costs = [(load.program, measure(load.program)) for load in loads]
-    done: dict[str, int] = {}
-    for program, measured in costs:
-        for node, cost in measured.costs.items():
-            if cost.forward:
-                flops = cost.forward + (cost.backward if program.training else 0)
-                dtype = _dtype(measured.values[node])
-                done[dtype] = done.get(dtype, 0) + flops * schedule.microbatches * program.mesh.world_size
+    done = flops_by_dtype([load.program for load in loads], schedule.microbatches)
     dtype = max(done, key=lambda name: done[name], default="float32")
     ranks = schedule.ranks * loads[0].program.mesh.world_size
     made = [stage_cost(cluster, load) for load in loads]
@@ -113,6 +106,20 @@ def step_time(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad], 
     optimizer = 7 * stored / cluster.memory_bandwidth
     return StepTime(cluster, line, optimizer, sum(done.values()), ranks * cluster.peak(dtype),
                     {**_terms(line, made), OPTIMIZER: optimizer})
+
+
+def flops_by_dtype(programs: Sequence[Program], microbatches: int) -> dict[str, int]:
+    """Name of a dtype -> operations computed in it, of a step of programs that each run all microbatches, forward and backward,
+    of all ranks; what is computed again counts nothing."""
+    done: dict[str, int] = {}
+    for program in programs:
+        measured = measure(program)
+        for node, cost in measured.costs.items():
+            if cost.forward:
+                flops = cost.forward + (cost.backward if program.training else 0)
+                dtype = _dtype(measured.values[node])
+                done[dtype] = done.get(dtype, 0) + flops * microbatches * program.mesh.world_size
+    return done
 
 
 def step_on(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad]) -> Timeline:
@@ -190,6 +197,12 @@ def stage_cost(cluster: Cluster, load: StageLoad) -> StageCost:
     times = StageTimes(max(forward, beside_forward), inputs, max(weights, beside_backward - inputs), unshard=unshard,
                        reduce=reduce)
     return StageCost(times, terms)
+
+
+def operator_seconds(cluster: Cluster, program: Program) -> dict[fx.Node, tuple[float, float]]:
+    """Seconds of every operator of a program, by itself: of its forward, and of its backward. Raises as `step_on`."""
+    clock = OperatorTimes(cluster, program)
+    return {node: clock.seconds(node) for node in clock.costs}
 
 
 def recomputed(program: Program, node: fx.Node) -> float:

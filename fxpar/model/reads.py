@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxpar import compat
+
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum)
 """Values that are compared by what they are; others are compared by which object they are."""
 
@@ -30,7 +32,8 @@ MISSING = object()
 _TRACERS = ("torch.fx.", "torch.export.", "torch._")
 """Modules with classes of modules that a trace makes for itself."""
 
-_MACHINERY = frozenset(vars(nn.Module()))
+MACHINERY = frozenset((*vars(nn.Module()), compat.CALLED))
+"""Attributes that every module has: parts, modes and hooks, which are compared by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,12 @@ class Slot:
 
 
 class Reads:
-    """The objects and names that were looked at, each once; buffers (and constants, as a trace names them) whose values were."""
+    """The objects and names that were looked at, each once; buffers (and constants, as a trace names them) whose values were.
+
+    listener: called with the object and the name before every look at a watched object, once more for each."""
 
     def __init__(self) -> None:
+        self.listener: Callable[[Any, str], None] | None = None
         self.found: dict[tuple[int, str], tuple[Any, str]] = {}
         self.unwatched: dict[int, Any] = {}  # objects that cannot be watched: any of their attributes
         self.buffers: set[str] = set()
@@ -80,12 +86,13 @@ class Reads:
             if id(vars(owner)) not in paths and type(owner).__module__.startswith(_TRACERS):
                 continue
             path = paths.get(id(vars(owner)), type(owner).__name__)
-            for slot in _slots(owner, name, f"{path}.{name}".strip(".")):
+            for slot in slots_of(owner, name, f"{path}.{name}".strip(".")):
                 made.setdefault((id(slot.holder), slot.name), slot)
         return list(made.values())
 
 
-def _slots(owner: Any, name: str, text: str) -> Iterator[Slot]:
+def slots_of(owner: Any, name: str, text: str) -> Iterator[Slot]:
+    """The places that decide what an object has by a name, and what a method of that name names itself."""
     table, kind = vars(owner), type(owner)
     home = next((c for c in kind.__mro__ if name in vars(c)), None)
     if name in table:
@@ -212,7 +219,9 @@ def recorded() -> Iterator[Reads]:
         before, own = kind.__getattribute__, vars(kind).get("__getattribute__")
 
         def look(self: Any, name: str) -> Any:
-            if name in _MACHINERY or name.startswith("__"):
+            if reads.listener is not None:
+                reads.listener(self, name)
+            if name in MACHINERY or name[:2] == "__":
                 return before(self, name)
             key = id(object.__getattribute__(self, "__dict__")), name
             if key not in reads.found:
@@ -253,7 +262,7 @@ def everything(model: nn.Module) -> Reads:
             follow(_Fields(value)(), depth)
 
     for module in model.modules():
-        for name in {"forward", *vars(module)} - _MACHINERY:
+        for name in {"forward", *vars(module)} - MACHINERY:
             reads.found[id(vars(module)), name] = module, name
             follow(vars(module).get(name), 0)
     return reads
@@ -275,18 +284,18 @@ def content(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
     if not isinstance(value, CONTAINERS):
-        return value if isinstance(value, SIMPLE) else _Same(value)
+        return value if isinstance(value, SIMPLE) else Same(value)
     if len(value) > LONGEST or depth == DEEPEST:
         return type(value), len(value)
     parts = [*value, *value.values()] if isinstance(value, dict) else value
-    return type(value), [(_Same(p) if isinstance(p, Tensor) else type(p), content(p, depth + 1)) for p in parts]
+    return type(value), [(Same(p) if isinstance(p, Tensor) else type(p), content(p, depth + 1)) for p in parts]
 
 
-class _Same:
+class Same:
     """Equal to what holds the same object."""
 
     def __init__(self, value: Any):
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, Same) and self.value is other.value

@@ -267,10 +267,15 @@ class Collective:
     @property
     def args(self) -> tuple[Any, ...]:
         """The operator's arguments, by position; None is left out at the end."""
-        named = [_ARGUMENTS[name](self) for name in inspect.signature(self.target).parameters]
+        named = [_ARGUMENTS[name](self) for name in _names_of(self.target)]
         while named[-1] is None:
             named.pop()
         return tuple(named)
+
+
+@functools.cache
+def _names_of(operator: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(operator).parameters)
 
 
 VARYING = "_varying"

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, NoReturn, TypeGuard
 import torch
 
 from fxpar.errors import PlanError, brief
+from fxpar.plan.files import fields_of
 from fxpar.plan.megatron import LIMIT, ZERO_NAMES, plan_fields
 
 # Field -> the one value of it that this version can run. Fields that are not here are available in full.
@@ -169,7 +171,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """The plan written as `field=value`, separated by commas: "dp=2,tp=2,zero=3".
+        """The plan written in `text` as `field=value`, separated by commas: "dp=2,tp=2,zero=3".
 
         Switches are true or false, an absent value is none, overrides are written `name:value;name:value`,
         as in "batch_dims=src:1;tgt:none,roles=head.weight[0]:vocab". `Plan.parse(str(plan)) == plan`, always.
@@ -190,6 +192,20 @@ class Plan:
             if name in given:
                 raise PlanError(name, value, "must be given once", f"{name}={value}")
             given[name] = value if _CHECKS[name] is _names else _read(value)  # a module may be called 0
+        return cls(**given)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """The plan in the file `path`: its fields, in TOML, YAML or JSON, by the file's name; or those of its table "plan".
+
+        Values are as the constructor takes them (``recompute = "full"``, ``batch_dims = {src = 1}``). YAML is read with PyYAML,
+        which has to be installed. Raises PlanError for what is no such file, unknown fields, and as the constructor does.
+        """
+        given = fields_of(path)
+        for name in given:
+            if name not in _CHECKS:
+                close = next(iter(difflib.get_close_matches(name, _CHECKS, n=1)), None)
+                raise PlanError(name, given[name], f"must be one of the fields {', '.join(_CHECKS)}, in {path}", close)
         return cls(**given)
 
     @classmethod

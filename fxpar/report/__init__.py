@@ -7,6 +7,7 @@ memory    the predicted peak of one rank, or of each rank of a pipeline
 alike     stages of a pipeline of which one is traced for all
 brief     its graphs, of which a few of many equal blocks are traced
 kept      proof that those keep for the backward pass what all would
+timings   where the time went on the way to the first step
 text      tables
 dump      programs as readable and runnable Python
 """

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from fxpar.backends.transport.runtime import FunctionalRuntime
 from fxpar.ops.runtime import use_runtime
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
-from fxpar.pipeline.schedules import Schedule
+from fxpar.pipeline.schedules import Kind, Schedule
 from fxpar.program import Program, module_path
+from fxpar.progress import stage as told
 from fxpar.report import brief
 from fxpar.report.alike import likeness, renamed
 from fxpar.report.brief import Input
@@ -38,6 +39,17 @@ from fxpar.sharding.mesh import Axes, Mesh
 
 aten = torch.ops.aten
 PARTS = ("parameters", "gradients", "optimizer", "inputs", "activations", "parameter copies", "temporaries")
+PIECES = 150
+"""Into how many pieces the curve of a pass is cut; of each the moment at which most is held is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Of a step: which pass runs, how far it is (0 to 1, by the number of its kernels), and bytes in the order of `PARTS`."""
+
+    phase: str
+    at: float
+    parts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,9 @@ class Peak:
     bytes: all together. phase: "forward" or "backward". where: the operator that runs, and its module. parts: bytes by what
     they are for: "parameters", "gradients" (as far as they are made), "optimizer", "inputs" (the batch, buffers, constants),
     "activations" (kept for the backward pass), "parameter copies" (cast or gathered), "temporaries". kept: bytes that the
-    forward pass leaves for the backward pass, copies of parameters included.
+    forward pass leaves for the backward pass, copies of parameters included. curve: the moments of the step, one after the
+    other; of a rank of a pipeline, one for each action of its schedule. of_stages: of each of its stages, what `kept` is for one
+    microbatch.
     """
 
     bytes: int
@@ -55,6 +69,8 @@ class Peak:
     where: str
     parts: dict[str, int]
     kept: int
+    curve: tuple[Moment, ...] = field(default=(), repr=False, compare=False)
+    of_stages: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 2**30:.3f}" for name, size in self.parts.items() if size)
@@ -96,7 +112,9 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule, briefly: boo
                 parts[part] -= size
             parts["activations"] += outputs + (int(activations[rank]) - peaks[s].kept if programs[s].training else 0)
             together.append(replace(peaks[s], bytes=sum(parts.values()), parts=parts, kept=int(activations[rank])))
-        out.append(max(together, key=lambda peak: peak.bytes))
+        most = max(together, key=lambda peak: peak.bytes)
+        curve = _curve(schedule, rank, steps, peaks, twice)
+        out.append(replace(most, curve=curve, of_stages={s: peaks[s].kept for s in stages}))
     return out
 
 
@@ -114,15 +132,43 @@ def _each(programs: Sequence[Program], briefly: bool) -> tuple[list[_Step], list
     """Of each program by itself; of those that compute the same, one may stand for all."""
     steps, peaks = [], []
     seen: dict[Hashable, tuple[_Step, Peak, list[str]]] = {}
-    for program in programs:
+    for number, program in enumerate(programs, 1):
         key, blocks = _likeness(program)
         if key not in seen or not briefly:
-            made = _Step(program, *trace(program, briefly))
-            seen[key] = made, made.peak(), blocks
+            with told(f"memory of stage {number} of {len(programs)}"):
+                made = _Step(program, *trace(program, briefly))
+                seen[key] = made, made.peak(), blocks
         step, peak, its = seen[key]
         steps.append(step)
         peaks.append(replace(peak, where=renamed(peak.where, its, blocks)))
     return steps, peaks
+
+
+def _curve(schedule: Schedule, rank: int, steps: Sequence[_Step], peaks: Sequence[Peak], twice: dict[str, int]
+           ) -> tuple[Moment, ...]:
+    """What a rank of a pipeline holds at each action of its list: of the stage that computes, the most of that pass;
+    of the others, and of microbatches whose backward is to come, what stays."""
+    stages, actions = schedule.stages_of(rank), schedule.actions[rank]
+    between = {s: steps[s].between() for s in stages}
+    most: dict[tuple[int, str], tuple[int, ...]] = {}
+    for s in stages:
+        for moment in peaks[s].curve:
+            if sum(moment.parts) > sum(most.get((s, moment.phase), ())):
+                most[s, moment.phase] = moment.parts
+    alive, out = dict.fromkeys(stages, 0), []
+    for i, action in enumerate(actions):
+        s, phase = action.stage, "forward" if action.kind is Kind.F else "backward"
+        runs = action.kind in (Kind.F, Kind.B, Kind.I) and (s, phase) in most
+        parts = dict(zip(PARTS, most[s, phase], strict=True)) if runs else {**dict.fromkeys(PARTS, 0), **between[s]}
+        for part, size in (item for t in stages if t != s for item in between[t].items()):
+            parts[part] += size
+        for part, size in twice.items():
+            parts[part] -= size
+        alive[s] -= action.kind in (Kind.B, Kind.I)
+        parts["activations"] += sum(count * peaks[t].kept for t, count in alive.items())
+        alive[s] += action.kind is Kind.F
+        out.append(Moment(phase, (i + 0.5) / len(actions), tuple(parts[part] for part in PARTS)))
+    return tuple(out)
 
 
 def _output_bytes(program: Program) -> int:
@@ -320,15 +366,28 @@ class _Step:
 
     def peak(self) -> Peak:
         phase, where, most, live_then, workspace = "forward", "nothing runs", 0, list(self.given), 0
+        counts = {"forward": len(self.forward.kernels), "backward": len(self.backward.kernels) if self.backward else 0}
+        largest: dict[tuple[str, int], tuple[int, list[Buffer], int]] = {}
+        number = dict.fromkeys(counts, 0)
         for now, kernel, live in self._moments():
             size = sum(b.bytes for b in live) + kernel.workspace
             if size > most:
                 phase, where, most, live_then, workspace = now, _where(kernel), size, list(live), kernel.workspace
+            piece = now, number[now] * PIECES // counts[now]
+            if piece not in largest or size > largest[piece][0]:
+                largest[piece] = size, list(live), kernel.workspace
+            number[now] += 1
+        curve = [Moment(now, (i + 0.5) / PIECES, tuple(self._parts(live, space).values()))
+                 for (now, i), (_, live, space) in largest.items()]
+        parts = self._parts(live_then, workspace)
+        return Peak(sum(parts.values()), phase, where, parts, sum(b.bytes for b in self.saved), tuple(curve))
+
+    def _parts(self, live: list[Buffer], workspace: int) -> dict[str, int]:
         parts = dict.fromkeys(PARTS, 0)
         parts |= {"optimizer": self.optimizer, "gradients": self.accumulated, "temporaries": workspace}
-        for buffer in live_then:
+        for buffer in live:
             parts[self.part.get(buffer, "temporaries")] += buffer.bytes
-        return Peak(sum(parts.values()), phase, where, parts, sum(b.bytes for b in self.saved))
+        return parts
 
 
 def _where(kernel: Kernel) -> str:

@@ -17,7 +17,9 @@ from fxpar.pipeline.timeline import Timeline
 from fxpar.report.memory import Peak, predict_stages
 from fxpar.report.step import StepReport
 from fxpar.report.text import GIB, MIB, ranges, table
+from fxpar.report.traffic import Total
 from fxpar.sharding.facts import full_value
+from fxpar.sharding.mesh import KIND
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,20 @@ class PipelineReport:
         return self.step.timeline()
 
     def activations(self) -> list[float] | None:
-        """Bytes for the captions of drawings: `kept`; None where it cannot be predicted."""
+        """Bytes that the forward of one microbatch keeps at each stage, for the captions of drawings; None where that cannot be
+        predicted."""
         try:
-            return [float(size) for size in self.kept]
+            return [float(self.peaks[rank].of_stages[stage]) for stage, rank in enumerate(self.schedule.owner)]
         except Exception:  # whatever stops Inductor must not hide the timeline
             return None
+
+    def messages(self) -> Total:
+        """What passes between stages in a step, on the pipeline rank that sends most."""
+        sent = {rank: [(s.sent, s.returned, s.crossing) for s in self.stages if s.crossing and rank in
+                       (s.rank, self.schedule.owner[s.stage + 1])] for rank in range(self.schedule.ranks)}
+        most, count = max(sent.values(), key=lambda each: sum(s[2] for s in each)), self.schedule.microbatches
+        messages = sum(count * (bool(a) + bool(b)) for a, b, _ in most)
+        return Total(KIND, messages, *(count * sum(s[i] for s in most) for i in (0, 1)))
 
     def lines(self, peaks: Sequence[Peak] | None) -> list[str]:
         """The report as text. peaks: those of all ranks, or None where they are not known."""

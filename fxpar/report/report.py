@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, overload
 
 from torch import fx, nn
@@ -16,19 +19,24 @@ from fxpar.cost.clusters import Cluster
 from fxpar.cost.clusters import cluster as read_cluster
 from fxpar.cost.operators import measure
 from fxpar.errors import FxparError
-from fxpar.ops.collectives import typed
-from fxpar.passes.partition.phases import once_a_step
 from fxpar.passes.strategies.stages import Stage, cut_stages
 from fxpar.pipeline.schedules import schedule
-from fxpar.plan import Plan, Plans
-from fxpar.program import Program, module_path
+from fxpar.plan import Plan, Plans, require_one_of
+from fxpar.program import Program
+from fxpar.progress import stage as told
 from fxpar.report.attention import AttentionRow, attention_rows, gathered_note, lines
+from fxpar.report.data import as_dict, known_peak
 from fxpar.report.experts import ExpertsRow, experts_rows, lines_of_experts
+from fxpar.report.html.page import write_page
 from fxpar.report.memory import Peak, predict
 from fxpar.report.pipeline import PipelineReport, describe, uses
 from fxpar.report.step import StepReport
+from fxpar.report.terminal import in_colour
 from fxpar.report.text import GIB, MIB, ranges, table
+from fxpar.report.timings import Timings
+from fxpar.report.traffic import CollectiveRow, Total, rows_of, totals
 from fxpar.report.verdict import Verdict, bytes_of, verdict
+from fxpar.report.words import starred, without_letters
 from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.layout import shard_shape
 from fxpar.sharding.mesh import KIND, Mesh
@@ -47,23 +55,6 @@ class ParameterRow:
     stages: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class CollectiveRow:
-    """Collectives alike: kind ("all_gather", ...), axes, phase ("forward" or "backward"), the module they serve (layer
-    numbers replaced by ``*``), how many a step, and the bytes of their results on one rank, all together.
-
-    stage: of a pipeline, whose ranks take part; None where all do. What is sent from stage to stage is in `Report.pipeline`.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    phase: str
-    where: str
-    count: int
-    bytes: int
-    stage: int | None = None
-
-
 @dataclass
 class Report:
     """What one rank holds, computes and communicates in one training step.
@@ -73,8 +64,9 @@ class Report:
     "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward (see
     `fxpar.cost.operators`); a gradient that nothing asks for, such as that of the model's input, counts nothing.
     attention: how each runs under context parallelism. experts: how tokens reach them under expert parallelism. step: what a step
-    takes, and its cluster. limit: bytes of a device, where `inspect` was told them, for `verdict`. pipeline: its stages, under
-    pp. Then `memory`, `flops` (here with what is recomputed) and `peak` are each those of the pipeline rank that has most.
+    takes, and its cluster. limit: bytes of a device, where `inspect` was told them, for `verdict`. timings: where the time
+    went on the way to the first step. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed)
+    and `peak` are each those of the pipeline rank that has most. predicted: what predicts `peak`.
     """
 
     plan: Plan
@@ -88,6 +80,7 @@ class Report:
     attention: list[AttentionRow] = field(default_factory=list)
     experts: list[ExpertsRow] = field(default_factory=list)
     step: StepReport = field(kw_only=True)
+    timings: Timings = field(default=Timings({}, {}), kw_only=True, compare=False)
     predicted: Callable[[], Peak] = field(kw_only=True, repr=False, compare=False)
     limit: int | None = field(default=None, kw_only=True)
     peak_of: Callable[[Plan], int] | None = field(default=None, kw_only=True, repr=False, compare=False)
@@ -99,7 +92,8 @@ class Report:
 
         Raises what PyTorch raises for a model that Inductor cannot compile.
         """
-        return self.predicted()
+        with told("predicting the peak memory"):
+            return self.predicted()
 
     @property
     def peak_memory(self) -> int:
@@ -115,44 +109,86 @@ class Report:
         return verdict(self.plan, self.peak_memory, self.limit, self.peak_of or _none_other)
 
     def count(self, kind: str, phase: str | None = None, axes: tuple[str, ...] | None = None) -> int:
-        """How many collectives of a kind a step has; under pp, over all stages."""
+        """How many collectives a step has, under pp in all stages: of a kind ("all_gather", ...); of one phase ("forward" or
+        "backward"); over just these axes of the mesh."""
         return sum(r.count for r in self.collectives if r.kind == kind and phase in (None, r.phase)
                    and axes in (None, r.axes))
 
+    def totals(self, by: str = "strategy") -> list[Total]:
+        """What a step communicates on one rank, most first: by "strategy" ("zero", "tp", ...), or by "axes" of the mesh. Under
+        pp each on the pipeline rank that has most of it; "pp" are the messages between stages. What ring attention sends around
+        is no collective: `attention` has it."""
+        require_one_of("by", by, ("strategy", "axes"))
+        made = totals(self.collectives, self.pipeline.schedule.owner if self.pipeline else None, by)
+        if self.pipeline is not None:
+            made.append(self.pipeline.messages())
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, numbers and text, as `to_json` writes it; bytes and seconds where nothing else is said."""
+        return as_dict(self)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def save_html(self, path: str | os.PathLike) -> Path:
+        """Write the report as one page for a browser, which needs nothing else; returns its path.
+
+        Raises: `FxparError` where nothing can be written.
+        """
+        return write_page(self, path)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """What ``rich.print(report)`` shows."""
+        yield from in_colour(self)
+
     def __str__(self) -> str:
-        peak, pipeline = self._peak(), self.pipeline
+        peak, pipeline = known_peak(self), self.pipeline
         mesh = f"{KIND}={self.plan.pp} x {self.mesh}" if pipeline else str(self.mesh)
         pipes = pipeline.lines(None if isinstance(peak, str) else pipeline.peaks) if pipeline else []
         attention = [*lines(self.attention), ""] if self.attention else []
         attention += [*lines_of_experts(self.experts), ""] if self.experts else []
         return "\n".join([f"plan {self.plan}   mesh {mesh}   world size {self.plan.world_size}", "",
-                          *self._parameters(), "", *self._collectives(), "", *attention, *pipes, *([""] if pipes else []),
+                          *self._parameters(), "", *self._collectives(), "", *self._totals(), *attention,
+                          *pipes, *([""] if pipes else []),
                           "memory a rank: " + ", ".join(f"{k} {v / GIB:.3f} GiB" for k, v in self.memory.items()),
                           f"peak memory a rank: {peak}",
                           *([str(self.verdict)] if self.limit is not None and not isinstance(peak, str) else []),
                           f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",
                           self.step.line(),
+                          *([f"to the first step: {self.timings}"] if self.timings.ran else []),
                           *(f"note: {n}" for n in self.notes)])
 
-    def _peak(self) -> Peak | str:
-        try:
-            return self.peak
-        except Exception as error:  # whatever stops Inductor must not hide the rest of the report
-            return f"not predicted ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    def grouped(self) -> list[tuple[str, int, ParameterRow]]:
+        """Parameters alike, once: their name with ``*`` for numbers of layers, how many they are, the first of them."""
+        lines: dict[tuple, list[ParameterRow]] = {}
+        for p in self.parameters:
+            lines.setdefault((starred(p.name), p.shape, p.layout, p.local_shape), []).append(p)
+        return [(key[0], len(alike), replace(alike[0], stages=tuple(sorted({s for p in alike for s in p.stages}))))
+                for key, alike in lines.items()]
+
+    def merged(self) -> list[CollectiveRow]:
+        """Collectives with those of all stages together, as many as all stages have."""
+        lines: dict[CollectiveRow, list[CollectiveRow]] = {}
+        for r in self.collectives:
+            lines.setdefault(replace(r, stage=None, count=0, bytes=0), []).append(r)
+        return [replace(key, count=sum(r.count for r in alike), bytes=sum(r.bytes for r in alike))
+                for key, alike in lines.items()]
 
     def _parameters(self) -> list[str]:
         """Repeated layers share a line."""
-        lines: dict[tuple, list[ParameterRow]] = {}
-        for p in self.parameters:
-            lines.setdefault((re.sub(r"\b\d+\b", "*", p.name), p.shape, p.layout, p.local_shape), []).append(p)
         rows = []
-        for (name, shape, layout, local), alike in lines.items():
-            size = sum(p.local_bytes for p in alike)
-            stages = ranges(sorted({s for p in alike for s in p.stages})) or "all"
-            rows.append((f"{name}{f'  (x{len(alike)})' if len(alike) > 1 else ''}", str(list(shape)), layout, str(list(local)),
-                         f"{size / MIB:.2f}", *([stages] if self.pipeline else [])))
+        for name, count, p in self.grouped():
+            rows.append((f"{name}{f'  (x{count})' if count > 1 else ''}", str(list(p.shape)), p.layout, str(list(p.local_shape)),
+                         f"{count * p.local_bytes / MIB:.2f}", *([ranges(p.stages) or "all"] if self.pipeline else [])))
         head = ("parameter", "shape", "layout", "a rank holds", *(("MiB of all", "on stages") if self.pipeline else ("MiB",)))
         return table(head, rows)
+
+    def _totals(self) -> list[str]:
+        """By strategy; nothing where nothing is communicated."""
+        made = [(t.name, str(t.count), f"{t.forward / MIB:.2f}", f"{t.backward / MIB:.2f}") for t in self.totals()]
+        return [*table(("all of a rank's, for", "count", "MiB forward", "MiB backward"), made), ""] if made else []
 
     def _collectives(self) -> list[str]:
         """Stages that have as many share a line."""
@@ -218,7 +254,7 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
     parameters = [replace(_parameter(n, mesh), stages=on.get(s.name, ())) for n, s in program.source_of().items()
                   if s.kind == "param"]
     trained = {s.name for s in program.sources if s.kind == "param" and s.requires_grad}
-    attention, notes = attention_rows(program, count), [*program.notes, *gathered_note(program)]
+    attention, notes = attention_rows(program, count), [*program.notes, *gathered_note(program), *_budget_note(plan)]
     experts = experts_rows(program, count)
     sizes = {p.name: (p.local_bytes, p.local_bytes if p.name in trained else 0) for p in parameters}
     if not stages:
@@ -227,20 +263,27 @@ def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:
         costs = measure(program).costs.values()
         flops = count * sum(cost.forward + (cost.backward if program.training else 0) for cost in costs)
         alone = schedule("1f1b", ranks=1, microbatches=count, unshard=count > 1 and plan.stores_parts)
-        return Report(plan, mesh, parameters, _collectives(program, count), memory, flops, notes, attention=attention,
-                      experts=experts, step=StepReport(alone, [(program, 0)], gradients),
+        return Report(plan, mesh, parameters, rows_of(program, count), memory, flops, notes, attention=attention,
+                      experts=experts, step=StepReport(alone, [(program, 0)], gradients), timings=Timings.of(program.timings),
                       predicted=functools.partial(predict, program))
     order = schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=count,
                      unshard=plan.stores_parts)
     on_rank = {rank: {p.name for p in parameters if not p.stages or {*p.stages} & {*order.stages_of(rank)}}
             for rank in range(plan.pp)}
     pipeline = describe(order, stages, on_rank, sizes)
-    rows = [row for stage in stages for row in _collectives(stage.program, count, stage.index)]
+    rows = [row for stage in stages for row in rows_of(stage.program, count, stage.index)]
     rows += _sums_over_stages([p for p in parameters if p.name in trained and program.training], order.owner)
     memory = max((rank.memory for rank in pipeline.ranks), key=lambda each: sum(each.values()))
     flops = max(sum(pipeline.stages[s].flops for s in rank.stages) for rank in pipeline.ranks)
     return Report(plan, mesh, parameters, rows, memory, flops, notes, pipeline, attention, experts, step=pipeline.step,
+                  timings=Timings.of(program.timings),
                   predicted=lambda: max(pipeline.peaks, key=lambda peak: peak.bytes))
+
+
+def _budget_note(plan: Plan) -> list[str]:
+    return [] if plan.memory_budget is None or not plan.gathers_each_use else [
+        "collectives of the backward list every parameter that may be gathered again: which are depends on what the memory "
+        "budget has made again"]
 
 
 def _users(stages: Sequence[Stage]) -> dict[str, tuple[int, ...]]:
@@ -259,41 +302,13 @@ def _sums_over_stages(trained: Sequence[ParameterRow], owner: Sequence[int]) -> 
         firsts = {owner[s]: s for s in reversed(p.stages)}
         if len(firsts) > 1:
             where = re.sub(r"\b\d+\b", "*", p.name.rpartition(".")[0])
-            out += [CollectiveRow("all_reduce", (KIND,), "backward", where, 1, p.local_bytes, s) for s in sorted(firsts.values())]
+            out += [CollectiveRow("all_reduce", (KIND,), "backward", where, 1, p.local_bytes, s, KIND)
+                    for s in sorted(firsts.values())]
     return out
 
 
 def _parameter(node: fx.Node, mesh: Mesh) -> ParameterRow:
     value, shape = full_value(node), shard_shape(sharding_at(node), mesh)
     size = math.prod(shape) * value.element_size()
-    return ParameterRow(local_value(node).source, tuple(value.shape), local_value(node).layout_text, shape, size)
-
-
-def _collectives(program: Program, count: int, stage: int | None = None) -> list[CollectiveRow]:
-    """Those of a step of `count` microbatches, of which the program runs one. What all of them are passed is computed once; so
-    are unsharded parameters and the sums of gradients, as far as the plan keeps them (see `once_a_step`), where gradients are
-    wanted and in pipelines."""
-    rows: dict[tuple, list[int]] = {}
-
-    def add(kind: str, axes: tuple, phase: str, node: fx.Node, size: int, times: int) -> None:
-        where = re.sub(r"\b\d+\b", "*", module_path(node))
-        entry = rows.setdefault((kind, axes, phase, where), [0, 0])
-        entry[0] += times
-        entry[1] += times * size
-
-    step, keeps = program.microbatches, count > 1 and (program.training or stage is not None)
-    once_forward, once_backward = once_a_step(program) if keeps else (set(), set())
-    before = [] if step is None or step.prologue is None else list(step.prologue.graph.nodes)
-    for node, times in [*((n, count) for n in program.graph.nodes), *((n, 1) for n in before)]:
-        made = typed(node)
-        if made is None:
-            continue
-        size = local_value(node).bytes
-        if made.forward.comm is not None:
-            add(made.forward.comm, made.axes, "forward", node, size, 1 if node in once_forward else times)
-        if local_value(node).needs_grad and made.backward is not None and made.backward.comm is not None:
-            add(made.backward.comm, made.axes, "backward", node, made.operand_bytes(size, program.mesh),
-                1 if node in once_backward else times)
-    ordered = sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))
-    return [CollectiveRow(kind, axes, phase, where, count, size, stage)
-            for (kind, axes, phase, where), (count, size) in ordered]
+    return ParameterRow(local_value(node).source, tuple(value.shape), without_letters(local_value(node).layout_text), shape,
+                        size)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fxpar.cost.clusters import Cluster, cluster
-from fxpar.cost.stages import StageLoad, StepTime, step_time
+from fxpar.cost.stages import StageLoad, StepTime, flops_by_dtype, step_time
 from fxpar.errors import PlanError
 from fxpar.passes.partition.phases import beside_computation, once_a_step
 from fxpar.pipeline.schedules import Schedule
@@ -44,6 +44,18 @@ class StepReport:
     def timeline(self) -> Timeline:
         """When everything of a step runs. Raises as `time`."""
         return self.time().timeline
+
+    def flops(self) -> int:
+        """Operations of a step, forward and backward, of all ranks; what is computed again counts nothing."""
+        return sum(self._by_dtype().values())
+
+    def dtype(self) -> str:
+        """The name of the dtype in which most is computed."""
+        done = self._by_dtype()
+        return max(done, key=lambda name: done[name], default="float32")
+
+    def _by_dtype(self) -> dict[str, int]:
+        return flops_by_dtype([program for program, _ in self.programs], self.schedule.microbatches)
 
     def _load(self, program: Program, sent: int) -> StageLoad:
         phases = self.schedule.stages > 1 or (program.training and self.schedule.microbatches > 1)

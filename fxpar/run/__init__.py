@@ -3,6 +3,7 @@
 module      `ParallelModule`, which training loops hold: a store and an engine
 store       a model's parameters in the layouts of a plan (with storage: full tensors <-> DTensors)
 engine      captures, compiles and runs programs, one for every kind of call (with programs: how many are kept)
+start       the first run of a program: timed, and said
 feed        the local inputs of a program, call by call
 steps       which of a step's phases runs when: unshard, compute, reduce (with gradients: those not reduced yet)
 microbatches  a training step of several forwards and backwards that add up to the whole batch's
@@ -14,6 +15,8 @@ updates     what optimizers did, for ranks to compare
 initialize  parameters of meta models, as the model itself initialises them
 edges       tensors that go from one parallel module into another
 outputs     tensors that tp splits meet plain ones
+alone       parts of the model that are called by themselves
+sums        numbers read from sums over parameters
 gathered    the plain model, for a while (with whole: who asks for it)
 optimizers  those that cannot step parts of parameters
 numbers     Python numbers in a call that need no capture of their own

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,12 +26,15 @@ from fxpar.backends.transport.control import Outcome
 from fxpar.errors import CaptureError, InputError, MismatchError, UnsupportedOperator
 from fxpar.model import inputs as calls
 from fxpar.model.hugging_face import say
+from fxpar.model.padding import Padding
 from fxpar.model.state import PARTS, TRAINED, State
 from fxpar.passes.capture.attributes import AttributeStates, put_back
 from fxpar.passes.strategies.stages import Stage, cut_like, cut_stages
 from fxpar.pipeline.schedules import Schedule, schedule
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.progress import stage
+from fxpar.report.timings import STEP
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
 from fxpar.run.batches import CHECKED_EVERY, BatchChecks
@@ -41,6 +45,7 @@ from fxpar.run.loss import loss_of
 from fxpar.run.numbers import Numbers
 from fxpar.run.outputs import as_output
 from fxpar.run.pipeline import Pipeline
+from fxpar.run.start import Start
 from fxpar.run.steps import Steps
 from fxpar.run.store import ParameterStore
 from fxpar.run.updates import OptimizerSteps
@@ -50,11 +55,13 @@ from fxpar.sharding.layout import Sharding
 
 @dataclass
 class Compiled:
-    """A program, what feeds it, and what runs it. pipeline: what runs whole steps of it, if it is cut into stages."""
+    """A program, what feeds it, what runs it, and its first run. pipeline: what runs whole steps of it, if it is cut into
+    stages."""
 
     program: Program
     feed: Feed
     run: Callable[..., Any]
+    start: Start
     pipeline: Pipeline | None = None
 
 
@@ -78,17 +85,18 @@ class Engine:
 
     compile_call: of a function whose first argument is the model: ``(call, layouts, microbatches)`` -> the program of this
     rank, for parameters stored so. backend: a module of `fxpar.backends`, with its `lower` and `stepped`. transport,
-    check_batches: see `fxpar.parallelize`. programs: those that are kept, by what they depend on, newest last.
+    check_batches, padding: see `fxpar.parallelize`. programs: those that are kept, by what they depend on, newest last.
     """
 
     def __init__(self, store: ParameterStore, plan: Plan, compile_call: functools.partial[Program],
-                 backend: ModuleType, transport: str, check_batches: int = CHECKED_EVERY):
+                 backend: ModuleType, transport: str, check_batches: int = CHECKED_EVERY, padding: Padding | None = None):
         self.store, self.plan, self.device = store, plan, store.device
         self._control, self._watch = store.control, store.control.watch
         self.programs: dict[tuple, Program] = {}
         self.compiled: OrderedDict[tuple, Compiled] = OrderedDict()  # the least recently used first
         self.seeds = DropoutSeeds()
         self._compile_call, self._backend, self._transport = compile_call, backend, transport
+        self._padding = padding
         self._lower = functools.partial(backend.lower, runtime=store.runtime, plan=plan)
         self._in_steps = functools.partial(backend.stepped, runtime=store.runtime, plan=plan)
         self._first: Program | None = None
@@ -107,7 +115,7 @@ class Engine:
     def copied(self, store: ParameterStore) -> Engine:
         """An engine that runs the model of another store as this one runs its own; it has captured nothing yet."""
         compile_call = functools.partial(self._compile_call.func, store.model, *self._compile_call.args[1:])
-        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.every)
+        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.every, self._padding)
         new.seeds = dataclasses.replace(self.seeds)
         return new
 
@@ -157,7 +165,8 @@ class Engine:
                              "its forward, before that of what computed the input; detach() it, put what computes it into the "
                              "model, or use a plan without pp")
         try:
-            made = (pipeline.train if grad else pipeline.evaluate)(self._parts(compiled, named, seed), seed)
+            step, parts = pipeline.train if grad else pipeline.evaluate, self._parts(compiled, named, seed)
+            made = compiled.start.run(lambda: step(parts, seed), STEP)
         except Exception as error:
             self._watch.fail_all(error)  # the other ranks wait for what this one was to send
             raise
@@ -204,7 +213,8 @@ class Engine:
         if torch.is_grad_enabled():
             microbatch = self._steps.microbatch(program, last, lambda: compiled.feed(named))
         run = compiled.run if microbatch is None else microbatch.run
-        outs = self._edges.leave(program, run(*compiled.feed(named, microbatch, seed)), crossing)
+        given = compiled.feed(named, microbatch, seed)
+        outs = compiled.start.run(lambda: self._edges.leave(program, run(*given), crossing))
         self._tell_of_backward(outs)
         return outs
 
@@ -226,10 +236,11 @@ class Engine:
             microbatches.require_divides(named, self._batch_dims(named), count)
 
     def newest(self) -> Program:
-        """The program that was captured last."""
+        """The program that was captured last; of those that train, if there are any."""
         if not self.programs:
             raise InputError("this copy of a parallel module was not called yet: there is no program to report on")
-        return list(self.programs.values())[-1]
+        made = list(self.programs.values())
+        return next((p for p in reversed(made) if p.training), made[-1])
 
     def stages(self, program: Program) -> list[Stage]:
         """What a program is cut into; nothing without a pipeline."""
@@ -249,18 +260,14 @@ class Engine:
                last: bool) -> tuple[dict[str, Any], Compiled, Callable[[], Any]]:
         """The leaves of a call as its program takes them, and what `_lookup` returns for it. name: what is called. count: of
         microbatches."""
+        call = self._call(name, args, kwargs)
         while True:
-            try:
-                self.store.require_filled()
-                call = calls.canonical(self.store.model, args, kwargs)
+            with self._failing_together():
                 self._require_divides(call, count)
                 prepared = self._numbers.prepared(call)
                 named = with_full_outputs(calls.leaves(prepared))
                 key = *self._captured(named, count), torch.is_grad_enabled()
                 batch, weights = self._batches.due(named), self._drift.due()
-            except Exception as error:
-                self._control.fail(error)
-                raise
             compared = *key, *self._circumstances(calls.leaves(call), last)
             await_agreement = agree_on_call(self._control, name, compared, self._names, [*batch, *weights],
                                             functools.partial(self._judge, len(batch)))
@@ -269,6 +276,35 @@ class Engine:
             except (CaptureError, UnsupportedOperator):
                 if not self._numbers.refused():
                     raise
+
+    def _call(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> calls.Call:
+        """A call in its canonical form. Where it is padded, all replicas' are as long as the longest."""
+        with self._failing_together():
+            self.store.require_filled()
+            call = positional, batch = calls.canonical(self.store.model, args, kwargs)
+            if self._padding is None:
+                return call
+            if positional:
+                raise InputError("padding needs the names of inputs, and this model's forward takes them by position alone: pad "
+                                 "them before the call (fxpar.pad)")
+            lengths = self._padding.lengths(batch)
+        lengths = self._control.longest(name, lengths)
+        with self._failing_together():
+            try:
+                return calls.canonical(self.store.model, (), self._padding.padded(batch, lengths))
+            except InputError as error:
+                if self._padding.mask in (None, *batch):
+                    raise
+                raise InputError(f"{error} (the mask of what was padded; a causal model needs none: mask=None)") from error
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Around what one rank alone may fail at, in the place of a comparison: the others then raise, too."""
+        try:
+            yield
+        except Exception as error:
+            self._control.fail(error)
+            raise
 
     def _circumstances(self, passed: Mapping[str, Any], last: bool) -> tuple:
         """What ranks are to have in common besides what a captured program depends on; see `PARTS` of `fxpar.run.agreement`."""
@@ -304,11 +340,12 @@ class Engine:
         captured = _of_all(captured, of_kinds)
         key = (*captured, torch.is_grad_enabled())
         if key not in self.compiled:
+            told = f"{'compiling for the' if captured in self.programs else 'new'} {_shape(named)}"
             if captured not in self.programs:
                 if self.programs and captured[PARTS] != next(reversed(self.programs))[PARTS]:
                     self.store.relocate()
                 self.store.describe_absent()
-                with agree_on_program(control) as made:
+                with stage(told), agree_on_program(control) as made:
                     with self.store.all_parameters():
                         made.append(self._numbers.checked(self._compile_call(call, self.store.layouts, count)))
                     self._left.add(made[0], captured[:-1])
@@ -317,7 +354,7 @@ class Engine:
                 captured = _of_all(self._captured(named, count), of_kinds)
                 key = (*captured, torch.is_grad_enabled())
                 self.programs[captured] = made[0]
-            with self._watch.busy("compiling"):
+            with self._watch.busy("compiling"), stage(told):
                 self.compiled[key] = self._compile(self.programs[captured], named)
         self.compiled.move_to_end(key)
         return self.compiled[key], late
@@ -358,15 +395,18 @@ class Engine:
     def _compile(self, program: Program, named: dict[str, Any]) -> Compiled:
         self.store.runtime.prepare(program.module)
         feed = Feed(program, self.store.places, self._steps.gradients, self.device)
+        start = Start(program, named, len(self.programs))
         if self.plan.pp > 1:
-            pipeline = Pipeline(program, self.stages(program), self._schedule(), self.store, self._in_steps)
-            return Compiled(program, feed, _nothing, pipeline)
+            pipeline = start.lower(lambda later: Pipeline(program, self.stages(program), self._schedule(), self.store,
+                                                          self._in_steps))
+            return Compiled(program, feed, _nothing, start, pipeline)
         if program.microbatches is not None:
             named = microbatches.parts(program, feed, named, 0, self.store.runtime)[0]
-        run = self._lower(program.module, feed(named))
+        example = feed(named)
+        run = start.lower(lambda later: self._lower(program.module, example, later=later))
         if self.device.type == "cuda":
             gc.collect()  # what compiling leaves behind: now, and not in the middle of a step
-        return Compiled(program, feed, run)
+        return Compiled(program, feed, run, start)
 
     def _schedule(self) -> Schedule:
         plan = self.plan
@@ -417,6 +457,12 @@ class Engine:
 def _of_all(captured: tuple, of_kinds: tuple[int, ...]) -> tuple:
     """What a captured program depends on, with what is trained on ranks of all kinds, where there are several."""
     return (*captured[:TRAINED], (captured[TRAINED], of_kinds), *captured[TRAINED + 1 :]) if of_kinds else captured
+
+
+def _shape(named: Mapping[str, Any]) -> str:
+    """Of a call: that of its first tensor, for people."""
+    first = next((tuple(x.shape) for x in named.values() if isinstance(x, Tensor)), ())
+    return f"shape {first}"
 
 
 def _nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fxpar import compat
 from fxpar.errors import InputError, PlanError
+from fxpar.program import Program
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
-from fxpar.run import optimizers, whole
+from fxpar.report.timings import INITIALISING
+from fxpar.run import optimizers, sums, whole
 from fxpar.run.clip import clip_grad_norm
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
@@ -82,12 +85,14 @@ class ParallelModule(nn.Module):
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
         optimizers.watch()
+        sums.read_whole()
         self._sync, self._gathered = True, False
         self.forward = whole.with_signature(self.forward, model)  # type: ignore[method-assign]
         self._made = True
 
     @property
     def mesh(self) -> DeviceMesh:
+        """The ranks that this module's parameters are DTensors on; under pp, those that hold the same stages."""
         return self.parameter_store.bound.device_mesh
 
     @property
@@ -218,9 +223,10 @@ class ParallelModule(nn.Module):
             store.control.together(lambda: self._init_weights(seed))
 
     def _init_weights(self, seed: int) -> None:
-        store = self.parameter_store
+        store, begin = self.parameter_store, time.perf_counter()
         with store.control.watch.busy("initialising"), store.all_parameters():
             init_weights(self._model, seed, store.layouts, store.bound, self.device, store.elsewhere)
+        self._engine.newest().timings[INITIALISING] = time.perf_counter() - begin
 
     def require_alike(self) -> None:
         """Compare what several ranks hold alike: parameters that are not split over all of them, and buffers. All ranks call.
@@ -257,7 +263,8 @@ class ParallelModule(nn.Module):
         device = self.device if offload is None else torch.device(offload)
         control = self.parameter_store.control
         with control.watch.call("gathered"):
-            control.agree("gathered", {"submodule": type(part).__name__, "rank0_only": rank0_only, "offload": offload,
+            where = next((path for path, m in self._model.named_modules() if m is part), type(part).__name__)
+            control.agree("gathered", {"submodule": where, "rank0_only": rank0_only, "offload": offload,
                                        "write_back": write_back})
         with gathered(self.parameter_store, part, rank0_only, device, write_back) as plain:
             self._gathered = True
@@ -289,12 +296,20 @@ class ParallelModule(nn.Module):
                          "with module.gathered(rank0_only=True, offload=\"cpu\") as model: model and torch.save(model, path)")
 
     def report(self) -> Report:
-        """What the newest program does: layouts, collectives, memory, and the stages of a pipeline."""
+        """What the newest program that trains does: layouts, collectives, memory, the stages of a pipeline, and where the
+        time went on the way to its first step (`timings`).
+
+        Of several shapes it is the last that was new; where there was no training, an evaluation.
+        """
         program = self._engine.newest()
         return report_of(program, self._engine.stages(program))
 
+    def newest_program(self) -> Program:
+        """The program that `report` describes: another one when the module was called in a new way."""
+        return self._engine.newest()
+
     def print_readable(self) -> str:
-        """Print (and return) the newest local program as annotated Python."""
+        """Print (and return) the local program that `report` describes, as annotated Python."""
         text = readable(self._engine.newest())
         print(text)
         return text

@@ -41,7 +41,8 @@ class Pipeline:
         self.program, self.schedule, self.store = program, schedule, store
         self.across, self.rank = store.bound.across, store.bound.kind
         self.stages = {s: stages[s] for s in schedule.stages_of(self.rank)}
-        self.runners = {s: StageOfRank(stage, store, in_steps, schedule.splits(s)) for s, stage in self.stages.items()}
+        self.runners = {s: StageOfRank(stage, store, in_steps, schedule.splits(s), f"{k} of {len(self.stages)}")
+                        for k, (s, stage) in enumerate(self.stages.items(), 1)}
         self.loss = loss_among(program)
         self.makers = {output: stage.index for stage in stages for output in stage.outputs}
         self._graded: dict[str, bool] = {}

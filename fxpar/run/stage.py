@@ -12,6 +12,7 @@ from fxpar import compat
 from fxpar.backends.stepped import SavedForBackward, SavedForWeightGradients, Stepped
 from fxpar.passes.partition.phases import Boundary, Compute, split_phases
 from fxpar.passes.strategies.stages import Stage
+from fxpar.progress import stage as told
 from fxpar.run.feed import Feed
 from fxpar.run.gradients import UnreducedGradients
 from fxpar.run.store import ParameterStore
@@ -25,12 +26,12 @@ class StageOfRank:
 
     Parameters are unsharded once a step, and gradients reduced once, where the plan keeps that (see
     `fxpar.passes.partition.phases`); under zero=3 every microbatch gathers and reduces. splits: whether the schedule runs the
-    backward in two halves; else it is compiled as one. grads: name -> the gradient of this rank's part of a parameter, of the
-    step so far.
+    backward in two halves; else it is compiled as one. number: what it is called while it
+    is compiled. grads: name -> the gradient of this rank's part of a parameter, of the step so far.
     """
 
-    def __init__(self, stage: Stage, store: ParameterStore, in_steps: InSteps, splits: bool):
-        self.stage, self.program, self.store, self.in_steps = stage, stage.program, store, in_steps
+    def __init__(self, stage: Stage, store: ParameterStore, in_steps: InSteps, splits: bool, number: str = ""):
+        self.stage, self.program, self.store, self.in_steps, self.number = stage, stage.program, store, in_steps, number
         plan, mesh = self.program.plan, self.program.mesh
         keeps = mesh.size(*mesh.data) > 1 and not plan.gathers_each_use
         self.phases = split_phases(self.program) if keeps else None
@@ -138,7 +139,8 @@ class StageOfRank:
         if name not in self._made:
             with torch.enable_grad():
                 early = [] if name != "compute" else self.received if self.splits else range(len(example))
-                self._made[name] = self.in_steps(graph, example, early=early)
+                with told(f"compiling stage {self.number or self.stage.index}: {name}"):
+                    self._made[name] = self.in_steps(graph, example, early=early)
         return self._made[name]
 
 

@@ -18,7 +18,7 @@ from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.errors import InputError, MismatchError
 from fxpar.model import identity
 from fxpar.program import Program
-from fxpar.run import storage
+from fxpar.run import alone, storage
 from fxpar.run.feed import ModuleSlot
 from fxpar.sharding.facts import full_value, sharding_at
 from fxpar.sharding.layout import Sharding
@@ -97,6 +97,7 @@ class ParameterStore:
                 self.places |= {_name(path, key): (table, key) for key in table}
         identity.take_over([(old, new) for old, new in made.values() if new is not None])
         identity.give_up([old for old, new in made.values() if new is None])
+        alone.guard(self.model)
 
     def copied(self, memo: dict[int, Any]) -> ParameterStore:
         """A store of a copy of the model, on the same ranks and in the same layouts; of one kind of ranks."""
@@ -105,6 +106,7 @@ class ParameterStore:
         for path, module in new.model.named_modules():
             for table in (module._parameters, module._buffers):
                 new.places |= {_name(path, key): (table, key) for key in table}
+        alone.guard(new.model)
         return new
 
     def counted(self) -> dict[nn.Parameter, bool]:
@@ -117,7 +119,8 @@ class ParameterStore:
         for table, key, name in self._absent:
             table[key] = self._standing_in[name]
         try:
-            yield
+            with alone.unguarded(self.model):
+                yield
         finally:
             for table, key, _ in self._absent:
                 table[key] = None

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from fxpar import compat
 from fxpar.errors import InputError, PlanError
 from fxpar.model.hugging_face import OF_WHOLE_MODELS
-from fxpar.run import storage
+from fxpar.run import alone, storage
 from fxpar.run.store import ParameterStore
 
 
@@ -23,20 +23,14 @@ def method(function: Callable, name: str, what: str) -> Callable:
 
     Raises (that method): `InputError` if it is one that needs them whole, or mixes them with plain tensors.
     """
-    way_out = (f"on parameters of which each rank has a part; write `with module.gathered() as model: model.{name}(...)` on all "
-               "ranks: inside, the plain model is there, whole (rank0_only=True, offload=\"cpu\" where no GPU holds it; "
-               "write_back=True for changes to stay)")
+    call = f"model.{name}(...)"
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         if name in OF_WHOLE_MODELS:
-            raise InputError(f"{what}.{name} cannot run {way_out}")
-        try:
+            raise InputError(f"{what}.{name} cannot run {alone.way_out(call)}")
+        with alone.mixing_refused(f"{what}.{name}", call):
             return function(*args, **kwargs)
-        except RuntimeError as error:
-            if "mixed torch.Tensor and DTensor" not in str(error):
-                raise
-            raise InputError(f"{what}.{name} mixes plain tensors with parameters, and cannot run {way_out}") from error
 
     return called
 
@@ -59,7 +53,8 @@ def refuse_wrapping() -> None:
         if (name := frame.f_globals.get("__name__")) in compat.WRAPPERS:
             raise PlanError("model", "ParallelModule", f"is parallel already, and {name} is about to wrap it (which is also what "
                             "Accelerator.prepare and Fabric.setup do): gradients would be reduced twice",
-                            "the parallel module as it is: give prepare or setup the optimizer and the data loader alone")
+                            "the parallel module as it is, or in a loop of Trainer, accelerate or Fabric what "
+                            "fxpar.integrations has for it")
         frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
 
 

@@ -77,7 +77,13 @@ def label(i: int) -> str:
 
 def leaves(dim: Iterable[Factor]) -> list[Factor]:
     """The factors of a dimension as they are now, fully split, major to minor."""
-    return [leaf for f in dim for leaf in f.leaves()]
+    out: list[Factor] = []
+    for f in dim:
+        if f.parent is None and not f.parts:
+            out.append(f)
+        else:
+            out.extend(f.leaves())
+    return out
 
 
 def extent(dim: Iterable[Factor]) -> int:

@@ -40,7 +40,8 @@ def order_on(leaf: Factor, mesh: Mesh) -> Axes:
 
 def axes_on(leaf: Factor, layout: Layout, mesh: Mesh) -> Axes:
     """The axes that split a factor, major to minor."""
-    return tuple(a for a in order_on(leaf, mesh) if layout.get(a) is leaf)
+    held = [a for a, f in layout.items() if f is leaf]
+    return tuple(a for a in order_on(leaf, mesh) if a in held) if held else ()
 
 
 def fits(layout: Layout, leaf: Factor, axis: str, mesh: Mesh) -> bool:
@@ -59,6 +60,8 @@ def is_dealt(leaf: Factor, axis: str, mesh: Mesh) -> bool:
 
 def dealt_to(leaf: Factor, layout: Layout, mesh: Mesh) -> int:
     """The number of ranks that a factor is dealt to, before other axes split what each of them has."""
+    if not leaf.causal:
+        return 1
     axes = axes_on(leaf, layout, mesh)
     dealt = [a for a in axes if is_dealt(leaf, a, mesh)]
     assert dealt == list(axes[: len(dealt)]), f"{leaf} is split over {axes} before it is dealt over {dealt}"

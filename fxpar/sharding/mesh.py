@@ -214,7 +214,8 @@ class BoundMesh:
             else:
                 groups = [[kind * self.mesh.world_size + rank for rank in group]
                           for kind in range(self.kinds) for group in self.mesh.groups(axes)]
-                self._groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(groups)
+                self._groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(
+                    groups, group_desc=f"fxpar {'+'.join(axes)}")
         return self._groups[axes]
 
     def among(self, kinds: tuple[int, ...]) -> torch.distributed.ProcessGroup:
@@ -230,6 +231,11 @@ class BoundMesh:
         made = (self.across, *self._groups.values(), *self._exchange_groups.values(), *self._among.values())
         return [g for g in made if isinstance(g, torch.distributed.ProcessGroup)]  # it is no member of others
 
+    def group_names(self) -> list[tuple[str, Axes, str]]:
+        """The names of the groups over axes that were made so far, those by which rows go to experts apart, in order of axes."""
+        kinds = (("group", self._groups), ("exchange", self._exchange_groups))
+        return [(kind, axes, groups[axes].group_name) for kind, groups in kinds for axes in sorted(groups)]
+
     def exchange_group(self, axes: Axes) -> torch.distributed.ProcessGroup:
         """Another group of the same ranks, by which rows go to experts: what it does waits for no other collective, and on GPUs
         goes first."""
@@ -240,7 +246,8 @@ class BoundMesh:
             options = None
             if self.device_mesh.device_type == "cuda":
                 options = torch.distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-            self._exchange_groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(groups, pg_options=options)
+            self._exchange_groups[axes], _ = torch.distributed.new_subgroups_by_enumeration(
+                groups, pg_options=options, group_desc=f"fxpar exchange {'+'.join(axes)}")
         return self._exchange_groups[axes]
 
     def index(self, axes: Axes) -> int:

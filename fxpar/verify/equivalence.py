@@ -76,8 +76,10 @@ def assert_equivalent(model: nn.Module | Captured, plan: Plan | str | Plans, exa
     from the model than 1.5 times what one device computes in them. Both distances are random, as roundings are; where the first
     ones seem too far, they are taken over `DRAWS` draws, in each of which the parameters are moved by one rounding.
 
-    lowered, backend, transport: see `fxpar.simulate`. With lowered=True the forward and backward graphs are compared that the
-    inductor backend hands over, with backend="inductor" what it makes of them.
+    loss_tolerance, gradient_tolerance: how far the loss, and each gradient, may be from the model's, as a part of it, where the
+    plan computes in the model's dtypes. seed: what dropout draws from. lowered, backend, transport: see `fxpar.simulate`. With
+    lowered=True the forward and backward graphs are compared that the inductor backend hands over, with backend="inductor" what
+    it makes of them.
     Raises: `EquivalenceError` that names the gradient or loss, the first value of the program that differs, its
     layout, the line of the model that made it, and the pass after which it differs.
     """

@@ -20,6 +20,7 @@ from fxpar.passes.strategies.stages import cut_stages
 from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan, require_one_of
 from fxpar.program import Program
+from fxpar.progress import stage
 from fxpar.sharding.facts import sharding_at
 from fxpar.sharding.layout import Sharding
 from fxpar.verify.pipelined import SimulatedPipelinedStep
@@ -85,6 +86,10 @@ class Simulation:
         """
         call = canonical(self.model, args, kwargs)
         program = self.program = self._compile(call)
+        with stage(f"running {self.plan.world_size} ranks in this process"):
+            return self._step(program, call, seed)
+
+    def _step(self, program: Program, call: Call, seed: int) -> StepResult:
         ranks, named = self._ranks_of(program), leaves(call)
         if self.plan.pp == 1:
             return SimulatedStep(self.model, program, ranks, named, seed, self.watch).run()

@@ -59,16 +59,21 @@ class Write:
 @dataclass
 class Recorded:
     """What one forward left behind, as far as it differs from what was there; `names` of the outputs that are beside the model's
-    own (None: a mark). places: where attributes hold tensors, by their ids."""
+    own (None: a mark). places: where attributes hold tensors, by their ids. holders: where the model keeps what it holds."""
 
     writes: list[Write] = field(default_factory=list)
     names: list[str | None] = field(default_factory=list)
     places: dict[int, AttributePlace] = field(default_factory=dict)
+    holders: list[Holder] = field(default_factory=list)
+
+    def held(self) -> list[list[Any]]:
+        """What is in the model's dicts, lists and attributes now, keys included."""
+        return [[*h, *h.values()] if isinstance(h, dict) else list(h) for h in self.holders]
 
 
 @contextlib.contextmanager
 def recorded_attributes(model: nn.Module, traced: TraceGuard, watch: bool = True) -> Iterator[Recorded]:
-    """Inside, the model's forward returns its outputs and a tuple of tensors: those that it stores, then the marks of hooks;
+    """Inside, the model's forward returns its outputs and a tuple of tensors: those that it stores, then the marks in it;
     hooks around it do not run. watch: see what it reads; otherwise (Dynamo traces no watched module) it may have read everything.
 
     Afterwards: attributes are as they were. Raises: `CaptureError` for what cannot be stored again.
@@ -77,6 +82,7 @@ def recorded_attributes(model: nn.Module, traced: TraceGuard, watch: bool = True
     original: Callable = model.forward
     own = {k: v for k, v in model.__dict__.items() if k == "forward"}
     before = _snapshot(model)
+    record.holders = [h.holder for h in before]
     record.places = {id(t): (h.holder, key) for h in before for key, t in h.entries() if isinstance(t, Tensor)}
 
     @functools.wraps(original)
@@ -98,8 +104,8 @@ def recorded_attributes(model: nn.Module, traced: TraceGuard, watch: bool = True
                 h.restore()
         for module, table in buffers:
             _write_buffers(module, table)
-        record.names += [None] * len(traced.hooks)
-        return out, (*tensors, *traced.hooks)
+        record.names += [None] * len(traced.marks)
+        return out, (*tensors, *traced.marks)
 
     model.__dict__["forward"] = forward
     try:
@@ -247,8 +253,9 @@ class _Attributes:
         self.read: set[str] = set()
 
     def now(self) -> Any:
+        kind: Any = type(self.module)
         if isinstance(self.holder, dict):
-            return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(self.module, k)}
+            return {k: v for k, v in self.holder.items() if self.module is None or not _is_own(kind, k)}
         return list(self.holder)
 
     def entries(self) -> list[tuple[Any, Any]]:
@@ -338,9 +345,10 @@ def _snapshot(model: nn.Module) -> list[_Attributes]:
     return list(found.values())
 
 
-def _is_own(module: nn.Module, key: str) -> bool:
+@functools.lru_cache(1 << 16)
+def _is_own(kind: type, key: str) -> bool:
     """Whether it is no attribute of the module's author: PyTorch's modules keep lists of their weights (``_flat_weights``)."""
-    return key in OWN or "_hooks" in key or (key.startswith("_") and type(module).__module__.startswith("torch."))
+    return key in OWN or "_hooks" in key or (key.startswith("_") and kind.__module__.startswith("torch."))
 
 
 def _is_plain(value: Any) -> bool:

@@ -21,12 +21,13 @@ from fxpar import compat
 from fxpar.errors import CaptureError
 from fxpar.model.hugging_face import as_trained, say
 from fxpar.model.inputs import leaves
-from fxpar.model.reads import everything, recorded
+from fxpar.model.reads import Reads, everything, recorded
 from fxpar.passes.canonical.dropout import expand_dropout
 from fxpar.passes.capture.attributes import Recorded, recorded_attributes
 from fxpar.passes.capture.batchnorm import expand_batch_norm
 from fxpar.passes.capture.functions import expand_functions, recorded_functions
 from fxpar.passes.capture.grouped import GroupedProducts
+from fxpar.passes.capture.layers import expand_layers, traced_once
 from fxpar.passes.capture.regions import inline_regions
 from fxpar.passes.capture.traced import TraceGuard, host_draws
 from fxpar.plan import Plan
@@ -58,21 +59,21 @@ def capture(
             model, mode, device, plan.param_dtype) as originals:
         try:
             with recorded() as reads:
-                exported, prefix, record = _export(model, originals, fake_args, fake_kwargs)
+                exported, prefix, record = _export(model, originals, fake_args, fake_kwargs, reads)
         except CaptureError as error:
             if not type(error.__cause__).__module__.startswith("torch._dynamo."):
                 raise
             reads = everything(model)  # what is traced by Dynamo (torch.cond) cannot be watched
-            exported, prefix, record = _export(model, originals, fake_args, fake_kwargs, watch=False)
+            exported, prefix, record = _export(model, originals, fake_args, fake_kwargs, None)
+        if any(compat.is_of_vmap(n.target) for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)
+               for n in m.graph.nodes):
+            exported = _decomposed(exported)
         inline_regions(exported.graph_module)
+        expand_layers(exported)
         expand_batch_norm(exported.graph)
         expand_dropout(exported.graph)
         if any(compat.mutates(n.target) for n in exported.graph.nodes):
-            try:
-                exported = exported.run_decompositions({aten.copy.default: _copy})
-            except Exception as error:
-                _require_shapes(exported.graph)
-                raise _capture_error(error) from error
+            exported = _decomposed(exported)
             inline_regions(exported.graph_module)
         expand_functions(exported.graph_module)
     program = _program(exported, prefix, model, originals, record, plan, mesh)
@@ -92,6 +93,15 @@ def _fake_input(mode: compat.FakeTensorMode, t: torch.Tensor, device: torch.devi
     """dtype: of those that are computed with; a number that is a tensor, which decides of no other's dtype, keeps its own."""
     cast = dtype if t.is_floating_point() and t.dim() else None
     return compat.fake_like(mode, t, device, cast).requires_grad_(t.requires_grad)
+
+
+def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without writes to tensors, and with what `torch.vmap` maps over as a dim like any other."""
+    try:
+        return exported.run_decompositions({aten.copy.default: _copy})
+    except Exception as error:
+        _require_shapes(exported.graph)
+        raise _capture_error(error) from error
 
 
 def _copy(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -153,9 +163,10 @@ def _fake_tensor_of(
 
 
 def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, kwargs: dict[str, Any],
-            watch: bool = True) -> tuple[torch.export.ExportedProgram, str, Recorded]:
+            reads: Reads | None) -> tuple[torch.export.ExportedProgram, str, Recorded]:
     """The exported program, the prefix its names carry ("model." where autocast had to be moved inside), and what the forward
-    left in attributes. (Forward hooks of submodules are part of it; the model's own run around the program.)"""
+    left in attributes. reads: where what it looks at is kept; None: that cannot be seen. (Forward hooks of submodules are part
+    of it; the model's own run around the program.)"""
     _refuse_hooks(model)
     traced = TraceGuard({id(p): _place(model, name) for name, p in originals.items()})
     root, device, prefix = model, next((t.device.type for t in model.parameters()), "cpu"), ""
@@ -163,8 +174,9 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
         model, prefix = _Autocast(model, device, torch.get_autocast_dtype(device)), "model."
     drawn = host_draws()
     try:
-        with recorded_attributes(root, traced, watch) as record, torch.autocast(device, enabled=False), torch.enable_grad(), \
-                compat.checkpoints_inlined(), compat.unchecked_distributions(), recorded_functions(), traced, GroupedProducts():
+        with recorded_attributes(root, traced, reads is not None) as record, traced_once(root, traced, reads, record), \
+                torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), \
+                compat.unchecked_distributions(), recorded_functions(), traced, GroupedProducts():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None
@@ -226,7 +238,7 @@ _CAUSES = {
     "GuardOnDataDependentSymNode": ("control flow that depends on the values of a tensor", _BRANCH),
     "DataDependentOutputException": ("a Python value read out of a tensor (.item(), bool(tensor))", _BRANCH),
     "DynamicOutputShapeException": ("an operator whose output shape depends on values (nonzero, boolean indexing)", _BRANCH),
-    "gen_vmap_plumbing": ("torch.vmap", "write the mapped dimension out, by broadcasting"),
+    "internal functorch error": ("torch.vmap", "write the mapped dimension out, by broadcasting"),
     "Unsupported input type": ("an input of a type that torch.utils._pytree does not know", _INPUT),
     "which is not a known type": ("an output of a type that torch.utils._pytree does not know", _TYPE),
 }
@@ -360,8 +372,13 @@ def _sinks(exported: torch.export.ExportedProgram, prefix: str, record: Recorded
             made = next((n for n in exported.graph.nodes if n.name == out.arg.name), None)
             kind = "parameter" if out.kind is OutputKind.PARAMETER_MUTATION else "input"
             raise CaptureError(f"a forward that writes to the {kind} {out.target}", user_line(made) if made else None,
+                               _RENORMALISE if made and made.target is torch.ops.aten.embedding_renorm.default else
                                "a forward may write to buffers alone: write to a copy, or outside of forward, between steps")
     return sinks, own
+
+
+_RENORMALISE = ("an embedding with max_norm=N scales its table's rows where it looks them up: leave max_norm out, and scale them "
+                "between steps, `with torch.no_grad(): w.mul_(N / w.norm(dim=1, keepdim=True).clamp(min=N))`")
 
 
 def _sink(arg: Any, position: int, beside: int, record: Recorded) -> Sink:

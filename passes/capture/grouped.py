@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from fxpar import compat
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.within import within
+from fxpar.passes.capture.traced import DESCRIPTIONS
 
 HUGGING_FACE = "transformers.grouped_mm_fallback"
 """What Hugging Face's models call where they do not trust PyTorch's. Its backward reads the groups into Python."""
@@ -27,7 +29,9 @@ class GroupedProducts(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if str(func).removesuffix(".default") == HUGGING_FACE or compat.is_grouped_product(func):
+        if func in DESCRIPTIONS:
+            return func(*args, **kwargs)
+        if _is_grouped_product(func):
             x, weights, ends, bias, dtype = _given(NAMES, args, kwargs)
             plain = ends is not None and bias is None and dtype in (None, x.dtype)
             if plain and (x.dim(), weights.dim()) == (2, 3):
@@ -38,6 +42,11 @@ class GroupedProducts(TorchFunctionMode):
                 places = torch.arange(least, device=numbers.device)
                 return (within(numbers, least).unsqueeze(-1) == places).sum(0)
         return func(*args, **kwargs)
+
+
+@functools.lru_cache(4096)
+def _is_grouped_product(func: Any) -> bool:
+    return str(func).removesuffix(".default") == HUGGING_FACE or compat.is_grouped_product(func)
 
 
 BINCOUNT = (("input", "self"), ("weights",), ("minlength",))

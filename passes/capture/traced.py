@@ -6,7 +6,7 @@ import gc
 import random
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,15 @@ REFUSED: dict[Any, tuple[str, str]] = {
 _UNLIKELY = 0x5DEECE66D1B54A32
 """The seed of PyTorch's generator in a trace: a forward that sets one sets another."""
 
+DESCRIPTIONS = frozenset(getattr(torch.Tensor, name).__get__ for name in (
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_sparse", "is_quantized", "is_nested",
+    "is_meta", "is_cpu", "is_cuda", "itemsize", "nbytes",
+)) | {torch.Tensor.size, torch.Tensor.stride, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.storage_offset,
+      torch.Tensor.is_contiguous, torch.Tensor.is_floating_point, torch.Tensor.is_complex}  # fmt: skip
+"""Functions that say of one tensor what a trace knows of it anyway, whichever object it is."""
+
+_NO_TREES = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format}
+
 Places = Mapping[int, tuple[dict[str, Any], str]]
 """Where the model keeps each of its parameters: id -> the module's table and the name in it."""
 
@@ -48,7 +57,8 @@ class TraceGuard(TorchFunctionMode):
 
     ``torch.rand([]) < p`` is answered where it does not depend on the draw: p is 0 or 1 (layer dropping is off). ``x.data``,
     which would be a constant, is `x` detached. A parameter that the forward finds elsewhere than in its module (in a list, a
-    closure, a partial) is the module's: `places` says where that is. ``x.register_hook(f)`` leaves a mark in `hooks`.
+    closure, a partial) is the module's: `places` says where that is. ``x.register_hook(f)`` leaves a mark in `marks`:
+    results that have to be outputs of the trace.
     Raises: `CaptureError` for the functions of `REFUSED`, for a tensor that wants a gradient and is no parameter, for a generator
     of random numbers that is not PyTorch's default one, and for a seed that the forward sets.
     """
@@ -57,7 +67,7 @@ class TraceGuard(TorchFunctionMode):
         super().__init__()
         self.places = places
         self.draws: list[torch.Tensor] = []
-        self.hooks: list[torch.Tensor] = []
+        self.marks: list[torch.Tensor] = []
         self.given: set[int] = set()
         self._made: list[tuple[Any, Any]] = []
         self._imports = _imports()
@@ -73,6 +83,8 @@ class TraceGuard(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in DESCRIPTIONS:
+            return func(*args, **(kwargs or {}))
         if func is torch.Tensor.lt and len(args) == 2 and any(args[0] is d for d in self.draws):
             if isinstance(args[1], int | float) and not 0 < args[1] < 1:
                 return args[1] >= 1
@@ -86,14 +98,14 @@ class TraceGuard(TorchFunctionMode):
         if func == _DATA:
             return args[0].detach()
         if func is torch.Tensor.register_hook:
-            self.hooks.append(record_hook(*args, **kwargs))
+            self.marks.append(record_hook(*args, **kwargs))
             return _Handle()
         if func is torch.Tensor.random_ and len(args) == 3:  # an overload whose name Python does not take: "from"
             return args[0].random_(args[2] - args[1]).add_(args[1])
         made = func(*args, **kwargs)
         if func is torch.rand and made.dim() == 0:
             self.draws.append(made)
-        fakes = [t for t in pytree.tree_leaves(made) if isinstance(t, compat.FakeTensor)]
+        fakes = [t for t in _tensors((made,)) if isinstance(t, compat.FakeTensor)]
         if fakes:
             line = _frame()
             self._made += [(weakref.ref(t), line) for t in fakes]
@@ -111,7 +123,7 @@ class TraceGuard(TorchFunctionMode):
     def require_nothing_kept(self) -> None:
         """Raises: `CaptureError` if somebody still has a tensor that was made, now that the trace is over: it has no values."""
         self.draws.clear()
-        self.hooks.clear()
+        self.marks.clear()
         for generation in (None, 0, 1, 2):  # a full collection takes as long as many captures
             if generation is not None:
                 gc.collect(generation)
@@ -129,7 +141,7 @@ class TraceGuard(TorchFunctionMode):
 
     def _found(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments, with the module's own parameters for those that come from elsewhere."""
-        if not any(_is_foreign(t) for t in pytree.tree_leaves((args, kwargs))):
+        if not any(map(_is_foreign, _tensors((*args, *kwargs.values())))):
             return args, kwargs
         return pytree.tree_map_only(torch.Tensor, self._own, (args, kwargs))
 
@@ -180,8 +192,19 @@ def _where_kept(t: torch.Tensor) -> str:
     return ""
 
 
+def _tensors(values: Iterable[Any]) -> list[Any]:
+    """The leaves of trees that may be tensors; most values are no trees."""
+    out: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            out.append(value)
+        elif type(value) not in _NO_TREES:
+            out += pytree.tree_leaves(value)
+    return out
+
+
 def _is_foreign(t: Any) -> bool:
-    return isinstance(t, torch.Tensor) and t.requires_grad and t.is_leaf and not isinstance(t, compat.FakeTensor)
+    return isinstance(t, torch.Tensor) and not isinstance(t, compat.FakeTensor) and t.requires_grad and t.is_leaf
 
 
 def _imports() -> int:

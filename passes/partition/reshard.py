@@ -43,6 +43,17 @@ class Resharder:
         value = self._to_experts(value, dims, layout, want, user)
         if known.stored is not None:
             value, layout = self._unshard(value, dims, layout, want, user)
+        if layout != {a: f for a, f in want.items() if isinstance(f, Factor)}:
+            value = self._rearranged(value, dims, layout, want, grad, user)
+        vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in self._varied(value))
+        if not vary or not grad:
+            return value
+        if local_value(value).reduce_dtype is not None:
+            return self._vary_as(value, dims, layout, vary, user)
+        return self._emit(Collective("vary", value, vary), user, dims, layout)
+
+    def _rearranged(self, value: fx.Node, dims: Dims, layout: Layout, want: Want, grad: bool, user: fx.Node) -> fx.Node:
+        """`value` with the axes on the factors where they are wanted, and on no others."""
         value = self._exchanged(value, dims, layout, want, grad, user)
         while leaving := [a for a in layout if not self._stays(layout, want, a)]:
             axis = next(a for a in reversed(self.mesh.names) if a in leaving and self._is_last(layout, a))
@@ -50,12 +61,7 @@ class Resharder:
         while coming := {a: f for a, f in want.items() if isinstance(f, Factor) and a not in layout}:
             axis = next(a for a in self.mesh.names if a in coming and axes_on(coming[a], coming, self.mesh)[0] == a)
             value = self.shard(value, dims, layout, axis, coming[axis], user)
-        vary = tuple(a for a in self.mesh.names if want.get(a) is True and a not in self._varied(value))
-        if not vary or not grad:
-            return value
-        if local_value(value).reduce_dtype is not None:
-            return self._vary_as(value, dims, layout, vary, user)
-        return self._emit(Collective("vary", value, vary), user, dims, layout)
+        return value
 
     def sorted_by(self, share: Factor, experts: fx.Node) -> None:
         """The rows that have this share are in the order of these experts."""

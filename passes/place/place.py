@@ -341,12 +341,14 @@ def _note_unsplit(program: Program, placed: Placements, prefs: list[Preference])
     for node, source in program.source_of().items():
         if source.kind != "param":
             continue
+        layout = placed.layouts[node]
         for i, dim in enumerate(dims_of(node)):
+            split = {axis for axis, leaf in layout.items() if leaf in leaves(dim)}
             for leaf in leaves(dim):
                 pref = next((p for p in prefs if p.role == leaf.role and not p.beside), None)
                 axes = program.mesh.axes(pref.strategy) if pref else ()
                 n = program.mesh.size(*axes)
-                if n > 1 and leaf.size % n and leaf not in placed.layouts[node].values() and leaf.size > 1:
+                if n > 1 and leaf.size % n and leaf.size > 1 and split.isdisjoint(axes):
                     program.note(
                         f"{pref.role} {leaf.size} (dim {i} of {source.name}) does not divide by "
                         f"{pref.strategy}={n}: left replicated"

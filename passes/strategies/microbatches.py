@@ -175,10 +175,12 @@ def _estimate(program: Program, values: Classification, count: int) -> None:
 
 def _correct_variances(program: Program, parts: Callable[[fx.Node], int]) -> None:
     """Spell the corrections of variances, each by the number of rows that it is taken from: one of so many parts of the batch."""
-    for node in program.graph.find_nodes(op="call_function", target=unbiased):
+    found = program.graph.find_nodes(op="call_function", target=unbiased)
+    for node in found:
         variance, rows = node.args
         node.target, node.args = aten.mul.Tensor, (variance, correction(rows // parts(node)))
-    program.module.recompile()
+    if found:
+        program.module.recompile()
 
 
 def _describe(new: fx.Node, old: fx.Node, at: fx.Node) -> None:

@@ -24,7 +24,7 @@ def average_replicas(program: Program) -> Program:
     Takes: a partitioned program. Afterwards: along every axis that a trained parameter is replicated over in storage, its
     gradients are communicated last: summed, scattered or gathered, or else averaged by `collectives.average`.
     """
-    mesh = program.mesh
+    mesh, changed = program.mesh, False
     for node, source in program.source_of().items():
         if source.kind != "param" or not source.requires_grad or not program.training:
             continue
@@ -37,7 +37,9 @@ def average_replicas(program: Program) -> Program:
                 alike.setdefault(axes, []).append(user)
         for axes, users in alike.items():
             _average(program.graph, node, axes, users, (shard_shape(sharding_at(node), mesh), full_value(node).dtype))
-    program.module.recompile()
+            changed = True
+    if changed:
+        program.module.recompile()
     return program
 
 

@@ -374,6 +374,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "a barrier instead of a step": mistake(step=at(1, lambda p, s: dist.barrier(), "step")),
     "full_tensor on one rank": mistake("dp=2,zero=3", evaluate=at(
         1, lambda p, s: p.module.get_parameter("up.weight").full_tensor(), "evaluate")),
+    "the number of a penalty on one rank": mistake("tp=2", evaluate=at(
+        1, lambda p, s: sum(q.square().sum() for q in p.module.parameters()).item(), "evaluate")),
     "an exception, and the rank waits": mistake(begin=at(1, lambda p, s: leave(p), "begin")),
     "a rank that is slow": mistake(begin=at(1, hold(1.5), "begin")),
     "a rank that is slow in its backward": mistake(backward=slowly("backward", 1.5)),

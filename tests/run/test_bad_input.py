@@ -86,13 +86,6 @@ class Renormalises(Net):
         return self.linear(table).sum()
 
 
-class Vmaps(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        n = x.shape[0]
-        above = torch.vmap(lambda q: q.new_ones([]) + q)(torch.arange(n))  # vmaps
-        return self.linear(x).add_(1).sum() * above.sum()
-
-
 class Draws(Net):
     def __init__(self, draw):
         super().__init__()
@@ -199,8 +192,7 @@ def test_a_random_operator_is_named_with_its_line_and_a_way_out():
 @pytest.mark.parametrize("model, mark, what, way_out", [
     (Branch, "branch", "control flow", "torch.where"),
     (Selects, "selects", "shape depends on values", "torch.where"),
-    (Renormalises, "renormalises", "writes to the parameter linear.weight", "between steps"),
-    (Vmaps, "vmaps", "torch.vmap", "broadcasting"),
+    (Renormalises, "renormalises", "writes to the parameter linear.weight", "max_norm out, and scale them between steps"),
     (SelectsAndWrites, "keeps", "shape depends on values", "torch.where"),
 ])  # fmt: skip
 def test_what_depends_on_values_is_named_with_its_line(model, mark, what, way_out):

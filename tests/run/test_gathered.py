@@ -23,11 +23,12 @@ class Net(nn.Module):
     def __init__(self, loss=True):
         super().__init__()
         self.up, self.norm, self.down, self.head = nn.Linear(8, 32), nn.LayerNorm(8), nn.Linear(32, 8), nn.Linear(8, 4)
+        self.blocks = nn.Sequential(self.up, nn.GELU(), self.down)
         self.register_buffer("scale", torch.ones(8))
         self.loss = loss
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.down(F.gelu(self.up(x)))) * self.scale
+        return self.norm(x + self.blocks(x)) * self.scale
 
     def classes(self) -> int:
         return self.head.out_features
@@ -121,6 +122,16 @@ def says_what_needs_it_whole(rank: int, pair: Pair) -> None:
     with pytest.raises(InputError, match=r"Net\.encode mixes plain tensors.*with module\.gathered\(\) as model: model\.encode"):
         module.encode(pair.x)
     assert module.classes() == 4
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"Net\.norm mixes plain tensors.*with module\.gathered\(\) as model: model\.norm\("):
+            module.norm(pair.x)
+        with pytest.raises(InputError, match=r"Net\.blocks mixes plain tensors.*model\.blocks\(.*"):
+            module.blocks(pair.x)
+        assert torch.equal(module.blocks[1](pair.x), F.gelu(pair.x)) and pair.agree()
+    with module.gathered() as model:
+        assert close(model.blocks(pair.x), pair.plain.blocks(pair.x)) and close(module.norm(pair.x), pair.plain.norm(pair.x))
+    with pytest.raises(InputError, match=r"Net\.norm mixes"):
+        copy.deepcopy(module).norm(pair.x)
 
 
 def takes_full_state_dicts(rank: int, pair: Pair) -> None:
@@ -151,11 +162,41 @@ def averages_weights(rank: int, pair: Pair) -> None:
 
 
 def has_gradients_of_penalties(rank: int, pair: Pair) -> None:
+    numbers = []
     for model, rows in ((pair.module, pair.mine()), (pair.plain, [pair.x, pair.y])):
         model.zero_grad()
-        (model(*rows) + 0.1 * sum(p.pow(2).sum() for p in model.parameters())).backward()
+        loss = model(*rows) + 0.1 * sum(p.pow(2).sum() for p in model.parameters()) + model.down.weight.norm(dim=1).sum()
+        loss.backward()
+        numbers.append([loss.item(), float(loss.detach() + 0), float(f"{loss:.6e}")])
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
     for p, q in zip(pair.module.parameters(), pair.plain.parameters(), strict=True):
         assert close(p.grad.full_tensor(), q.grad)
+
+
+def has_numbers_of_parameters(rank: int, pair: Pair) -> None:
+    """Whatever is made of parameters, and added up, and put beside plain numbers."""
+    makers = (lambda p: p.sum(), lambda p: p.abs().mean(), lambda p: p.norm(), lambda p: p.norm(3) ** 3, lambda p: p.max(),
+              lambda p: p.min(), lambda p: (p > 0).sum(), lambda p: p.std(), lambda p: p.isnan().any(), lambda p: p.flatten()[-1],
+              lambda p: (p * p).sum().sqrt(), lambda p: p.norm(dim=0).sum(), lambda p: p.norm(dim=-1).sum(),
+              lambda p: (p * 2).square().mean() + torch.tensor(0.5), lambda p: torch.stack([p.norm(), -p.max()]).sum())
+    pair.module.load_state_dict(pair.plain.state_dict())
+    for number, make in enumerate(makers):
+        have, want = ([make(p.detach()) for p in m.parameters()] for m in (pair.module, pair.plain))
+        for a, b in zip([*have, sum(map(Tensor.float, have))], [*want, sum(map(Tensor.float, want))], strict=True):
+            assert a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6), number
+            assert bool(a > b + 0.1) is bool(a + 0.1 < b) is False
+
+
+def says_who_reads_a_number_alone(rank: int, pair: Pair) -> None:
+    penalty = sum(p.pow(2).sum() for p in pair.module.parameters())
+    if not any(place.is_partial() for place in penalty.placements):
+        return
+    with pytest.raises(MismatchError, match=r"rank 0 item\(\) of a sum over.*full_tensor\(\)`\), rank 1 "):
+        if rank == 0:
+            penalty.item()
+        else:
+            pair.module(*pair.mine())
+    assert pair.agree()
 
 
 def meets_plain_labels(rank: int, pair: Pair) -> None:
@@ -179,14 +220,16 @@ def meets_plain_labels(rank: int, pair: Pair) -> None:
 
 
 CHECKS = (is_there_for_a_while, keeps_what_rank_0_wrote, ends_on_all_ranks, says_what_needs_it_whole, takes_full_state_dicts,
-          averages_weights, has_gradients_of_penalties)
+          averages_weights, has_gradients_of_penalties, says_who_reads_a_number_alone)
 UNDER_TP = (*CHECKS, meets_plain_labels)
+SLOW = (*CHECKS, has_numbers_of_parameters)
 
 
 def checks(rank, text, names):
     pair = Pair(text)
-    for check in (check for check in UNDER_TP if check.__name__ in names):
-        check(rank, pair)
+    for check in dict.fromkeys((*UNDER_TP, *SLOW)):
+        if check.__name__ in names:
+            check(rank, pair)
 
 
 def names_of(*checks):
@@ -198,9 +241,9 @@ def test_a_module_besides_its_steps():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["dp=2", "dp=2,zero=1", "dp=2,zero=3"])
+@pytest.mark.parametrize("text", ["tp=2", "dp=2", "dp=2,zero=1", "dp=2,zero=3"])
 def test_a_module_besides_its_steps_under_other_plans(text):
-    launch(2, checks, text, names_of(*CHECKS))
+    launch(2, checks, text, names_of(*SLOW))
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ dims of one letter cannot be the same: each operand holds its own whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +82,10 @@ class Op:
         self.node = node
         self.factors = factors
         self.target: Any = node.target
-        self.args = bind(node)
+
+    @functools.cached_property
+    def args(self) -> dict[str, Any]:
+        return bind(self.node)
 
     def __getitem__(self, name: str) -> Any:
         return self.args.get(name)

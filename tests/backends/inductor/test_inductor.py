@@ -18,6 +18,8 @@ from fxpar.backends.inductor import buckets, casts, overlap
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.transport.base import Transport
 from fxpar.ops import collectives
+from fxpar.passes.capture import capture
+from fxpar.sharding import deal
 from tests.graphs import Made, local_feed, runtime_of, schedule
 from tests.processes import launch
 
@@ -76,8 +78,13 @@ def test_garbage_is_collected_as_before_compiling(often, monkeypatch):
     assert inside == [{700: (10_000, 10, 100)}.get(often[0], often)]
 
 
-def test_one_process_equals_eager():
-    same(two_steps(0, "dp=1", "inductor"), two_steps(0, "dp=1", "eager"))
+def test_one_process_equals_eager_and_a_second_module_finds_what_the_first_compiled():
+    want = two_steps(0, "dp=1", "eager")
+    same(two_steps(0, "dp=1", "inductor"), want)
+    before = compat.cache_counts()
+    same(two_steps(0, "dp=1", "inductor"), want)
+    after = compat.cache_counts()
+    assert {word: after[word] - before[word] for word in after if after[word] != before[word]} == {"hit": 1, "graph hit": 2}
 
 
 @pytest.mark.multiproc
@@ -114,9 +121,9 @@ def test_compiled_graphs_communicate(two_ranks, monkeypatch, plan, forward, back
     model, batch = net()
     program = fxpar.compile_program(model, plan, batch)
     runtime, feed = runtime_of(program), local_feed(program, model, batch)
-    with torch._inductor.utils.fresh_cache():  # a cached graph would not be scheduled again
-        (loss,) = inductor.lower(program.module, feed, runtime, program.plan)(*feed)
-        loss.backward()
+    monkeypatch.setattr(inductor, "key_of", lambda *args: None)  # a cached graph would not be scheduled again
+    (loss,) = inductor.lower(program.module, feed, runtime, program.plan)(*feed)
+    loss.backward()
     assert graphs == [forward, backward]
 
 
@@ -133,15 +140,20 @@ def test_what_was_compiled_is_found_by_its_passes_and_their_options():
               key("dp=2,zero=3,overlap_grad_reduce=false")[1], key("dp=2,zero=3,overlap_param_gather=false")[1]]
     assert len(set(halves)) == len(halves)
     assert key()[0] == key("dp=2,zero=3", copies)[0] != key("dp=2,zero=3,recompute=full")[0]
+    assert not set(key()) & set(key(key="that of a graph"))
 
 
-@pytest.mark.parametrize("module", [compat, casts, overlap, collectives])
-def test_what_was_compiled_is_not_found_once_a_source_has_changed(module, tmp_path, monkeypatch):
+KERNEL = Path(collectives.__file__).parent / "kernels" / "flash.py"
+
+
+@pytest.mark.parametrize("source", [compat.__file__, casts.__file__, overlap.__file__, collectives.__file__, deal.__file__,
+                                    capture.__file__, str(KERNEL)], ids=lambda source: Path(source).stem)
+def test_what_was_compiled_is_not_found_once_a_source_has_changed(source, tmp_path, monkeypatch):
     files, before = inductor._sources(), key()
-    assert module.__file__ in files
+    assert source in files
     changed = tmp_path / "changed.py"
-    changed.write_text(Path(module.__file__).read_text() + "# changed")
-    monkeypatch.setattr(inductor, "_sources", lambda: [str(changed) if f == module.__file__ else f for f in files])
+    changed.write_text(Path(source).read_text() + "# changed")
+    monkeypatch.setattr(inductor, "_sources", lambda: [str(changed) if f == source else f for f in files])
     assert not set(key()) & set(before)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxpar
 from fxpar.sharding.factors import leaves
@@ -143,6 +144,15 @@ def test_heads_that_do_not_divide_leave_attention_replicated(name):
     assert not split(report)
     if name != "one head":
         assert any(re.match(r"heads 3 .* does not divide by tp=2: left replicated", n) for n in report.notes)
+
+
+def test_groups_of_heads_that_are_split_are_not_called_replicated():
+    """Six heads of queries are three to each of two heads of keys, which two ranks share out."""
+    config = LlamaConfig(hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2,
+                         vocab_size=16, use_cache=False)
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    report = fxpar.inspect(LlamaForCausalLM(config), "tp=2", {"input_ids": ids, "labels": ids})
+    assert split(report) and not report.notes
 
 
 @pytest.mark.parametrize("name", ["llama", "eager", "merged", "einsum", "function"])

@@ -1,0 +1,150 @@
+"""Loops through accelerate and Fabric: a step, its accumulation, a checkpoint and what follows it are those of plain PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxpar
+from tests.integrations.training import BATCH, as_torchrun, batch, build, close, parallel, rows, weights
+from tests.processes import launch
+
+pytestmark = [pytest.mark.integrations, pytest.mark.multiproc]
+Line = tuple[float, float, float]
+"""Loss of a step's second batch, norm of its gradients, learning rate."""
+
+
+def schedule(opt: torch.optim.Optimizer, of_step: int = 1) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step / of_step))
+
+
+def plain(order: list[list[int]]) -> list[Line]:
+    model = build()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    rates, data, lines = schedule(opt), rows(), []
+    for number, numbers in enumerate(order):
+        loss = model(**batch([data[i] for i in numbers])).loss
+        (loss / 2).backward()
+        if number % 2:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            lines.append((loss.item(), norm.item(), rates.get_last_lr()[0]))
+            opt.step()
+            rates.step()
+            opt.zero_grad()
+    return lines
+
+
+def in_order() -> list[list[int]]:
+    return [[*range(BATCH * number, BATCH * (number + 1))] for number in range(6)]
+
+
+def with_accelerate(rank: int, plan: str, folder: Path) -> dict[str, Any]:
+    from fxpar.integrations.accelerate import Accelerator
+
+    as_torchrun(rank)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    with pytest.raises(fxpar.InputError, match="prepare the parallel module first"):
+        accelerator.prepare(torch.utils.data.DataLoader(rows()))
+    with pytest.raises(fxpar.InputError, match="is a plain module"):
+        accelerator.prepare(build())
+    model = parallel(build(), plan)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    loader = torch.utils.data.DataLoader(rows(), batch_size=BATCH // model.replica.count)
+    model, opt, loader, rates = accelerator.prepare(model, opt, loader, schedule(opt, model.replica.count))
+    lines: list[Line] = []
+
+    def train(batches: Any, save_after: int = -1) -> None:
+        for number, inputs in enumerate(batches):
+            with accelerator.accumulate(model):
+                loss = model(**inputs).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                    lines.append((loss.item(), norm.item(), rates.get_last_lr()[0]))
+                opt.step()
+                rates.step()
+                opt.zero_grad()
+            if number == save_after:
+                accelerator.save_state(str(folder / "state"))
+
+    train(loader, save_after=3)
+    accelerator.save_model(model, folder / "model")
+    accelerator.load_state(str(folder / "state"))
+    train(accelerator.skip_first_batches(loader, 4))
+    with pytest.raises(fxpar.InputError, match=r"without model\.embed_tokens\.weight"):
+        accelerator.clip_grad_norm_([*model.parameters()][1:], 1.0)
+    state = accelerator.get_state_dict(model)
+    return {"lines": lines, "count": accelerator.num_processes, "sum": accelerator.reduce(torch.ones(2)).tolist(),
+            "gathered": accelerator.gather(torch.tensor([accelerator.process_index])).tolist(), "state": len(state)}
+
+
+@pytest.mark.parametrize("plan", ["dp=2,zero=3", "dp=2,tp=2"])
+def test_accelerate(tmp_path, plan):
+    ranks = fxpar.Plan.parse(plan)
+    want = plain(in_order())
+    for rank, out in enumerate(launch(ranks.dp * ranks.tp, with_accelerate, plan, tmp_path)):
+        close(out["lines"], [*want, want[-1]])
+        assert (out["count"], out["sum"], out["gathered"]) == (2, [2.0, 2.0], [0, 1])
+        assert out["state"] == (21 if rank == 0 else 0)
+    assert set(weights(tmp_path / "model")) == {name for name, _ in build().named_parameters()}
+
+
+def of_replicas(plan: fxpar.Plan) -> list[list[int]]:
+    """Replicas take turns, row by row, as those of a `DistributedSampler` do."""
+    return [[BATCH * number + plan.dp * i + replica for replica in range(plan.dp) for i in range(BATCH // plan.dp)]
+            for number in range(6)]
+
+
+def with_fabric(rank: int, plan: str, folder: Path) -> list[Line]:
+    from lightning_fabric import Fabric
+
+    from fxpar.integrations.lightning import FxparStrategy
+
+    as_torchrun(rank)
+    fabric = Fabric(accelerator="cpu", devices=torch.distributed.get_world_size(), strategy=FxparStrategy())
+    fabric.launch()
+    with pytest.raises(fxpar.InputError, match=r"call fabric\.setup\(module, optimizer\) before"):
+        fabric.setup_dataloaders(torch.utils.data.DataLoader(rows()))
+    with pytest.raises(fxpar.InputError, match="is a plain module"):
+        fabric.setup(build())
+    model = parallel(build(), plan)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    rates = schedule(opt)
+    loader = torch.utils.data.DataLoader(rows(), batch_size=BATCH // model.replica.count)
+    model, opt = fabric.setup(model, opt)
+    loader = fabric.setup_dataloaders(loader)
+    state = {"model": model, "opt": opt, "rates": rates, "number": 0}
+    lines: list[Line] = []
+
+    def train(first: int) -> None:
+        for number, inputs in enumerate(loader):
+            if number < first:
+                continue
+            with fabric.no_backward_sync(model, enabled=number % 2 == 0):
+                loss = model(**inputs).loss
+                fabric.backward(loss / 2)
+            if number % 2:
+                norm = fabric.clip_gradients(model, opt, max_norm=0.5)
+                lines.append((loss.item(), norm.item(), rates.get_last_lr()[0]))
+                opt.step()
+                rates.step()
+                opt.zero_grad()
+            if (number, first) == (3, 0):
+                fabric.save(folder / "state", {**state, "number": number})
+
+    train(0)
+    fabric.load(folder / "state", state)
+    assert state["number"] == 3
+    train(4)
+    return lines
+
+
+@pytest.mark.parametrize("plan", ["dp=2,zero=3", "dp=2,tp=2"])
+def test_fabric(tmp_path, plan):
+    ranks = fxpar.Plan.parse(plan)
+    want = plain(of_replicas(ranks))
+    for lines in launch(ranks.dp * ranks.tp, with_fabric, plan, tmp_path):
+        close(lines, [*want, want[-1]])

@@ -1,0 +1,260 @@
+"""A report as a page: it is one document that loads nothing, has every part, and says what the report says.
+
+``python -m pytest -m browser`` opens pages in Chromium, too (any that is in PATH, or that the variable CHROMIUM names).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxpar
+from fxpar.errors import FxparError
+from fxpar.report.html.page import page
+
+VOID = ("meta", "br", "img", "input", "link", "hr", "wbr")
+
+
+class Page(HTMLParser):
+    """The elements of a page; every one that opens has to close."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def of(self, tag: str, name: str = "") -> list[dict[str, str | None]]:
+        """Attributes of all elements of a kind, and of a class."""
+        return [a for t, a in self.seen if t == tag and name in (a.get("class") or "").split() + [""]]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+class Tower(nn.Module):
+    """Layers of two products with a residual, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(16), "up": nn.Linear(16, 64), "down": nn.Linear(64, 16)})
+                                    for _ in range(4))
+        self.head = nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["down"](torch.relu(layer["up"](layer["norm"](x))))
+        return self.head(x).square().sum()
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, fxpar.Report]:
+    """One capture, three plans."""
+    plans = ["dp=2,tp=2,zero=3", "pp=2,dp=2,virtual_stages=2,schedule=interleaved1f1b,microbatches=4", "dp=1"]
+    made = fxpar.inspect(Tower(), plans, (torch.empty(32, 8, 16),))
+    return dict(zip(("sharded", "pipeline", "alone"), made, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pages(reports) -> dict[str, str]:
+    return {name: page(report) for name, report in reports.items()}
+
+
+def test_a_page_has_every_part_and_loads_nothing(pages):
+    found = {name: Page(text) for name, text in pages.items()}
+    sections = {name: [a["id"] for a in made.of("section")] for name, made in found.items()}
+    assert sections["sharded"][:6] == ["ranks", "layers", "traffic", "passes", "memory", "block"]
+    assert sections["pipeline"][:7] == ["ranks", "layers", "traffic", "passes", "pipeline", "memory", "block"]
+    for text in pages.values():
+        assert not re.search(r"(src|href)=\"(?!#)|url\(|@import|https?://(?!www\.w3\.org)", text)
+        assert "prefers-color-scheme: dark" in text and str(Path(__file__).parent) not in text
+
+
+def test_ranks_are_drawn_with_the_axes_that_group_them(pages):
+    found = Page(pages["sharded"])
+    assert sorted(int(a["data-rank"]) for a in found.of("g", "cell")) == [0, 1, 2, 3]
+    assert [(a["data-stride"], a["data-count"]) for a in found.of("button", "axis")] == [("2", "2"), ("1", "2")]
+    assert "ffn" in found.text and " of layers.up, layers.down" in found.text
+
+
+def test_equal_layers_are_told_once(pages, reports):
+    found = Page(pages["sharded"])
+    assert found.text.count("down.weight") == 1 and "4 equal layers" in found.text
+    assert "ffn64" not in found.text and reports["sharded"].grouped()[0][1] == 4
+
+
+def test_what_is_computed_and_communicated_is_on_a_clock(pages):
+    found = Page(pages["sharded"])
+    said = [a["data-t"] for a in found.of("rect", "bar")]
+    assert any(re.match(r"all_reduce over tp for layers\.2\.down: .*\ntest_page\.py:\d+", t) for t in said)
+    assert any(t.startswith("gathered again: all_gather over dp for layers.1.down: ") for t in said)
+    assert any(t.startswith("layers.3: computes") for t in said)
+
+
+def test_the_schedule_has_every_microbatch_of_every_stage(pages):
+    said = [a["data-t"] for a in Page(pages["pipeline"]).of("rect", "bar")]
+    for stage in range(4):
+        for microbatch in range(4):
+            for kind in ("forward", "backward"):
+                assert sum(t.startswith(f"{kind}, stage {stage}, microbatch {microbatch}\n") for t in said) == 1
+
+
+def test_memory_is_drawn_by_kind_and_adds_up_to_the_peak(pages, reports):
+    for name, report in reports.items():
+        kinds = {a["data-t"].partition(":")[0] for a in Page(pages[name]).of("path", "area")}
+        assert kinds >= {"parameters", "optimizer state", "gradients", "activations"}
+        most = max(sum(m.parts) for m in report.peak.curve)
+        assert most == report.peak.bytes if report.pipeline is None else 0.5 * report.peak.bytes < most <= report.peak.bytes
+    actions = reports["pipeline"].pipeline.schedule.actions
+    assert {len(peak.curve) for peak in reports["pipeline"].pipeline.peaks} == {len(each) for each in actions}
+
+
+def test_a_block_has_its_collectives_lines_and_layouts(pages):
+    found = Page(pages["sharded"])
+    assert found.text.count("all-reduce over tp") == 1 and found.text.count("identity over tp") == 1
+    assert "linear up" in found.text and re.search(r"test_page\.py:\d+", found.text)
+    assert "batch/dp · - · ffn/tp" in found.text
+
+
+def test_a_model_without_layers_or_communication_has_a_page_too(tmp_path):
+    report = fxpar.inspect(torch.nn.Linear(16, 8), "dp=1", (torch.empty(32, 16),))
+    text = report.save_html(tmp_path / "report.html").read_text()
+    assert "Nothing is communicated." in Page(text).text and "no block of it is drawn" in text
+
+
+def test_names_of_the_model_are_text(tmp_path):
+    model = torch.nn.ModuleDict({"<script>alert(1)</script>": torch.nn.Linear(4, 4)})
+    model.forward = lambda x: next(iter(model.values()))(x).sum()
+    text = page(fxpar.inspect(model, "dp=2", (torch.empty(4, 4),)))
+    assert "<script>alert" not in text and text.count("<script>") == 1
+
+
+def test_a_peak_that_cannot_be_predicted_hides_nothing(reports):
+    def refuse():
+        raise RuntimeError("no <graph>")
+
+    text = page(dataclasses.replace(reports["sharded"], predicted=refuse))
+    assert "not predicted (RuntimeError: no &lt;graph&gt;)" in text and 'id="block"' in text
+
+
+def test_a_page_that_cannot_be_written_is_an_error(reports, tmp_path):
+    with pytest.raises(FxparError, match="no report in"):
+        reports["alone"].save_html(tmp_path / "nowhere" / "report.html")
+
+
+# ---- the same numbers as data and totals ----
+
+
+def test_a_report_as_json(reports):
+    for report in reports.values():
+        made = json.loads(report.to_json())
+        assert made == json.loads(json.dumps(report.to_dict())) and made["plan"] == str(report.plan)
+        assert made["peak"]["bytes"] == report.peak.bytes and made["flops"] == report.flops
+        assert [p["name"] for p in made["parameters"]] == [p.name for p in report.parameters]
+        assert sum(c["bytes"] for c in made["collectives"]) == sum(c.bytes for c in report.collectives)
+    assert json.loads(reports["pipeline"].to_json())["pipeline"]["schedule"] == "interleaved1f1b"
+
+
+def test_totals_are_sums_of_the_rows(reports):
+    made = reports["sharded"]
+    assert {t.name for t in made.totals()} == {"zero", "tp", "dp"} and {t.name for t in made.totals("axes")} == {"dp", "tp"}
+    for by in ("strategy", "axes"):
+        assert sum(t.bytes for t in made.totals(by)) == sum(r.bytes for r in made.collectives)
+        assert sum(t.count for t in made.totals(by)) == sum(r.count for r in made.collectives)
+    piped = reports["pipeline"]
+    messages = next(t for t in piped.totals() if t.name == "pp")
+    assert messages.bytes == sum(s.crossing for s in piped.pipeline.stages)  # both ranks take part in all of them
+    assert messages.count == 4 * 2 * 3
+    with pytest.raises(fxpar.PlanError, match="must be one of strategy, axes"):
+        made.totals("rank")
+
+
+def test_backward_gathers_of_zero_3_are_listed(reports):
+    made = reports["sharded"]
+    rows = {(r.where.rpartition(".")[2], r.phase): r for r in made.collectives if r.kind == "all_gather" and r.strategy == "zero"}
+    assert rows["down", "backward"].count == 4 and rows["down", "forward"].count == 8  # of the bias only the forward has need
+    assert rows["down", "backward"].bytes == 4 * 16 * 32 * 4
+    assert ("head", "forward") in rows and ("head", "backward") not in rows  # behind the last block: it is kept
+
+
+def test_rich_shows_the_same_in_tables(reports):
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))
+    console.print(reports["pipeline"])
+    text = console.export_text()
+    assert "Stages" in text and "layers.*.down.weight  x4" in text and "All of a rank's, for" in text and "MFU" in text
+
+
+# ---- in a browser ----
+
+
+def chromium() -> str:
+    """Raises: `AssertionError` where there is none."""
+    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome", "chrome")
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    assert found, "no Chromium: install one, or name it in the variable CHROMIUM"
+    return found
+
+
+PROBE = """<script>addEventListener("error", e => document.body.dataset.failed = e.message);</script>"""
+ASK = """<script>addEventListener("load", () => {
+  document.querySelector("button.axis").click();
+  const bar = document.querySelector(".bar"), box = bar.getBoundingClientRect();
+  bar.dispatchEvent(new PointerEvent("pointermove", {bubbles: true, clientX: box.x, clientY: box.y}));
+  document.querySelector("details:not([open]) summary").click();
+  document.body.dataset.answer = JSON.stringify({
+    pressed: [...document.querySelectorAll("button.axis")].map(b => b.getAttribute("aria-pressed")),
+    colours: [...document.querySelectorAll(".cell rect")].map(r => getComputedStyle(r).fill),
+    tip: getComputedStyle(document.getElementById("tip")).display + document.getElementById("tip").textContent,
+    open: document.querySelectorAll("details[open]").length,
+    wide: document.documentElement.scrollWidth - innerWidth,
+    empty: [...document.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height < 4).length,
+  });
+});</script>"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["sharded", "pipeline"])
+def test_in_a_browser(pages, tmp_path, name):
+    file, shot = tmp_path / "report.html", tmp_path / "report.png"
+    file.write_text(pages[name].replace("<head>", "<head>" + PROBE).replace("</body>", ASK + "</body>"))
+    command = [chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,3000",
+               "--virtual-time-budget=4000", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
+    body = next(a for a in Page(done.stdout).of("body"))
+    assert "data-failed" not in body
+    made = json.loads(body["data-answer"])
+    assert made["pressed"][0] == "true" and made["pressed"].count("true") == 1
+    half = len(made["colours"]) // 2
+    assert len(set(made["colours"])) == half  # along the first axis of two ranks, each rank's partner has its colour
+    assert made["tip"].startswith("block") and len(made["tip"]) > 10 and made["wide"] <= 0 and made["empty"] == 0
+    subprocess.run([*command, f"--screenshot={shot}", file.as_uri()], capture_output=True, timeout=120, check=True)
+    assert shot.stat().st_size > 50_000
