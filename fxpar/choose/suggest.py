@@ -44,12 +44,12 @@ SHARED = ("param_dtype", "reduce_dtype", "outputs", "batch_dims", "roles")
 class Suggestions:
     """What `suggest` found.
 
-    best: the plan to take; None where nothing that was traced fits. candidates: what was partitioned for real, from the best on;
-    those that do not fit at the end. compared: the plans that one asked to compare with, whether they fit or not; with
-    `rank(candidate)`, their place among all plans that fit. rejected: families of plans that `best` is none of. estimates: of all
-    plans that were searched. errors: plans that looked good and cannot be partitioned, with what stops them.
-    facts: of the model. per_replica: whether each replica has as many rows under all plans,
-    rather than all replicas together. seconds: of a processor, that it took,
+    gpus, memory, cluster: what plans were searched for; memory: bytes of one device. best: the plan to take; None where
+    nothing that was traced fits. candidates: what was partitioned for real, from the best on; those that do not fit at the
+    end. compared: the plans that one asked to compare with, whether they fit or not; with `rank(candidate)`, their place among
+    all plans that fit. rejected: families of plans that `best` is none of. estimates: of all plans that were searched. errors:
+    plans that looked good and cannot be partitioned, with what stops them. facts: of the model. per_replica: whether each
+    replica has as many rows under all plans, rather than all replicas together. seconds: of a processor, that it took,
     capture included and `compared` not.
     """
 
@@ -78,7 +78,8 @@ class Suggestions:
         return sorted((e for e in self.estimates if e.peak <= usable(self.memory)), key=lambda e: e.seconds / self._rows(e.plan))
 
     def rank(self, candidate: Candidate) -> int:
-        """The place of a plan among all that fit, by the formulas: 1 for the fastest."""
+        """The place of a plan (candidate: of `candidates` or `compared`) among all that fit, by the formulas: 1 for the
+        fastest."""
         pace = candidate.estimate.seconds / candidate.rows
         return 1 + sum(e.seconds / self._rows(e.plan) < pace for e in self.fitting())
 
@@ -96,7 +97,7 @@ class Suggestions:
         return "\n".join(self.lines())
 
     def lines(self, width: int = 160) -> list[str]:
-        """As text: the table, what limits the best plan, the rejected families."""
+        """As text: the table, in so many columns (width), what limits the best plan, the rejected families."""
         facts, shared = self.facts, next((e.plan for e in self.estimates), Plan())
         head = (f"{len(self.estimates)} plans for {self.gpus} GPUs of {self.cluster.name} ({self.cluster.device}), "
                 f"{len(self.fitting())} of which fit into {usable(self.memory) / GIB:.1f} of {self.memory / GIB:.1f} GiB; "

@@ -66,7 +66,8 @@ class Report:
     attention: how each runs under context parallelism. experts: how tokens reach them under expert parallelism. step: what a step
     takes, and its cluster. limit: bytes of a device, where `inspect` was told them, for `verdict`. timings: where the time
     went on the way to the first step. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed)
-    and `peak` are each those of the pipeline rank that has most. predicted: what predicts `peak`.
+    and `peak` are each those of the pipeline rank that has most. predicted: what predicts `peak`; peak_of: the same of another
+    plan.
     """
 
     plan: Plan
