@@ -7,6 +7,7 @@ pad             batches of many lengths, as calls of few shapes
 capture         a model traced once, for many plans
 simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
+suggest         which plan to take for a number of GPUs, and why
 Meter           throughput, MFU and memory of a run
 testing         `assert_equivalent`: a plan against the plain model
 save_checkpoint, load_checkpoint        model and optimizer, under any plan or none
@@ -23,6 +24,7 @@ from fxpar.checkpoint import (
     load_safetensors,
     save_checkpoint,
 )
+from fxpar.choose.suggest import Suggestions, suggest
 from fxpar.compiler import Captured, capture, compile_program
 from fxpar.errors import (
     CaptureError,
@@ -46,5 +48,6 @@ from fxpar.verify.simulation import Simulation, simulate
 __version__ = "0.1.0"
 __all__ = ["CaptureError", "Captured", "CheckpointError", "CheckpointManager", "EquivalenceError", "FxparError", "InputError",
            "Meter", "MismatchError", "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
-           "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
-           "load_safetensors", "pad", "parallelize", "sampler", "save_checkpoint", "simulate", "testing"]
+           "Suggestions", "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
+           "load_safetensors", "pad", "parallelize", "sampler", "save_checkpoint", "simulate", "suggest",
+           "testing"]

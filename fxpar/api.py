@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -19,7 +20,9 @@ from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.transport.base import TRANSPORTS
 from fxpar.backends.transport.control import Control, watch
 from fxpar.backends.transport.watch import TIMEOUT
+from fxpar.choose.suggest import likely_cluster, suggest_for_replicas
 from fxpar.compiler import compile_replica
+from fxpar.cost.clusters import cluster
 from fxpar.errors import PlanError
 from fxpar.model import identity
 from fxpar.model import inputs as calls
@@ -37,6 +40,8 @@ from fxpar.run.store import ParameterStore
 from fxpar.sharding.mesh import BoundMesh
 
 BACKENDS = ("auto", "inductor", "eager")
+AUTO = "auto"
+"""Instead of a plan: one that is suggested."""
 
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
@@ -47,11 +52,13 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
 
     model: real or on the meta device, on all ranks alike; DTensors take the place of its parameters, wherever those are held (in
     an optimizer that was made before, too), with their hooks, attributes and gradients. plan: a `Plan` or its text
-    ("dp=2,tp=2"). example_inputs: what one rank will pass to forward (a dict of keyword arguments or a tuple), for its
-    shapes; may be left out for Hugging Face models. backend: "inductor", "eager", or "auto" (inductor on CUDA, eager on
-    CPU). transport: what moves parameters and gradients in compiled programs; "auto" (the copy engines of GPUs of one host that
-    see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or "nccl" (never copy engines, whose
-    buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
+    ("dp=2,tp=2"), or "auto": the best that `fxpar.suggest` finds for these ranks and their memory, each replica being passed
+    `example_inputs`, among plans that any training loop can run (without pipelines and accumulation), in the model's own dtypes;
+    rank 0 logs the table (logger "fxpar", level INFO). example_inputs: what one rank will pass to forward (a dict of keyword
+    arguments or a tuple), for its shapes; may be left out for Hugging Face models. backend: "inductor", "eager", or "auto"
+    (inductor on CUDA, eager on CPU). transport: what moves parameters and gradients in compiled programs; "auto" (the copy
+    engines of GPUs of one host that see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or
+    "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
     timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
     that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
     the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of
@@ -61,7 +68,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     written, numbered, as readable Python (rank 0 only).
     Several modules may be parallelized and fed into each other, if their plans have the same replicas (see `ParallelModule`).
     Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
-    Raises: `PlanError`, `InputError`, `CaptureError`, `UnsupportedOperator`, `MismatchError`; on all ranks alike. What one rank
+    Raises: `PlanError` (under "auto", also where no plan fits), `InputError`, `CaptureError`, `UnsupportedOperator`,
+    `MismatchError`; on all ranks alike. What one rank
     alone cannot do is an `FxparError` on the others.
     """
     be_quiet(quiet)
@@ -69,7 +77,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()
         options = {"backend": backend, "transport": transport, "timeout": timeout, "check_batches": check_batches, "pad": pad}
-        plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, options, dump_dir))
+        plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, device, options, dump_dir))
         padding = None if pad is None else Padding.of(pad)
         if padding is not None:
             lengths = control.longest("parallelize", control.together(lambda: padding.lengths(example[1])))
@@ -91,11 +99,11 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         return ParallelModule(store, engine)
 
 
-def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, options: Mapping[str, Any],
+def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, device: torch.device, options: Mapping[str, Any],
              dump_dir: str | Path | None) -> tuple[Plan, Call, Dumper | None]:
     """What can be checked of the arguments by this rank alone."""
-    plan = Plan.of(given)
     _check_model(model)
+    plan = _best(model, calls.example_call(model, example_inputs), device) if given == AUTO else Plan.of(given)
     require_one_of("backend", options["backend"], BACKENDS)
     require_one_of("transport", options["transport"], TRANSPORTS)
     if not _is_seconds(options["timeout"]):
@@ -109,6 +117,16 @@ def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, options: 
     plan.check_world(dist.get_world_size())
     example = calls.example_call(model, example_inputs)
     return plan, example, Dumper(dump_dir) if dump_dir is not None and dist.get_rank() == 0 else None
+
+
+def _best(model: nn.Module, example: Call, device: torch.device) -> Plan:
+    """The plan that is suggested for the ranks that there are; the same on each, as it follows from what they have in common."""
+    machine = cluster(likely_cluster(device))
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine.memory
+    found = suggest_for_replicas(model, example, dist.get_world_size(), memory, machine)
+    if dist.get_rank() == 0:
+        logging.getLogger("fxpar").info("%s", found)
+    return found.plan
 
 
 def _is_seconds(timeout: object) -> bool:

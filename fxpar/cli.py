@@ -20,7 +20,9 @@ import torch
 from torch import nn
 
 import fxpar
+from fxpar.choose.suggest import CANDIDATES, DEFAULT, suggest
 from fxpar.cost.clusters import cluster, clusters
+from fxpar.cost.formulas import explained
 from fxpar.errors import FxparError, PlanError, brief
 from fxpar.pipeline import drawing
 from fxpar.plan import SUFFIXES, Plan
@@ -32,10 +34,12 @@ from fxpar.verify.simulation import BACKENDS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 1 where a check failed, 2 for a mistake in the arguments."""
+    """Run a command; 0 on success, 1 where a check failed or no plan fits, 2 for a mistake in the arguments."""
     args = _parser().parse_args(argv)
     be_quiet(args.quiet or None)
     try:
+        if args.command == "suggest":
+            return _suggest(args)
         plan = _plan(args)
         if args.command == "plan":
             print(f"{plan}   world size {plan.world_size}")
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         model, example = load_model(args.model, meta=args.command == "inspect",
                                     batch=args.batch or 2 * plan.dp * plan.microbatches, seq=args.seq)
         if args.command == "inspect":
-            _inspect(args, inspect(model, plan, example))
+            return _inspect(args, inspect(model, plan, example, memory=args.memory, cluster=args.cluster))
         else:
             model.train(not args.eval)
             assert_equivalent(model, plan, example, lowered=not args.partitioned, backend=args.backend)
@@ -78,9 +82,19 @@ def _check_pipeline(args: argparse.Namespace, plan: Plan) -> None:
     cluster(args.cluster or CLUSTER)
 
 
-def _inspect(args: argparse.Namespace, report: Report) -> None:
-    """Print a report; draw its timeline where that is asked for."""
-    report.step.cluster = args.cluster or CLUSTER
+def _suggest(args: argparse.Namespace) -> int:
+    """Print which plan to take; 1 where none fits."""
+    model, example = load_model(args.model, meta=True, batch=args.batch, seq=args.seq)
+    found = suggest(model, example, gpus=args.gpus, memory=args.memory, cluster=args.cluster or CLUSTER, fixed=args.fixed,
+                    compare=args.compare, candidates=args.candidates)
+    print(found)
+    if args.formulas:
+        print("\nformulas, for plans without a pipeline, then under 1f1b:", explained(""), explained("1f1b"), sep="\n")
+    return 0 if found.best is not None else 1
+
+
+def _inspect(args: argparse.Namespace, report: Report) -> int:
+    """Print a report; draw its timeline where that is asked for. 1 where the plan does not fit into the memory that was named."""
     if args.html:
         print(f"written: {report.save_html(args.html)}", file=sys.stderr)
     if args.json:
@@ -89,14 +103,16 @@ def _inspect(args: argparse.Namespace, report: Report) -> None:
         rich.print(report)
     else:
         print(report)
+    code = int(report.limit is not None and not report.verdict.fits)
     if report.pipeline is None or not args.timeline:
-        return
+        return code
     made, kept = report.pipeline.timeline(), report.pipeline.activations()
     print(f"\n{drawing.text(made, kept=kept)}")
     try:
         Path(args.timeline).write_text(drawing.svg(made, kept=kept))
     except OSError as error:
         raise FxparError(f"no timeline in {args.timeline}: {error}") from error
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", help="print the report as JSON")
     look.add_argument("--cluster", help=f"what times are for: {', '.join(clusters())}, or a .toml file of "
                                         f"the same form; default: {CLUSTER}")
+    look.add_argument("--memory", help="of a device, as 80GiB: exit with 1 where the plan does not fit; default: that of the "
+                                       "cluster, if one is named")
+    _add_suggest(commands.add_parser("suggest", help="which plan to take for a number of GPUs, and why; no processes"))
     check = commands.choices["check"]
     check.add_argument("--partitioned", action="store_true",
                        help="run the partitioned program, not the graphs that the inductor backend makes of it")
@@ -129,6 +148,20 @@ def _parser() -> argparse.ArgumentParser:
                       "--megatron=\"--tensor-model-parallel-size 4 --bf16\"")
     plan.add_argument("--world-size", type=_positive, help="number of ranks, from which dp follows (with --megatron)")
     return parser
+
+
+def _add_suggest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--gpus", type=_positive, required=True)
+    parser.add_argument("--memory", help="of a GPU, as 80GiB; default: the cluster's")
+    parser.add_argument("--cluster", help=f"{', '.join(clusters())}, or a .toml file of the same form; default: {CLUSTER}")
+    parser.add_argument("--batch", type=_positive, default=64, help="global batch of a step (Hugging Face models)")
+    parser.add_argument("--seq", type=_positive, default=4096, help="sequence length (Hugging Face models)")
+    parser.add_argument("--fixed", default=DEFAULT, help=f"what all plans share, as tp=8,param_dtype=bf16; default: {DEFAULT}")
+    parser.add_argument("--compare", action="append", default=[], metavar="PLAN",
+                        help="a plan to tell of beside the best; repeatable")
+    parser.add_argument("--candidates", type=_positive, default=CANDIDATES, help="how many plans to partition for real")
+    parser.add_argument("--formulas", action="store_true", help="print the formulas that plans are searched by")
 
 
 def _positive(text: str) -> int:

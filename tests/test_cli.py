@@ -14,6 +14,7 @@ import fxpar
 from fxpar.cli import load_model, main
 from fxpar.ops import collectives
 from tests import zoo
+from tests.choose.models import cluster_file
 
 LLAMA = {**zoo.LLAMA, "vocab_size": 96, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
@@ -54,6 +55,26 @@ def test_plan_is_printed_in_full(capsys):
 def test_a_bad_plan_exits_with_2(capsys, text, named):
     code, _, err = run(capsys, "plan", text)
     assert code == 2 and err.startswith("error: ") and named in err and "try" in err
+
+
+@pytest.mark.parametrize("memory, code, said", [("8MiB", 0, "fits: "), ("0.6MiB", 1, "does not fit: ")])
+def test_inspect_exits_with_1_where_a_plan_does_not_fit(capsys, memory, code, said):
+    found = run(capsys, "inspect", "tests.choose.models:blocks", "--plan", "dp=2,outputs=loss", "--memory", memory)
+    assert found[0] == code and f"\n{said}" in found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory, code, said", [("8MiB", 0, "best: "), ("10KiB", 1, "nothing fits: ")])
+def test_suggest_takes_a_cluster_of_ones_own(capsys, tmp_path, memory, code, said):
+    found = run(capsys, "suggest", "tests.choose.models:blocks", "--gpus", "4", "--cluster", cluster_file(tmp_path), "--memory",
+                memory, "--fixed", "outputs=loss", "--candidates", "1", "--formulas")
+    assert found[0] == code and f"\n{said}" in found[1] and "GPUs of own (a device of one's own)" in found[1]
+    assert "seconds of bubble: " in found[1]
+
+
+def test_suggest_names_mistakes(capsys):
+    code, _, err = run(capsys, "suggest", "tests.choose.models:blocks", "--gpus", "4", "--memory", "much")
+    assert code == 2 and "`memory`" in err
 
 
 def test_a_plan_in_megatrons_flags_and_in_files(capsys, tmp_path):

@@ -25,7 +25,7 @@ FLOORS = (
     {"backends.eager", "backends.inductor"},
     {"compiler"},
     {"report"},
-    {"run"},
+    {"run", "choose"},
     {"verify", "checkpoint", "api"},
     {"testing", "cli", "integrations"},
 )

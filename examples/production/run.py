@@ -3,6 +3,7 @@
     python examples/production/run.py llama3_70b        one configuration: its report, and what is published of it
     python examples/production/run.py llama3_70b --html report.html     and as a page for a browser
     python examples/production/run.py --table           one line for each configuration, as a table in Markdown
+    python examples/production/run.py --suggest llama3_70b    the plans that `fxpar.suggest` prefers, and its own beside the best
 
 A configuration is a file beside this one: a model of transformers, a plan, the batch of a step, the cluster. The model is on the
 meta device, with shapes and without weights; no GPU, no other process and no download is needed, and two cores are enough.
@@ -42,6 +43,14 @@ def report_of(config):
     report = fxpar.inspect(model_of(config), config["plan"], dict(input_ids=tokens, labels=tokens))
     report.step.cluster = config["cluster"]
     return report
+
+
+def suggestions_of(config):
+    """What `fxpar.suggest` finds for the GPUs of a configuration, and its plan beside it."""
+    tokens = torch.zeros(config["batch"], config["sequence"], dtype=torch.long, device="meta")
+    gpus = fxpar.Plan.parse(config["plan"]).world_size
+    return fxpar.suggest(model_of(config), dict(input_ids=tokens, labels=tokens), gpus=gpus, cluster=config["cluster"],
+                         compare=[config["plan"]])
 
 
 def parameters(report):
@@ -106,12 +115,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--table", action="store_true", help="one line for each configuration, and no reports")
+    parser.add_argument("--suggest", action="store_true", help="which plan would be better, and why")
     parser.add_argument("--html", metavar="FILE.html", help="write the report of one configuration as a page, too")
     args = parser.parse_args()
     if args.html and len(args.names) != 1:
         parser.error("--html is for one configuration")
-    if not args.names and not args.table:
-        parser.error("name a configuration, or ask for the --table of all")
+    if not args.names and not args.table and not args.suggest:
+        parser.error("name a configuration, or ask for the --table of all, or to --suggest for all")
+    if args.suggest:
+        for name in args.names or NAMES:
+            print(read(name)["title"], suggestions_of(read(name)), sep="\n", end="\n\n", flush=True)
+        return
     if args.table:
         print("\n".join(" | ".join(("", *cells, "")).strip() for cells in (HEAD, ["---"] * len(HEAD))))
     for name in args.names or NAMES:

@@ -12,11 +12,14 @@ once a step (see `StageLoad`) they are actions of the schedule, and without a pi
 attention a block of keys travels while the one before is computed.
 
 An optimizer step reads parameters, gradients and AdamW's two moments, and writes all but gradients.
+
+What a step's seconds are for is in `StepTime.terms`, under the names that `fxpar.cost.formulas` has for the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +28,7 @@ from torch import fx
 from fxpar.cost.clusters import Cluster, Link
 from fxpar.cost.operators import TensorSpec, measure
 from fxpar.ops.collectives import typed
+from fxpar.ops.exchange import EXCHANGES
 from fxpar.ops.ring import costs as ring
 from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.operator import axes_of, ring_attention
@@ -36,6 +40,13 @@ from fxpar.program import Program, block_path
 from fxpar.sharding.mesh import Axes, Mesh
 
 _ATTENTION = (*ATTENTION, ring_attention, attention_of_chunks)
+
+PRODUCTS, ATTENDING, OTHERS, AGAIN = "matrix products", "attention", "other operators", "recomputation"
+TENSOR, CONTEXT, EXPERTS, DATA = "tp collectives", "cp collectives", "ep collectives", "dp collectives"
+BUBBLE, OPTIMIZER = "bubble", "optimizer"
+TERMS = (PRODUCTS, ATTENDING, OTHERS, AGAIN, TENSOR, CONTEXT, EXPERTS, DATA, BUBBLE, OPTIMIZER)
+"""What seconds of a step are for. Of collectives, those that nothing hides; under "dp" all of parameters and their gradients.
+"bubble": a pipeline rank waits for others, for messages, and for what is gathered and reduced once a step."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,7 @@ class StepTime:
     timeline: of forwards, backwards and what is communicated. optimizer: seconds of the optimizer step, on the rank that has most
     to do. flops: of one step, forward and backward, of all ranks; what is computed again for the backward counts nothing.
     peak: FLOP/s of all ranks' devices, as their maker says, in the dtype in which most is computed.
+    terms: what the step's seconds are for (`TERMS`), on the pipeline rank that computes longest; their sum is `seconds`.
     """
 
     cluster: Cluster
@@ -69,6 +81,7 @@ class StepTime:
     optimizer: float
     flops: int
     peak: float
+    terms: Mapping[str, float]
 
     @property
     def seconds(self) -> float:
@@ -88,8 +101,11 @@ def step_time(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad], 
     done = flops_by_dtype([load.program for load in loads], schedule.microbatches)
     dtype = max(done, key=lambda name: done[name], default="float32")
     ranks = schedule.ranks * loads[0].program.mesh.world_size
-    return StepTime(cluster, step_on(cluster, schedule, loads), 7 * stored / cluster.memory_bandwidth, sum(done.values()),
-                    ranks * cluster.peak(dtype))
+    made = [stage_cost(cluster, load) for load in loads]
+    line = _line(cluster, schedule, loads, made)
+    optimizer = 7 * stored / cluster.memory_bandwidth
+    return StepTime(cluster, line, optimizer, sum(done.values()), ranks * cluster.peak(dtype),
+                    {**_terms(line, made), OPTIMIZER: optimizer})
 
 
 def flops_by_dtype(programs: Sequence[Program], microbatches: int) -> dict[str, int]:
@@ -111,28 +127,63 @@ def step_on(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad]) ->
 
     loads: of every stage. Raises `PlanError` for a dtype that the cluster does not compute in.
     """
+    return _line(cluster, schedule, loads, [stage_cost(cluster, load) for load in loads])
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage takes on its rank. terms: what its seconds of one microbatch, forward and backward, are for."""
+
+    times: StageTimes
+    terms: Mapping[str, float]
+
+
+def _line(cluster: Cluster, schedule: Schedule, loads: Sequence[StageLoad], costs: Sequence[StageCost]) -> Timeline:
     ranks = loads[0].program.mesh.world_size
     hops = [_hop(cluster, schedule.owner[s], schedule.owner[s + 1], ranks, load.sent) for s, load in enumerate(loads[:-1])]
-    times = [stage_times(cluster, load) for load in loads]
+    times = [cost.times for cost in costs]
     if len(loads) == 1 and loads[0].program.plan.overlap_grad_reduce:
         times = [replace(t, reduce=max(0.0, t.reduce - t.of(Kind.B))) for t in times]
     return timeline(schedule, times, hops)
 
 
+def _terms(line: Timeline, costs: Sequence[StageCost]) -> dict[str, float]:
+    """What the seconds of a timeline are for, on the rank that computes longest."""
+    schedule = line.schedule
+    rank = max(range(schedule.ranks), key=lambda r: line.busy[r])
+    terms = dict.fromkeys(TERMS, 0.0)
+    for stage in schedule.stages_of(rank):
+        for term, seconds in costs[stage].terms.items():
+            terms[term] += schedule.microbatches * seconds
+    terms[BUBBLE if schedule.ranks > 1 else DATA] += line.step - line.busy[rank]
+    return terms
+
+
 def stage_times(cluster: Cluster, load: StageLoad) -> StageTimes:
     """Seconds that a stage takes on its rank; see the head of this file for what is assumed. Raises as `step_on`."""
-    clock = _OperatorTimes(cluster, load.program)
+    return stage_cost(cluster, load).times
+
+
+def stage_cost(cluster: Cluster, load: StageLoad) -> StageCost:
+    """The same, and what the seconds are for. Raises as `step_on`."""
+    clock, training = OperatorTimes(cluster, load.program), load.program.training
     forward = inputs = weights = unshard = reduce = beside_forward = beside_backward = 0.0
+    terms = dict.fromkeys(TERMS, 0.0)
     for node in clock.costs:
+        pieces = clock.pieces(node)
         ahead, back = clock.seconds(node)
+        again = recomputed(load.program, node) * ahead if training else 0.0
         if node in load.once_forward:
             unshard += ahead
         elif node in load.beside_forward:
             beside_forward += ahead
-            beside_backward += ahead if load.program.training and load.program.plan.gathers_each_use else 0.0
+            beside_backward += ahead if training and load.program.plan.gathers_each_use else 0.0
         else:
             forward += ahead
-            inputs += recomputed(load.program, node) * ahead if load.program.training else 0.0
+            inputs += again
+            terms[AGAIN] += again
+            for term, seconds, _ in pieces:
+                terms[term] += seconds
         if node in load.once_backward:
             reduce += back
         elif node in load.beside_backward:
@@ -140,13 +191,17 @@ def stage_times(cluster: Cluster, load: StageLoad) -> StageTimes:
         else:
             early = clock.early_part(node)
             inputs, weights = inputs + early * back, weights + (1 - early) * back
-    return StageTimes(max(forward, beside_forward), inputs, max(weights, beside_backward - inputs), unshard=unshard,
-                      reduce=reduce)
+            for term, _, seconds in pieces:
+                terms[term] += seconds
+    terms[DATA] += max(0.0, beside_forward - forward) + max(0.0, beside_backward - inputs - weights)
+    times = StageTimes(max(forward, beside_forward), inputs, max(weights, beside_backward - inputs), unshard=unshard,
+                       reduce=reduce)
+    return StageCost(times, terms)
 
 
 def operator_seconds(cluster: Cluster, program: Program) -> dict[fx.Node, tuple[float, float]]:
     """Seconds of every operator of a program, by itself: of its forward, and of its backward. Raises as `step_on`."""
-    clock = _OperatorTimes(cluster, program)
+    clock = OperatorTimes(cluster, program)
     return {node: clock.seconds(node) for node in clock.costs}
 
 
@@ -166,7 +221,7 @@ def _hop(cluster: Cluster, one: int, other: int, ranks: int, size: int) -> float
     return max(cluster.between(one * ranks + r, other * ranks + r).seconds(size) for r in range(ranks))
 
 
-class _OperatorTimes:
+class OperatorTimes:
     """Seconds of a program's operators. early: nodes through which the gradients of what the stage receives flow."""
 
     def __init__(self, cluster: Cluster, program: Program):
@@ -191,19 +246,27 @@ class _OperatorTimes:
 
     def seconds(self, node: fx.Node) -> tuple[float, float]:
         """Of its forward, and of its backward."""
+        pieces = self.pieces(node)
+        return sum(ahead for _, ahead, _ in pieces), sum(back for _, _, back in pieces)
+
+    def pieces(self, node: fx.Node) -> list[tuple[str, float, float]]:
+        """What its seconds are for, with those of its forward, and of its backward."""
         cost, trained = self.costs[node], self.program.training and self.wants_gradient(node)
-        if typed(node) is not None:
+        made = typed(node)
+        if made is not None:
             ahead, back = self._communication(node)
-            return ahead, back if trained else 0.0
+            return [(_strategy(node.target, made.axes), ahead, back if trained else 0.0)]
         moved = (cost.read + cost.written) / self.cluster.memory_bandwidth
         if cost.forward:
-            reached = self.cluster.reached(_dtype(self.values[node]), attention=node.target in _ATTENTION)
+            attends = node.target in _ATTENTION
+            reached = self.cluster.reached(_dtype(self.values[node]), attention=attends)
             ahead = max(cost.forward / reached, moved)
             back = ahead * cost.backward / cost.forward if trained else 0.0
-            return self._around(node, ahead, back)
+            longer = self._around(node, ahead, back)
+            return [(ATTENDING if attends else PRODUCTS, ahead, back), (CONTEXT, longer[0] - ahead, longer[1] - back)]
         if self._is_fused(node):
-            return 0.0, 0.0
-        return moved, 2 * moved if trained else 0.0
+            return []
+        return [(OTHERS, moved, 2 * moved if trained else 0.0)]
 
     def _around(self, node: fx.Node, ahead: float, back: float) -> tuple[float, float]:
         """Seconds of attention that takes this long by itself, where its keys and values go round among ranks."""
@@ -232,6 +295,14 @@ class _OperatorTimes:
             back = back * made.reduce.itemsize // result.dtype.itemsize
         return (_collective(link, made.forward.comm, ranks, result.bytes),
                 _collective(link, made.backward.comm if made.backward is not None else None, ranks, back))
+
+
+def _strategy(target: Any, axes: Axes) -> str:
+    """The term that a collective over these axes belongs to."""
+    if target in EXCHANGES:
+        return EXPERTS
+    named = {found[0] for axis in axes if (found := re.match("[a-z]+", axis))}
+    return TENSOR if "tp" in named else CONTEXT if named == {"cp"} else DATA
 
 
 def _dtype(value: Any) -> str:

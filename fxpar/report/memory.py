@@ -95,17 +95,7 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule, briefly: boo
     Not counted: messages that have arrived and are not used yet. briefly: as of `predict`; and one of stages that compute the
     same may stand for all.
     """
-    steps, peaks = [], []
-    seen: dict[Hashable, tuple[_Step, Peak, list[str]]] = {}
-    for number, program in enumerate(programs, 1):
-        key, blocks = likeness(program, {n: None if i is None else i.facts() for n, i in _inputs(program).items()})
-        if key not in seen or not briefly:
-            with told(f"memory of stage {number} of {len(programs)}"):
-                made = _Step(program, *trace(program, briefly))
-                seen[key] = made, made.peak(), blocks
-        step, peak, its = seen[key]
-        steps.append(step)
-        peaks.append(replace(peak, where=renamed(peak.where, its, blocks)))
+    steps, peaks = _each(programs, briefly)
     activations, alive = schedule.memory([peak.kept for peak in peaks]), schedule.alive()
     out = []
     for rank in range(schedule.ranks):
@@ -126,6 +116,32 @@ def predict_stages(programs: Sequence[Program], schedule: Schedule, briefly: boo
         curve = _curve(schedule, rank, steps, peaks, twice)
         out.append(replace(most, curve=curve, of_stages={s: peaks[s].kept for s in stages}))
     return out
+
+
+def first_alike(programs: Sequence[Program]) -> list[int]:
+    """For each program, which is the first that computes the same on equal shapes."""
+    seen: dict[Hashable, int] = {}
+    return [seen.setdefault(_likeness(program)[0], i) for i, program in enumerate(programs)]
+
+
+def _likeness(program: Program) -> tuple[Hashable, list[str]]:
+    return likeness(program, {n: None if i is None else i.facts() for n, i in _inputs(program).items()})
+
+
+def _each(programs: Sequence[Program], briefly: bool) -> tuple[list[_Step], list[Peak]]:
+    """Of each program by itself; of those that compute the same, one may stand for all."""
+    steps, peaks = [], []
+    seen: dict[Hashable, tuple[_Step, Peak, list[str]]] = {}
+    for number, program in enumerate(programs, 1):
+        key, blocks = _likeness(program)
+        if key not in seen or not briefly:
+            with told(f"memory of stage {number} of {len(programs)}"):
+                made = _Step(program, *trace(program, briefly))
+                seen[key] = made, made.peak(), blocks
+        step, peak, its = seen[key]
+        steps.append(step)
+        peaks.append(replace(peak, where=renamed(peak.where, its, blocks)))
+    return steps, peaks
 
 
 def _curve(schedule: Schedule, rank: int, steps: Sequence[_Step], peaks: Sequence[Peak], twice: dict[str, int]

@@ -15,7 +15,10 @@ from typing import Any, overload
 from torch import fx, nn
 
 from fxpar.compiler import Captured, capture
+from fxpar.cost.clusters import Cluster
+from fxpar.cost.clusters import cluster as read_cluster
 from fxpar.cost.operators import measure
+from fxpar.errors import FxparError
 from fxpar.passes.strategies.stages import Stage, cut_stages
 from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan, Plans, require_one_of
@@ -32,6 +35,7 @@ from fxpar.report.terminal import in_colour
 from fxpar.report.text import GIB, MIB, ranges, table
 from fxpar.report.timings import Timings
 from fxpar.report.traffic import CollectiveRow, Total, rows_of, totals
+from fxpar.report.verdict import Verdict, bytes_of, verdict
 from fxpar.report.words import starred, without_letters
 from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.layout import shard_shape
@@ -60,9 +64,10 @@ class Report:
     "gradients", from the backward pass to the optimizer step. flops: of one step, forward and backward (see
     `fxpar.cost.operators`); a gradient that nothing asks for, such as that of the model's input, counts nothing.
     attention: how each runs under context parallelism. experts: how tokens reach them under expert parallelism. step: what a step
-    takes, and its cluster. timings: where the time went on the way to the first step. pipeline: its stages, under pp. Then
-    `memory`, `flops` (here with what is recomputed) and `peak` are each those of the pipeline rank that has most.
-    predicted: what predicts `peak`.
+    takes, and its cluster. limit: bytes of a device, where `inspect` was told them, for `verdict`. timings: where the time
+    went on the way to the first step. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed)
+    and `peak` are each those of the pipeline rank that has most. predicted: what predicts `peak`; peak_of: the same of another
+    plan.
     """
 
     plan: Plan
@@ -78,6 +83,8 @@ class Report:
     step: StepReport = field(kw_only=True)
     timings: Timings = field(default=Timings({}, {}), kw_only=True, compare=False)
     predicted: Callable[[], Peak] = field(kw_only=True, repr=False, compare=False)
+    limit: int | None = field(default=None, kw_only=True)
+    peak_of: Callable[[Plan], int] | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     @functools.cached_property
     def peak(self) -> Peak:
@@ -93,6 +100,14 @@ class Report:
     def peak_memory(self) -> int:
         """What ``torch.cuda.max_memory_allocated`` is expected to show: bytes of one rank."""
         return self.peak.bytes
+
+    @functools.cached_property
+    def verdict(self) -> Verdict | None:
+        """Whether the peak fits into `limit`, and what would make it fit, each change predicted as the peak is; None where no
+        memory was named. Raises as `peak`."""
+        if self.limit is None:
+            return None
+        return verdict(self.plan, self.peak_memory, self.limit, self.peak_of or _none_other)
 
     def count(self, kind: str, phase: str | None = None, axes: tuple[str, ...] | None = None) -> int:
         """How many collectives a step has, under pp in all stages: of a kind ("all_gather", ...); of one phase ("forward" or
@@ -140,6 +155,7 @@ class Report:
                           *pipes, *([""] if pipes else []),
                           "memory a rank: " + ", ".join(f"{k} {v / GIB:.3f} GiB" for k, v in self.memory.items()),
                           f"peak memory a rank: {peak}",
+                          *([str(self.verdict)] if self.limit is not None and not isinstance(peak, str) else []),
                           f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",
                           self.step.line(),
                           *([f"to the first step: {self.timings}"] if self.timings.ran else []),
@@ -189,31 +205,46 @@ class Report:
 
 
 @overload
-def inspect(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any = None) -> Report: ...
+def inspect(model: nn.Module | Captured, plan: Plan | str, example_inputs: Any = None, *, memory: int | float | str | None = None,
+            cluster: Cluster | str | None = None) -> Report: ...
 
 
 @overload
-def inspect(model: nn.Module | Captured, plan: Plans, example_inputs: Any = None) -> list[Report]: ...
+def inspect(model: nn.Module | Captured, plan: Plans, example_inputs: Any = None, *, memory: int | float | str | None = None,
+            cluster: Cluster | str | None = None) -> list[Report]: ...
 
 
-def inspect(model: nn.Module | Captured, plan: Plan | str | Plans, example_inputs: Any = None) -> Report | list[Report]:
+def inspect(model: nn.Module | Captured, plan: Plan | str | Plans, example_inputs: Any = None, *,
+            memory: int | float | str | None = None, cluster: Cluster | str | None = None) -> Report | list[Report]:
     """What `plan` does to `model`: layouts, collectives, memory, FLOPs; for any world size, without processes.
 
     model: may be on the meta device; or what `fxpar.capture` made of one. plan: one, or several, of which each has a report; the
     model is captured once for all of them. example_inputs: the *global* batch (a dict of keyword arguments or a tuple), of which
     only shapes and dtypes matter; may be left out for Hugging Face models, and is of no use with what is captured.
-    Raises: as `fxpar.parallelize`.
+    memory: of a device, in bytes or as text ("80GiB"): `Report.verdict` says whether the plan fits, and what would. cluster: what
+    times are for, a name or a .toml file; its devices' memory is meant where `memory` is left out.
+    Raises: as `fxpar.parallelize`; `PlanError` for a memory or a cluster that is none.
     """
     captured = model if isinstance(model, Captured) else capture(model, example_inputs)
+    machine = read_cluster(cluster) if isinstance(cluster, str) else cluster
+    limit = bytes_of(memory) if memory is not None else machine.memory if machine is not None else None
     if isinstance(plan, Plan | str):
-        return _inspect(captured, plan)
-    return [_inspect(captured, each) for each in plan]
+        return _inspect(captured, plan, limit, machine)
+    return [_inspect(captured, each, limit, machine) for each in plan]
 
 
-def _inspect(captured: Captured, plan: Plan | str) -> Report:
+def _inspect(captured: Captured, plan: Plan | str, limit: int | None, machine: Cluster | None) -> Report:
     program = captured.partition(plan)
     pp = program.plan.pp
-    return report_of(program, cut_stages(program, pp * program.plan.virtual_stages) if pp > 1 else [])
+    made = report_of(program, cut_stages(program, pp * program.plan.virtual_stages) if pp > 1 else [])
+    made.limit, made.peak_of = limit, lambda other: _inspect(captured, other, None, None).peak_memory
+    if machine is not None:
+        made.step.cluster = machine
+    return made
+
+
+def _none_other(plan: Plan) -> int:
+    raise FxparError("a report of a program that was not captured tells of no other plan")
 
 
 def report_of(program: Program, stages: Sequence[Stage] = ()) -> Report:

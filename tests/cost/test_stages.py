@@ -13,7 +13,7 @@ from torch.nn import functional
 from fxpar.compiler import compile_program
 from fxpar.cost.clusters import Cluster, Link
 from fxpar.cost.operators import measure
-from fxpar.cost.stages import StageLoad, _OperatorTimes, stage_times, step_on, step_time
+from fxpar.cost.stages import OperatorTimes, StageLoad, stage_times, step_on, step_time
 from fxpar.errors import PlanError
 from fxpar.ops.ring.operator import axes_of
 from fxpar.passes.partition.phases import beside_computation, once_a_step
@@ -190,7 +190,7 @@ def test_keys_and_values_go_round_while_attention_is_computed(slow):
     program = compile_program(Attention(), f"cp={ranks}", (torch.empty(1, length, 16),))
     [ring] = [n for n in program.graph.nodes if axes_of(n) is not None]
     cost, part = measure(program).costs[ring], 2 * length // ranks * 16 * 4  # bytes of a rank's keys and values
-    seconds = functools.partial(_OperatorTimes, program=program)
+    seconds = functools.partial(OperatorTimes, program=program)
     ahead, back = seconds(machine(flops=cost.forward / slow, beta=1.0)).seconds(ring)
     behind = slow * cost.backward / cost.forward
     # Where nothing takes time to travel:
