@@ -46,8 +46,8 @@ AUTO = "auto"
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
                 transport: str = "auto", timeout: float = TIMEOUT, check_batches: int = CHECKED_EVERY,
-                 pad: Padding | Mapping[str, Any] | int | None = None, quiet: bool | None = None,
-                 dump_dir: str | Path | None = None) -> ParallelModule:
+                pad: Padding | Mapping[str, Any] | int | None = None, quiet: bool | None = None,
+                dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
 
     model: real or on the meta device, on all ranks alike; DTensors take the place of its parameters, wherever those are held (in
@@ -69,8 +69,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     Several modules may be parallelized and fed into each other, if their plans have the same replicas (see `ParallelModule`).
     Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
     Raises: `PlanError` (under "auto", also where no plan fits), `InputError`, `CaptureError`, `UnsupportedOperator`,
-    `MismatchError`; on all ranks alike. What one rank
-    alone cannot do is an `FxparError` on the others.
+    `MismatchError`; on all ranks alike. What one rank alone cannot do is an `FxparError` on the others.
     """
     be_quiet(quiet)
     device = _join()

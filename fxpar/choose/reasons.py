@@ -49,9 +49,10 @@ def limits(terms: Mapping[str, float], memory: Mapping[str, float], size: int) -
             + f". Memory: {sum(memory.values()) / GIB:.1f} of the {usable(size) / GIB:.1f} GiB that a step may take: {parts}")
 
 
-def rejections(best: Plan, estimates: Sequence[Estimate], pace: Callable[[Estimate], float], memory: int, facts: ModelFacts,
-               cluster: Cluster) -> list[Rejection]:
-    """Every family that `best` does not belong to, with the reason. pace: seconds for a row of the batch."""
+def rejections(best: Plan, estimates: Sequence[Estimate], pace: Callable[[Estimate], float], memory: int,
+               facts: ModelFacts) -> list[Rejection]:
+    """Every family that `best` does not belong to, with the reason. pace: seconds for a row of the batch. memory: bytes of a
+    device."""
     mine = next(e for e in estimates if e.plan == best)
     found = []
     for family, belongs in _families(estimates, best):
@@ -61,7 +62,7 @@ def rejections(best: Plan, estimates: Sequence[Estimate], pace: Callable[[Estima
         fitting = [e for e in members if e.peak <= usable(memory)]
         if fitting:
             other = min(fitting, key=pace)
-            found.append(Rejection(family, other, _slower(mine, other, pace, facts)))
+            found.append(Rejection(family, other, _slower(mine, other, pace)))
         else:
             other = min(members, key=lambda e: e.peak)
             found.append(Rejection(family, other, _larger(other, facts)))
@@ -122,7 +123,7 @@ def _values(estimates: Iterable[Estimate], name: str) -> list:
     return sorted({getattr(e.plan, name) for e in estimates}, key=lambda value: (str(type(value)), value))
 
 
-def _slower(mine: Estimate, other: Estimate, pace: Callable[[Estimate], float], facts: ModelFacts) -> str:
+def _slower(mine: Estimate, other: Estimate, pace: Callable[[Estimate], float]) -> str:
     """Why a family that fits is not preferred."""
     ratio = pace(other) / pace(mine)
     scale = pace(mine) / mine.seconds / (pace(other) / other.seconds)  # of a row each, where steps have other batches

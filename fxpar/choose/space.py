@@ -115,7 +115,7 @@ class Space:
         """All plans that divide what has to be divided, and contradict nothing."""
         seen: set[Plan] = set()
         for degrees in self._degrees():
-            for choice in self._choices(*degrees):
+            for choice in self._choices(*degrees[:4]):
                 plan = self._plan(degrees, choice)
                 if plan is not None and plan not in seen:
                     seen.add(plan)
@@ -143,7 +143,8 @@ class Space:
                     if folded and size.takes(tp, cp, ep) and self._kept(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep):
                         yield dp, tp, pp, cp, ep
 
-    def _choices(self, dp: int, tp: int, pp: int, cp: int, ep: int) -> Iterator[dict[str, Any]]:
+    def _choices(self, dp: int, tp: int, pp: int, cp: int) -> Iterator[dict[str, Any]]:
+        """The other fields of a plan of these degrees."""
         rows = self.facts.dimensions.batch // (1 if self.plain else dp)
         counts = [1] if self.plain else [rows // b for b in SIZES if rows % b == 0]
         if "microbatches" in self.fixed:
@@ -168,6 +169,7 @@ class Space:
         return [1, across] if across > 1 and dp % across == 0 and across < dp else [1]
 
     def _orders(self, pp: int) -> list[tuple[str, int]]:
+        """Schedules, and how many stages a pipeline rank has under each."""
         if pp == 1:
             return [("1f1b", 1)]
         blocks = self.facts.values["blocks"]

@@ -18,7 +18,7 @@ from fxpar.choose.facts import ModelFacts, facts_of
 from fxpar.choose.reasons import Rejection, advice, limits, not_searched, rejections
 from fxpar.choose.space import Estimate, Space
 from fxpar.compiler import Captured, capture
-from fxpar.cost.clusters import Cluster
+from fxpar.cost.clusters import Cluster, cluster_of
 from fxpar.cost.clusters import cluster as read_cluster
 from fxpar.cost.stages import TERMS
 from fxpar.errors import FxparError, PlanError
@@ -164,9 +164,9 @@ def suggest(model: nn.Module | Captured, example_inputs: Any = None, *, gpus: in
     keyword arguments or a tuple), of which only shapes and dtypes matter. gpus: how many there are. memory: of one, in bytes
     or as text ("80GiB"); default: what the cluster's devices have. cluster: a name, or a .toml file of one's own. fixed:
     fields that all plans share, a plan or its text: what it says of degrees and options is kept too ("tp=4,param_dtype=bf16").
-    compare: plans that are told beside the best. candidates: how many plans are partitioned for real, the best by the
-    formulas. trace: whether the best one's peak is predicted as `fxpar.inspect` does; without it all peaks are those of the
-    formulas.
+    compare: plans that are told beside the best; of dtypes and outputs they have what `fixed` has, unless they say it.
+    candidates: how many plans are partitioned for real, the best by the formulas. trace: whether the best one's peak is
+    predicted as `fxpar.inspect` does; without it all peaks are those of the formulas.
 
     No process, GPU or weight is needed. Raises: `PlanError` for arguments that are none, and for a dtype that the cluster does
     not compute in; as `fxpar.capture`.
@@ -179,6 +179,7 @@ def suggest(model: nn.Module | Captured, example_inputs: Any = None, *, gpus: in
     count = _count("candidates", candidates)
     captured = model if isinstance(model, Captured) else capture(model, example_inputs)
     base = _with_loss(captured, base, fixed != DEFAULT)
+    others = [_in_common(plan, base) for plan in others]
     return _search(lambda plan: captured, facts_of(captured, _shared(base), machine), base, names, *sizes, others,
                    count, trace, start)
 
@@ -186,6 +187,7 @@ def suggest(model: nn.Module | Captured, example_inputs: Any = None, *, gpus: in
 def suggest_for_replicas(model: nn.Module, example: Call, gpus: int, memory: int, cluster: Cluster) -> Suggestions:
     """The same for a training loop that passes each replica such an example, whatever the plan, and calls backward itself:
     without pipelines and accumulation. Raises as `suggest`."""
+    start = time.process_time()
     alone = capture(model, _inputs(example))
     known: dict[int, Captured] = {1: alone}
 
@@ -196,7 +198,7 @@ def suggest_for_replicas(model: nn.Module, example: Call, gpus: int, memory: int
 
     facts = facts_of(alone, Plan(), cluster)
     return _search(lambda plan: capture_of(plan, facts.batch_dims), facts, Plan(), frozenset(), gpus, cluster, memory, [], 2,
-                   True, time.process_time(), per_replica=True)
+                   True, start, per_replica=True)
 
 
 def _inputs(call: Call) -> Any:
@@ -229,7 +231,7 @@ def _search(capture_of: Captures, facts: ModelFacts, base: Plan, fixed: frozense
             made.append(found)
     made = _ordered(made, size, trace)
     best = made[0] if made and made[0].fits(size) else None
-    rejected = rejections(best.plan, estimates, pace, size, facts, cluster) if best is not None else []
+    rejected = rejections(best.plan, estimates, pace, size, facts) if best is not None else []
     used, compared = time.process_time() - start, []
     for estimate in space.of(others):
         found = partitioned(capture_of, estimate, cluster, rows(estimate.plan))
@@ -286,6 +288,12 @@ def _shared(plan: Plan) -> Plan:
     return Plan(**{name: getattr(plan, name) for name in SHARED})
 
 
+def _in_common(plan: Plan, base: Plan) -> Plan:
+    """A plan with those of the fields that have nothing to do with ranks from `base` which it leaves as they are by default."""
+    default = Plan()
+    return replace(plan, **{name: getattr(base, name) for name in SHARED if getattr(plan, name) == getattr(default, name)})
+
+
 def _with_loss(captured: Captured, base: Plan, asked: bool) -> Plan:
     """The plan as it is, or, where nobody asked for it, without `outputs=loss` for a model that returns none."""
     try:
@@ -310,9 +318,5 @@ def _brief(plan: Plan) -> str:
 
 def likely_cluster(device: torch.device) -> str:
     """The name of the cluster whose devices are of the kind of this one; the default where none is."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device).lower()
-        for known in ("h200", "a100", "h100"):
-            if known in name:
-                return f"dgx-{known}"
-    return CLUSTER
+    made = cluster_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return CLUSTER if made is None else made.name

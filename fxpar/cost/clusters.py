@@ -5,6 +5,7 @@ Each is a file in `clusters/`, with the public source of every number. A cluster
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 
 from fxpar.errors import PlanError
+
+_KIND = re.compile(r"\b[A-Z]\d{3}\b")
+"""What tells a kind of device in its name."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,13 @@ def cluster(name: str) -> Cluster:
         raise PlanError("cluster", name, f"must say {missing.args[0]!r}, as fxpar's own do") from None
     except (tomllib.TOMLDecodeError, TypeError, ValueError) as error:
         raise PlanError("cluster", name, f"must be a description of a cluster: {error}") from None
+
+
+def cluster_of(device: str) -> Cluster | None:
+    """The cluster whose devices are of the kind of this one; None where fxpar knows none. device: what its driver calls it, as
+    "NVIDIA A100-SXM4-80GB"."""
+    kind = _KIND.findall(device)
+    return next((made for made in map(cluster, clusters()) if kind and kind == _KIND.findall(made.device)), None)
 
 
 def _folder() -> Any:

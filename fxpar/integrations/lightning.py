@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,6 +17,7 @@ except ImportError:  # the package of Fabric alone
     from lightning_fabric.strategies import DDPStrategy
 
 from fxpar.checkpoint import load_checkpoint, save_checkpoint
+from fxpar.checkpoint.ranks import LocalModel, alike
 from fxpar.errors import InputError, PlanError
 from fxpar.run.module import ParallelModule
 
@@ -77,10 +77,14 @@ class FxparStrategy(DDPStrategy):
         if filter or storage_options:
             raise InputError("Fabric.save of a parallel module takes no filter and no storage options")
         module, optimizer, rest = _sorted(state)
-        if self.is_global_zero:
-            Path(path).mkdir(parents=True, exist_ok=True)
-            torch.save({name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in rest.items()}, Path(path) / REST)
-        dist.barrier()
+
+        def write() -> None:
+            if self.is_global_zero:
+                Path(path).mkdir(parents=True, exist_ok=True)
+                torch.save({name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in rest.items()},
+                           Path(path) / REST)
+
+        alike(LocalModel(module).ranks, path, write)
         save_checkpoint(Path(path) / STATE, module, optimizer)
 
     def load_checkpoint(self, path: str | os.PathLike, state: Any = None, strict: bool = True,

@@ -17,84 +17,86 @@ ACCENT, QUIET = "bold cyan", "dim"
 
 def in_colour(report: Report) -> Iterator[Any]:
     """What is written to a terminal: tables of parameters, collectives, totals and stages, then memory, time and notes."""
-    from rich.table import Table
     from rich.text import Text
 
-    def table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: int = 0) -> Any:
-        made = Table(title=title, title_style=ACCENT, title_justify="left", header_style=QUIET, box=None, pad_edge=False)
-        for i, name in enumerate(head):
-            made.add_column(name, justify="right" if i >= len(head) - right else "left", overflow="fold")
-        for row in rows:
-            made.add_row(*(Text(cell) for cell in row))
-        return made
-
-    plan, pipeline = report.plan, report.pipeline
-    mesh = f"pp={plan.pp} x {report.mesh}" if pipeline else str(report.mesh)
+    plan = report.plan
+    mesh = f"pp={plan.pp} x {report.mesh}" if report.pipeline else str(report.mesh)
     yield Text.assemble(
         ("plan ", QUIET), (str(plan), ACCENT), ("   mesh ", QUIET), mesh, ("   ranks ", QUIET), str(plan.world_size)
     )
+    for made in _tables(report):
+        yield ""
+        yield made
     yield ""
-    yield table(
-        "Parameters",
-        ("name", "shape", "layout", "a rank holds", "bytes a rank"),
-        [
-            (
-                name + (f"  x{count}" if count > 1 else ""),
-                str(list(p.shape)),
-                p.layout,
-                str(list(p.local_shape)),
-                size(count * p.local_bytes),
-            )
-            for name, count, p in report.grouped()
-        ],
-        right=1,
-    )
-    if report.collectives:
-        yield ""
-        yield table("Collectives of a step, on one rank", ("for", "over", "where", "forward", "backward"), _both_ways(report))
-        yield ""
-        totals = [(t.name, f"{t.count:,}", size(t.forward), size(t.backward)) for t in report.totals()]
-        yield table("All of a rank's, for", ("", "count", "forward", "backward"), totals, right=3)
-    if pipeline is not None:
-        yield ""
-        yield table(
-            "Stages",
-            ("stage", "pp rank", "from", "to", "parameters a rank", "share of FLOPs", "sent a microbatch"),
-            [
-                (
-                    str(s.stage),
-                    str(s.rank),
-                    s.first or "the model",
-                    s.last or "the model",
-                    size(s.bytes),
-                    f"{s.share:.1%}",
-                    size(s.sent),
-                )
-                for s in pipeline.stages
-            ],
-            right=3,
+    for name, text in _lines(report):
+        yield Text.assemble((f"{name:<14}", QUIET), text)
+
+
+def _tables(report: Report) -> Iterator[Any]:
+    parameters = [
+        (
+            name + (f"  x{count}" if count > 1 else ""),
+            str(list(p.shape)),
+            p.layout,
+            str(list(p.local_shape)),
+            size(count * p.local_bytes),
         )
-    yield ""
-    peak = known_peak(report)
-    lines = [
-        ("memory a rank", ", ".join(f"{part} {size(held)}" for part, held in report.memory.items())),
-        ("peak memory", peak if isinstance(peak, str) else f"{size(peak.bytes)} in the {peak.phase} pass, at {peak.where}"),
+        for name, count, p in report.grouped()
     ]
+    yield _table("Parameters", ("name", "shape", "layout", "a rank holds", "bytes a rank"), parameters, right=1)
+    if report.collectives:
+        yield _table(
+            "Collectives of a step, on one rank", ("for", "over", "where", "forward", "backward"), _both_ways(report)
+        )
+        totals = [(t.name, f"{t.count:,}", size(t.forward), size(t.backward)) for t in report.totals()]
+        yield _table("All of a rank's, for", ("", "count", "forward", "backward"), totals, right=3)
+    if report.pipeline is not None:
+        head = ("stage", "pp rank", "from", "to", "parameters a rank", "share of FLOPs", "sent a microbatch")
+        stages = [
+            (
+                str(s.stage),
+                str(s.rank),
+                s.first or "the model",
+                s.last or "the model",
+                size(s.bytes),
+                f"{s.share:.1%}",
+                size(s.sent),
+            )
+            for s in report.pipeline.stages
+        ]
+        yield _table("Stages", head, stages, right=3)
+
+
+def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: int = 0) -> Any:
+    """right: how many of the last columns hold numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, title_style=ACCENT, title_justify="left", header_style=QUIET, box=None, pad_edge=False)
+    for i, name in enumerate(head):
+        made.add_column(name, justify="right" if i >= len(head) - right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def _lines(report: Report) -> Iterator[tuple[str, str]]:
+    """Memory, time and notes: what each is, and the text."""
+    yield "memory a rank", ", ".join(f"{part} {size(held)}" for part, held in report.memory.items())
+    peak = known_peak(report)
+    yield "peak memory", peak if isinstance(peak, str) else f"{size(peak.bytes)} in the {peak.phase} pass, at {peak.where}"
     try:
         made = report.step.time()
-        lines.append(
-            (
-                "a step",
-                f"{seconds(made.seconds)} on {made.cluster.name}, bubble {made.timeline.bubble:.1%}, "
-                f"MFU {made.utilization:.1%} (by the cost model)",
-            )
+        step = (
+            f"{seconds(made.seconds)} on {made.cluster.name}, bubble {made.timeline.bubble:.1%}, "
+            f"MFU {made.utilization:.1%} (by the cost model)"
         )
     except FxparError as error:
-        lines.append(("a step", f"not known: {error}"))
+        step = f"not known: {error}"
+    yield "a step", step
     if report.timings.ran:
-        lines.append(("to first step", str(report.timings)))
-    for name, text in [*lines, *(("note", note) for note in report.notes)]:
-        yield Text.assemble((f"{name:<14}", QUIET), text)
+        yield "to first step", str(report.timings)
+    yield from (("note", note) for note in report.notes)
 
 
 def _both_ways(report: Report) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from collections import deque
 
 import torch
 
-from fxpar.cost.clusters import Cluster, cluster, clusters
+from fxpar.cost.clusters import Cluster, cluster, cluster_of
 from fxpar.errors import InputError
 from fxpar.progress import stage
 from fxpar.report.step import StepReport
@@ -85,7 +85,4 @@ def _cluster(given: Cluster | str | None, device: torch.device) -> Cluster | Non
         return cluster(given) if isinstance(given, str) else given
     if device.type != "cuda":
         return None
-    words = torch.cuda.get_device_name(device).split()
-    made = [cluster(name) for name in clusters()]
-    return next((c for c in made if any(word in c.device.split() for word in words if any(map(str.isdigit, word)) and
-                                        not word[0].isdigit())), None)
+    return cluster_of(torch.cuda.get_device_name(device))

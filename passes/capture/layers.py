@@ -60,7 +60,6 @@ class _LayerCall:
     hooks: list[Any]
 
 
-
 @dataclass
 class _TracedLayer:
     """A layer that was traced. made: the tensors that it returned and did not get; leaves: what it returned, with a place in

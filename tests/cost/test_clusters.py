@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxpar.cost import clusters as module
-from fxpar.cost.clusters import cluster, clusters
+from fxpar.cost.clusters import cluster, cluster_of, clusters
 from fxpar.errors import PlanError
 
 FOLDER = Path(module.__file__).parent / "clusters"
@@ -82,3 +82,12 @@ def test_a_file_that_lacks_something_is_refused(tmp_path: Path, old: str, new: s
 def test_an_unknown_cluster_is_refused(name: str):
     with pytest.raises(PlanError, match=r"one of dgx-a100, dgx-h100, dgx-h200, or the path of a .toml file; try dgx-a100"):
         cluster(name)
+
+
+@pytest.mark.parametrize("device, name", [
+    ("NVIDIA H100 80GB HBM3", "dgx-h100"), ("NVIDIA H200", "dgx-h200"), ("NVIDIA A100-SXM4-80GB", "dgx-a100"),
+    ("NVIDIA GH200 480GB", None), ("NVIDIA GeForce RTX 4090", None),
+])  # fmt: skip
+def test_the_cluster_of_a_device(device: str, name: str | None):
+    made = cluster_of(device)
+    assert (made.name if made is not None else None) == name

@@ -76,7 +76,7 @@ def drawn(peak: Peak, device: int, spans: tuple[Span, ...] | None = None, forwar
         parts.append(
             tag("text", words(f"the device has {size(device)}"), class_="tick", x=WIDTH - RIGHT, y=y + 13, text_anchor="end")
         )
-    parts += _phases(points, across, spans is not None)
+    parts += _phases(spans is not None)
     values = max(points, key=lambda p: sum(p[2].values()))[2]
     shown = [(colour, f"{SAID.get(part, part)} {size(values[part])}") for part, colour in ORDER if values[part]]
     entries = "".join(tag("span", tag("i", class_=f"swatch {colour}"), words(text)) for colour, text in reversed(shown))
@@ -121,7 +121,8 @@ def _steps(
     ]
 
 
-def _phases(points: list[tuple[float, float, dict[str, int]]], across: float, pipeline: bool) -> list[str]:
+def _phases(pipeline: bool) -> list[str]:
+    """What stands under the drawing."""
     y = TOP + HIGH + 17
     if pipeline:
         return [
