@@ -20,6 +20,8 @@ PHRASES = {
     EXPERTS: "exposed exchanges of rows with their experts", DATA: "exposed gathers of parameters and sums of gradients",
     BUBBLE: "the pipeline's bubble", OPTIMIZER: "the optimizer"}
 """Term of a step -> how a sentence calls it."""
+SHARED = ("param_dtype", "reduce_dtype", "outputs", "batch_dims", "roles")
+"""Fields that have nothing to do with ranks, and that all plans share: neither tables nor sentences repeat them."""
 WIDE, DEEP = 4096, 50
 """Of the public guide of Megatron Core: hidden size from which a layer is wide, blocks from which a model is deep."""
 
@@ -129,7 +131,7 @@ def _slower(mine: Estimate, other: Estimate, pace: Callable[[Estimate], float]) 
     scale = pace(mine) / mine.seconds / (pace(other) / other.seconds)  # of a row each, where steps have other batches
     term = max(other.terms, key=lambda name: other.terms[name] / scale - mine.terms[name])
     share = other.terms[term] / other.seconds
-    plan = _short(other.plan)
+    plan = short(other.plan)
     if ratio < 1.005:
         return f"as fast within {abs(ratio - 1):.1%}, and no simpler ({plan})"
     return f"{ratio - 1:.1%} slower at best: {share:.0%} of the step is {PHRASES[term]} ({plan})"
@@ -139,13 +141,12 @@ def _larger(other: Estimate, facts: ModelFacts) -> str:
     """Why a family does not fit."""
     part, size = max(other.memory.items(), key=lambda item: item[1])
     tokens = f" at {facts.dimensions.length} tokens" if part == "activations" and facts.dimensions.length else ""
-    return f"does not fit: {size / GIB:.0f} GiB of {part}{tokens}, {other.peak / GIB:.0f} GiB at least ({_short(other.plan)})"
+    return f"does not fit: {size / GIB:.0f} GiB of {part}{tokens}, {other.peak / GIB:.0f} GiB at least ({short(other.plan)})"
 
 
-def _short(plan: Plan) -> str:
+def short(plan: Plan) -> str:
     """A plan without the fields that all have."""
-    shared = ("param_dtype", "reduce_dtype", "outputs", "batch_dims", "roles")
-    return ",".join(item for item in str(plan).split(",") if item.partition("=")[0] not in shared) or "dp=1"
+    return ",".join(item for item in str(plan).split(",") if item.partition("=")[0] not in SHARED) or "dp=1"
 
 
 def advice(plan: Plan, facts: ModelFacts, cluster: Cluster, gpus: int, memory: int) -> list[str]:

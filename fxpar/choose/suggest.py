@@ -15,7 +15,7 @@ from torch import nn
 
 from fxpar.choose.evaluate import Candidate, Captures, partitioned, traced
 from fxpar.choose.facts import ModelFacts, facts_of
-from fxpar.choose.reasons import Rejection, advice, limits, not_searched, rejections
+from fxpar.choose.reasons import SHARED, Rejection, advice, limits, not_searched, rejections, short
 from fxpar.choose.space import Estimate, Space
 from fxpar.compiler import Captured, capture
 from fxpar.cost.clusters import Cluster, cluster_of
@@ -36,8 +36,6 @@ ALIKE = 0.02
 TRIES = 4
 """How many plans are traced for their peak, until one fits."""
 DEFAULT = "param_dtype=bf16,outputs=loss"
-SHARED = ("param_dtype", "reduce_dtype", "outputs", "batch_dims", "roles")
-"""Fields that a table does not repeat for every plan."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class Suggestions:
         least = min(self.estimates, key=lambda e: e.peak, default=None)
         if least is None:
             return "no plan divides what has to be divided"
-        return (f"{_brief(least.plan)} takes least, about {least.peak / GIB:.1f} GiB of the {usable(self.memory) / GIB:.1f} that "
+        return (f"{short(least.plan)} takes least, about {least.peak / GIB:.1f} GiB of the {usable(self.memory) / GIB:.1f} that "
                 "a step may")
 
     def __str__(self) -> str:
@@ -116,7 +114,7 @@ class Suggestions:
             out += ["", "rejected:", *(f"  {rejection}" for rejection in self.rejected)]
         left = not_searched(facts, self.cluster, self.gpus)
         out += ["", "not searched:", *(f"  {line}" for line in left)] if left else []
-        return out + [f"  cannot be partitioned: {_brief(plan)}: {error}" for plan, error in self.errors]
+        return out + [f"  cannot be partitioned: {short(plan)}: {error}" for plan, error in self.errors]
 
     def _table(self, width: int) -> list[str]:
         table = Table(box=None, pad_edge=False)
@@ -134,7 +132,7 @@ class Suggestions:
     def _row(self, made: Candidate) -> tuple[str, ...]:
         exposed = sum(seconds for name, seconds in made.terms.items() if name.endswith("collectives"))
         about = "" if made.traced else "about "
-        return (_brief(made.plan), f"{made.seconds:.3f}", f"{made.utilization:.1%}", f"{made.bubble:.1%}",
+        return (short(made.plan), f"{made.seconds:.3f}", f"{made.utilization:.1%}", f"{made.bubble:.1%}",
                 f"{exposed / made.seconds:.1%}", f"{made.terms['recomputation'] / made.seconds:.1%}",
                 f"{about}{made.peak / GIB:.1f}", "" if made.fits(self.memory) else "does not fit")
 
@@ -142,7 +140,7 @@ class Suggestions:
         """A plan that was asked for, term by term beside the best."""
         place = f"place {self.rank(other)} of {len(self.fitting())} by the formulas"
         fit = "fits" if other.fits(self.memory) else "does not fit"
-        out = [f"compared: {_brief(other.plan)}: {fit} ({other.peak / GIB:.1f} GiB); {place}"]
+        out = [f"compared: {short(other.plan)}: {fit} ({other.peak / GIB:.1f} GiB); {place}"]
         if self.best is None:
             return out
         mine, its = self.best, other
@@ -309,11 +307,6 @@ def _count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PlanError(name, value, "must be a positive integer", f"{name}=8")
     return value
-
-
-def _brief(plan: Plan) -> str:
-    """A plan without the fields that all have."""
-    return ",".join(i for i in str(plan).split(",") if i.partition("=")[0] not in SHARED) or "dp=1"
 
 
 def likely_cluster(device: torch.device) -> str:

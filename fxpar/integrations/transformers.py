@@ -173,7 +173,7 @@ def load_pretrained(path: str | os.PathLike, module: ParallelModule) -> None:
 
 
 def _check(model: Any, args: Any) -> None:
-    """Raises: what says why this Trainer cannot train this model as one process would."""
+    """Raises: `InputError`, `PlanError`, which say why this Trainer cannot train this model as one process would."""
     if not isinstance(model, ParallelModule):
         raise InputError(f"fxpar's Trainer trains what fxpar.parallelize returned, not {type(model).__name__}, and takes no "
                          "model_init: write model=fxpar.parallelize(model, plan)")

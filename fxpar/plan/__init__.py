@@ -1,4 +1,4 @@
-"""What a user asks for: the `Plan`, and the flags of Megatron Core that it can be made of."""
+"""What a user asks for: the `Plan`, and the files and flags of Megatron Core that it can be made of."""
 
 from fxpar.plan.files import SUFFIXES
 from fxpar.plan.plan import Plan, Plans, require_one_of

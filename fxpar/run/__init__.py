@@ -21,4 +21,5 @@ gathered    the plain model, for a while (with whole: who asks for it)
 optimizers  those that cannot step parts of parameters
 numbers     Python numbers in a call that need no capture of their own
 clip        the norm of all gradients over all ranks
+meter       seconds, throughput, MFU and memory of steps
 """

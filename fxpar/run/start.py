@@ -21,7 +21,7 @@ _log = logging.getLogger("fxpar")
 
 
 class Start:
-    """Of one program, with gradients or without.
+    """The first run of one program, with gradients or without.
 
     named: what it was first called with. kept: how many programs of this model there are, with this one.
     """

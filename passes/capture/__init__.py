@@ -8,4 +8,5 @@ regions     parts of the model under other settings than the rest
 autocast    casts that autocast asked for
 batchnorm   batch norms and the buffers they move
 grouped     experts' products of grouped rows
+layers      of equal layers one is traced (with evidence: the proof that they are)
 """

@@ -7,6 +7,7 @@ import math
 from fxpar.pipeline.timeline import Span
 from fxpar.report.html.svg import drawing, tag, words
 from fxpar.report.memory import PARTS, Moment, Peak
+from fxpar.report.text import GIB
 from fxpar.report.words import size
 
 ORDER = (
@@ -26,7 +27,6 @@ SAID = {
     "temporaries": "temporary",
 }
 LEFT, RIGHT, TOP, HIGH, WIDTH = 64.0, 14.0, 16.0, 260.0, 1080.0
-GIB = 2**30
 
 
 def drawn(peak: Peak, device: int, spans: tuple[Span, ...] | None = None, forward: float = 1 / 3) -> str:
