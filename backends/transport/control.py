@@ -169,14 +169,14 @@ class Control:
     def longest(self, call: str, lengths: Mapping[str, int]) -> dict[str, int]:
         """The largest length of all ranks under each name. Raises: `MismatchError` on every rank unless all give the same names,
         for the same call."""
-        if self.group is None or not lengths:
+        if self.group is None:
             return dict(lengths)
         if not self.compare(digest(repr((call, *lengths))))():
             everyone = self.exchange_of(call, list(lengths))
             other = next(rank for rank, names in enumerate(everyone) if names != everyone[0])
             raise MismatchError(f"ranks call {call} with other sequences to pad: rank 0 with {everyone[0]}, rank {other} with "
                                 f"{everyone[other]}; every rank must be given the same inputs")
-        return dict(zip(lengths, self._largest_of(array("q", lengths.values()), list)(), strict=True))
+        return dict(zip(lengths, self._largest_of(array("q", lengths.values()), list)(), strict=True)) if lengths else {}
 
     def exchange(self, thing: object) -> list:
         """Every rank's `thing`, by rank. Raises: `FxparError` on every rank if one failed, and said so instead (`fail`)."""

@@ -92,9 +92,11 @@ def test_replicas_of_other_lengths_pad_to_the_longest():
         assert have[2] == 3  # of 8 tokens, as the example is, of 12, and of 4
 
 
-def differing(rank: int) -> str:
+def differing(rank: int, flat: bool) -> str:
     module = fxpar.parallelize(Tagger(), "dp=2", batch(4), backend="eager", pad=4)
     given = batch(5) | ({"attention_mask": torch.ones(2, 5, dtype=torch.long)} if rank else {})
+    if rank and flat:  # which are no sequences
+        given = {name: x.flatten() for name, x in given.items()}
     try:
         module(**given)
     except fxpar.MismatchError as error:
@@ -114,7 +116,7 @@ def failing(rank: int) -> str:
 
 @pytest.mark.slow
 def test_mistakes_of_one_rank_are_errors_on_all():
-    for text in launch(2, differing):
+    for text in [*launch(2, differing, False), *launch(2, differing, True)]:
         assert "with other sequences to pad: rank 0 with ['input_ids', 'labels'], rank 1 with [" in text
     texts = launch(2, failing)
     assert texts[1].startswith("InputError: padding: input 'attention_mask'")
