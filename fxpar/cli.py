@@ -27,6 +27,7 @@ from fxpar.errors import FxparError, PlanError, brief
 from fxpar.pipeline import drawing
 from fxpar.plan import SUFFIXES, Plan
 from fxpar.progress import be_quiet
+from fxpar.report.data import known_verdict
 from fxpar.report.report import Report, inspect
 from fxpar.report.step import CLUSTER
 from fxpar.verify.equivalence import assert_equivalent
@@ -94,7 +95,8 @@ def _suggest(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace, report: Report) -> int:
-    """Print a report; draw its timeline where that is asked for. 1 where the plan does not fit into the memory that was named."""
+    """Print a report; draw its timeline where that is asked for. 1 where the plan does not fit into the memory that was
+    named, or nobody can tell."""
     if args.html:
         print(f"written: {report.save_html(args.html)}", file=sys.stderr)
     if args.json:
@@ -103,7 +105,8 @@ def _inspect(args: argparse.Namespace, report: Report) -> int:
         rich.print(report)
     else:
         print(report)
-    code = int(report.limit is not None and not report.verdict.fits)
+    verdict = known_verdict(report)
+    code = int(report.limit is not None and (verdict is None or not verdict.fits))
     if report.pipeline is None or not args.timeline:
         return code
     made, kept = report.pipeline.timeline(), report.pipeline.activations()

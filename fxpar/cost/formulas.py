@@ -205,5 +205,3 @@ def explained(schedule: str = "") -> str:
     """All formulas as text, one a line."""
     both = {"seconds": seconds(schedule), "bytes": memory(schedule)}
     return "\n".join(f"{what} of {term}: {expr}" for what, terms in both.items() for term, expr in terms.items())
-
-

@@ -10,11 +10,13 @@ from fxpar.report.memory import PARTS, Peak
 
 if TYPE_CHECKING:
     from fxpar.report.report import Report
+    from fxpar.report.verdict import Verdict
 
 
 def as_dict(report: Report) -> dict[str, Any]:
     """What `Report.to_dict` returns: the plan and mesh, a list for each table of the report, the peak (or why it is not known),
-    and what a step takes on its cluster. Bytes are those of one rank, times are seconds."""
+    whether it fits into the memory that was named, and what a step takes on its cluster. Bytes are those of one rank, times are
+    seconds."""
     plan, mesh, pipeline = report.plan, report.mesh, report.pipeline
     made: dict[str, Any] = {
         "plan": str(plan),
@@ -25,6 +27,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "totals": {by: [{**_row(t), "bytes": t.bytes} for t in report.totals(by)] for by in ("strategy", "axes")},
         "memory": dict(report.memory),
         "peak": _peak(report),
+        "verdict": _verdict(report),
         "flops": report.flops,
         "step": _step(report),
         "timings": {"parts": dict(report.timings.parts), "passes": dict(report.timings.passes)},
@@ -51,6 +54,18 @@ def known_peak(report: Report) -> Peak | str:
         return report.peak
     except Exception as error:  # whatever stops Inductor must not hide the rest of the report
         return f"not predicted ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+
+
+def known_verdict(report: Report) -> Verdict | None:
+    """Whether the peak fits into the memory that was named; None where none was, or the peak cannot be predicted."""
+    return None if report.limit is None or isinstance(known_peak(report), str) else report.verdict
+
+
+def _verdict(report: Report) -> dict[str, Any] | None:
+    made = known_verdict(report)
+    if made is None:
+        return None
+    return {"memory": made.memory, "fits": made.fits, "ways": [{"change": c, "bytes": size} for c, size in made.ways]}
 
 
 def _peak(report: Report) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fxpar.plan import Plan, Plans, require_one_of
 from fxpar.program import Program
 from fxpar.progress import stage as told
 from fxpar.report.attention import AttentionRow, attention_rows, gathered_note, lines
-from fxpar.report.data import as_dict, known_peak
+from fxpar.report.data import as_dict, known_peak, known_verdict
 from fxpar.report.experts import ExpertsRow, experts_rows, lines_of_experts
 from fxpar.report.html.page import write_page
 from fxpar.report.memory import Peak, predict
@@ -155,7 +155,7 @@ class Report:
                           *pipes, *([""] if pipes else []),
                           "memory a rank: " + ", ".join(f"{k} {v / GIB:.3f} GiB" for k, v in self.memory.items()),
                           f"peak memory a rank: {peak}",
-                          *([str(self.verdict)] if self.limit is not None and not isinstance(peak, str) else []),
+                          *([str(fits)] if (fits := known_verdict(self)) is not None else []),
                           f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",
                           self.step.line(),
                           *([f"to the first step: {self.timings}"] if self.timings.ran else []),

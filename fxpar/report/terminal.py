@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fxpar.errors import FxparError
-from fxpar.report.data import known_peak
+from fxpar.report.data import known_peak, known_verdict
 from fxpar.report.words import seconds, size
 
 if TYPE_CHECKING:
@@ -85,6 +85,9 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "memory a rank", ", ".join(f"{part} {size(held)}" for part, held in report.memory.items())
     peak = known_peak(report)
     yield "peak memory", peak if isinstance(peak, str) else f"{size(peak.bytes)} in the {peak.phase} pass, at {peak.where}"
+    verdict = known_verdict(report)
+    if verdict is not None:
+        yield "the plan", str(verdict)
     try:
         made = report.step.time()
         step = (

@@ -169,6 +169,21 @@ def test_a_page_that_cannot_be_written_is_an_error(reports, tmp_path):
         reports["alone"].save_html(tmp_path / "nowhere" / "report.html")
 
 
+@pytest.mark.parametrize("part, fits", [(2.0, "fits: "), (0.1, "does not fit: ")])
+def test_whether_the_plan_fits_stands_in_every_form(reports, part, fits):
+    from rich.console import Console
+
+    report = reports["alone"]
+    made = dataclasses.replace(report, limit=int(part * report.peak.bytes), peak_of=lambda _: report.peak.bytes)
+    console = Console(width=400, record=True, file=open(os.devnull, "w"))
+    console.print(made)
+    for text in (str(made), console.export_text(), page(made)):
+        assert str(made.verdict) in text and str(made.verdict).startswith(fits)
+    told = made.to_dict()["verdict"]
+    assert (told["memory"], told["fits"]) == (made.limit, made.verdict.fits) and len(told["ways"]) == len(made.verdict.ways)
+    assert report.to_dict()["verdict"] is None
+
+
 # ---- the same numbers as data and totals ----
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fxpar.cost.clusters import Cluster, cluster
 from fxpar.errors import FxparError, PlanError
 from fxpar.progress import stage as told
-from fxpar.report.data import known_peak
+from fxpar.report.data import known_peak, known_verdict
 from fxpar.report.html import block, lanes, layers, memory, mesh, pipeline
 from fxpar.report.html.svg import table, tag, words
 from fxpar.report.words import plural, seconds, size
@@ -97,10 +97,15 @@ def _on(report: Report) -> Cluster:
     return cluster(report.step.cluster) if isinstance(report.step.cluster, str) else report.step.cluster
 
 
+def _device(report: Report) -> int:
+    """Bytes of a device: those that were named, or the cluster's."""
+    return _on(report).memory if report.limit is None else report.limit
+
+
 def _cards(report: Report, peak: Peak | str, made: StepTime | str) -> str:
     cards = [(plural(report.plan.world_size, "rank"), f"mesh {report.mesh}")]
     if not isinstance(peak, str):
-        cards.append((size(peak.bytes), f"peak memory of a rank, of {size(_on(report).memory)}"))
+        cards.append((size(peak.bytes), f"peak memory of a rank, of {size(_device(report))}"))
     if not isinstance(made, str):
         cards += [
             (seconds(made.seconds), f"a step, by the cost model for {made.cluster.name}"),
@@ -252,7 +257,9 @@ def _memory(report: Report, peak: Peak | str, made: StepTime | str) -> str:
     said = f"{which}: {size(peak.bytes)} at the peak, in the {peak.phase} pass, at {peak.where}."
     if report.pipeline is None and report.plan.microbatches > 1:
         said += " Drawn is the last microbatch."
-    return tag("p", words(said), class_="note") + memory.drawn(peak, _on(report).memory, spans)
+    verdict = known_verdict(report)
+    said += f" The plan {verdict}." if verdict is not None else ""
+    return tag("p", words(said), class_="note") + memory.drawn(peak, _device(report), spans)
 
 
 def _block(report: Report) -> str:
