@@ -189,6 +189,7 @@ def test_a_backward_keeps_no_operand():
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("plan", ["dp=2", "tp=2", "dp=2,zero=3", "dp=2,tp=2,zero=3"])
 def test_a_report_counts_what_a_simulated_step_communicates(name, plan, sent):
+    """All but zero=3's gathers for the backward pass: a simulated step keeps what it gathered."""
     model, batch = zoo.build(name)
     simulation = fxpar.simulate(model, plan, batch)
     sent.clear()
@@ -196,5 +197,7 @@ def test_a_report_counts_what_a_simulated_step_communicates(name, plan, sent):
     report = fxpar.report.report.report_of(simulation.program)
     expected: Counter[str] = Counter()
     for row in report.collectives:
+        if (row.kind, row.phase, row.strategy) == ("all_gather", "backward", "zero"):
+            continue
         expected[row.kind] += row.count * len(simulation.program.mesh.groups(row.axes))
     assert sent == expected
