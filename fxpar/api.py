@@ -64,14 +64,15 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of
     all replicas, to the next multiple of this number (or a dict of arguments of `fxpar.pad`); what a model returns is as long,
     too. quiet: whether this process says nothing, here and later, while it captures, compiles, saves or loads for more than two
-    seconds; None: as FXPAR_QUIET of the environment says (see `fxpar.progress`). dump_dir: where the program after every pass is
-    written, numbered, as readable Python (rank 0 only).
+    seconds; None: as before, at first as FXPAR_QUIET of the environment says (see `fxpar.progress`). dump_dir: where the program
+    after every pass is written, numbered, as readable Python (rank 0 only).
     Several modules may be parallelized and fed into each other, if their plans have the same replicas (see `ParallelModule`).
     Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
     Raises: `PlanError` (under "auto", also where no plan fits), `InputError`, `CaptureError`, `UnsupportedOperator`,
     `MismatchError`; on all ranks alike. What one rank alone cannot do is an `FxparError` on the others.
     """
-    be_quiet(quiet)
+    if quiet is not None:
+        be_quiet(quiet)
     device = _join()
     with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()

@@ -131,7 +131,7 @@ def _of_replicas(model: nn.Module, plan: Plan, batch: Mapping[str, int | None], 
     mesh = meshes.from_plan(plan)
     for _ in range(3):
         with compat.quiet_traces():
-            program = _start(model, plan, globalize(call, plan, mesh, batch), device, observe, microbatches)
+            program = _start(model, plan, globalize(call, mesh, batch), device, observe, microbatches)
         program = run(program, front(pinned), observe)
         found = {s.name: global_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
         if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):

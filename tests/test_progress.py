@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from fxpar import progress
 from fxpar.progress import be_quiet, stage
@@ -143,3 +144,11 @@ def test_an_inspection_names_its_stages(monkeypatch):
     model, batch = zoo.build("mlp")
     str(fxpar.inspect(model, "dp=2", batch))
     assert seen[:3] == ["capturing the model", "partitioning", "pass simplify"]
+
+
+def test_a_process_stays_quiet_until_it_is_told_otherwise():
+    import fxpar
+
+    for quiet, stays in ((True, True), (None, True), (False, False)):
+        fxpar.parallelize(torch.nn.Linear(2, 2), "dp=1", (torch.ones(2, 2),), quiet=quiet)
+        assert progress._watcher.quiet is stays

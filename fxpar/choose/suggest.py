@@ -191,7 +191,7 @@ def suggest_for_replicas(model: nn.Module, example: Call, gpus: int, memory: int
 
     def capture_of(plan: Plan, batch: Mapping[str, int | None]) -> Captured:
         if plan.dp not in known:
-            known[plan.dp] = capture(model, _inputs(globalize(example, plan, from_plan(plan), batch)))
+            known[plan.dp] = capture(model, _inputs(globalize(example, from_plan(plan), batch)))
         return known[plan.dp]
 
     facts = facts_of(alone, Plan(), cluster)

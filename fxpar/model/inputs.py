@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from fxpar.errors import InputError
 from fxpar.model.containers import know
-from fxpar.plan import Plan
 from fxpar.sharding.mesh import Mesh
 
 Call = tuple[tuple, dict[str, Any]]
@@ -98,7 +97,7 @@ def signature(named: Mapping[str, Any]) -> tuple:
     return tuple(parts)
 
 
-def globalize(call: Call, plan: Plan, mesh: Mesh, batch: Mapping[str, int | None]) -> Call:
+def globalize(call: Call, mesh: Mesh, batch: Mapping[str, int | None]) -> Call:
     """A replica's call -> meta tensors of the global one: batch dims are multiplied by dp.
 
     batch: input path -> batch dim (None for inputs that have none).

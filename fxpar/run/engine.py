@@ -110,7 +110,7 @@ class Engine:
         self._said: set[int] = set()  # numbers of programs
         self._batches = BatchChecks(store.bound, store.control, check_batches)
         self._drift = DriftChecks(store, check_batches)
-        self._optimizers = OptimizerSteps(store.model, self._watch)
+        self._optimizers = OptimizerSteps(self._watch)
 
     def copied(self, store: ParameterStore) -> Engine:
         """An engine that runs the model of another store as this one runs its own; it has captured nothing yet."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -22,7 +21,7 @@ MOST = 64
 class OptimizerSteps:
     """The steps since the last call that compared them, of optimizers that hold a DTensor; of all parallel modules alike."""
 
-    def __init__(self, model: nn.Module, watch: Watch | NoWatch):
+    def __init__(self, watch: Watch | NoWatch):
         self._steps: list[Any] = []
         if isinstance(watch, NoWatch):
             return

@@ -199,7 +199,7 @@ def _batch(program: Program) -> None:
         else:
             at = next((i for i, d in enumerate(dims) if any(f.role == "batch" for f in leaves(d))), None)
             if at is None:
-                at = _batch_dim(program, node, first)
+                at = _batch_dim(node, first)
         if at is None:
             continue
         size = node.meta["val"].shape[at]
@@ -209,7 +209,7 @@ def _batch(program: Program) -> None:
             f.role = "batch"
 
 
-def _batch_dim(program: Program, node: fx.Node, first: int | None) -> int | None:
+def _batch_dim(node: fx.Node, first: int | None) -> int | None:
     """Dim 0, unless attention showed it to be a sequence: then the first dim that is not. Other inputs follow in size."""
     dims, shape = dims_of(node), node.meta["val"].shape
     for i, dim in enumerate(dims):

@@ -240,10 +240,10 @@ class Local:
                 done[axis] = leaf
                 value = self._measured(made, done)
         if self.skip_deferred:
-            value = self._add_deferred(value, dims, layout)
+            value = self._add_deferred(value, layout)
         return value
 
-    def _add_deferred(self, value: fx.Node, dims: Dims, layout: Layout) -> fx.Node:
+    def _add_deferred(self, value: fx.Node, layout: Layout) -> fx.Node:
         for operand in self.spec.operands:
             if operand.deferred:
                 bias = self._bring(operand, layout)
