@@ -98,7 +98,8 @@ class CheckpointManager:
         """Write everything as step `step`; steps older than the newest `keep` are removed, this one counted.
 
         extra: numbers, text, lists, dicts and tensors, which `restore` returns (an epoch, the best loss), of rank 0.
-        asynchronous: as of `save_checkpoint`; older steps are then removed by the next save. The same step again replaces it.
+        asynchronous: as of `save_checkpoint`; older steps are then removed by the next save. The same step again
+        replaces it, and is none until the new one is whole.
         Raises: `CheckpointError`, on all ranks alike; for a state that cannot be read back without running code from the file,
         and if there are newer steps, too.
         """
