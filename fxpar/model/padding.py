@@ -27,7 +27,7 @@ class Padding:
     multiple_of: int = 1
     rows: int | None = None
     dims: Mapping[str, int | None] = field(default_factory=dict)
-    values: Mapping[str, int] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
     mask: str | None = "attention_mask"
 
     def __post_init__(self) -> None:
@@ -88,9 +88,12 @@ class Padding:
                                  f"have to be padded along with it; say so, dims={{{name!r}: {dim}}}, or that it is not, "
                                  f"dims={{{name!r}: None}}")
 
-    def _value(self, name: str, value: Tensor) -> int:
+    def _value(self, name: str, value: Tensor) -> float:
         """What is put where nothing was."""
         chosen = self.values.get(name, IGNORED if name.endswith(LABELS) else 0)
+        if name.endswith(MASK) and name not in self.values and value.is_floating_point():
+            raise InputError(f"padding: mask {name!r} of dtype {value.dtype} may be one to multiply by or one to add; say what "
+                             f"masks in it, values={{{name!r}: 0}} or values={{{name!r}: float(\"-inf\")}}")
         if name.endswith(LABELS) and name not in self.values and (value.is_floating_point() or not value.dtype.is_signed):
             raise InputError(f"padding: labels {name!r} of dtype {value.dtype} have no value that a loss ignores; say "
                              f"values={{{name!r}: ...}}, or dims={{{name!r}: None}} if they are no sequence")
@@ -114,14 +117,14 @@ class Padding:
         return {name: _grown(value, 0, self.rows, fills[name]) if name in fills else value for name, value in batch.items()}
 
 
-def _grown(value: Tensor, dim: int, size: int, fill: int) -> Tensor:
+def _grown(value: Tensor, dim: int, size: int, fill: float) -> Tensor:
     shape = list(value.shape)
     shape[dim] = size - shape[dim]
     return torch.cat([value, value.new_full(shape, fill)], dim) if shape[dim] else value
 
 
 def pad(batch: Mapping[str, Any], multiple_of: int = 1, *, length: int = 0, rows: int | None = None,
-        dims: Mapping[str, int | None] | None = None, values: Mapping[str, int] | None = None,
+        dims: Mapping[str, int | None] | None = None, values: Mapping[str, float] | None = None,
         mask: str | None = "attention_mask") -> dict[str, Any]:
     """A batch with longer sequences, so that batches of many lengths have few shapes, each of which is compiled once.
 

@@ -13,6 +13,7 @@ import builtins
 import contextlib
 import dis
 import functools
+import gc
 import logging
 import operator
 import re
@@ -207,7 +208,9 @@ class Evidence:
 
     @contextlib.contextmanager
     def watching(self, reads: Reads) -> Iterator[None]:
-        """Inside, it is seen what is looked at."""
+        """Inside, it is seen what is looked at. Garbage is not collected, as what is called then is none of the layer's."""
+        collects = gc.isenabled()
+        gc.disable()
         reads.listener = self._look
         sys.setprofile(self._call)
         try:
@@ -215,6 +218,8 @@ class Evidence:
         finally:
             sys.setprofile(None)
             reads.listener = None
+            if collects:
+                gc.enable()
 
     def settle(self) -> None:
         """Afterwards, `reason` says whether something that was looked at was written to."""

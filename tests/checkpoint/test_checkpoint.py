@@ -114,10 +114,10 @@ def go_on(rank: int, plan: str, name: str, optimizer: str, source: str | None, t
 
 CHAINS = {
     "nano-adamw": ["dp=2,tp=2", "tp=4", "plain", "dp=4"],
-    "nano-fused": ["dp=4,zero=3", "dp=2,tp=2", "plain"],
     "llama-momentum": ["plain", "tp=2"],
 }
 SLOW = {
+    "nano-fused": ["dp=4,zero=3", "dp=2,tp=2", "plain"],
     "gpt2-adamw": ["dp=2,tp=2", "tp=4", "plain", "dp=4"],
     "gpt2-momentum": ["plain", "dp=2,tp=2,zero=3", "dp=4,zero=3", "tp=2"],
     "llama-foreach": ["tp=4", "dp=2,tp=2,zero=1", "plain", "dp=4,zero=2,dp_replicate=2"],

@@ -96,3 +96,11 @@ def test_numbers_are_those_of_the_batch_as_it_was():
     table = torch.randn(10, 10)
     made = fxpar.pad(WORDS, 4, rows=5)
     assert loss(table[made["input_ids"]], made["labels"]) == loss(table[IDS], IDS)
+
+
+def test_what_masks_in_numbers_is_asked_for():
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.zeros(2, 3)}
+    with pytest.raises(InputError, match=r"mask 'attention_mask' of dtype torch.float32 may be one to multiply by or one to add"):
+        fxpar.pad(batch, 4)
+    padded = fxpar.pad(batch, 4, values={"attention_mask": float("-inf")})
+    assert padded["attention_mask"].tolist() == [[0, 0, 0, float("-inf")]] * 2

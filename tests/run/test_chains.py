@@ -223,7 +223,8 @@ def adversarial_ranks(rank: int, plan: str) -> list[Any]:
     return adversarial(modules, *(mine(t, plan, modules[0]) for t in adversarial_data()))
 
 
-@pytest.mark.parametrize("plan", ["dp=2", "tp=2", "dp=2,tp=2", "dp=2,zero=2"])
+@pytest.mark.parametrize("plan", ["dp=2,tp=2", *(pytest.param(p, marks=pytest.mark.slow)
+                                                 for p in ("dp=2", "tp=2", "dp=2,zero=2"))])
 def test_gradient_penalties_and_a_frozen_discriminator(plan):
     want = adversarial([plain(Block), plain(Scaled), plain(Head)], *adversarial_data())
     dp = fxpar.Plan.parse(plan).dp
@@ -254,7 +255,7 @@ def twice_ranks(rank: int, plan: str) -> list[Any]:
     return twice(module, torch.cat([mine(part, plan, module) for part in seeded(0, 12, WIDTH).chunk(3)]), True)
 
 
-@pytest.mark.parametrize("plan", ["dp=2", "dp=2,zero=1", "dp=2,zero=2"])
+@pytest.mark.parametrize("plan", ["dp=2,zero=1", *(pytest.param(p, marks=pytest.mark.slow) for p in ("dp=2", "dp=2,zero=2"))])
 def test_two_calls_in_the_last_microbatch(plan):
     for have in launch(2, twice_ranks, plan):
         close(have, twice(plain(Block), seeded(0, 12, WIDTH), False))

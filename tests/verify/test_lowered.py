@@ -80,16 +80,20 @@ SAMPLE = [
     ("gpt2", "dp=2,tp=2,zero=3", "full", "", 1, "nccl"),
     ("bert", "dp=2", "selective", "", 1, "auto"),
     ("mlp_norm", "dp=4,dp_replicate=2,zero=2", "none", "", 1, "auto"),
-    ("nanogpt", "tp=2,sequence_parallel=false", "0.5", "", 2, "auto"),
     ("mlp", "dp=2,zero=3", "none", "", 2, "nccl"),
     ("shared_block", "tp=2", "selective", "param_dtype=bf16", 2, "nccl"),  # a softmax, and a loss, of bf16 over split classes
-    ("lstm", "tp=2", "none", "param_dtype=bf16", 1, "nccl"),
     ("lstm_cell", "tp=2", "none", "param_dtype=bf16", 1, "nccl"),
+]
+
+
+LONGER = [
+    ("nanogpt", "tp=2,sequence_parallel=false", "0.5", "", 2, "auto"),
+    ("lstm", "tp=2", "none", "param_dtype=bf16", 1, "nccl"),
     ("transformer", "dp=2", "full", "", 1, "auto"),  # several results of one operator
 ]
 
 
-@pytest.mark.parametrize("case", SAMPLE, ids=id_of)
+@pytest.mark.parametrize("case", [*SAMPLE, *(pytest.param(c, marks=pytest.mark.slow) for c in LONGER)], ids=id_of)
 def test_some_models_under_plans(case):
     check(*case)
 

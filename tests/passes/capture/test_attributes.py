@@ -182,8 +182,11 @@ def on_rank(rank: int, plan: str, kinds: list[str]) -> None:
             torch.testing.assert_close(h, w.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, at=(kind, i): f"{at}: {m}")
 
 
-@pytest.mark.parametrize("plan, kinds", [("dp=2", [*LOSSES, *OTHERS]), ("dp=2,zero=3", ["attribute", "grown_list"]),
-                                         ("tp=2", ["attribute", "entry", "buffer", "cache"])])  # fmt: skip
+@pytest.mark.parametrize("plan, kinds", [
+    ("dp=2", [*LOSSES, *OTHERS]),
+    pytest.param("dp=2,zero=3", ["attribute", "grown_list"], marks=pytest.mark.slow),
+    pytest.param("tp=2", ["attribute", "entry", "buffer", "cache"], marks=pytest.mark.slow),
+])  # fmt: skip
 def test_attributes_are_as_the_plain_model_has_them(plan, kinds):
     launch(2, on_rank, plan, kinds)
 

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import gc
 import itertools
 import random
 import sys
@@ -209,6 +210,25 @@ def test_nested_lists(check):
             return self.inner[1](self.inner[0](h[:, :8])).repeat(1, 2)
 
     assert check(lambda: Model(Outer)) == 3
+
+
+COLLECTIONS = 0
+
+
+def test_what_collects_garbage_is_none_of_the_layers(check):
+    def count(phase, _):
+        global COLLECTIONS
+        COLLECTIONS += 1
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(count)
+    gc.set_threshold(1)
+    try:
+        assert check(lambda: Model(Block, 3)) == 2
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(count)
+    assert COLLECTIONS and gc.isenabled()
 
 
 def test_every_kind_of_difference_has_a_trace_of_its_own(check):
