@@ -84,6 +84,7 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
     for page in pages:
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / "docs" / page).read_text()):
             assert (ROOT / "docs" / link).exists(), f"docs/{page} links to {link}"
+            assert not link.startswith("."), f"docs/{page} links to {link}, which is not in the site"
 
 
 def test_what_the_package_needs_is_what_it_imports():
