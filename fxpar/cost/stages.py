@@ -32,7 +32,6 @@ from fxpar.ops.exchange import EXCHANGES
 from fxpar.ops.ring import costs as ring
 from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.operator import axes_of, ring_attention
-from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.pipeline.schedules import Kind, Schedule
 from fxpar.pipeline.timeline import StageTimes, Timeline, timeline
@@ -273,12 +272,8 @@ class OperatorTimes:
         axes = axes_of(node)
         if axes is None:
             return ahead, back
-        q, k, v = (self.values[n] for n in node.all_input_nodes[:3])
-        link, ranks, settings = self.cluster.link(_reach(self.mesh, axes)), self.mesh.size(*axes), node.kwargs
-        order = RingSchedule(ranks, q.shape[2], k.shape[2], bool(settings.get("causal")), bool(settings.get("zigzag")),
-                             settings.get("window"))  # type: ignore[arg-type]
-        there, again = ((ranks - 1) * link.alpha + size / link.beta
-                        for size in ring.traffic_bytes(order, k.shape, v.shape, k.dtype))
+        link, ranks = self.cluster.link(_reach(self.mesh, axes)), self.mesh.size(*axes)
+        there, again = ((ranks - 1) * link.alpha + size / link.beta for size in ring.traffic_of(node, ranks, self.values))
         return max(ahead, ahead / ranks + there), max(back, back / ranks + again) if back else 0.0
 
     def _is_fused(self, node: fx.Node) -> bool:
