@@ -72,7 +72,7 @@ class Suggestions:
         return self.best.plan
 
     def fitting(self) -> list[Estimate]:
-        """By the formulas, from the fastest on."""
+        """The plans that fit, with their seconds and bytes by the formulas, from the fastest on."""
         return sorted((e for e in self.estimates if e.peak <= usable(self.memory)), key=lambda e: e.seconds / self._rows(e.plan))
 
     def rank(self, candidate: Candidate) -> int:
