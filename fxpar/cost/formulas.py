@@ -100,6 +100,13 @@ def stored() -> Expr:
     return dense() / shards() + experts() / (1 + z1 * (larger(1, dp * cp * tp / (whole * rep)) - 1))
 
 
+def added() -> Expr:
+    """Bytes that adding a microbatch's gradients to the sum of those before reads and writes."""
+    unreduced = (1 - z2) * smaller(1, dp * cp - 1)
+    wide = 3 * _S["summed"] + _S["copied"] * (_S["used"] + _S["summed"])
+    return unreduced * wide * (dense() + experts()) + (1 - unreduced) * 3 * _S["stored"] * stored()
+
+
 def bubble(schedule: str) -> Expr:
     """The part of a pipeline's step in which a rank waits for others, where forward, I and W take the same time."""
     filled = {"1f1b": m, "gpipe": m, "interleaved1f1b": v * m, "zb1p": 3 * v * m, "zbv": 6 * m}[schedule]
@@ -116,7 +123,7 @@ def seconds(schedule: str) -> dict[str, Expr]:
     part = b * m * _S["uneven"] / pp
     split = part / (tp * cp)
     out: dict[str, Expr] = {PRODUCTS: split * _S["t_products"], ATTENDING: split * _S["t_attention"],
-                            OTHERS: split * _S["t_others"], AGAIN: split * _S["again"] * _S["t_again"]}
+                            OTHERS: split * _S["t_others"] + (m - 1) * added() / _S["bandwidth"], AGAIN: split * _S["again"] * _S["t_again"]}
     both = 1 + _S["again"]
     size = both * _S["tp_forward"] + _S["tp_backward"]
     out[TENSOR] = (_share(tp) * part / cp * size / _S["beta_tp"]

@@ -11,6 +11,8 @@ Those of parameters and their gradients take what is longer than the computation
 once a step (see `StageLoad`) they are actions of the schedule, and without a pipeline the last backward hides reductions. In ring
 attention a block of keys travels while the one before is computed.
 
+Gradients of all microbatches but the first are added to the sum of those before.
+
 An optimizer step reads parameters, gradients and AdamW's two moments, and writes all but gradients.
 
 What a step's seconds are for is in `StepTime.terms`, under the names that `fxpar.cost.formulas` has for the same.
@@ -55,6 +57,7 @@ class StageLoad:
     program: of one rank and one microbatch. sent: bytes that it sends to the next stage for one microbatch.
     once_forward, once_backward: nodes whose forward, or backward, runs once a step and not for each microbatch.
     beside_forward, beside_backward: collectives that run beside computation, in their forward, or in their backward.
+    microbatches: of a step, whose gradients are added up.
     """
 
     program: Program
@@ -63,6 +66,7 @@ class StageLoad:
     once_backward: Collection[fx.Node] = ()
     beside_forward: Collection[fx.Node] = ()
     beside_backward: Collection[fx.Node] = ()
+    microbatches: int = 1
 
 
 @dataclass(frozen=True)
@@ -192,10 +196,32 @@ def stage_cost(cluster: Cluster, load: StageLoad) -> StageCost:
             inputs, weights = inputs + early * back, weights + (1 - early) * back
             for term, _, seconds in pieces:
                 terms[term] += seconds
+    if training:
+        added = (1 - 1 / load.microbatches) * added_bytes(load, clock.values) / cluster.memory_bandwidth
+        weights, terms[OTHERS] = weights + added, terms[OTHERS] + added
     terms[DATA] += max(0.0, beside_forward - forward) + max(0.0, beside_backward - inputs - weights)
     times = StageTimes(max(forward, beside_forward), inputs, max(weights, beside_backward - inputs), unshard=unshard,
                        reduce=reduce)
     return StageCost(times, terms)
+
+
+def added_bytes(load: StageLoad, values: Mapping[fx.Node, Any]) -> int:
+    """Bytes that adding one microbatch's gradients to those of the ones before reads and writes: of what is stored, or, where
+    gradients stay unreduced, of what was gathered, cast to the dtype of the sum first."""
+    total, kept = 0, set()
+    for end in load.once_backward:
+        if any(user in load.once_backward for user in end.users):
+            continue
+        source, made = end, typed(end)
+        while source.op != "placeholder":
+            source = source.all_input_nodes[0]
+        kept.add(source)
+        value = values[end]
+        wide = made.reduce.itemsize if made is not None and made.reduce is not None else value.dtype.itemsize
+        cast = value.dtype.itemsize + wide if wide != value.dtype.itemsize else 0
+        total += value.bytes // value.dtype.itemsize * (cast + 3 * wide)
+    return total + sum(3 * values[node].bytes for node, source in load.program.source_of().items()
+                       if source.kind == "param" and source.requires_grad and node.users and node not in kept)
 
 
 def operator_seconds(cluster: Cluster, program: Program) -> dict[fx.Node, tuple[float, float]]:
