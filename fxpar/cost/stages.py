@@ -212,14 +212,12 @@ def added_bytes(load: StageLoad, values: Mapping[fx.Node, Any]) -> int:
     for end in load.once_backward:
         if any(user in load.once_backward for user in end.users):
             continue
-        source, made = end, typed(end)
+        source, before = end, end.all_input_nodes[0]
         while source.op != "placeholder":
             source = source.all_input_nodes[0]
         kept.add(source)
-        value = values[end]
-        wide = made.reduce.itemsize if made is not None and made.reduce is not None else value.dtype.itemsize
-        cast = value.dtype.itemsize + wide if wide != value.dtype.itemsize else 0
-        total += value.bytes // value.dtype.itemsize * (cast + 3 * wide)
+        used, summed = (values[node].dtype.itemsize for node in (end, before))
+        total += values[end].bytes // used * (3 * summed + (used + summed if used != summed else 0))
     return total + sum(3 * values[node].bytes for node, source in load.program.source_of().items()
                        if source.kind == "param" and source.requires_grad and node.users and node not in kept)
 
