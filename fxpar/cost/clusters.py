@@ -135,8 +135,8 @@ def _folder() -> Any:
 def _read(name: str, file: dict[str, Any]) -> Cluster:
     device, flops, efficiency = file["device"], dict(file["flops"]), dict(file["efficiency"])
     sources = tuple(table.pop("source") for table in (device, flops, efficiency))
-    links = tuple(Link(link["level"], link.get("ranks"), *(_number(key, link[key]) for key in ("alpha", "beta", "peak")),
-                       link["source"]) for link in file["links"])
+    links = tuple(Link(link["level"], link.get("ranks"), _number("alpha", link["alpha"]), _number("beta", link["beta"]),
+                       _number("peak", link["peak"]), link["source"]) for link in file["links"])
     if not efficiency or next(iter(efficiency)) not in flops:
         raise ValueError("its efficiency names no dtype first")
     if [link for link in links if link.ranks is None] != list(links[-1:]):

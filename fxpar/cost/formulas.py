@@ -103,7 +103,7 @@ def stored() -> Expr:
 def added() -> Expr:
     """Bytes that adding a microbatch's gradients to the sum of those before reads and writes."""
     unreduced = (1 - z2) * smaller(1, dp * cp - 1)
-    wide = 3 * _S["summed"] + _S["copied"] * (_S["used"] + _S["summed"])
+    wide = 3 * _S["summed"] + z1 * _S["copied"] * (_S["used"] + _S["summed"])
     return unreduced * wide * (dense() + experts()) + (1 - unreduced) * 3 * _S["stored"] * stored()
 
 
@@ -123,7 +123,8 @@ def seconds(schedule: str) -> dict[str, Expr]:
     part = b * m * _S["uneven"] / pp
     split = part / (tp * cp)
     out: dict[str, Expr] = {PRODUCTS: split * _S["t_products"], ATTENDING: split * _S["t_attention"],
-                            OTHERS: split * _S["t_others"] + (m - 1) * added() / _S["bandwidth"], AGAIN: split * _S["again"] * _S["t_again"]}
+                            OTHERS: split * _S["t_others"] + (m - 1) * added() / _S["bandwidth"],
+                            AGAIN: split * _S["again"] * _S["t_again"]}
     both = 1 + _S["again"]
     size = both * _S["tp_forward"] + _S["tp_backward"]
     out[TENSOR] = (_share(tp) * part / cp * size / _S["beta_tp"]
