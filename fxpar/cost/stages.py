@@ -309,9 +309,7 @@ class OperatorTimes:
         assert made is not None
         link, ranks = self.cluster.link(_reach(self.mesh, made.axes)), made.ranks(self.mesh)
         result = self.values[node]
-        back = made.operand_bytes(result.bytes, self.mesh)
-        if made.reduce is not None:
-            back = back * made.reduce.itemsize // result.dtype.itemsize
+        back = made.backward_bytes(result.bytes, self.values[made.value].dtype, self.mesh)
         return (_collective(link, made.forward.comm, ranks, result.bytes),
                 _collective(link, made.backward.comm if made.backward is not None else None, ranks, back))
 

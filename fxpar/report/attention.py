@@ -22,7 +22,7 @@ from fxpar.passes.place.place import circulating
 from fxpar.plan import Plan
 from fxpar.program import Program, module_path
 from fxpar.report.text import MIB, table
-from fxpar.report.traffic import sent_around
+from fxpar.report.traffic import returned_bytes, sent_around
 from fxpar.sharding.factors import Dim, leaves
 from fxpar.sharding.facts import dims_of, global_value, local_value
 from fxpar.sharding.layout import Layout, local_shape, restrict
@@ -137,7 +137,7 @@ def _sent(program: Program) -> dict[str, tuple[int, int]]:
             continue
         size, back = local_value(new).bytes, 0
         if local_value(new).needs_grad and made.backward is not None and made.backward.comm is not None:
-            back = made.operand_bytes(size, program.mesh)
+            back = returned_bytes(new, made, program.mesh)
         behind = made.kind == "all_to_all" and isinstance(made.value, fx.Node)
         for name in {local_value(new).made_for, *([local_value(made.value).global_name or ""] if behind else [])}:
             found[name].append((size, back))

@@ -99,7 +99,7 @@ def rows_of(program: Program, count: int, stage: int | None = None) -> list[Coll
             if node in again:
                 add(made.forward.comm, *of, "backward", node, size, times)
         if local_value(node).needs_grad and made.backward is not None and made.backward.comm is not None:
-            back = made.operand_bytes(size, program.mesh)
+            back = returned_bytes(node, made, program.mesh)
             add(made.backward.comm, *of, "backward", node, back, 1 if node in once_backward else times)
     for node, axes, there, back in sent_around(program):
         add(RING, axes, "cp", "forward", node, there, count)
@@ -110,6 +110,13 @@ def rows_of(program: Program, count: int, stage: int | None = None) -> list[Coll
         CollectiveRow(kind, axes, phase, where, times, size, stage, strategy)
         for (kind, axes, phase, where, strategy), (times, size) in ordered
     ]
+
+
+def returned_bytes(node: fx.Node, made: Collective, mesh: Mesh) -> int:
+    """Bytes that the backward of a collective leaves on one rank."""
+    known = local_value(node)
+    assert known.result is not None
+    return made.backward_bytes(known.bytes, local_value(made.value).dtype or known.result[1], mesh)
 
 
 def sent_around(program: Program) -> Iterator[tuple[fx.Node, Axes, int, int]]:
