@@ -110,7 +110,8 @@ def added() -> Expr:
 def bubble(schedule: str) -> Expr:
     """The part of a pipeline's step in which a rank waits for others, where forward, I and W take the same time."""
     filled = {"1f1b": m, "gpipe": m, "interleaved1f1b": v * m, "zb1p": 3 * v * m, "zbv": 6 * m}[schedule]
-    return (pp - 1) / (filled + pp - 1)
+    waited = smaller(m, pp) - 1 + v * larger(0, pp - m) if schedule == "interleaved1f1b" else pp - 1
+    return waited / (filled + waited)
 
 
 def alive(schedule: str) -> Expr:

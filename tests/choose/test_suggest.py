@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import fxpar
 import fxpar.choose.suggest
+from fxpar.choose.evaluate import Candidate
 from fxpar.choose.suggest import Suggestions, complexity
 from fxpar.cost.stages import TERMS
 from fxpar.errors import PlanError
@@ -87,6 +89,18 @@ def test_nothing_fits():
     assert made.best is None and not made.candidates and "nothing fits" in str(made)
     with pytest.raises(PlanError, match=r"holds no plan for 2 GPUs.*takes least"):
         _ = made.plan
+
+
+def test_where_nothing_fits_as_traced_smaller_plans_are_tried():
+    """All peaks are 1.8 times those of the formulas."""
+    def larger(made: Candidate) -> Candidate:
+        return replace(made, memory={name: 1.8 * size for name, size in made.estimate.memory.items()}, traced=True)
+
+    with mock.patch.object(fxpar.choose.suggest, "facts_of", lambda *_: facts()), \
+            mock.patch.object(fxpar.choose.suggest, "traced", larger):
+        made = fxpar.suggest(captured(), gpus=4, memory="1.25MiB", cluster=machine(), fixed="pp=1,outputs=loss", candidates=1)
+    assert made.best is not None and made.best.traced and made.best is made.candidates[0]
+    assert [c.fits(made.memory) for c in made.candidates] == [True, False]
 
 
 def test_simpler_plans_come_first():
