@@ -9,7 +9,17 @@ import pytest
 import torch
 
 import fxpar
-from tests.integrations.training import BATCH, as_torchrun, batch, build, initial, parallel, rows, same_change, same_lines, weights
+from tests.integrations.training import (
+    BATCH,
+    as_torchrun,
+    batch,
+    build,
+    parallel,
+    rows,
+    same_change,
+    same_lines,
+    weights,
+)
 from tests.processes import launch
 
 pytestmark = [pytest.mark.integrations, pytest.mark.multiproc]
@@ -99,7 +109,7 @@ def test_accelerate(tmp_path, plan):
         same_lines(out["lines"], [*want, want[-1]])
         assert (out["count"], out["sum"], out["gathered"]) == (2, [2.0, 2.0], [0, 1])
         assert out["state"] == (21 if rank == 0 else 0)
-    same_change(weights(tmp_path / "model"), trained, initial())
+    same_change(weights(tmp_path / "model"), trained)
 
 
 def habits_with_accelerate(rank: int, plan: str, folder: Path) -> None:
@@ -232,4 +242,4 @@ def test_fabric(tmp_path, plan):
     want, trained = plain(of_replicas(ranks))
     for lines, weights_of_run in launch(ranks.dp * ranks.tp, with_fabric, plan, tmp_path):
         same_lines(lines, [*want, want[-1]])
-        same_change(weights_of_run, trained, initial())
+        same_change(weights_of_run, trained)

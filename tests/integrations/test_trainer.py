@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fxpar
-from tests.integrations.training import BATCH, as_torchrun, build, initial, parallel, rows, same_change, same_lines, weights
+from tests.integrations.training import BATCH, as_torchrun, build, parallel, rows, same_change, same_lines, weights
 from tests.processes import launch
 
 pytestmark = [pytest.mark.integrations, pytest.mark.multiproc]
@@ -80,7 +80,7 @@ def compare(tmp_path_factory) -> Callable[..., None]:
             same_lines([*got, of_ranks], [*want, scores])
             assert want[0]["loss"] > want[-3]["loss"]
         if "optim" not in options:
-            same_change(weights(many / "final"), weights(one / "final"), initial())
+            same_change(weights(many / "final"), weights(one / "final"))
 
     return compared
 

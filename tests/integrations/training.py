@@ -65,12 +65,14 @@ def same_lines(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(mine[name], value, rtol=rtol, atol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def same_change(got: dict[str, Tensor], want: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+def same_change(got: dict[str, Tensor], want: dict[str, Tensor], before: dict[str, Tensor] | None = None) -> None:
     """Weights have moved alike, as closely as gradients agree everywhere. They moved by sums of gradients: the optimizer was SGD.
 
+    before: where they began; None: those of `build()`.
     Adam would divide each element by its own size, so that those which are zero but for rounding move by as much as others, and
     those of two right runs differently.
     """
+    before = dict(build().named_parameters()) if before is None else before
     assert got.keys() == want.keys()
     moved = {name: (want[name] - before[name]).norm() for name in want}
     largest = max(moved.values())
@@ -78,7 +80,3 @@ def same_change(got: dict[str, Tensor], want: dict[str, Tensor], before: dict[st
     for name, size in moved.items():
         apart = (got[name] - want[name]).norm()
         assert apart <= GRADIENT_TOLERANCE * size + NOISE * largest, (name, apart / size)
-
-
-def initial() -> dict[str, Tensor]:
-    return dict(build().named_parameters())
