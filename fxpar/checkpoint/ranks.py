@@ -96,6 +96,13 @@ def together(call: str, module: nn.Module, given: Mapping[str, Any]) -> Iterator
         yield
 
 
+def on_one_rank(call: str, path: str | os.PathLike, module: nn.Module, function: Callable[[], Any], is_it: bool) -> None:
+    """Have one rank call `function`, or some; all ranks call this. Raises: `CheckpointError`, on all alike."""
+    with together(call, module, {"path": place(path)}):
+        ranks: RankControl = module.parameter_store.control if isinstance(module, ParallelModule) else OneProcess()
+        alike(ranks, path, lambda: function() if is_it else None)
+
+
 def require_alike(model: LocalModel, where: Path) -> None:
     """Raise on every rank if copies of a parameter or buffer differ: a checkpoint has one of them."""
     if isinstance(model.module, ParallelModule):

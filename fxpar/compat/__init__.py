@@ -23,7 +23,13 @@ from fxpar.compat.caches import attention_priority, cache_counts, cache_settings
 from fxpar.compat.compiling import compile_graph
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
-from fxpar.compat.numbers import in_full, mend_sums_of_norms, read_numbers_of
+from fxpar.compat.numbers import (
+    before_norms,
+    in_full,
+    mend_sums_of_norms,
+    mend_writes_to_plain_tensors,
+    read_numbers_of,
+)
 from fxpar.compat.profiles import profiling
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
@@ -58,6 +64,7 @@ __all__ = [
     "as_traced",
     "attention_priority",
     "autocast_region",
+    "before_norms",
     "cache_counts",
     "cache_settings",
     "compile_graph",
@@ -73,6 +80,7 @@ __all__ = [
     "is_random",
     "is_subgraph_call",
     "mend_sums_of_norms",
+    "mend_writes_to_plain_tensors",
     "mutates",
     "no_grad_region",
     "no_torch_function",

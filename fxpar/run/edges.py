@@ -68,6 +68,11 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         if isinstance(grad, DTensor):  # of what was computed with parameters, too
+            if ctx.crossing.edges.plan.pp > 1:
+                raise InputError(f"a loss of {ctx.crossing.edges.name} was computed along with parameters under pp="
+                                 f"{ctx.crossing.edges.plan.pp}, where a rank has those of its own stages alone: the number is "
+                                 "another one on each rank; write loss + module.sum_over_parameters(lambda name, p: 0.01 * "
+                                 "p.square().sum()), or have the model's forward compute it")
             grad = grad.full_tensor()
         if torch.is_grad_enabled() and ctx.crossing.edges.once:
             edges = ctx.crossing.edges
