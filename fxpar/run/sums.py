@@ -30,8 +30,8 @@ READ = ("item() of a sum over parameters, of which each rank has a part (where o
 """What the ranks that read a number call, for those that do not."""
 
 
-WAY_OUT = ("module.sum_over_parameters(lambda name, p: p.square().sum()) is the number of all stages' parameters, on all ranks and "
-           "with gradients")
+WAY_OUT = ("module.sum_over_parameters(lambda name, p: p.square().sum()) is the number of all stages' parameters, on all ranks "
+           "and with gradients")
 
 _of_stages: list[DeviceMesh] = []
 """Meshes on which ranks hold the parameters of some stages of a pipeline."""
