@@ -142,6 +142,16 @@ def test_numbers_of_dtensors_are_added_to_plain_tensors():
     assert part.mul_(2) is part and part.full_tensor().item() == 4
 
 
+def test_what_is_put_into_data_is_told(monkeypatch):
+    p, told = DTensor.from_local(torch.ones(2), one_rank_mesh(), [Replicate()]), []
+    monkeypatch.setattr(DTensor, "data", torch.Tensor.data)
+    p.data = p * 2
+    assert torch.equal(p.to_local(), torch.ones(2))  # nothing was written
+    compat.assign_data_by(lambda t, value: told.append((t, value)))
+    p.data = 3
+    assert told == [(p, 3)] and isinstance(p.data, DTensor) and not p.requires_grad_().data.requires_grad
+
+
 def test_norms_of_gradients_are_announced(monkeypatch):
     clip, told = torch.nn.utils.clip_grad, []
     for owner, name in ((clip, "_get_total_norm"), (torch.nn.utils, "get_total_norm")):

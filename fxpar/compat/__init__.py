@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
 from fxpar.compat.compiling import compile_graph
+from fxpar.compat.data import assign_data_by
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import (
@@ -62,6 +63,7 @@ __all__ = [
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
+    "assign_data_by",
     "attention_priority",
     "autocast_region",
     "before_norms",

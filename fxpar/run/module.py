@@ -18,7 +18,7 @@ from fxpar.program import Program
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.report.timings import INITIALISING
-from fxpar.run import optimizers, sums, whole
+from fxpar.run import assigned, optimizers, sums, whole
 from fxpar.run.clip import clip_grad_norm
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
@@ -85,6 +85,7 @@ class ParallelModule(nn.Module):
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
         optimizers.watch()
+        assigned.watch()
         sums.read_whole(store.bound)
         self._sync, self._gathered = True, False
         self.forward = whole.with_signature(self.forward, model)  # type: ignore[method-assign]
