@@ -67,7 +67,7 @@ def alike(ranks: RankControl, where: str | os.PathLike, function: Callable[[], T
 
 
 def same(ranks: RankControl, where: Path, what: str, thing: Mapping[str, Any]) -> None:
-    """Raise on every rank unless all of a kind have the same `thing` (by its repr)."""
+    """Raise on every rank unless all of a kind have the same `thing` (by its repr), in the same order."""
     everyone = {(ranks.kind_of(rank), found) for rank, found in enumerate(ranks.exchange(digest(repr(thing))))}
     if len(everyone) == ranks.kinds:
         return
@@ -80,7 +80,9 @@ def same(ranks: RankControl, where: Path, what: str, thing: Mapping[str, Any]) -
             raise CheckpointError(f"ranks differ in {what}: of {name}, rank {one} has {mine.get(name, 'nothing')} and rank "
                                   f"{rank} {theirs.get(name, 'nothing')}", str(where),
                                   "every rank must make the same call with the same state")
-    raise AssertionError("ranks differ in nothing")
+    ranks.watch.all_know()
+    raise CheckpointError(f"ranks differ in the order of {what}", str(where),
+                          "give the optimizer the parameters in the same order on every rank")
 
 
 @contextlib.contextmanager

@@ -339,6 +339,12 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "optimizer: step left out": mistake(update=at(1, nothing, "update")),
     "optimizer: step left out, zero=3": mistake("dp=2,zero=3", update=at(1, nothing, "update")),
     "optimizer: another rate": mistake(update=at(1, also(set_lr, "update"), "update")),
+    "optimizer: weight decay": mistake(optimizer=lambda p: torch.optim.SGD(
+        p.module.parameters(), 0.1, momentum=0.9, weight_decay=0.1)),
+    "optimizer: parameters in another order": mistake(optimizer=lambda p: torch.optim.SGD(
+        list(p.module.parameters())[::-1], 0.1, momentum=0.9)),
+    "optimizer: a gradient is zeroed": mistake(update=at(1, also(lambda p: p.module.get_parameter("up.weight").grad.zero_(),
+                                                                 "update"), "update")),
     "optimizer: another one": mistake(optimizer=lambda p: torch.optim.AdamW(p.module.parameters(), 0.1)),
     "optimizer: some parameters": mistake(optimizer=lambda p: torch.optim.SGD(p.module.up.parameters(), 0.1, momentum=0.9)),
     "optimizer: zero_grad left out": mistake(zero=at(1, nothing, "zero")),
@@ -350,6 +356,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "module: another seed": mistake(begin=module(lambda m: setattr(m, "seed", 7))),
     "module: an attribute": mistake(begin=module(lambda m: setattr(m, "temperature", 3.0))),
     "module: a hook": mistake(begin=module(lambda m: m.get_submodule("up").register_forward_hook(lambda mod, i, o: 2 * o))),
+    "module: a parameter deleted": mistake(begin=module(lambda m: setattr(m.get_submodule("up"), "bias", None))),
     "module: a submodule replaced": mistake(begin=module(lambda m: setattr(m, "drop", nn.Identity()))),
     "module: half": mistake(begin=module(lambda m: m.double())),
     "module: weights changed": mistake(begin=module(scale_weights)),
