@@ -70,8 +70,13 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
             for i, t in enumerate(tensors)]
 
 
+def number_bits(number: Tensor) -> Tensor:
+    """The bits of one number in float32."""
+    return number.float().reshape(()).view(torch.int32).to(torch.int64)
+
+
 def norm_of(bits: int) -> float:
-    """The norm again, from the bits that `norms` makes of it."""
+    """The norm again, from the bits that `norms` makes of it; or a number from those of `number_bits`."""
     return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 

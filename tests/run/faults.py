@@ -329,6 +329,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "backward: left out, tp": mistake("tp=2", backward=at(1, nothing, "backward")),
     "backward: twice": mistake(backward=at(1, lambda p, s, loss: (
         loss.backward(retain_graph=True), loss.backward()), "backward")),
+    "backward: of twice the loss": mistake(backward=at(1, lambda p, s, loss: (2 * loss).backward(), "backward")),
+    "backward: of twice the loss, pp": mistake("pp=2", backward=at(1, lambda p, s, loss: (2 * loss).backward(), "backward")),
     "backward: a hook that fails": mistake(forward=hook_fails),
     "backward: by autograd.grad": mistake(backward=at(1, lambda p, s, loss: torch.autograd.grad(
         loss, [p.module.get_parameter("up.weight")]), "backward")),
