@@ -21,9 +21,16 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
 from fxpar.compat.compiling import compile_graph
+from fxpar.compat.data import assign_data_by
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
-from fxpar.compat.numbers import in_full, mend_sums_of_norms, read_numbers_of
+from fxpar.compat.numbers import (
+    before_norms,
+    in_full,
+    mend_sums_of_norms,
+    mend_writes_to_plain_tensors,
+    read_numbers_of,
+)
 from fxpar.compat.profiles import profiling
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
@@ -56,8 +63,10 @@ __all__ = [
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
+    "assign_data_by",
     "attention_priority",
     "autocast_region",
+    "before_norms",
     "cache_counts",
     "cache_settings",
     "compile_graph",
@@ -73,6 +82,7 @@ __all__ = [
     "is_random",
     "is_subgraph_call",
     "mend_sums_of_norms",
+    "mend_writes_to_plain_tensors",
     "mutates",
     "no_grad_region",
     "no_torch_function",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,12 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from fxpar.backends.transport.control import Control
 from fxpar.checkpoint import export_safetensors, load_checkpoint, save_checkpoint
-from fxpar.errors import InputError, PlanError
+from fxpar.errors import FxparError, InputError, PlanError
 from fxpar.run.module import ParallelModule
 
 STATE = "fxpar"
@@ -34,6 +37,8 @@ class Accelerator(accelerate.Accelerator):
     """
 
     _module: ParallelModule | None = None
+    _control: Control | None = None
+    """By which ranks wait for each other while they save or load."""
 
     @classmethod
     def of(cls, accelerator: accelerate.Accelerator, module: ParallelModule) -> Accelerator:
@@ -136,7 +141,8 @@ class Accelerator(accelerate.Accelerator):
     # ---- over replicas ----
 
     def gather(self, tensor: Any) -> Any:
-        gathered = super().gather(tensor)
+        """As accelerate's, of each replica once; of an output that lies in parts on a replica's ranks the whole."""
+        gathered = super().gather(pytree.tree_map_only(DTensor, DTensor.full_tensor, tensor))
         if self._module is None or len(self._first_ranks) == self.state.num_processes:
             return gathered
         return recursively_apply(self._of_replicas, gathered)
@@ -153,6 +159,7 @@ class Accelerator(accelerate.Accelerator):
         return super().gather_for_metrics(input_data, use_gather_object)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        tensor = pytree.tree_map_only(DTensor, DTensor.full_tensor, tensor)
         if self._module is None or len(self._first_ranks) == self.state.num_processes or reduction not in ("sum", "mean"):
             return super().reduce(tensor, reduction, scale)
 
@@ -162,23 +169,64 @@ class Accelerator(accelerate.Accelerator):
 
         return recursively_apply(reduced, tensor, error_on_other_type=True)
 
+    @contextlib.contextmanager
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
+        state = copy.copy(accelerate.PartialState())
+        state.num_processes, state.process_index = self.num_processes, self.process_index
+        with state.split_between_processes(inputs, apply_padding=apply_padding) as mine:
+            yield mine
+
     # ---- saving ----
 
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **options: Any) -> str:
         """As accelerate's; the model and its optimizer are a checkpoint of fxpar in it, which any other plan can load."""
         optimizer = self._optimizer()
-        with self._without_model():
+        with self._on_all_ranks("save_state"), self._without_model():
             folder = super().save_state(output_dir, safe_serialization, **options)
-        self.wait_for_everyone()
         save_checkpoint(Path(folder) / STATE, self.module, optimizer)
         return folder
 
     def load_state(self, input_dir: str | None = None, load_kwargs: dict | None = None, **options: Any) -> None:
         if input_dir is None:
-            raise InputError("load_state needs the folder that save_state returned")
+            input_dir = self._newest()
         load_checkpoint(Path(input_dir) / STATE, self.module, self._optimizer())
-        with self._without_model():
+        with self._on_all_ranks("load_state"), self._without_model():
             super().load_state(input_dir, load_kwargs, **options)
+
+    def _newest(self) -> str:
+        """The folder of the last `save_state` that was given none."""
+        named = self.project_configuration.automatic_checkpoint_naming
+        folders = {int(path.name.rpartition("_")[2]): path
+                   for path in Path(self.project_dir or "", "checkpoints").glob("checkpoint_*") if named}
+        if not folders:
+            raise InputError("load_state needs the folder that save_state returned; without one it takes the newest that was "
+                             "saved under ProjectConfiguration(project_dir=..., automatic_checkpoint_naming=True), and there is "
+                             "none")
+        return str(folders[max(folders)])
+
+    @contextlib.contextmanager
+    def _on_all_ranks(self, call: str) -> Iterator[None]:
+        """Around what each rank does by itself. Raises: its own error on a rank that fails, and `FxparError` on all others."""
+        control = self.module.parameter_store.control
+        with control.watch.call(call):
+            self._control = control
+            try:
+                with control.watch.busy(call):
+                    yield
+            except FxparError:  # another rank's, which all know
+                raise
+            except Exception as error:
+                control.fail(error)
+                raise
+            finally:
+                self._control = None
+            control.together(lambda: None)
+
+    def wait_for_everyone(self) -> None:
+        if self._control is None:
+            super().wait_for_everyone()
+        else:
+            self._control.together(lambda: None)
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
         if len(self._optimizers) > 1:
@@ -202,9 +250,6 @@ class Accelerator(accelerate.Accelerator):
         if not safe_serialization or max_shard_size is not None:
             raise InputError("save_model of a parallel module writes safetensors; fxpar.export_safetensors has them in several "
                              "files, of max_file_bytes each")
-        if self.is_main_process:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-        self.wait_for_everyone()
         export_safetensors(save_directory, model)
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
