@@ -21,12 +21,25 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
 from fxpar.compat.compiling import compile_graph
+from fxpar.compat.cudagraphs import (
+    CudaGraphs,
+    Recorder,
+    boxed,
+    is_held,
+    keeps_graph,
+    recorded_by,
+    saves_elsewhere,
+    storage_at,
+    storage_number,
+    tensor_in,
+)
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import in_full, mend_sums_of_norms, read_numbers_of
 from fxpar.compat.profiles import profiling
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
+    Code,
     Cut,
     Make,
     NotInSteps,
@@ -47,17 +60,21 @@ from fxpar.compat.symmetric import SymmetricSlots
 
 __all__ = [
     "WRAPPERS",
+    "Code",
+    "CudaGraphs",
     "Cut",
     "FakeTensor",
     "FakeTensorMode",
     "Make",
     "NotInSteps",
+    "Recorder",
     "SharedOutputs",
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
     "attention_priority",
     "autocast_region",
+    "boxed",
     "cache_counts",
     "cache_settings",
     "compile_graph",
@@ -68,10 +85,12 @@ __all__ = [
     "in_full",
     "interpret_steps",
     "is_grouped_product",
+    "is_held",
     "is_of_vmap",
     "is_pointwise",
     "is_random",
     "is_subgraph_call",
+    "keeps_graph",
     "mend_sums_of_norms",
     "mutates",
     "no_grad_region",
@@ -81,10 +100,15 @@ __all__ = [
     "quiet_traces",
     "read_metadata",
     "read_numbers_of",
+    "recorded_by",
+    "saves_elsewhere",
     "sizes_of_values",
     "sizes_to_compile",
+    "storage_at",
+    "storage_number",
     "storage_of",
     "strided_shard",
+    "tensor_in",
     "trace_steps",
     "unchecked_distributions",
     "untraced",
@@ -376,11 +400,12 @@ def in_backward(node: fx.Node) -> bool:
 
 
 def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],
-                      counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None) -> Callable:
+                      counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None,
+                      recorder: Recorder | None = None) -> Callable:
     """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
 
     ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`. around: the
-    context of every forward and backward.
+    context of every forward and backward. recorder: is put around them.
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -396,8 +421,12 @@ def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Cal
 
         return make_boxed_func(run)
 
-    with sizes_of_values(inputs, counts) as inputs:
-        return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=partition)
+    def backward(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        made = as_it_is(gm, example_inputs)
+        return made if recorder is None else boxed(recorder.backward(made))
+
+    with sizes_of_values(inputs, counts) as inputs, recorded_by(recorder):
+        return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=backward, partition_fn=partition)
 
 
 @contextlib.contextmanager
