@@ -58,7 +58,7 @@ def _told(node: fx.Node) -> str:
 
 
 def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan,
-          later: Callable[[float], None] | None = None, recorder: compat.Recorder | None = None) -> Callable[..., Any]:
+          later: Callable[[float], None] | None = None, recorder: compat.CodeRecorder | None = None) -> Callable[..., Any]:
     """A callable over the program's flat local inputs. Collectives speak to `runtime`. later: of a backend that compiles, see
     `fxpar.backends.inductor.lower`; here nothing is. recorder: is put around a forward and a backward that were traced.
 

@@ -1,4 +1,4 @@
-"""A device for tests of recordings, on CPUs: what it plays back is run again, and all else that lies in the pool is overwritten."""
+"""A device for tests of recordings, on CPUs: what it plays back is run again, and all else in the pool overwritten."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fxpar import compat
 
 
 class Pretended:
-    """A `fxpar.run.pool.Device`. plays, records: how often. fails: what the next recording raises. seconds: of the host and of a GPU
-    that are told; bytes: before and now."""
+    """A `fxpar.run.pool.Device`. plays, records: how often. fails: what the next recording raises. seconds: of host and GPU, as
+    they are told. taken: bytes, before and now."""
 
     beside = None
 

@@ -100,7 +100,7 @@ def _digest(files: tuple[str, ...]) -> str:
 
 
 def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, plan: Plan,
-          later: Callable[[float], None] | None = None, recorder: compat.Recorder | None = None) -> Callable:
+          later: Callable[[float], None] | None = None, recorder: compat.CodeRecorder | None = None) -> Callable:
     """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters).
 
     ``later(seconds)`` is called when the backward was compiled, if that was after this had returned. recorder: is put around

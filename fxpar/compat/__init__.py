@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
 from fxpar.compat.compiling import compile_graph
 from fxpar.compat.cudagraphs import (
+    CodeRecorder,
     CudaGraphs,
-    Recorder,
     boxed,
-    is_held,
+    holders,
     keeps_graph,
     recorded_by,
     saves_elsewhere,
@@ -61,13 +61,13 @@ from fxpar.compat.symmetric import SymmetricSlots
 __all__ = [
     "WRAPPERS",
     "Code",
+    "CodeRecorder",
     "CudaGraphs",
     "Cut",
     "FakeTensor",
     "FakeTensorMode",
     "Make",
     "NotInSteps",
-    "Recorder",
     "SharedOutputs",
     "SymmetricSlots",
     "TracedForward",
@@ -82,10 +82,10 @@ __all__ = [
     "default_store",
     "detect_fake_mode",
     "fake_like",
+    "holders",
     "in_full",
     "interpret_steps",
     "is_grouped_product",
-    "is_held",
     "is_of_vmap",
     "is_pointwise",
     "is_random",
@@ -401,7 +401,7 @@ def in_backward(node: fx.Node) -> bool:
 
 def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],
                       counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None,
-                      recorder: Recorder | None = None) -> Callable:
+                      recorder: CodeRecorder | None = None) -> Callable:
     """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
 
     ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`. around: the

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxpar.compat.caches import cache_settings
-from fxpar.compat.cudagraphs import Recorder, alone, recorded_by, recorded_output
+from fxpar.compat.cudagraphs import CodeRecorder, alone, recorded_by, recorded_output
 from fxpar.compat.reductions import mend_reductions
 from fxpar.compat.steps import sizes_to_compile
 from fxpar.progress import stage
@@ -20,7 +20,7 @@ from fxpar.progress import stage
 
 def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None,
                   backward_at_once: bool = False, counts: bool = False, later: Callable[[float], None] | None = None,
-                  recorder: Recorder | None = None) -> Callable:
+                  recorder: CodeRecorder | None = None) -> Callable:
     """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
 
     No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this graph alone; without those of

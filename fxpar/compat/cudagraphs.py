@@ -18,7 +18,7 @@ from torch import Tensor
 from fxpar.compat.steps import Code
 
 
-class Recorder(Protocol):
+class CodeRecorder(Protocol):
     """What is put around the code of one compiled graph."""
 
     def takes(self, inputs: Sequence[int]) -> None:
@@ -35,7 +35,7 @@ class Recorder(Protocol):
 
 
 @contextlib.contextmanager
-def recorded_by(recorder: Recorder | None) -> Iterator[None]:
+def recorded_by(recorder: CodeRecorder | None) -> Iterator[None]:
     """Inside, AOTAutograd makes functions whose forward and backward are those of `recorder`. A backward that is compiled later
     is not seen: whoever compiles it hands it to the recorder."""
     from torch._functorch._aot_autograd.runtime_wrappers import AOTDispatchAutograd
@@ -73,13 +73,13 @@ def boxed(code: Code) -> Code:
     return run
 
 
-def recorded_output(made: Any, recorder: Recorder) -> Any:
+def recorded_output(made: Any, recorder: CodeRecorder) -> Any:
     """What Inductor made of a backward, which `recorder` runs; still what is kept on disk."""
     made.current_callable = recorder.backward(made.current_callable)
     return made
 
 
-def alone(compiled: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+def alone(compiled: Callable[..., Any], recorder: CodeRecorder) -> Callable[..., Any]:
     """A function over tensors that no gradient is asked of, which `recorder` runs."""
     code = recorder.alone(lambda inputs: compiled(*inputs))
     return lambda *inputs: code(list(inputs))
@@ -103,9 +103,9 @@ def storage_number(storage: Any) -> int:
     return storage._cdata
 
 
-def is_held(storage: Any) -> bool:
-    """Whether there are tensors in a storage of `storage_at` that only its maker has."""
-    return torch._C._storage_Use_Count(storage._cdata) > 1
+def holders(storage: Any) -> int:
+    """How many tensors there are in a storage of `storage_at`, of which its maker has none."""
+    return torch._C._storage_Use_Count(storage._cdata) - 1
 
 
 def keeps_graph() -> bool:

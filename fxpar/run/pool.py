@@ -42,7 +42,7 @@ class Loan:
     consumed: bool = False
 
     def is_open(self) -> bool:
-        return not self.consumed and compat.is_held(self.storage)
+        return not self.consumed and compat.holders(self.storage) > 0
 
 
 @dataclass
@@ -59,20 +59,22 @@ class Pool:
         """Why nothing may be played back now. Gradients that are in the way are moved, if that can be."""
         if self.loan is not None and self.loan.is_open():
             return "an earlier forward waits for its backward"
-        if self.lent:
-            self.lent = [s for s in self.lent if compat.is_held(s)]
-        if self.lent:
+        if self._still_lent():
             self._move_gradients()
-            self.lent = [s for s in self.lent if compat.is_held(s)]
-        if self.lent:
-            return "gradients are held, and not in .grad"
+        if self._still_lent():
+            return "gradients are held, and not in .grad alone"
         self.loan = None
         self.given_up.clear()
         return None
 
+    def _still_lent(self) -> bool:
+        self.lent = [s for s in self.lent if compat.holders(s)]
+        return bool(self.lent)
+
     @torch.no_grad()
     def _move_gradients(self) -> None:
-        lent = {compat.storage_number(s) for s in self.lent}
+        """Those that share their memory with nobody, who would see what is added to them."""
+        lent = {compat.storage_number(s) for s in self.lent if compat.holders(s) == 1}
         for grad in self.gradients():
             if compat.storage_of(grad) in lent:
                 grad.data = grad.clone()
@@ -101,7 +103,10 @@ class Place:
         given = inputs[self.input]
         if self.whole:
             return given
-        return self.within(given.untyped_storage(), -int(given.storage_offset()) * given.itemsize)
+        begins = int(given.storage_offset()) * given.itemsize
+        if given.dtype == self.dtype:  # a view, so that autograd sees what is written to the input
+            return given.as_strided(self.shape, self.strides, (begins + self.at) // self.dtype.itemsize)
+        return self.within(given.untyped_storage(), -begins)
 
 
 class Recording:

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -130,7 +129,7 @@ class Recordings:
 
 
 class RecordedProgram:
-    """The codes of one compiled program, as they are run, recorded and played back: a `fxpar.compat.Recorder`.
+    """The codes of one compiled program, as they are run, recorded and played back: a `fxpar.compat.CodeRecorder`.
 
     told: how it stands, for people. Ranks run a program equally often, so what depends on the number of its runs alone is the
     same on all.
@@ -377,7 +376,7 @@ class RecordedProgram:
             self._postpone(why)
 
     def _say(self, told: str) -> None:
-        if told != self.told and dist.get_rank() == 0:
+        if told != self.told and self._all.control.rank == 0:
             _log.info("CUDA graphs: %s", told)
         self.told = told
 
