@@ -187,6 +187,10 @@ class CudaGraphs:
         """The bytes that it has now."""
         return torch.cuda.memory_reserved(self.device)
 
+    def alive(self) -> int:
+        """The bytes that tensors have now; what is lent of recordings does not count."""
+        return torch.cuda.memory_allocated(self.device)
+
     def give_back(self) -> None:
         """Have what is cached and free used by others."""
         torch.cuda.empty_cache()

@@ -20,6 +20,7 @@ code runs as it is, in memory from elsewhere.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,8 @@ class Recordings:
         self._made: dict[int, tuple[Program, dict[bool, RecordedProgram]]] = {}
 
     def __del__(self) -> None:
+        if sys.is_finalizing():
+            return
         _kept[:] = [pool for pool in _kept if pool.obstacle() is not None]
         if self._made:
             for program in list(self._made):
@@ -148,7 +151,7 @@ class RecordedProgram:
         self._trains = self._wants_backward = self._tried = False
         self._times: list[tuple[float, Callable[[], float]]] = []
         self._draws = False
-        self._most, self._host = 0, 0.0
+        self._most, self._alive, self._host = 0, 0, 0.0
 
     # ---- what AOTAutograd's function calls ----
 
@@ -263,8 +266,9 @@ class RecordedProgram:
     def _vote(self, why: str | None, for_ever: bool = False) -> list[Vote]:
         times = self._times[-2 * (1 + self._trains) :]
         steps = max(len(times) / (1 + self._trains), 1)
+        more = max(self._device.alive() - self._alive, 0)  # an optimizer's state, made since
         mine = Vote(why, for_ever, sum(h for h, _ in times) / steps, sum(g() for _, g in times) / steps, self._most,
-                    self._device.taken())
+                    self._device.taken() - more)
         return self._all.control.exchange(mine)
 
     def _decide(self, code: compat.Code, inputs: list[Any], obstacle: str | None) -> None:
@@ -272,7 +276,7 @@ class RecordedProgram:
             self._decide_again(inputs)
             return
         never = self._never(inputs)
-        self._most = self._device.most()
+        self._most, self._alive = self._device.most(), self._device.alive()
         votes = self._vote(never or obstacle or self._pool.obstacle(), never is not None)
         host, gpu = max(v.host for v in votes), max(v.gpu for v in votes)
         if (why := _first(votes)) is not None:
