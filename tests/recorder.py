@@ -24,13 +24,18 @@ class Pretended:
         self._seconds, self._taken = seconds, taken
         self._memory: list[list[Tensor]] = []
 
+    @torch.no_grad()
     def record(self, code: compat.Code, inputs: list[Tensor]) -> tuple[list[Any], Callable[[], None]]:
         given = list(inputs)
         inputs.clear()
         if self.fails is not None:
             raise self.fails
+        before = [x.clone() for x in given]
         outs = list(code(list(given)))
-        own = {compat.storage_of(x) for x in given}
+        for x, value in zip(given, before, strict=True):  # nothing has run
+            x.copy_(value)
+        in_pool = {compat.storage_of(x) for memory in self._memory for x in memory}
+        own = {compat.storage_of(x) for x in given} - in_pool
         mine = [i for i, x in enumerate(outs) if isinstance(x, Tensor) and compat.storage_of(x) not in own]
         memory = [outs[i] for i in mine]
         self._memory.append(memory)

@@ -128,7 +128,7 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device):
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # so that one rank may run what others play back
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # memory of a recording may be given back before NCCL ends
         self.device = device
         self.beside: torch.cuda.Stream | None = torch.cuda.Stream(device)
         self._stream: torch.cuda.Stream | None = None

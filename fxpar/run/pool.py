@@ -68,17 +68,24 @@ class Pool:
         self.given_up.clear()
         return None
 
+    def is_lent(self) -> bool:
+        """Whether somebody has anything of it; asks no tensor, and so may be called within a trace."""
+        return (self.loan is not None and compat.holders(self.loan.storage) > 0) or self._still_lent()
+
     def _still_lent(self) -> bool:
         self.lent = [s for s in self.lent if compat.holders(s)]
         return bool(self.lent)
 
     @torch.no_grad()
     def _move_gradients(self) -> None:
-        """Those that share their memory with nobody, who would see what is added to them."""
-        lent = {compat.storage_number(s) for s in self.lent if compat.holders(s) == 1}
+        """Those that share their memory with other gradients at most: whoever else has it would see what is added to them."""
+        lent: dict[int, list[Tensor]] = {compat.storage_number(s): [] for s in self.lent}
         for grad in self.gradients():
-            if compat.storage_of(grad) in lent:
-                grad.data = grad.clone()
+            lent.get(compat.storage_of(grad), []).append(grad)
+        for s in self.lent:
+            if len(found := lent[compat.storage_number(s)]) == compat.holders(s):
+                for grad in found:
+                    grad.data = grad.clone()
 
 
 @dataclass(frozen=True)
@@ -190,16 +197,20 @@ class Recording:
                 for p in places], storage
 
     def lend(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Any]]:
-        """Outputs, each in a storage of its own as far as they share no memory, and the storages."""
+        """Outputs, each in a storage of its own as far as they share no memory, and the storages. One output twice
+        is two."""
         storages: dict[int, Any] = {}
         outs: list[Tensor | None] = []
+        seen: set[int] = set()
         for p in self.places:
             if p is None or p.input is not None:
                 outs.append(None if p is None else p.of_inputs(inputs))
                 continue
             if p.of not in storages:
                 storages[p.of] = self._storage(p.of, p.nbytes)
-            outs.append(p.within(storages[p.of], p.of))
+            made = p.within(storages[p.of], p.of)
+            outs.append(made.clone() if p.at in seen else made)  # one gradient, of two parameters
+            seen.add(p.at)
         return outs, list(storages.values())
 
     def _storage(self, begins: int, nbytes: int) -> Any:

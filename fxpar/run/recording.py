@@ -45,6 +45,8 @@ HOST_BOUND = 1.3
 MORE_MEMORY = 1.05
 """Of what was taken without recordings: more than this is too much."""
 
+MOVED = "parameters or buffers have moved"
+
 _log = logging.getLogger("fxpar")
 _kept: list[Pool] = []
 """Pools of modules that are gone, as long as something is lent out of them."""
@@ -87,18 +89,19 @@ class Recordings:
                  anew: Callable[[bool], None], off: str | None = None):
         self.wanted, self.device, self.control, self._anew = wanted, device, control, anew
         self.off = "cuda_graphs=False" if wanted is False else off
+        if self.off is None and wanted == "auto" and control.world > 1:
+            self.off = "what communicates is recorded under cuda_graphs=True alone"
         self.pool = Pool(gradients)
         self._made: dict[int, tuple[Program, dict[bool, RecordedProgram]]] = {}
 
     def __del__(self) -> None:
         if sys.is_finalizing():
             return
-        _kept[:] = [pool for pool in _kept if pool.obstacle() is not None]
-        if self._made:
-            for program in list(self._made):
-                self._give_up(program)
-            if self.pool.obstacle() is not None:
-                _kept.append(self.pool)
+        _kept[:] = [pool for pool in _kept if pool.is_lent()]
+        for number in list(self._made):
+            self._give_up(number)
+        if self.pool.is_lent():
+            _kept.append(self.pool)
 
     def anew(self, broken: bool = False) -> None:
         self._anew(broken)
@@ -189,7 +192,9 @@ class RecordedProgram:
         if self._forward is None:
             return self._plainly(code, inputs) if self._off is None else code(inputs)
         self._all.anew()
-        if obstacle or not self._forward.fits(inputs) or self._pool.obstacle():
+        obstacle = obstacle or (None if self._forward.fits(inputs) else MOVED) or self._pool.obstacle()
+        if obstacle is not None:
+            self._note("forward", obstacle)
             outs = code(inputs)
             self._all.anew()
             return outs
@@ -219,7 +224,8 @@ class RecordedProgram:
         if wanted and self._forward is not None:
             self._wants_backward = False
             recorded = self._decide_backward(code, inputs, "retain_graph" if keeps else self._occupied())
-        if recorded is None or keeps or self._occupied() or not recorded.fits(inputs):
+        obstacle = "retain_graph" if keeps else self._occupied() if recorded is None or recorded.fits(inputs) else MOVED
+        if recorded is None or obstacle is not None:
             outs = self._plain_backward(code, inputs)
             loan.consumed = not keeps
             return outs
@@ -236,10 +242,16 @@ class RecordedProgram:
     def _plain_backward(self, code: compat.Code, inputs: list[Any]) -> Sequence[Any]:
         if self._backward is None:
             return self._plainly(code, inputs) if self._off is None and self._forward is None else code(inputs)
+        self._note("backward", "")
         self._all.anew()
         outs = code(inputs)
         self._all.anew()
         return outs
+
+    def _note(self, what: str, why: str) -> None:
+        """Have ranks compare, along with the next call, that this one ran a code as it is which others may have played back: they
+        are to do the same, as NCCL may put other work into a recording's kernels than into those that it starts by itself."""
+        self._all.control.watch.note(f"{what} that was recorded, and not played back" + (f": {why}" if why else ""))
 
     def _plainly(self, code: compat.Code, inputs: list[Any]) -> Sequence[Any]:
         """Run a code as it is, and see how long it takes, and whether it draws random numbers."""
@@ -316,7 +328,7 @@ class RecordedProgram:
         """Whether recordings are still of use."""
         assert self._forward is not None
         fits = self._forward.fits(inputs)
-        votes = self._vote(None if fits else "parameters or buffers have moved")
+        votes = self._vote(None if fits else MOVED)
         if (why := _first(votes)) is not None:
             self.give_up(why)
             self._gap = 1

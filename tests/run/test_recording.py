@@ -18,6 +18,7 @@ from torch._functorch import config as functorch_config
 
 import fxpar
 from fxpar import compat
+from fxpar.backends.transport.watch import NoWatch
 from fxpar.errors import PlanError
 from fxpar.run import engine, recording
 from fxpar.run.recording import Recordings
@@ -33,14 +34,16 @@ def soon(monkeypatch):
 
 # ---- codes ----
 
-KINDS = ("param", "param", "buffer", "input", "input")
+KINDS = (*["param"] * 6, "buffer", "input", "input")
 
 
-def program(first: Tensor, second: Tensor, mean: Tensor, x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-    """A loss, logits, and what becomes of a buffer. Parameters, views of them, inputs and results are kept for the backward."""
-    y = torch.tanh(x @ first - mean) * torch.cos(seed)
+def program(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor, fifth: Tensor, sixth: Tensor, mean: Tensor, x: Tensor,
+            seed: Tensor) -> tuple[Tensor, ...]:
+    """A loss, logits, and what becomes of a buffer. Parameters, views of them, inputs and results are kept for the backward; the
+    gradients of two parameters are parts of one tensor, and those of two others one tensor."""
+    y = torch.tanh(x @ first - mean) * torch.cos(seed) + (x @ torch.cat([third, fourth], 1)) + fifth + sixth
     logits = y @ second.t() + x.sum() * second.sum() * second.new_ones(1)
-    return (logits * logits).mean(), logits, mean * 0.9 + y.detach().mean() * 0.1
+    return torch.cos(logits).mean(), logits, mean * 0.9 + y.detach().mean() * 0.1
 
 
 class Handed:
@@ -49,10 +52,10 @@ class Handed:
     def __init__(self, rows: int, grad: bool):
         self.grad = grad
         if grad:
-            example = [x.requires_grad_(i < 2) for i, x in enumerate([*fresh(), *batch(0, rows)])]
+            example = [x.requires_grad_(i < 6) for i, x in enumerate([*fresh(), *batch(0, rows)])]
             with functorch_config.patch(donated_buffer=False):
                 self._run = compat.partition_eagerly(fx.symbolic_trace(program), example, lambda graph: None, recorder=self)
-                torch.autograd.grad(self._run(*example)[0], example[:2])  # its backward is traced
+                torch.autograd.grad(self._run(*example)[0], example[:6])  # its backward is traced
         else:
             self._forward: Any = lambda given: list(program(*given))
 
@@ -85,7 +88,8 @@ class Handed:
 
 def fresh() -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(4, 3), torch.randn(5, 3), torch.randn(3)]
+    return [torch.randn(4, 3), torch.randn(5, 3), torch.randn(4, 1), torch.randn(4, 2),
+            torch.randn(3), torch.randn(3), torch.randn(3)]
 
 
 def batch(seed: int, rows: int) -> list[Tensor]:
@@ -95,7 +99,7 @@ def batch(seed: int, rows: int) -> list[Tensor]:
 class Alone:
     """A `Control` of one rank."""
 
-    rank = 0
+    rank, world, watch = 0, 1, NoWatch()
 
     def exchange(self, thing: object) -> list:
         return [thing]
@@ -108,9 +112,8 @@ class CodeLoop:
         self.handed = handed
 
     def begin(self, device: Pretended | None) -> None:
-        first, second, self.mean = fresh()
-        self.parameters = [nn.Parameter(first), nn.Parameter(second)]
-        self.momenta: list[Tensor | None] = [None, None]
+        *parameters, self.mean = fresh()
+        self.parameters = [nn.Parameter(p) for p in parameters]
         self.count, self.rate = 0, 0.1
         self.outputs: list[Tensor] = []
         self.pending: list[Tensor] = []
@@ -319,11 +322,11 @@ def tokens(seed: int, rows: int) -> dict[str, Tensor]:
 class ModuleLoop(CodeLoop):
     """A training loop over a parallel module."""
 
-    def __init__(self, cuda_graphs: bool | str, device: Pretended | None = None, **options: Any):
+    def __init__(self, cuda_graphs: bool | str, device: Pretended | None = None, backend: str = "eager"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "device_of", lambda _: device)
             torch.manual_seed(0)
-            self.module = fxpar.parallelize(Net(), fxpar.Plan(recompute="full", **options), tokens(0, 3), backend="eager",
+            self.module = fxpar.parallelize(Net(), fxpar.Plan(recompute="full"), tokens(0, 3), backend=backend,
                                             cuda_graphs=cuda_graphs)
         self.parameters = list(self.module.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, 0.1)
@@ -377,11 +380,11 @@ class ModuleLoop(CodeLoop):
 OF_MODULES = {"freeze": lambda x: x.freeze(), "no_sync": lambda x: x.without_sync()}
 
 
-def of_modules(actions: list[str]) -> ModuleLoop:
+def of_modules(actions: list[str], backend: str = "eager") -> ModuleLoop:
     device = Pretended()
-    recorded = ModuleLoop("auto", device)
+    recorded = ModuleLoop("auto", device, backend)
     recorded.device = device
-    compare(recorded, ModuleLoop(False), ["loop"] * 4 + actions)
+    compare(recorded, ModuleLoop(False, backend=backend), ["loop"] * 4 + actions)
     return recorded
 
 
@@ -389,6 +392,13 @@ def test_a_module_is_recorded():
     loop = of_modules(["loop"])
     assert loop.told() == "on (host 2000 ms, GPU 2000 ms)" and loop.device.plays == 8
     assert str(loop.module.report()).count("CUDA graphs: on") == 1
+
+
+@pytest.mark.slow
+def test_compiled_codes_overwrite_what_the_forward_left():
+    """Inductor writes a backward's values to memory of tensors that were saved for it."""
+    loop = of_modules(["loop", "evaluate", "evaluate", "forward", "backward", "forward", "backward", "step"], "inductor")
+    assert loop.told().startswith("on ") and loop.device.plays > 10
 
 
 @pytest.mark.slow
