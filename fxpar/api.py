@@ -60,8 +60,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     engines of GPUs of one host that see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or
     "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
     cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back by the GPU, which
-    no longer waits for its host: "auto" (where it did wait, and recordings take no more memory), True or False; what cannot be
-    recorded runs as ever, and the report says why.
+    no longer waits for its host: "auto" (of one rank, where it did wait, and recordings take no more memory), True (of several
+    ranks, too, with their communication) or False; what cannot be recorded runs as ever, and the report says why.
     timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
     that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
     the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of

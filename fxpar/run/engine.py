@@ -328,7 +328,7 @@ class Engine:
         numbers = tuple([x for x in passed.values() if type(x) is float])
         trained = self._depends.first_trained()
         return (numbers, not last, (seeds.base, seeds.calls), watch.taken(), watch.backwards, watch.failures,
-                trained is not None and trained.grad is not None, self._optimizers.taken())
+                trained is not None and trained.grad is not None, self._optimizers.taken(), self.recordings.held())
 
     def _judge(self, of_batch: int, outcomes: list[Outcome]) -> None:
         self._batches.judge(outcomes[:of_batch])

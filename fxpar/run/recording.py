@@ -117,6 +117,12 @@ class Recordings:
         made[grad] = RecordedProgram(self, self.device, fixed, refused)
         return made[grad]
 
+    def held(self) -> str | None:
+        """What ranks compare before a call: why none of what is recorded may be played back in it. NCCL wants a recording played
+        back by all ranks or by none."""
+        recorded = self.control.world > 1 and any(p.is_recorded for _, made in self._made.values() for p in made.values())
+        return self.pool.obstacle() if recorded else None
+
     def drop(self, program: Program) -> None:
         """The program will not be run again."""
         self._give_up(id(program))
@@ -177,6 +183,10 @@ class RecordedProgram:
     def decides_now(self) -> bool:
         """Whether the next run is one in which ranks decide: they must have found that they are called alike."""
         return self._off is None and self._runs == self._decides
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._forward is not None
 
     def _run_forward(self, code: compat.Code, given: list[Any]) -> Sequence[Any]:
         inputs, number = list(given), self._runs
@@ -249,8 +259,7 @@ class RecordedProgram:
         return outs
 
     def _note(self, what: str, why: str) -> None:
-        """Have ranks compare, along with the next call, that this one ran a code as it is which others may have played back: they
-        are to do the same, as NCCL may put other work into a recording's kernels than into those that it starts by itself."""
+        """Have ranks compare, along with the next call, that this one ran a code as it is, which they are to do as well."""
         self._all.control.watch.note(f"{what} that was recorded, and not played back" + (f": {why}" if why else ""))
 
     def _plainly(self, code: compat.Code, inputs: list[Any]) -> Sequence[Any]:
