@@ -11,11 +11,10 @@ time in which the host starts a step, "kernels" that in which the GPU has someth
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 import torch
+from processes import launched
 from rich.console import Console
 from rich.table import Table
 
@@ -50,32 +49,26 @@ def parse_args():
 
 
 def runs(cell, args, folder):
-    """(name, command, trace) of each row of a cell."""
+    """(name, processes, script, arguments, trace) of each row of a cell."""
     model = next(name for name in MODELS if cell.startswith(f"{name}-"))
     tokens, plan = cell.removeprefix(f"{model}-").split("-", 1)
     text, gpus, peer = PLANS[plan]
     sizes = MODELS[model] | dict(seq=int(tokens), mbs=args.mbs, steps=args.steps, warmup=12)
     shape = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
     for graphs in args.graphs:
         trace = folder / f"{cell}-{graphs}.json"
         mine = ["--plan", text, "--cuda-graphs", graphs, "--trace", str(trace)]
-        yield f"fxpar {text}, CUDA graphs {graphs}", [*launch, str(HERE / "bench_fxpar.py"), *mine, *shape], trace
+        yield f"fxpar {text}, CUDA graphs {graphs}", gpus, HERE / "bench_fxpar.py", [*mine, *shape], trace
     if args.peers is not None and peer:
-        yield f"bench_torch.py {peer}", [*launch, str(args.peers / "bench_torch.py"), *peer.split(), *shape], None
+        yield f"bench_torch.py {peer}", gpus, args.peers / "bench_torch.py", [*peer.split(), *shape], None
 
 
-def measured(command, trace, limit):
-    """The line that a run printed, with what its trace says; or how it ended."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took more than {limit} s"}
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        return {"error": (done.stderr or done.stdout)[-1500:]}
-    told = json.loads(trace.read_text()) if trace is not None and trace.exists() else {}
-    return lines[-1] | ({"kernels_ms": told["span_ms"] - told["idle_ms"]} if "idle_ms" in told else {})
+def with_trace(row, trace):
+    """A row, with how long the GPU had something to do, if the run was profiled."""
+    if trace is None or not trace.exists():
+        return row
+    told = json.loads(trace.read_text())
+    return row | {"kernels_ms": told["span_ms"] - told["idle_ms"]}
 
 
 def main():
@@ -87,8 +80,8 @@ def main():
                   title=torch.cuda.get_device_name())
     with tempfile.TemporaryDirectory() as folder:
         for cell in args.cells:
-            for name, command, trace in runs(cell, args, pathlib.Path(folder)):
-                row = measured(command, trace, args.limit)
+            for name, gpus, script, arguments, trace in runs(cell, args, pathlib.Path(folder)):
+                row = with_trace(launched(gpus, args.limit, str(script), *arguments), trace)
                 print(json.dumps({"cell": cell, "name": name, **row}), flush=True)
                 numbers = [f"{row[k]:.2f}" if isinstance(row.get(k), int | float) else "" for k in (
                     "step_ms", "host_ms", "kernels_ms", "peak_mem_gib", "peak_reserved_gib", "loss")]
