@@ -58,18 +58,20 @@ def _told(node: fx.Node) -> str:
 
 
 def lower(module: fx.GraphModule, example: list[Any], runtime: Runtime, plan: Plan,
-          later: Callable[[float], None] | None = None) -> Callable[..., Any]:
+          later: Callable[[float], None] | None = None, recorder: compat.CodeRecorder | None = None) -> Callable[..., Any]:
     """A callable over the program's flat local inputs. Collectives speak to `runtime`. later: of a backend that compiles, see
-    `fxpar.backends.inductor.lower`; here nothing is.
+    `fxpar.backends.inductor.lower`; here nothing is. recorder: is put around a forward and a backward that were traced.
 
     Where the plan has the backward pass make values again, forward and backward are traced once, split, and run as they
     stand; `example` has local inputs, one per placeholder, whose ``requires_grad`` matters.
     """
     if torch.is_grad_enabled() and (plan.recompute != "none" or plan.gathers_each_use):
         graph, keep = tensor_inputs_only(module, example)
+        if recorder is not None:
+            recorder.takes(keep)
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget):
             split = compat.partition_eagerly(graph, [example[i] for i in keep], lambda g: choose_recomputation(g, plan),
-                                             counts_rows(graph.graph), told)
+                                             counts_rows(graph.graph), told, recorder)
 
         def run_split(*inputs: Any) -> Any:
             with use_runtime(runtime):

@@ -48,6 +48,7 @@ def parse_args():
     parser.add_argument("--param-dtype", default="bf16", help="compute dtype; none: fp32, as the weights")
     parser.add_argument("--reduce-dtype", default="fp32", help="gradient reduction dtype; none: as the weights")
     parser.add_argument("--backend", default="auto", choices=["auto", "inductor", "eager"])
+    parser.add_argument("--cuda-graphs", default="auto", choices=["auto", "True", "False"])
     parser.add_argument("--meta", action="store_true", help="build on meta, then init_weights(seed)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -76,7 +77,8 @@ def build_module(args, device):
     tokens = torch.zeros(args.mbs * args.plan.microbatches, args.seq, dtype=torch.long, device=device)
     example = dict(input_ids=tokens, labels=tokens)
     start = time.perf_counter()
-    module = fxpar.parallelize(model, args.plan, example, backend=args.backend)
+    graphs = {"True": True, "False": False}.get(args.cuda_graphs, "auto")
+    module = fxpar.parallelize(model, args.plan, example, backend=args.backend, cuda_graphs=graphs)
     seconds = time.perf_counter() - start
     if args.meta:
         module.init_weights(args.seed)
@@ -111,16 +113,17 @@ def training_step(args, module, opt, batch):
 
 
 def run_steps(step, count, synchronize):
-    """Seconds and loss of each of `count` steps."""
-    seconds, losses = [], []
+    """Seconds, those of them that the host takes to start a step, and loss of each of `count` steps."""
+    seconds, started, losses = [], [], []
     for _ in range(count):
         synchronize()
         start = time.perf_counter()
         loss = step()
+        started.append(time.perf_counter() - start)
         synchronize()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
-    return seconds, losses
+    return seconds, started, losses
 
 
 def flops_per_token(args):
@@ -210,17 +213,18 @@ def measure(args, device):
     step = training_step(args, module, opt, replica_batch(args, module, device))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    warm_seconds, losses = run_steps(step, max(args.warmup, 1), synchronize)
+    warm_seconds, _, losses = run_steps(step, max(args.warmup, 1), synchronize)
     dist.barrier()
-    seconds, more = run_steps(step, args.steps, synchronize)
+    seconds, started, more = run_steps(step, args.steps, synchronize)
     losses += more
     memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if cuda else [0, 0]
     if args.trace:
         write_trace(step, synchronize, cuda, args.trace)
-    return build_seconds, warm_seconds[0], seconds, losses, memory
+    told = module.report().cuda_graphs
+    return build_seconds, warm_seconds[0], seconds, started, losses, memory, told
 
 
-def result(args, device, build_seconds, first_seconds, seconds, losses, memory):
+def result(args, device, build_seconds, first_seconds, seconds, started, losses, memory, graphs):
     """The line that is printed; every rank must call this, as it takes the slowest rank's figures."""
     world, plan = dist.get_world_size(), args.plan
     median = slowest(statistics.median(seconds), device)
@@ -235,7 +239,8 @@ def result(args, device, build_seconds, first_seconds, seconds, losses, memory):
         gpu=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         **{name: getattr(args, name) for name in SHAPE}, gbs=batch, meta=args.meta,
         step_ms=round(median * 1e3, 3), step_ms_min=round(min(seconds) * 1e3, 3),
-        step_ms_max=round(max(seconds) * 1e3, 3), tokens_per_s=round(tokens, 1),
+        step_ms_max=round(max(seconds) * 1e3, 3), host_ms=round(statistics.median(started) * 1e3, 3), cuda_graphs=graphs,
+        tokens_per_s=round(tokens, 1),
         tokens_per_s_per_gpu=round(tokens / world, 1), tflops_per_gpu_causal=round(flops / 1e12, 2),
         mfu_causal=round(flops / (args.peak_tflops * 1e12), 4),
         peak_mem_gib=round(memory[0], 3), peak_reserved_gib=round(memory[1], 3),

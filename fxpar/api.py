@@ -45,9 +45,9 @@ AUTO = "auto"
 
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
-                transport: str = "auto", timeout: float = TIMEOUT, check_batches: int = CHECKED_EVERY,
-                pad: Padding | Mapping[str, Any] | int | None = None, quiet: bool | None = None,
-                dump_dir: str | Path | None = None) -> ParallelModule:
+                transport: str = "auto", cuda_graphs: bool | str = AUTO, timeout: float = TIMEOUT,
+                check_batches: int = CHECKED_EVERY, pad: Padding | Mapping[str, Any] | int | None = None,
+                quiet: bool | None = None, dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
 
     model: real or on the meta device, on all ranks alike; DTensors take the place of its parameters, wherever those are held (in
@@ -59,6 +59,9 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     (inductor on CUDA, eager on CPU). transport: what moves parameters and gradients in compiled programs; "auto" (the copy
     engines of GPUs of one host that see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or
     "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
+    cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back by the GPU, which
+    no longer waits for its host: "auto" (of one rank, where it did wait, and recordings take no more memory), True (of several
+    ranks, too, with their communication) or False; what cannot be recorded runs as ever, and the report says why.
     timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
     that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
     the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of
@@ -76,7 +79,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     device = _join()
     with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()
-        options = {"backend": backend, "transport": transport, "timeout": timeout, "check_batches": check_batches, "pad": pad}
+        options = {"backend": backend, "transport": transport, "cuda_graphs": cuda_graphs, "timeout": timeout,
+                   "check_batches": check_batches, "pad": pad}
         plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, device, options, dump_dir))
         padding = None if pad is None else Padding.of(pad)
         if padding is not None:
@@ -93,7 +97,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         bound = BoundMesh(made[0].mesh, device.type, plan.pp)
         store = ParameterStore(model, bound, control, device)
         backend_module = {"eager": eager, "inductor": inductor}[chosen]
-        engine = Engine(store, plan, compile_call, backend_module, transport, check_batches, padding)
+        engine = Engine(store, plan, compile_call, backend_module, transport, check_batches, padding, cuda_graphs)
         engine.adopt(made[0], example)
         made[0].timings[PARAMETERS] = time.perf_counter() - begin
         return ParallelModule(store, engine)
@@ -106,6 +110,8 @@ def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, device: t
     plan = _best(model, calls.example_call(model, example_inputs), device) if given == AUTO else Plan.of(given)
     require_one_of("backend", options["backend"], BACKENDS)
     require_one_of("transport", options["transport"], TRANSPORTS)
+    if options["cuda_graphs"] != AUTO and not isinstance(options["cuda_graphs"], bool):
+        raise PlanError("cuda_graphs", options["cuda_graphs"], 'must be "auto", True or False', 'cuda_graphs="auto"')
     if not _is_seconds(options["timeout"]):
         raise PlanError("timeout", options["timeout"], "must be a positive number of seconds", f"timeout={TIMEOUT:g}")
     every = options["check_batches"]

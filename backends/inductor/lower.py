@@ -100,16 +100,20 @@ def _digest(files: tuple[str, ...]) -> str:
 
 
 def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, plan: Plan,
-          later: Callable[[float], None] | None = None) -> Callable:
+          later: Callable[[float], None] | None = None, recorder: compat.CodeRecorder | None = None) -> Callable:
     """Compile for local inputs like `example` (a list, one per placeholder; their ``requires_grad`` matters).
 
-    ``later(seconds)`` is called when the backward was compiled, if that was after this had returned.
+    ``later(seconds)`` is called when the backward was compiled, if that was after this had returned. recorder: is put around
+    the code of forward and backward.
     """
     plain, keep = tensor_inputs_only(module, example, fused=True)
     given = [example[i] for i in keep]
+    if recorder is not None:
+        recorder.takes(keep)
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
         config = _settings(plain.graph, given, runtime, plan)
-        compiled = compat.compile_graph(plain, given, config, counts=counts_rows(plain.graph), later=later)
+        compiled = compat.compile_graph(plain, given, config, counts=counts_rows(plain.graph), later=later,
+                                        recorder=recorder)
 
     def run(*inputs: Any) -> Any:
         with use_runtime(runtime):

@@ -35,6 +35,7 @@ from torch import Tensor
 from fxpar import compat
 from fxpar.backends.transport.base import BUCKET_BYTES, NCCL, REDUCTION_BYTES, Transport
 from fxpar.backends.transport.control import Control
+from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.ops.elementwise import add, spread
 from fxpar.sharding.mesh import Axes, BoundMesh
 
@@ -61,6 +62,14 @@ def register(group: dist.ProcessGroup, copies: CopyGroup) -> str:
     compat.register_group(copies, name)
     _made[group.group_name] = group, copies, name
     return name
+
+
+def begin_anew(runtime: GroupRuntime, broken: bool = False) -> None:
+    """Have what copies for a runtime begin anew, on all ranks at the same place among their collectives: see `CopyGroup.anew`."""
+    if runtime.transport.copy_groups:
+        for _, copies, name in _made.values():
+            if name in runtime.transport.copy_groups.values():
+                copies.anew(broken)
 
 
 def available(device: torch.device) -> bool:
@@ -198,6 +207,22 @@ class CopyGroup(dist.ProcessGroup):
         done.in_slots = len(turns) == 1
         done.sum = functools.partial(_sum, flat, own, arrived if done.in_slots else [flat])
         return done.started()
+
+    def anew(self, broken: bool = False) -> None:
+        """All slots are free, the next is the first, and the current stream has waited for what was started.
+
+        What comes next neither waits for an event from before nor depends on how many operations there were, so that it can be
+        recorded and replayed (CUDA graphs). A barrier. broken: what was started last was recorded, and is never run.
+        """
+        for user in () if broken else self._users.values():
+            user.finish()
+        with self._running():
+            self._barrier()
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        self._turn = dict.fromkeys(self._turn, 0)
+        self._users.clear()
+        self._passed.clear()
 
     def _take(self, kind: range, user: _CopyWork) -> tuple[int, int]:
         """The next slot of a kind, and the number of the barrier after which it is free."""

@@ -21,6 +21,18 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
 from fxpar.compat.compiling import compile_graph
+from fxpar.compat.cudagraphs import (
+    CodeRecorder,
+    CudaGraphs,
+    boxed,
+    holders,
+    keeps_graph,
+    recorded_by,
+    saves_elsewhere,
+    storage_at,
+    storage_number,
+    tensor_in,
+)
 from fxpar.compat.data import assign_data_by
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
@@ -34,6 +46,7 @@ from fxpar.compat.numbers import (
 from fxpar.compat.profiles import profiling
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
+    Code,
     Cut,
     Make,
     NotInSteps,
@@ -54,6 +67,9 @@ from fxpar.compat.symmetric import SymmetricSlots
 
 __all__ = [
     "WRAPPERS",
+    "Code",
+    "CodeRecorder",
+    "CudaGraphs",
     "Cut",
     "FakeTensor",
     "FakeTensorMode",
@@ -67,6 +83,7 @@ __all__ = [
     "attention_priority",
     "autocast_region",
     "before_norms",
+    "boxed",
     "cache_counts",
     "cache_settings",
     "compile_graph",
@@ -74,6 +91,7 @@ __all__ = [
     "default_store",
     "detect_fake_mode",
     "fake_like",
+    "holders",
     "in_full",
     "interpret_steps",
     "is_grouped_product",
@@ -81,6 +99,7 @@ __all__ = [
     "is_pointwise",
     "is_random",
     "is_subgraph_call",
+    "keeps_graph",
     "mend_sums_of_norms",
     "mend_writes_to_plain_tensors",
     "mutates",
@@ -91,10 +110,15 @@ __all__ = [
     "quiet_traces",
     "read_metadata",
     "read_numbers_of",
+    "recorded_by",
+    "saves_elsewhere",
     "sizes_of_values",
     "sizes_to_compile",
+    "storage_at",
+    "storage_number",
     "storage_of",
     "strided_shard",
+    "tensor_in",
     "trace_steps",
     "unchecked_distributions",
     "untraced",
@@ -315,7 +339,8 @@ def local_part(tensor: Any) -> torch.Tensor:
 def like_dtensor(local: torch.Tensor, like: Any) -> Any:
     """A local tensor as a DTensor with the mesh, placements, shape and order in memory of another (a contiguous one): fused
     optimizers go through parameter and gradient side by side as they lie there."""
-    return DTensor(local.contiguous(), like._spec, requires_grad=False)
+    made: Any = DTensor.__new__(DTensor, local.contiguous(), like._spec, requires_grad=False)
+    return made  # without its __init__, which does nothing, and takes longer
 
 
 def version(tensor: Any) -> tuple[int, int]:
@@ -386,11 +411,12 @@ def in_backward(node: fx.Node) -> bool:
 
 
 def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],
-                      counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None) -> Callable:
+                      counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None,
+                      recorder: CodeRecorder | None = None) -> Callable:
     """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
 
     ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`. around: the
-    context of every forward and backward.
+    context of every forward and backward. recorder: is put around them.
     """
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -406,8 +432,12 @@ def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Cal
 
         return make_boxed_func(run)
 
-    with sizes_of_values(inputs, counts) as inputs:
-        return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=partition)
+    def backward(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        made = as_it_is(gm, example_inputs)
+        return made if recorder is None else boxed(recorder.backward(made))
+
+    with sizes_of_values(inputs, counts) as inputs, recorded_by(recorder):
+        return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=backward, partition_fn=partition)
 
 
 @contextlib.contextmanager

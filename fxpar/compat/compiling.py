@@ -12,18 +12,21 @@ import torch
 from torch import fx
 
 from fxpar.compat.caches import cache_settings
+from fxpar.compat.cudagraphs import CodeRecorder, alone, recorded_by, recorded_output
 from fxpar.compat.reductions import mend_reductions
 from fxpar.compat.steps import sizes_to_compile
 from fxpar.progress import stage
 
 
 def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None,
-                  backward_at_once: bool = False, counts: bool = False, later: Callable[[float], None] | None = None) -> Callable:
+                  backward_at_once: bool = False, counts: bool = False, later: Callable[[float], None] | None = None,
+                  recorder: CodeRecorder | None = None) -> Callable:
     """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
 
     No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this graph alone; without those of
     `cache_settings` nothing is kept on disk. backward_at_once: the backward is compiled now, and not when it first runs.
-    counts: see `sizes_of_values`. later: told the seconds of what is compiled after this has returned.
+    counts: see `sizes_of_values`. later: told the seconds of what is compiled after this has returned. recorder: is put around
+    what was compiled.
     """
     from torch._functorch import config as aot
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -39,11 +42,11 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
             made = compile_fx_inner(*args, **options)
         if later is not None and returned:
             later(time.perf_counter() - begin)
-        return made
+        return recorded_output(made, recorder) if recorder is not None and returned else made
 
     at_once = aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext()
-    with at_once, sizes_to_compile(inputs, counts) as inputs:
+    with at_once, recorded_by(recorder), sizes_to_compile(inputs, counts) as inputs:
         compiled: Any = compile_fx(gm, inputs, compile_one, config_patches=cache_settings(None, ()) | (config or {}),
                                    ignore_shape_env=not counts)
     returned = True
-    return compiled
+    return compiled if recorder is None or graphs == 2 else alone(compiled, recorder)

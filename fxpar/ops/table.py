@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +25,48 @@ def table(*columns: Sequence[Tensor]) -> Tensor | None:
     if not all(columns) or not columns[0][0].is_cuda:
         return None
     key = tuple((t.data_ptr(), t.numel(), t.dtype, t.is_contiguous()) for column in columns for t in column)
-    return _table(key, len(columns), columns[0][0].device)
+    return (_table if _later is None else _table.__wrapped__)(key, len(columns), columns[0][0].device)
+
+
+_Columns = Sequence[Sequence[tuple[int, int, torch.dtype, bool]]]
+_later: _Later | None = None
+
+
+class _Later:
+    """Tables that are written once a recording is over: what copies them to the GPU cannot be recorded.
+
+    tables: in memory of their own, which the recording is to keep.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream):
+        self.stream = stream
+        self.tables: list[tuple[Tensor, _Columns]] = []
+
+    def table(self, columns: _Columns, device: torch.device) -> Tensor:
+        count = sum(-(-size // CHUNK) for _, size, *_ in columns[0])
+        with torch.cuda.stream(self.stream):  # which is not recorded, so that its memory is no recording's
+            made = torch.empty(count, 1 + len(columns), dtype=torch.int64, device=device)
+        self.tables.append((made, columns))
+        return made
+
+
+@contextlib.contextmanager
+def written_later(stream: torch.cuda.Stream) -> Iterator[Callable[[], list[Tensor]]]:
+    """Inside, tables are made that are for the recording under way alone. What is yielded is to be called when it is over: it
+    writes them, in the order of the current stream, and returns them, to be kept as long as the recording. stream: one that is
+    not recorded."""
+    global _later
+    mine = _later = _Later(stream)
+
+    def write() -> list[Tensor]:
+        for made, columns in mine.tables:
+            made.copy_(rows(columns, made.device))
+        return [made for made, _ in mine.tables]
+
+    try:
+        yield write
+    finally:
+        _later = None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -32,10 +74,10 @@ def _table(key: tuple[tuple[int, int, torch.dtype, bool], ...], count: int, devi
     columns = [key[i : i + len(key) // count] for i in range(0, len(key), len(key) // count)]
     if any(len({dtype for *_, dtype, _ in column}) > 1 for column in columns) or not all(map(_fits, key)) or not has_triton():
         return None
-    return rows(columns, device)
+    return rows(columns, device) if _later is None else _later.table(columns, device)
 
 
-def rows(columns: Sequence[Sequence[tuple[int, int, torch.dtype, bool]]], device: torch.device) -> Tensor:
+def rows(columns: _Columns, device: torch.device) -> Tensor:
     """The table of k columns of (address, elements, dtype, contiguous).
 
     The host looks at the tensors and not at their chunks, which are many: memory moves from step to step while an allocator

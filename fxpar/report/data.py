@@ -31,6 +31,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "flops": report.flops,
         "step": _step(report),
         "timings": {"parts": dict(report.timings.parts), "passes": dict(report.timings.passes)},
+        "cuda_graphs": report.cuda_graphs,
         "attention": _rows(report.attention),
         "experts": _rows(report.experts),
         "notes": list(report.notes),

@@ -67,7 +67,7 @@ class Report:
     takes, and its cluster. limit: bytes of a device, where `inspect` was told them, for `verdict`. timings: where the time
     went on the way to the first step. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed)
     and `peak` are each those of the pipeline rank that has most. predicted: what predicts `peak`; peak_of: the same of another
-    plan.
+    plan. cuda_graphs: of a module that runs, whether its forward and backward are played back, or why not.
     """
 
     plan: Plan
@@ -85,6 +85,7 @@ class Report:
     predicted: Callable[[], Peak] = field(kw_only=True, repr=False, compare=False)
     limit: int | None = field(default=None, kw_only=True)
     peak_of: Callable[[Plan], int] | None = field(default=None, kw_only=True, repr=False, compare=False)
+    cuda_graphs: str | None = field(default=None, kw_only=True, compare=False)
 
     @functools.cached_property
     def peak(self) -> Peak:
@@ -158,6 +159,7 @@ class Report:
                           f"compute a rank and step: {self.flops / 1e12:.4g} TFLOP",
                           self.step.line(),
                           *([f"to the first step: {self.timings}"] if self.timings.ran else []),
+                          *([f"CUDA graphs: {self.cuda_graphs}"] if self.cuda_graphs is not None else []),
                           *(f"note: {n}" for n in self.notes)])
 
     def grouped(self) -> list[tuple[str, int, ParameterRow]]:

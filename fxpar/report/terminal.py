@@ -99,6 +99,8 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
     yield "a step", step
     if report.timings.ran:
         yield "to first step", str(report.timings)
+    if report.cuda_graphs is not None:
+        yield "CUDA graphs", report.cuda_graphs
     yield from (("note", note) for note in report.notes)
 
 

@@ -5,6 +5,7 @@ store       a model's parameters in the layouts of a plan (with storage: full te
 engine      captures, compiles and runs programs, one for every kind of call (with programs: how many are kept)
 start       the first run of a program: timed, and said
 feed        the local inputs of a program, call by call
+recording   forward and backward recorded and played back by the GPU (with pool: memory that recordings lend)
 steps       which of a step's phases runs when: unshard, compute, reduce (with gradients: those not reduced yet)
 microbatches  a training step of several forwards and backwards that add up to the whole batch's
 agreement   what ranks exchange, so that they all run or all raise

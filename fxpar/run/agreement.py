@@ -24,6 +24,7 @@ PARTS = (
     "whether gradients are accumulated (no_sync)", "what dropout draws from (seed, calls)",
     "what was called since the last forward", "how many backward passes there were", "how many calls ended in an error",
     "whether parameters have gradients", "what optimizers did since the last forward",
+    "what they still hold of a forward or backward that was recorded (cuda_graphs)",
 )
 """What ranks compare of a call, in order; {} is the name of what differs."""
 ORDER = (0, 3, 1, 2, *range(4, len(PARTS)))

@@ -28,6 +28,7 @@ from fxpar.model import inputs as calls
 from fxpar.model.hugging_face import say
 from fxpar.model.padding import Padding
 from fxpar.model.state import PARTS, TRAINED, State
+from fxpar.ops.exchange import counts_rows
 from fxpar.passes.capture.attributes import AttributeStates, put_back
 from fxpar.passes.strategies.stages import Stage, cut_like, cut_stages
 from fxpar.pipeline.schedules import Schedule, schedule
@@ -45,6 +46,7 @@ from fxpar.run.loss import loss_of
 from fxpar.run.numbers import Numbers
 from fxpar.run.outputs import as_output
 from fxpar.run.pipeline import Pipeline
+from fxpar.run.recording import RecordedProgram, Recordings, device_of, gradients_of
 from fxpar.run.scales import ScaleChecks
 from fxpar.run.start import Start
 from fxpar.run.steps import Steps
@@ -57,13 +59,14 @@ from fxpar.sharding.layout import Sharding
 @dataclass
 class Compiled:
     """A program, what feeds it, what runs it, and its first run. pipeline: what runs whole steps of it, if it is cut into
-    stages."""
+    stages. recorded: what records and replays it."""
 
     program: Program
     feed: Feed
     run: Callable[..., Any]
     start: Start
     pipeline: Pipeline | None = None
+    recorded: RecordedProgram | None = None
 
 
 @dataclass
@@ -86,11 +89,13 @@ class Engine:
 
     compile_call: of a function whose first argument is the model: ``(call, layouts, microbatches)`` -> the program of this
     rank, for parameters stored so. backend: a module of `fxpar.backends`, with its `lower` and `stepped`. transport,
-    check_batches, padding: see `fxpar.parallelize`. programs: those that are kept, by what they depend on, newest last.
+    check_batches, padding, cuda_graphs: see `fxpar.parallelize`. programs: those that are kept, by what they depend on, newest
+    last. recordings: of what they run.
     """
 
     def __init__(self, store: ParameterStore, plan: Plan, compile_call: functools.partial[Program],
-                 backend: ModuleType, transport: str, check_batches: int = CHECKED_EVERY, padding: Padding | None = None):
+                 backend: ModuleType, transport: str, check_batches: int = CHECKED_EVERY, padding: Padding | None = None,
+                 cuda_graphs: bool | str = "auto"):
         self.store, self.plan, self.device = store, plan, store.device
         self._control, self._watch = store.control, store.control.watch
         self.programs: dict[tuple, Program] = {}
@@ -113,11 +118,19 @@ class Engine:
         self._batches = BatchChecks(store.bound, store.control, check_batches)
         self._drift = DriftChecks(store, check_batches)
         self._optimizers = OptimizerSteps(self._watch)
+        graphs, off = device_of(self.device), None
+        if graphs is None or (backend is eager and self.device.type == "cuda"):
+            off = "code that is compiled for a GPU is recorded, and this is none"
+        elif plan.pp > 1:
+            off = "what a rank of a pipeline runs is not recorded"
+        self.recordings = Recordings(cuda_graphs, graphs, store.control, functools.partial(gradients_of, store.model),
+                                     functools.partial(copies.begin_anew, store.runtime), off)
 
     def copied(self, store: ParameterStore) -> Engine:
         """An engine that runs the model of another store as this one runs its own; it has captured nothing yet."""
         compile_call = functools.partial(self._compile_call.func, store.model, *self._compile_call.args[1:])
-        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.every, self._padding)
+        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.every, self._padding,
+                     self.recordings.wanted)
         new.seeds = dataclasses.replace(self.seeds)
         return new
 
@@ -146,6 +159,9 @@ class Engine:
                 return self._run_stages(*self._found("forward", args, kwargs, self.plan.microbatches, last))
             named, compiled, await_agreement = self._found("forward", args, kwargs, 1, last)
             seed = self.seeds.next()
+            if compiled.recorded is not None and compiled.recorded.decides_now():
+                await_agreement()
+                await_agreement = _nothing
             try:
                 outs = self._run(compiled, named, seed, last)
             finally:  # if this rank was called with other things, that is why it failed
@@ -314,7 +330,7 @@ class Engine:
         numbers = tuple([x for x in passed.values() if type(x) is float])
         trained = self._depends.first_trained()
         return (numbers, not last, (seeds.base, seeds.calls), watch.taken(), watch.backwards, watch.failures,
-                trained is not None and trained.grad is not None, self._optimizers.taken())
+                trained is not None and trained.grad is not None, self._optimizers.taken(), self.recordings.held())
 
     def _judge(self, batch: int, scales: int, outcomes: list[Outcome]) -> None:
         self._batches.judge(outcomes[:batch])
@@ -392,6 +408,7 @@ class Engine:
             program = self.programs.pop(key)
             self._steps.drop(program)
             self._edges.drop(program)
+            self.recordings.drop(program)
             for grad in (True, False):
                 self.compiled.pop((*key, grad), None)
 
@@ -406,10 +423,12 @@ class Engine:
         if program.microbatches is not None:
             named = microbatches.parts(program, feed, named, 0, self.store.runtime)[0]
         example = feed(named)
-        run = start.lower(lambda later: self._lower(program.module, example, later=later))
+        recorded = self.recordings.of(program, "how many rows go to each expert is known only on the host, step by step"
+                                      if counts_rows(program.graph) else None)
+        run = start.lower(lambda later: self._lower(program.module, example, later=later, recorder=recorded))
         if self.device.type == "cuda":
             gc.collect()  # what compiling leaves behind: now, and not in the middle of a step
-        return Compiled(program, feed, run, start)
+        return Compiled(program, feed, run, start, recorded=recorded)
 
     def _schedule(self) -> Schedule:
         plan = self.plan

@@ -91,7 +91,7 @@ class Feed:
             elif source.kind == "constant":
                 feed.append(self._constant(source))
             elif source.kind == "seed":
-                feed.append(torch.tensor(seed, dtype=torch.int64, device=self.device))
+                feed.append(torch.full((), seed, dtype=torch.int64, device=self.device))  # the host waits for no copy
             else:
                 leaf = named[source.name]
                 feed.append(leaf.to(self.device).contiguous() if isinstance(leaf, Tensor) else leaf)

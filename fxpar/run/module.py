@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -314,7 +315,8 @@ class ParallelModule(nn.Module):
         Of several shapes it is the last that was new; where there was no training, an evaluation.
         """
         program = self._engine.newest()
-        return report_of(program, self._engine.stages(program))
+        made = report_of(program, self._engine.stages(program))
+        return dataclasses.replace(made, cuda_graphs=self._engine.recordings.told(program))
 
     def newest_program(self) -> Program:
         """The program that `report` describes: another one when the module was called in a new way."""

@@ -1,0 +1,80 @@
+"""A device for tests of recordings, on CPUs: what it plays back is run again, and all else in the pool overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxpar import compat
+
+
+class Pretended:
+    """A `fxpar.run.pool.Device`. plays, records: how often. fails: what the next recording raises. seconds: of host and GPU, as
+    they are told. taken: bytes, before and now."""
+
+    beside = None
+
+    def __init__(self, seconds: tuple[float, float] = (1.0, 1.0), taken: tuple[int, int] = (100, 100)):
+        self.device = torch.device("cpu")
+        self.plays = self.records = 0
+        self.fails: Exception | None = None
+        self._seconds, self._taken = seconds, taken
+        self._memory: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def record(self, code: compat.Code, inputs: list[Tensor]) -> tuple[list[Any], Callable[[], None]]:
+        given = list(inputs)
+        inputs.clear()
+        if self.fails is not None:
+            raise self.fails
+        before = [x.clone() for x in given]
+        outs = list(code(list(given)))
+        for x, value in zip(given, before, strict=True):  # nothing has run
+            x.copy_(value)
+        in_pool = {compat.storage_of(x) for memory in self._memory for x in memory}
+        own = {compat.storage_of(x) for x in given} - in_pool
+        mine = [i for i, x in enumerate(outs) if isinstance(x, Tensor) and compat.storage_of(x) not in own]
+        memory = [outs[i] for i in mine]
+        self._memory.append(memory)
+        self.records += 1
+        _spoil(memory)
+
+        def play() -> None:
+            self.plays += 1
+            made = code(list(given))
+            results = [made[i].clone() for i in mine]
+            for each in self._memory:
+                _spoil(each)
+            for to, result in zip(memory, results, strict=True):
+                to.copy_(result)
+
+        return outs, play
+
+    def timed(self, run: Callable[[], Any]) -> tuple[Any, float, Callable[[], float]]:
+        return run(), self._seconds[0], lambda: self._seconds[1]
+
+    def most(self) -> int:
+        return self._taken[0]
+
+    def taken(self) -> int:
+        return self._taken[1]
+
+    def alive(self) -> int:
+        return 0
+
+    def give_back(self) -> None: ...
+
+    def drawn(self) -> int:
+        return torch.default_generator.get_state().sum().item()  # type: ignore[return-value]
+
+    def occupied(self) -> str | None:
+        return None
+
+
+@torch.no_grad()
+def _spoil(memory: list[Tensor]) -> None:
+    for x in memory:
+        x.fill_(torch.nan if x.is_floating_point() else 0 if x.dtype == torch.bool else -7)

@@ -1,0 +1,140 @@
+"""What tests/run/test_recording_gpu.py starts on every GPU: a training loop with CUDA graphs, and the same without.
+
+    torchrun --nproc-per-node=2 tests/recording_program.py dp=2,zero=3 llama 200
+    torchrun --nproc-per-node=2 tests/recording_program.py "dp=2,zero=3;dp=2;tp=2" blocks 60
+
+Batches and learning rates change, gradients are accumulated, two shapes come in turn, evaluations come between, outputs and
+gradients are held over a step, and a checkpoint is loaded again. Rank 0 prints one JSON line: the largest difference of a loss,
+whether it was recorded, and bytes. Fewer than 100 steps have one shape, and no accumulation without communication, so that
+little is compiled. What does not end shows where it is.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import tempfile
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+
+import fxpar
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=1024, max_position_embeddings=256, use_cache=False, tie_word_embeddings=False, attn_implementation="sdpa"))
+
+
+def gpt2() -> nn.Module:
+    """With dropout in all its places."""
+    return GPT2LMHeadModel(GPT2Config(n_embd=256, n_head=8, n_layer=3, vocab_size=1024, n_positions=256, use_cache=False))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down, self.drop = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class Blocks(nn.Module):
+    """Compiled in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.blocks, self.head = nn.Embedding(1024, 64), nn.ModuleList([Block(), Block()]), nn.Linear(64, 1024)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        x = self.table(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(x)
+        return CausalLMOutput(loss=F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits=logits)
+
+
+def batch(seed: int, length: int, replica: Any, rows: int = 4) -> dict[str, Tensor]:
+    ids = torch.randint(0, 1024, (rows * replica.count, length), generator=torch.Generator().manual_seed(seed))
+    mine = ids[replica.index * rows : (replica.index + 1) * rows].cuda()
+    return {"input_ids": mine, "labels": mine}
+
+
+def trained(model: str, plan: str, steps: int, cuda_graphs: bool, folder: str) -> tuple[list[float], Any]:
+    """The losses of a loop, and its module."""
+    torch.manual_seed(0)
+    net = {"llama": llama, "gpt2": gpt2, "blocks": Blocks}[model]().cuda().train()
+    rows = torch.zeros(4, 128, dtype=torch.long, device="cuda")
+    module = fxpar.parallelize(net, plan, {"input_ids": rows, "labels": rows}, cuda_graphs=cuda_graphs)
+    module.seed = 7
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 50))
+    losses: list[Tensor] = []
+    held: list[Any] = []
+    for step in range(steps):
+        optimizer.zero_grad(set_to_none=step % 5 != 4)
+        if steps >= 100 and step % 7 == 3:
+            with module.no_sync():
+                module(**batch(1000 + step, 128, module.replica)).loss.backward()
+        length = 64 if steps >= 100 and steps * 0.4 < step < steps * 0.7 and step % 2 else 128
+        out = module(**batch(step, length, module.replica))
+        out.loss.backward()
+        if step % 11 == 5:
+            module(**batch(3000 + step, length, module.replica)).loss.backward()
+        module.clip_grad_norm_(1.0)
+        held = [out.logits, [p.grad for p in module.parameters()]] if step % 9 == 2 else []
+        optimizer.step()
+        schedule.step()
+        losses.append(out.loss.detach())
+        if step % 10 == 9:
+            module.eval()
+            losses.append(module.eval_step(**batch(2000 + step, 128, module.replica)).loss)
+            module.train()
+        if step == steps // 2:
+            fxpar.save_checkpoint(folder, module, optimizer)
+        if step == steps * 3 // 4:
+            fxpar.load_checkpoint(folder, module, optimizer)
+    del held
+    return torch.stack(losses).tolist(), module
+
+
+def main() -> None:
+    plans, model, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for plan in plans.split(";"):
+        faulthandler.dump_traceback_later(40 if steps < 100 else 300)
+        compare(plan, model, steps)
+        faulthandler.cancel_dump_traceback_later()
+    dist.destroy_process_group()
+
+
+def compare(plan: str, model: str, steps: int) -> None:
+    folder = os.environ.get("FXPAR_FOLDER", f"{tempfile.gettempdir()}/fxpar-{os.environ.get('TORCHELASTIC_RUN_ID')}")
+    found = {}
+    for graphs in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        losses, module = trained(model, plan, steps, graphs, f"{folder}/{plan}-{graphs}")
+        found[graphs] = losses, torch.cuda.max_memory_reserved()
+        told = module.report().cuda_graphs
+        del module
+    off = [abs(a - b) / abs(b) for a, b in zip(found[True][0], found[False][0], strict=True)]
+    worst = max(range(len(off)), key=off.__getitem__)
+    if dist.get_rank() == 0:
+        print(json.dumps({"plan": plan, "model": model, "off": off[worst], "at": worst, "equal": sum(x == 0 for x in off),
+                          "of": len(off), "told": told, "bytes": [found[g][1] for g in (False, True)],
+                          "losses": found[True][0][:: max(len(off) // 5, 1)]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,436 @@
+"""Recordings of forward and backward change no number, whatever a training loop does between them.
+
+What they are played back on is a device that overwrites the whole pool, but for what was just written (tests/recorder.py).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch._functorch import config as functorch_config
+
+import fxpar
+from fxpar import compat
+from fxpar.backends.transport.watch import NoWatch
+from fxpar.errors import PlanError
+from fxpar.run import engine, recording
+from fxpar.run.recording import Recordings
+from tests.recorder import Pretended
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(recording, "WARM", 1)
+    monkeypatch.setattr(recording, "TRIED", 1)
+    monkeypatch.setattr(recording, "EVERY", 3)
+
+
+# ---- codes ----
+
+KINDS = (*["param"] * 6, "buffer", "input", "input")
+
+
+def program(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor, fifth: Tensor, sixth: Tensor, mean: Tensor, x: Tensor,
+            seed: Tensor) -> tuple[Tensor, ...]:
+    """A loss, logits, and what becomes of a buffer. Parameters, views of them, inputs and results are kept for the backward; the
+    gradients of two parameters are parts of one tensor, and those of two others one tensor."""
+    y = torch.tanh(x @ first - mean) * torch.cos(seed) + (x @ torch.cat([third, fourth], 1)) + fifth + sixth
+    logits = y @ second.t() + x.sum() * second.sum() * second.new_ones(1)
+    return torch.cos(logits).mean(), logits, mean * 0.9 + y.detach().mean() * 0.1
+
+
+class Handed:
+    """Codes of one program, for batches of so many rows, that every example runs or records anew."""
+
+    def __init__(self, rows: int, grad: bool):
+        self.grad = grad
+        if grad:
+            example = [x.requires_grad_(i < 6) for i, x in enumerate([*fresh(), *batch(0, rows)])]
+            with functorch_config.patch(donated_buffer=False):
+                self._run = compat.partition_eagerly(fx.symbolic_trace(program), example, lambda graph: None, recorder=self)
+                torch.autograd.grad(self._run(*example)[0], example[:6])  # its backward is traced
+        else:
+            self._forward: Any = lambda given: list(program(*given))
+
+    def takes(self, inputs: Any) -> None: ...
+
+    def forward(self, code: compat.Code, returned: int) -> compat.Code:
+        self._forward, self._returned = code, returned
+        self.now = code
+        return lambda given: self.now(given)
+
+    def backward(self, code: compat.Code) -> compat.Code:
+        self._backward = self.then = code
+        return lambda given: self.then(given)
+
+    def begin(self, recordings: Recordings | None) -> None:
+        if recordings is None:
+            self.now, self.then = self._forward, getattr(self, "_backward", None)
+            return
+        with torch.set_grad_enabled(self.grad):
+            of = recordings.of(SimpleNamespace(sources=[SimpleNamespace(kind=kind, place=None) for kind in KINDS]))
+        of.takes(range(len(KINDS)))
+        if self.grad:
+            self.now, self.then = of.forward(self._forward, self._returned), of.backward(self._backward)
+        else:
+            self.now = of.alone(self._forward)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        return list(self._run(*inputs) if self.grad else self.now([*inputs]))
+
+
+def fresh() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(4, 3), torch.randn(5, 3), torch.randn(4, 1), torch.randn(4, 2),
+            torch.randn(3), torch.randn(3), torch.randn(3)]
+
+
+def batch(seed: int, rows: int) -> list[Tensor]:
+    return [torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed)), torch.tensor(seed)]
+
+
+class Alone:
+    """A `Control` of one rank."""
+
+    rank, world, watch = 0, 1, NoWatch()
+
+    def exchange(self, thing: object) -> list:
+        return [thing]
+
+
+class CodeLoop:
+    """A training loop over codes."""
+
+    def __init__(self, handed: dict[Any, Handed]):
+        self.handed = handed
+
+    def begin(self, device: Pretended | None) -> None:
+        *parameters, self.mean = fresh()
+        self.parameters = [nn.Parameter(p) for p in parameters]
+        self.count, self.rate = 0, 0.1
+        self.outputs: list[Tensor] = []
+        self.pending: list[Tensor] = []
+        self.held: list[Tensor] = []
+        self.recordings = None if device is None else Recordings(
+            "auto", device, Alone(), lambda: [p.grad for p in self.parameters if p.grad is not None], lambda broken: None)
+        for each in self.handed.values():
+            each.begin(self.recordings)
+
+    def forward(self, rows: int = 3) -> None:
+        self.count += 1
+        self.outputs = self.handed[rows](*self.parameters, self.mean, *batch(self.count, rows))
+        self.mean.copy_(self.outputs[2])
+        self.pending.append(self.outputs[0])
+
+    def backward(self, which: int = -1, times: int = 1) -> None:
+        if self.pending:
+            loss = self.pending.pop(which)
+            for left in reversed(range(times)):
+                loss.backward(retain_graph=left > 0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.parameters:
+            if p.grad is not None:
+                p -= self.rate * p.grad
+
+    def zero(self, none: bool = True) -> None:
+        for p in self.parameters:
+            if none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
+
+    def loop(self, rows: int = 3) -> None:
+        self.zero()
+        self.forward(rows)
+        self.backward()
+        self.step()
+
+    def evaluate(self) -> None:
+        with torch.no_grad():
+            self.outputs = self.handed["alone"](*self.parameters, self.mean, *batch(self.count, 3))
+
+    def under(self, context: Any) -> None:
+        with context:
+            self.forward()
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def move(self) -> None:
+        p = self.parameters[0]
+        p.data = p.data.clone()
+
+    @torch.no_grad()
+    def load(self) -> None:
+        for p in self.parameters:
+            p.copy_(p * 0.9)
+
+    def slower(self) -> None:
+        self.rate *= 0.7
+
+    def seen(self) -> list[Tensor | None]:
+        return [*self.parameters, *(p.grad for p in self.parameters), self.mean, *self.outputs, *self.held]
+
+
+ACTIONS = {
+    "loop": lambda x: x.loop(),
+    "loop, other shape": lambda x: x.loop(2),
+    "forward": lambda x: x.forward(),
+    "forward, other shape": lambda x: x.forward(2),
+    "backward": lambda x: x.backward(),
+    "backward of the first": lambda x: x.backward(0),
+    "backward twice": lambda x: x.backward(times=2),
+    "forget": lambda x: x.pending.clear(),
+    "step": lambda x: x.step(),
+    "zero": lambda x: x.zero(none=False),
+    "set to none": lambda x: x.zero(),
+    "hold outputs": lambda x: x.held.extend(x.outputs),
+    "hold gradients": lambda x: x.held.extend(x.gradients()),
+    "hold parts of gradients": lambda x: x.held.extend(g[1:] for g in x.gradients()),
+    "let go": lambda x: x.held.clear(),
+    "evaluate": lambda x: x.evaluate(),
+    "slower": lambda x: x.slower(),
+    "load": lambda x: x.load(),
+    "move": lambda x: x.move(),
+    "look for anomalies": lambda x: x.under(torch.autograd.detect_anomaly(check_nan=False)),
+    "hooks": lambda x: x.under(torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t)),
+}
+"""What a user's program may do, each at any time."""
+
+
+def compare(one: Any, other: Any, actions: list[str]) -> None:
+    """Both see the same, bit by bit, whatever they do."""
+    for number, action in enumerate(actions):
+        assert done(one, action) == done(other, action), (number, action)
+        for mine, theirs in zip(one.seen(), other.seen(), strict=True):
+            assert (mine is None) == (theirs is None), (number, action)
+            assert mine is None or torch.equal(local(mine), local(theirs)), (number, action)
+
+
+def done(loop: Any, action: str) -> str:
+    """Do it; what PyTorch says if it cannot be done (a parameter was written to before a backward that needs it)."""
+    try:
+        with functorch_config.patch(donated_buffer=False):  # so that a graph may be kept
+            (ACTIONS | OF_MODULES)[action](loop)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {str(error)[:60]}"
+    return ""
+
+
+def local(x: Tensor) -> Tensor:
+    return getattr(x, "_local_tensor", x)
+
+
+@pytest.fixture(scope="module")
+def loops() -> list[CodeLoop]:
+    """What is recorded, and what is not."""
+    return [CodeLoop({3: Handed(3, True), 2: Handed(2, True), "alone": Handed(3, False)}) for _ in range(2)]
+
+
+def of_codes(loops: list[CodeLoop], actions: list[str], device: Pretended | None = None) -> CodeLoop:
+    recorded, plain = loops
+    device = device or Pretended()
+    recorded.begin(device)
+    plain.begin(None)
+    compare(recorded, plain, actions)
+    recorded.device = device
+    return recorded
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from([*ACTIONS]), min_size=4, max_size=25))
+def test_no_number_changes(loops, actions):
+    of_codes(loops, ["loop"] * 3 + actions)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000)
+@given(st.lists(st.sampled_from([*ACTIONS]), min_size=4, max_size=60))
+def test_no_number_changes_in_long_runs(loops, actions):
+    of_codes(loops, ["loop"] * 3 + actions)
+
+
+def plays(loops: list[CodeLoop], actions: list[str], before: int = 3) -> int:
+    """How often something was played back in these actions, after so many plain loops."""
+    recorded, plain = loops
+    device = Pretended()
+    of_codes(loops, ["loop"] * before, device)
+    count = device.plays
+    compare(recorded, plain, actions)
+    return device.plays - count
+
+
+def test_what_is_played_back(loops):
+    assert of_codes(loops, ["loop"] * 10).device.plays == 2 * 9
+    accumulated = ["forward", "backward", "forward", "backward", "step", "set to none"]
+    assert plays(loops, accumulated) == 4
+    assert plays(loops, ["zero", "forward", "backward", "step"] * 2) == 4
+    assert plays(loops, ["hold outputs", *["loop"] * 2]) == 4
+    assert plays(loops, ["evaluate", "loop", "evaluate", "loop"]) == 5
+    assert plays(loops, ["loop, other shape", "loop, other shape", "loop, other shape", "loop"]) == 6
+
+
+def test_what_is_run_as_it_is(loops):
+    assert plays(loops, ["forward", "forward", "backward", "backward of the first"]) == 2, "the second one waits for its backward"
+    assert plays(loops, ["forward", "backward twice"]) == 2, "the forward, and the last backward"
+    assert plays(loops, ["hold parts of gradients", "loop"]) == 0
+    assert plays(loops, ["hold gradients", "loop", "loop", "let go", "loop"]) == 2
+    assert plays(loops, ["look for anomalies", "backward", "hooks", "backward"]) == 0
+    assert plays(loops, ["move", "loop"]) == 0 and plays(loops, ["move", *["loop"] * 6]) > 4, "recorded anew"
+
+
+# ---- modules ----
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down, self.drop = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.down(F.silu(self.up(self.norm(x)))))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.blocks, self.out = nn.Embedding(11, 8), nn.ModuleList([Block()]), nn.Linear(8, 11, bias=False)
+        self.scale = nn.BatchNorm1d(8)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.out(self.scale(x.transpose(1, 2)).transpose(1, 2))
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def tokens(seed: int, rows: int) -> dict[str, Tensor]:
+    ids = torch.randint(0, 11, (rows, 5), generator=torch.Generator().manual_seed(seed))
+    return {"ids": ids, "labels": ids.roll(1, 1)}
+
+
+class ModuleLoop(CodeLoop):
+    """A training loop over a parallel module."""
+
+    def __init__(self, cuda_graphs: bool | str, device: Pretended | None = None, backend: str = "eager"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "device_of", lambda _: device)
+            torch.manual_seed(0)
+            self.module = fxpar.parallelize(Net(), fxpar.Plan(recompute="full"), tokens(0, 3), backend=backend,
+                                            cuda_graphs=cuda_graphs)
+        self.parameters = list(self.module.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, 0.1)
+        self.count, self.outputs, self.pending, self.held = 0, [], [], []
+
+    def told(self) -> str | None:
+        return self.module._engine.recordings.told(self.module.newest_program())
+
+    def forward(self, rows: int = 3) -> None:
+        self.count += 1
+        self.outputs = [*self.module(**tokens(self.count, rows)).values()]
+        self.pending.append(self.outputs[0])
+
+    def step(self) -> None:
+        self.module.clip_grad_norm_(1.0)
+        self.optimizer.step()
+
+    def zero(self, none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none=none)
+
+    def evaluate(self) -> None:
+        self.module.eval()
+        self.outputs = [*self.module.eval_step(**tokens(self.count, 3)).values()]
+        self.module.train()
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad.to_local() for p in self.parameters if p.grad is not None]
+
+    def move(self) -> None:
+        p = self.parameters[1]
+        p._local_tensor = p._local_tensor.clone()
+
+    def load(self) -> None:
+        self.module.load_state_dict({k: v * 0.9 if v.is_floating_point() else v for k, v in self.module.state_dict().items()})
+
+    def slower(self) -> None:
+        self.optimizer.param_groups[0]["lr"] *= 0.7
+
+    def freeze(self) -> None:
+        self.parameters[2].requires_grad_(not self.parameters[2].requires_grad)
+
+    def without_sync(self) -> None:
+        with self.module.no_sync():
+            self.forward()
+            self.backward()
+
+    def seen(self) -> list[Tensor | None]:
+        return [*self.parameters, *(p.grad for p in self.parameters), *self.module.buffers(), *self.outputs, *self.held]
+
+
+OF_MODULES = {"freeze": lambda x: x.freeze(), "no_sync": lambda x: x.without_sync()}
+
+
+def of_modules(actions: list[str], backend: str = "eager") -> ModuleLoop:
+    device = Pretended()
+    recorded = ModuleLoop("auto", device, backend)
+    recorded.device = device
+    compare(recorded, ModuleLoop(False, backend=backend), ["loop"] * 4 + actions)
+    return recorded
+
+
+def test_a_module_is_recorded():
+    loop = of_modules(["loop"])
+    assert loop.told() == "on (host 2000 ms, GPU 2000 ms)" and loop.device.plays == 8
+    assert str(loop.module.report()).count("CUDA graphs: on") == 1
+
+
+@pytest.mark.slow
+def test_compiled_codes_overwrite_what_the_forward_left():
+    """Inductor writes a backward's values to memory of tensors that were saved for it."""
+    loop = of_modules(["loop", "evaluate", "evaluate", "forward", "backward", "forward", "backward", "step"], "inductor")
+    assert loop.told().startswith("on ") and loop.device.plays > 10
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from([*ACTIONS, *OF_MODULES]), min_size=5, max_size=40))
+def test_no_number_of_a_module_changes(actions):
+    of_modules(actions)
+
+
+# ---- what is decided ----
+
+
+def test_what_is_off(loops):
+    def told(device: Pretended | None, wanted: Any = "auto", actions: int = 5) -> str:
+        loop = loops[0]
+        loop.begin(device)
+        loop.recordings.wanted = wanted
+        for _ in range(actions):
+            loop.loop()
+        return next(iter(loop.recordings._made.values()))[1][True].told
+
+    assert told(Pretended(seconds=(1.0, 1.4))) == "off: the GPU takes 2800 ms, the host that starts its work 2000 ms"
+    assert told(Pretended(seconds=(1.0, 1.4)), True).startswith("on (host 2000 ms, GPU 2800 ms)")
+    assert told(Pretended(taken=(100, 106))) == "off: recordings take 6 % more memory"
+    assert told(Pretended(taken=(100, 106)), True).startswith("on ")
+    broken = Pretended()
+    broken.fails = RuntimeError("operation not permitted when stream is capturing\nmore")
+    assert told(broken) == "off: it could not be recorded: RuntimeError: operation not permitted when stream is capturing"
+    assert told(Pretended(), actions=1) == "off: not yet, a program is recorded after 1 runs"
+
+
+def test_choices_are_checked():
+    with pytest.raises(PlanError, match='"auto", True or False'):
+        fxpar.parallelize(Net(), "dp=1", tokens(0, 3), cuda_graphs="yes")
+    assert ModuleLoop("auto").told().startswith("off: code that is compiled for a GPU")
