@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.backends import eager
 from fxpar.backends.inductor import lower as inductor
-from fxpar.backends.transport.base import TRANSPORTS
+from fxpar.backends.transport.base import BLOCKS, TRANSPORTS
 from fxpar.backends.transport.control import Control, watch
 from fxpar.backends.transport.watch import TIMEOUT
 from fxpar.choose.suggest import likely_cluster, suggest_for_replicas
@@ -45,7 +45,7 @@ AUTO = "auto"
 
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
-                transport: str = "auto", timeout: float = TIMEOUT, check_batches: int = CHECKED_EVERY,
+                transport: str = "auto", blocks: str = "auto", timeout: float = TIMEOUT, check_batches: int = CHECKED_EVERY,
                 pad: Padding | Mapping[str, Any] | int | None = None, quiet: bool | None = None,
                 dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
@@ -59,6 +59,9 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     (inductor on CUDA, eager on CPU). transport: what moves parameters and gradients in compiled programs; "auto" (the copy
     engines of GPUs of one host that see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or
     "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
+    blocks: how the inductor backend compiles the equal blocks of a deep model: "once" (cut out of the graph, each class of equal
+    ones is compiled once, so that compiling takes hardly longer for more layers), "flat" (all in one graph, with kernels across the
+    borders of blocks), or "auto" (once where at most half of the operators are left to compile).
     timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
     that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
     the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of
@@ -76,7 +79,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     device = _join()
     with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()
-        options = {"backend": backend, "transport": transport, "timeout": timeout, "check_batches": check_batches, "pad": pad}
+        options = {"backend": backend, "transport": transport, "blocks": blocks, "timeout": timeout, "check_batches": check_batches, "pad": pad}
         plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, device, options, dump_dir))
         padding = None if pad is None else Padding.of(pad)
         if padding is not None:
@@ -92,6 +95,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         begin = time.perf_counter()
         bound = BoundMesh(made[0].mesh, device.type, plan.pp)
         store = ParameterStore(model, bound, control, device)
+        store.runtime.blocks = blocks
         backend_module = {"eager": eager, "inductor": inductor}[chosen]
         engine = Engine(store, plan, compile_call, backend_module, transport, check_batches, padding)
         engine.adopt(made[0], example)
@@ -106,6 +110,7 @@ def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, device: t
     plan = _best(model, calls.example_call(model, example_inputs), device) if given == AUTO else Plan.of(given)
     require_one_of("backend", options["backend"], BACKENDS)
     require_one_of("transport", options["transport"], TRANSPORTS)
+    require_one_of("blocks", options["blocks"], BLOCKS)
     if not _is_seconds(options["timeout"]):
         raise PlanError("timeout", options["timeout"], "must be a positive number of seconds", f"timeout={TIMEOUT:g}")
     every = options["check_batches"]
