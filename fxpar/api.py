@@ -60,8 +60,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     engines of GPUs of one host that see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or
     "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
     blocks: how the inductor backend compiles the equal blocks of a deep model: "once" (cut out of the graph, each class of equal
-    ones is compiled once, so that compiling takes hardly longer for more layers), "flat" (all in one graph, with kernels across the
-    borders of blocks), or "auto" (once where at most half of the operators are left to compile).
+    ones is compiled once; buckets of parameters and gradients end with blocks), "flat" (all in one graph), or "auto" (once where
+    at most half of the operators are left to compile).
     timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
     that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
     the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of
@@ -79,7 +79,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     device = _join()
     with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()
-        options = {"backend": backend, "transport": transport, "blocks": blocks, "timeout": timeout, "check_batches": check_batches, "pad": pad}
+        options = {"backend": backend, "transport": transport, "blocks": blocks, "timeout": timeout,
+                   "check_batches": check_batches, "pad": pad}
         plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, device, options, dump_dir))
         padding = None if pad is None else Padding.of(pad)
         if padding is not None:

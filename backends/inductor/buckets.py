@@ -46,8 +46,8 @@ def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, transport: Transport, b
     for node in [n for n in graph.nodes if n.target is kind and leaves_graph(n) and not _is_reduced_again(n, kind)]:
         key = (*node.args[1:], node.meta["val"].dtype)
         bucket = open_buckets.setdefault(key, [])
-        size = sum(bytes_of(n.args[0]) for n in bucket)
-        if bucket and (size + bytes_of(node.args[0]) > limit or (by_block and ends_block(bucket[-1], node, size))):
+        sizes = [bytes_of(n.all_input_nodes[0]) for n in [*bucket, node]]
+        if bucket and (sum(sizes) > limit or (by_block and ends_block(bucket[-1], node, sum(sizes[:-1])))):
             full.append(bucket)
             bucket = open_buckets[key] = []
         bucket.append(node)

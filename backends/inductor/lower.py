@@ -59,8 +59,8 @@ def settings(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = False, p
              key: str | None = None, functions: Sequence[str] = (), by_block: bool = False) -> dict[str, Any]:
     """Inductor's settings for one graph: our order of operators, which its own reordering must not undo.
 
-    transport, as_on_gpu, by_block: see `graph_passes`, of which the first `passes` are applied (None: all). key: under which what is
-    compiled is kept on disk, and found by the next start of the same program (None: it is not kept). functions: of
+    transport, as_on_gpu, by_block: see `graph_passes`, of which the first `passes` are applied (None: all). key: under which what
+    is compiled is kept on disk, and found by the next start of the same program (None: it is not kept). functions: of
     `python_functions`.
     """
     return {

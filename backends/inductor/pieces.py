@@ -2,8 +2,8 @@
 
 A model's equal layers make equal stretches of operators, one behind the other, in the forward and in the backward graph. They
 are found in the graph itself, when everything about it is decided: recomputation, collectives and their order. So the pieces
-run one after the other and compute what the graph computes; each class of equal ones is compiled once, and compiling a model of 80
-layers takes little longer than one of 8.
+run one after the other and compute what the graph computes; each class of equal ones is compiled once, and generating code for 80
+layers takes no longer than for 8.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import operator
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def repeats(graph: fx.Graph, share: float) -> bool:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Repeated:
     """`count` stretches of `period` tokens each, and `extra` more tokens that go on in the same way."""
 
     start: int
@@ -84,16 +85,16 @@ class _Run:
         return self.start + self.period * self.count
 
 
-def _runs(tokens: list[int], low: int, high: int) -> list[_Run]:
+def _runs(tokens: list[int], low: int, high: int) -> list[_Repeated]:
     """The longest run between two places, and those on both sides of it."""
-    best: _Run | None = None
+    best: _Repeated | None = None
     for period in _periods(tokens[low:high]):
         start = low
         for i in range(low, high - period + 1):
             if i < high - period and tokens[i] == tokens[i + period]:
                 continue
             length = i - start + period
-            run = _Run(start, period, length // period, length % period)
+            run = _Repeated(start, period, length // period, length % period)
             if run.count >= LEAST and (best is None or (run.count - 1) * run.period > (best.count - 1) * best.period):
                 best = run
             start = i + 1
@@ -193,7 +194,7 @@ class _Cut:
             self.read_until[base] = max(self.read_until.get(base, -1), self.needed[node])
         self.tokens = self._tokens()
 
-    def _is_work(self, run: _Run) -> bool:
+    def _is_work(self, run: _Repeated) -> bool:
         """Whether what is repeated computes something."""
         return sum(not is_view(n) and n.target is not operator.getitem
                    for n in self.nodes[run.start : run.start + run.period]) >= SMALLEST
@@ -203,7 +204,7 @@ class _Cut:
         for run in _runs(self.tokens, 0, len(self.nodes)):
             bounds += self._best(run) if self._is_work(run) else []
         bounds = sorted({*bounds, len(self.nodes)})
-        forms = [self._form(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        forms = [self._form(a, b) for a, b in pairwise(bounds)]
         sizes = {form.key: b - a for form, a, b in zip(forms, bounds, bounds[1:], strict=False)}
         if len(sizes) == len(forms) or sum(sizes.values()) > share * len(self.nodes):
             return None
@@ -228,15 +229,19 @@ class _Cut:
                     held.setdefault(operand, []).append((self.at[start], max(waits)))
         return held
 
-    def _best(self, run: _Run) -> list[int]:
+    def _best(self, run: _Repeated) -> list[int]:
         """Where a run is cut: before, between and behind equal pieces. Where cuts cost least is tried first."""
         costs = self._costs()
-        rotations = sorted(range(run.period), key=lambda r: sum(
-            costs[c] for c in range(run.start + r, run.end + run.extra + 1, run.period)) / _whole(run, r) if _whole(run, r) else 1e30)
+
+        def cost(rotation: int) -> float:
+            cuts = range(run.start + rotation, run.end + run.extra + 1, run.period)
+            return sum(costs[c] for c in cuts) / len(cuts)
+
+        rotations = sorted(range(run.period), key=cost)
         found: list[int] = []
         for r in rotations[:ROTATIONS]:
             cuts = [run.start + r + k * run.period for k in range(_whole(run, r) + 1)]
-            keys = [self._form(a, b).key for a, b in zip(cuts, cuts[1:], strict=False)]
+            keys = [self._form(a, b).key for a, b in pairwise(cuts)]
             first, count = _most_alike(keys)
             if count >= LEAST and count + 1 > len(found):
                 found = cuts[first : first + count + 1]
@@ -308,16 +313,16 @@ class _Cut:
         slot = {n: i for i, n in enumerate([*self.inputs, *dict.fromkeys(n for form in forms for n in form.gives)])}
         kinds: dict[Hashable, int] = {}
         graphs: list[fx.GraphModule] = []
-        pieces: list[compat.Piece] = []
+        pieces: list[compat.GraphPiece] = []
         emptied = self._emptied(bounds, slot)
         for form, low, high, (before, after) in zip(forms, bounds, bounds[1:], emptied, strict=False):
             if form.key not in kinds:
                 kinds[form.key] = len(graphs)
                 graphs.append(self._graph(low, high, form))
             free = self._overwritten(form.takes, high)
-            pieces.append(compat.Piece(
-                kinds[form.key], takes=[slot[n] for n in form.takes], gives=[slot[n] for n in form.gives], before=before, after=after,
-                values=[n.meta["val"] for n in form.gives],
+            pieces.append(compat.GraphPiece(
+                kinds[form.key], takes=[slot[n] for n in form.takes], gives=[slot[n] for n in form.gives], before=before,
+                after=after, values=[n.meta["val"] for n in form.gives],
                 fixed=[i for i, n in enumerate(form.takes) if n in self.fixed or self._under_way(n)],
                 donated=[i for i, n in enumerate(form.takes) if n in free],
                 exact=[i for i, n in enumerate(form.gives) if self._is_exact(n, high)]))
@@ -326,7 +331,7 @@ class _Cut:
 
     def _emptied(self, bounds: list[int], slot: dict[fx.Node, int]) -> list[tuple[list[int], list[int]]]:
         """The slots to empty before each piece, which is handed what was in them, and after it."""
-        piece = [k for k, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)) for _ in range(low, high)]
+        piece = [k for k, (low, high) in enumerate(pairwise(bounds)) for _ in range(low, high)]
         emptied: list[tuple[list[int], list[int]]] = [([], []) for _ in bounds[1:]]
         for node, i in slot.items():
             if self.needed[node] == len(self.nodes):
@@ -352,7 +357,8 @@ class _Cut:
 
 def _facts(node: fx.Node) -> Hashable:
     """What a compiler may read of a node, beside target and arguments."""
-    more = [(k, _like(v) if k == "eager_input_vals" else repr(v)) for k, v in node.meta.items() if k not in UNREAD and k != "custom"]
+    read = {k: v for k, v in node.meta.items() if k not in UNREAD and k != "custom"}
+    more = [(k, _like(v) if k == "eager_input_vals" else repr(v)) for k, v in read.items()]
     marks = [(k, repr(v)) for k, v in node.meta.get("custom", {}).items() if not k.startswith(OWN)]
     return _like(node.meta.get("val")), tuple(sorted(more)), tuple(sorted(marks))
 
@@ -364,7 +370,7 @@ def _references(node: fx.Node) -> list[fx.Node]:
     return out
 
 
-def _whole(run: _Run, rotation: int) -> int:
+def _whole(run: _Repeated, rotation: int) -> int:
     return (run.end + run.extra - run.start - rotation) // run.period
 
 
@@ -410,13 +416,12 @@ def _shared(node: fx.Node) -> list[fx.Node]:
     if target is WAIT:
         return node.all_input_nodes
     if target is not operator.getitem:
-        several = node.args and isinstance(node.args[0], list | tuple)
-        return [] if several else _aliased(node)
+        return [] if node.args and isinstance(node.args[0], list | tuple) else _aliased(node)
     made, number = node.args[0], node.args[1]
     assert isinstance(made, fx.Node) and isinstance(number, int)
     several = made.args[0] if made.args else None
     if isinstance(several, list | tuple):  # each of several operands, by itself
-        return [several[number]] if _aliased(made) else []  # type: ignore[list-item]
+        return [several[number]] if _aliased(made) else []
     return [made] if _aliased(made) else []
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
 from fxpar.compat.compiling import compile_graph
-from fxpar.compat.cut import Cutting, Piece, Pieces, interpret_pieces
+from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_pieces
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import in_full, mend_sums_of_norms, read_numbers_of
@@ -52,9 +52,9 @@ __all__ = [
     "Cutting",
     "FakeTensor",
     "FakeTensorMode",
+    "GraphPiece",
     "Make",
     "NotInSteps",
-    "Piece",
     "Pieces",
     "SharedOutputs",
     "SymmetricSlots",

@@ -47,7 +47,8 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
 
     at_once = backward_at_once or cutting is not None
     # Code of pieces is kept as a part of what AOTAutograd keeps: Inductor's own cache knows that of single graphs.
-    with aot.patch(bundled_autograd_cache=cutting is not None, force_non_lazy_backward_lowering=at_once), sizes_to_compile(inputs, counts) as inputs:
+    options = {"bundled_autograd_cache": cutting is not None, "force_non_lazy_backward_lowering": at_once}
+    with aot.patch(options), sizes_to_compile(inputs, counts) as inputs:
         compiled: Any = compile_fx(gm, inputs, compile_one, config_patches=cache_settings(None, ()) | (config or {}),
                                    ignore_shape_env=not counts)
     returned = True

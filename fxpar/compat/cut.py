@@ -14,13 +14,13 @@ Step = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, 
 
 
 @dataclass
-class Piece:
+class GraphPiece:
     """A piece of a graph; values are in numbered slots.
 
-    kind: which graph computes it. takes, gives: the slots of its inputs and outputs. before, after: those to empty before it runs
-    (what was in them, it is handed) and when it has. values: what its outputs are like. fixed, donated: positions among its inputs
-    of those that stay where they are in memory, and of those that it may overwrite. exact: positions of the outputs that have to
-    lie in memory as the graph says.
+    kind: which graph computes it. takes, gives: the slots of its inputs and outputs. before, after: those to empty before it
+    runs (what was in them, it is handed) and when it has. values: what its outputs are like. fixed, donated: positions among its
+    inputs of those that stay where they are in memory, and of those that it may overwrite. exact: positions of the outputs that
+    have to lie in memory as the graph says.
     """
 
     kind: int
@@ -43,7 +43,7 @@ class Pieces:
     """
 
     graphs: list[fx.GraphModule]
-    pieces: list[Piece]
+    pieces: list[GraphPiece]
     inputs: list[Any]
     slots: int
     results: list[int | None]

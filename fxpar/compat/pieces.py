@@ -21,7 +21,7 @@ from torch._inductor.codecache import FxGraphCache
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.output_code import CompiledFxGraphConstants, OutputCode
 
-from fxpar.compat.cut import Cutting, Piece, Pieces, run_pieces, schedule
+from fxpar.compat.cut import Cutting, GraphPiece, Pieces, run_pieces, schedule
 from fxpar.compat.steps import after_graph_passes
 
 log = logging.getLogger("fxpar")
@@ -117,7 +117,7 @@ def compile_pieces(pieces: Pieces, options: dict[str, Any]) -> CodeOfPieces:
     return CodeOfPieces(codes, pieces, of)
 
 
-def _compile(module: fx.GraphModule, given: list[Tensor], piece: Piece, options: dict[str, Any],
+def _compile(module: fx.GraphModule, given: list[Tensor], piece: GraphPiece, options: dict[str, Any],
              context: Any) -> tuple[Any, list[Strides]]:
     from fxpar.compat import graph_pass
 

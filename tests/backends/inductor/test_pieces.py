@@ -16,14 +16,11 @@ from hypothesis import given
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fxpar
 from fxpar import compat
 from fxpar.backends.inductor import buckets, pieces, prefetch
 from fxpar.backends.inductor import lower as inductor
-from fxpar.errors import PlanError
 from fxpar.testing import assert_equivalent
 from tests.harness import RANDOM
-from tests.processes import launch
 
 aten = torch.ops.aten
 BLOCKS, ROWS, WIDTH = 8, 64, 48
