@@ -48,6 +48,7 @@ def parse_args():
     parser.add_argument("--param-dtype", default="bf16", help="compute dtype; none: fp32, as the weights")
     parser.add_argument("--reduce-dtype", default="fp32", help="gradient reduction dtype; none: as the weights")
     parser.add_argument("--backend", default="auto", choices=["auto", "inductor", "eager"])
+    parser.add_argument("--blocks", default="auto", choices=["auto", "once", "flat"], help="how equal blocks are compiled")
     parser.add_argument("--meta", action="store_true", help="build on meta, then init_weights(seed)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -86,7 +87,7 @@ def build_module(args, device):
     tokens = torch.zeros(args.mbs * args.plan.microbatches, args.seq, dtype=torch.long, device=device)
     example = dict(input_ids=tokens, labels=tokens)
     start = time.perf_counter()
-    module = fxpar.parallelize(model, args.plan, example, backend=args.backend)
+    module = fxpar.parallelize(model, args.plan, example, backend=args.backend, blocks=args.blocks)
     seconds = time.perf_counter() - start
     if args.meta:
         module.init_weights(args.seed)

@@ -22,6 +22,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.output_code import CompiledFxGraphConstants, OutputCode
 
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, run_pieces, schedule
+from fxpar.compat.stages import values_stay
 from fxpar.compat.steps import after_graph_passes
 
 log = logging.getLogger("fxpar")
@@ -85,7 +86,8 @@ def pieces_of(cutting: Cutting, module: fx.GraphModule, example: Sequence[Any], 
     for node in module.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     copied = fx.GraphModule(module, graph)
-    after_graph_passes(copied, example, options.get("is_inference", False))
+    with values_stay():  # each piece has its values computed again
+        after_graph_passes(copied, example, options.get("is_inference", False))
     metadata: Any = TracingContext.get().fw_metadata
     donated = metadata.bw_donated_idxs if options.get("is_backward") else None
     return cutting(copied, options.get("static_input_idxs", ()), donated or ())

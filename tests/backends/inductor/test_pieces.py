@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -12,15 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fxpar
 from fxpar import compat
 from fxpar.backends.inductor import buckets, pieces, prefetch
 from fxpar.backends.inductor import lower as inductor
+from fxpar.errors import PlanError
 from fxpar.testing import assert_equivalent
 from tests.harness import RANDOM
+from tests.processes import launch
 
 aten = torch.ops.aten
 BLOCKS, ROWS, WIDTH = 8, 64, 48
@@ -186,29 +191,6 @@ def test_memory_that_is_written_to_is_written_to_in_order():
 # ---- memory ----
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that operators' results ever take."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.bytes = self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for x in made if isinstance(made, list | tuple) else [made]:
-            if isinstance(x, Tensor) and compat.storage_of(x) not in self.alive:
-                storage = x.untyped_storage()
-                self.alive[key := compat.storage_of(x)] = storage.nbytes()
-                self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.gone, key)
-        self.most = max(self.most, self.bytes)
-        return made
-
-    def gone(self, key: int) -> None:
-        self.bytes -= self.alive.pop(key)
-
-
 def test_values_are_let_go_as_they_are_in_one_graph():
     """Those that are passed on, and those that came in, as saved activations come into a backward."""
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -287,10 +269,9 @@ def cuts(monkeypatch) -> list[compat.Pieces | None]:
     return seen
 
 
-@pytest.mark.parametrize("plan", ["dp=2,zero=3", pytest.param("tp=2", marks=pytest.mark.slow),
-                                  pytest.param("dp=2", marks=pytest.mark.slow),
-                                  pytest.param("dp=2,zero=3,recompute=full", marks=pytest.mark.slow),
-                                  pytest.param("dp=2,pp=2,microbatches=2,schedule=zb1p", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["dp=2,zero=3", "tp=2", "dp=2", "dp=2,zero=3,recompute=full",
+                                  "dp=2,pp=2,microbatches=2,schedule=zb1p"])
 def test_pieces_of_a_deep_model_are_its_graphs(plan, cuts):
     """Gathers that start in one piece and are waited for in another one, too: what reads a result early is an error there."""
     model, batch = deep(18 if "pp" in plan else 9)
@@ -298,3 +279,68 @@ def test_pieces_of_a_deep_model_are_its_graphs(plan, cuts):
     assert cuts and all(made is not None and longest(made) >= 3 for made in cuts)
     if plan == "dp=2,zero=3":
         assert any(p.after for p in cuts[0].pieces) and any(p.donated for p in cuts[1].pieces)
+
+
+COMMON = {"vocab_size": 64, "use_cache": False}
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "max_position_embeddings": 32} | COMMON  # fmt: skip
+MODELS = {
+    "llama": lambda n: transformers.LlamaConfig(num_hidden_layers=n, **LLAMA),
+    "gemma": lambda n: transformers.Gemma3TextConfig(num_hidden_layers=n, head_dim=8, sliding_window=4, **LLAMA,
+                                                     layer_types=["sliding_attention", "full_attention"] * (n // 2)),
+    "mixtral": lambda n: transformers.MixtralConfig(num_hidden_layers=n, num_local_experts=4, num_experts_per_tok=2, **LLAMA),
+    "gpt2": lambda n: transformers.GPT2Config(n_layer=n, n_embd=32, n_head=4, n_positions=16, **COMMON),
+    "t5": lambda n: transformers.T5Config(num_layers=n, d_model=32, d_ff=64, num_heads=4, d_kv=8, dropout_rate=0.0, **COMMON,
+                                          decoder_start_token_id=0, pad_token_id=0),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, plan, layers, cut", [
+    ("llama", "dp=2,zero=3", 9, True), ("llama", "dp=2,zero=3,recompute=full", 9, True), ("gpt2", "dp=2,tp=2,zero=3", 9, True),
+    ("t5", "tp=2", 5, True), ("gemma", "dp=2", 8, True), ("mixtral", "dp=2,ep=2", 4, False)])
+def test_pieces_of_models_are_their_graphs(name, plan, layers, cut, cuts):
+    """GPT-2 draws its dropout masks by numbers that are others in each layer, and a mixture of experts has sizes that depend on
+    values: their forwards stay whole, and right."""
+    torch.manual_seed(0)
+    config = MODELS[name](layers)
+    kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
+    ids = torch.randint(1, 64, (4, 12))
+    assert_equivalent(kind.from_config(config), plan, {"input_ids": ids, "labels": ids}, lowered=True)
+    found = [made for made in cuts if made is not None]
+    assert bool(found) == cut
+    if name == "t5":
+        assert sorted(Counter(kinds(found[0])).values())[-2] >= 3
+
+
+def compiled_steps(rank: int, blocks: str, folder: str) -> tuple[list[float], dict[str, Tensor], dict[str, int]]:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    for module, attribute, value in ((buckets, "BLOCK_BYTES", 1), (prefetch, "FIRST_BYTES", 1)):
+        setattr(module, attribute, value)
+    before = compat.cache_counts()
+    model, batch = deep(8)
+    mine = {k: v.chunk(2)[rank] for k, v in batch.items()}
+    module = fxpar.parallelize(model, "dp=2,zero=3", mine, backend="inductor", blocks=blocks)
+    losses = []
+    for _ in range(2):
+        loss = module(**mine)
+        loss.backward()
+        losses.append(loss.item())
+    return losses, {n: p.grad.full_tensor() for n, p in module.named_parameters()}, {
+        k: v - before[k] for k, v in compat.cache_counts().items()}
+
+
+@pytest.mark.slow
+def test_compiled_pieces_equal_the_compiled_graph_and_are_found_by_the_next_start(tmp_path):
+    flat, once, again = (launch(compiled_steps, 2, blocks, str(tmp_path), timeout=900) for blocks in ("flat", "once", "once"))
+    for a, b, c in zip(flat, once, again, strict=True):
+        assert a[0] == b[0] == c[0]
+        for name, gradient in a[1].items():
+            torch.testing.assert_close(b[1][name], gradient)
+            assert torch.equal(b[1][name], c[1][name])
+        assert b[2]["saved"] == 1 and c[2]["hit"] == 1
+
+
+def test_there_are_three_ways_to_compile_blocks():
+    with pytest.raises(PlanError, match="blocks"):
+        fxpar.parallelize(deep(1)[0], "dp=1", deep(1)[1], blocks="never")
