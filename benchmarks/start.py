@@ -94,8 +94,8 @@ def start(a):
                      "parts": {part: round(spent, 2) for part, spent in module.report().timings.parts.items()}}
     if dist.get_rank() == 0:
         print(json.dumps({"impl": f"fxpar {plan}", "model": a.model[0], "layers": layers, "blocks": a.blocks[0],
-                          "torch": torch.__version__, "device": torch.cuda.get_device_name() if gpu else "cpu", "world": dist.get_world_size(), **out}),
-              flush=True)
+                          "torch": torch.__version__, "device": torch.cuda.get_device_name() if gpu else "cpu",
+                          "world": dist.get_world_size(), **out}), flush=True)
     dist.destroy_process_group()
 
 

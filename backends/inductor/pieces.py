@@ -322,8 +322,7 @@ class _Cut:
             free = self._overwritten(form.takes, high)
             pieces.append(compat.GraphPiece(
                 kinds[form.key], takes=[slot[n] for n in form.takes], gives=[slot[n] for n in form.gives], before=before,
-                after=after, values=[n.meta["val"] for n in form.gives],
-                fixed=[i for i, n in enumerate(form.takes) if n in self.fixed or self._under_way(n)],
+                after=after, fixed=[i for i, n in enumerate(form.takes) if n in self.fixed or self._under_way(n)],
                 donated=[i for i, n in enumerate(form.takes) if n in free],
                 exact=[i for i, n in enumerate(form.gives) if self._is_exact(n, high)]))
         results = [None if n is None else slot[n] for n in self.results]

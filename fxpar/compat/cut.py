@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 Step = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Which code runs, the slots of its inputs, those to empty before it runs, those of its outputs, and those to empty after it."""
@@ -18,9 +18,9 @@ class GraphPiece:
     """A piece of a graph; values are in numbered slots.
 
     kind: which graph computes it. takes, gives: the slots of its inputs and outputs. before, after: those to empty before it
-    runs (what was in them, it is handed) and when it has. values: what its outputs are like. fixed, donated: positions among its
-    inputs of those that stay where they are in memory, and of those that it may overwrite. exact: positions of the outputs that
-    have to lie in memory as the graph says.
+    runs (what was in them, it is handed) and when it has. fixed, donated: positions among its inputs of those that stay where
+    they are in memory, and of those that it may overwrite. exact: positions of the outputs that have to lie in memory as the
+    graph says.
     """
 
     kind: int
@@ -28,7 +28,6 @@ class GraphPiece:
     gives: list[int]
     before: list[int]
     after: list[int]
-    values: list[Tensor]
     fixed: list[int]
     donated: list[int]
     exact: list[int]

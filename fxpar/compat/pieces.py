@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor, fx
 from torch._functorch import config as aot
 from torch._guards import TracingContext
+from torch._inductor import compile_fx as inductor
 from torch._inductor import config
 from torch._inductor.codecache import FxGraphCache
-from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.output_code import CompiledFxGraphConstants, OutputCode
 
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, run_pieces, schedule
@@ -26,8 +27,6 @@ from fxpar.compat.stages import values_stay
 from fxpar.compat.steps import after_graph_passes
 
 log = logging.getLogger("fxpar")
-
-Strides = tuple[int, ...] | None
 
 
 class CodeOfPieces(OutputCode):
@@ -74,9 +73,9 @@ def compile_cut(cutting: Cutting, module: fx.GraphModule, example: Sequence[Any]
                  len(pieces.pieces), len(pieces.graphs))
         return compile_pieces(pieces, options)
     if not any(n.op.startswith("call") for n in module.graph.nodes):
-        return compile_fx_inner(module, example, **options)
+        return inductor.compile_fx_inner(module, example, **options)
     with aot.patch(bundled_autograd_cache=False):
-        return compile_fx_inner(module, example, **options)
+        return inductor.compile_fx_inner(module, example, **options)
 
 
 def pieces_of(cutting: Cutting, module: fx.GraphModule, example: Sequence[Any], options: dict[str, Any]) -> Pieces | None:
@@ -100,35 +99,42 @@ def compile_pieces(pieces: Pieces, options: dict[str, Any]) -> CodeOfPieces:
     """
     context: Any = TracingContext.get()
     values: list[Any] = [*pieces.inputs, *[None] * (pieces.slots - len(pieces.inputs))]
-    made: dict[tuple[int, tuple[Strides, ...]], tuple[int, list[Strides]]] = {}
+    made: dict[Any, tuple[int, list[Tensor]]] = {}
     codes: list[Any] = []
     of: list[int] = []
     for piece in pieces.pieces:
         given = [values[slot] for slot in piece.takes]
-        known = piece.kind, tuple(x.stride() for x in given)
+        known = piece.kind, tuple((x.shape, x.stride(), x.dtype) for x in given)
         if known not in made:
-            code, strides = _compile(pieces.graphs[piece.kind], given, piece, options, context)
-            made[known] = len(codes), strides
+            code, like = _compile(pieces.graphs[piece.kind], given, piece, options, context)
+            made[known] = len(codes), like
             codes.append(code)
-        number, strides = made[known]
+        number, like = made[known]
         of.append(number)
-        for slot, value, stride in zip(piece.gives, piece.values, strides, strict=True):
-            values[slot] = value if stride in (None, value.stride()) else value.new_empty_strided(value.shape, stride)
+        for slot, value in zip(piece.gives, like, strict=True):
+            values[slot] = value
     if context.output_strides is not None:
         context.output_strides += [None if slot is None else values[slot].stride() for slot in pieces.results]
     return CodeOfPieces(codes, pieces, of)
 
 
 def _compile(module: fx.GraphModule, given: list[Tensor], piece: GraphPiece, options: dict[str, Any],
-             context: Any) -> tuple[Any, list[Strides]]:
+             context: Any) -> tuple[Any, list[Tensor]]:
+    """The code of a piece, and what its outputs are like."""
     from fxpar.compat import graph_pass
 
     module.graph.output_node().meta["user_visible_output_idxs"] = piece.exact
     # What is overwritten, and seen, is no part of the key by which Inductor finds what it compiled before: a pass is.
     mark = graph_pass(lambda graph: None, key=f"piece, may overwrite {piece.donated}, visible {piece.exact}")
     settings = {"use_post_grad_passes": False, "post_grad_custom_pre_pass": mark}
+    inductor.view_to_reshape(module)
+    with torch.no_grad():
+        inductor.fake_tensor_prop(module, given)
+    results: Any = module.graph.output_node().args[0]
+    values = [n.meta["val"] for n in results]
     with (aot.patch(bundled_autograd_cache=False), config.patch(settings),
           mock.patch.object(context.fw_metadata, "bw_donated_idxs", piece.donated),
           TracingContext.report_output_strides() as strides):
-        code = compile_fx_inner(module, given, **options | {"static_input_idxs": piece.fixed})
-    return code, [None if s is None else tuple(s) for s in strides or [None] * len(piece.gives)]
+        code = inductor.compile_fx_inner(module, given, **options | {"static_input_idxs": piece.fixed})
+    return code, [x if stride is None or x.stride() == tuple(stride) else x.new_empty_strided(x.shape, stride)
+                  for x, stride in zip(values, strides or [None] * len(values), strict=True)]
