@@ -32,7 +32,7 @@ slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
 test-integrations: $(INTEGRATED)
-	$(RUN) -m pytest -m integrations
+	$(RUN) -m pytest -m integrations tests/integrations
 
 demo: $(INSTALLED)
 	$(RUN) -m torch.distributed.run --nproc-per-node=4 examples/train.py --plan dp=2,tp=2,zero=3 --check

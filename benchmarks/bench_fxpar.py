@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import statistics
@@ -21,6 +20,7 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 import transformers
+from processes import start_processes
 from torch.autograd import DeviceType
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,16 +58,6 @@ def parse_args():
     dtypes = dict(param_dtype=args.param_dtype, reduce_dtype=args.reduce_dtype)
     args.plan = dataclasses.replace(fxpar.Plan.parse(args.plan), outputs="loss", **dtypes)
     return args
-
-
-def start_processes():
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **alone)
-    return device
 
 
 def config_of(args):

@@ -20,6 +20,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from processes import start_processes
 from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
@@ -113,10 +114,7 @@ def parallel(impl, model, layers, batch, args):
 
 def measure(impl, name, args):
     cuda = torch.cuda.is_available() and not args.quick
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    device = start_processes(cuda)
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     shape = shape_of(args, name)
     model, layers = build(name, shape, device)

@@ -15,14 +15,13 @@ import json
 import os
 import re
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
 import torch.distributed as dist
 import transformers
 from bench_fxpar import run_steps, write_trace
+from processes import launched, start_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -77,10 +76,7 @@ def planned(model, a, ids):
 def measure(a):
     """What one implementation takes, as rank 0 prints it."""
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    device = start_processes()
     torch.manual_seed(0)
     with device:
         model = MixtralForCausalLM(config(a)).float().train()
@@ -125,17 +121,8 @@ def compare(a):
     impls = a.impls or [f"{dp},ep={a.gpus}", f"{dp},ep={a.gpus},ep_dispatch=allgather", f"{dp},zero=3", PEER]
     shape = [f"--{name.replace('_', '-')}={getattr(a, name)}" for name in SHAPE] + ["--fp32"] * a.fp32
     shape += [f"--trace={a.trace}"] if a.trace else []
-    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     for impl in impls:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={a.gpus}", __file__,
-                   f"--impl={impl}", *shape]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=a.limit)
-        except subprocess.TimeoutExpired:
-            print(json.dumps({"impl": impl, "error": f"no result in {a.limit} s"}), flush=True)
-            continue
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        print(lines[-1] if lines else json.dumps({"impl": impl, "error": done.stderr[-1500:]}), flush=True)
+        print(json.dumps({"impl": impl, **launched(a.gpus, a.limit, __file__, f"--impl={impl}", *shape)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ arguments of the peers of this folder's README, and prints one JSON line with th
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 
 import torch
 import torch.distributed as dist
+from processes import launched, start_processes
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fxpar
@@ -62,10 +60,7 @@ def start(a):
     """One start, as rank 0 prints it."""
     gpu, (layers, seq, rows, build) = torch.cuda.is_available(), MODELS[a.model[0]]
     layers = a.layers[0] if a.layers else layers
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    device = start_processes()
     torch.manual_seed(0)
     with device:
         model = build(layers).float().train()
@@ -99,19 +94,6 @@ def start(a):
     dist.destroy_process_group()
 
 
-def started(a, script, arguments, cache):
-    """What one start printed last, as a dict."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={a.gpus}", script, *arguments]
-    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-                   "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=a.limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no result in {a.limit} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else {"error": done.stderr[-1500:]}
-
-
 def compare(a):
     """Start each model twice, and the peer, and print what they measured."""
     for model in a.model:
@@ -123,7 +105,9 @@ def compare(a):
             for script, arguments in impls:
                 with tempfile.TemporaryDirectory() as cache:
                     for state in ("cold", "warm"):
-                        print(json.dumps({"start": state, **started(a, script, arguments, cache)}), flush=True)
+                        line = launched(a.gpus, a.limit, script, *arguments, TORCHINDUCTOR_CACHE_DIR=cache,
+                                        TRITON_CACHE_DIR=f"{cache}/triton")
+                        print(json.dumps({"start": state, **line}), flush=True)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def run(train, parser):
     `args.alone`, to train the plain model; exits with an error if losses differ."""
     args = parser.parse_args()
     if args.alone:
-        args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        args.device = device_of_rank()
         print(json.dumps(train(args)))
         return
     args.device = start_processes()
@@ -57,6 +57,7 @@ def run(train, parser):
 def of_one_process():
     """The losses of this program in one process, which torchrun knows nothing of."""
     environment = {k: v for k, v in os.environ.items() if k not in OF_TORCHRUN and not k.startswith("TORCHELASTIC")}
+    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer takes all it sees
     command = [sys.executable, *sys.argv, "--alone"]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -64,12 +65,20 @@ def of_one_process():
 
 def start_processes():
     """Joins the process group (of one, without torchrun); returns this rank's device."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = device_of_rank()
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **alone)
+    backend, bound = ("gloo", None) if device.type == "cpu" else ("nccl", device)
+    dist.init_process_group(backend, device_id=bound, **alone)
+    return device
+
+
+def device_of_rank():
+    """A GPU by LOCAL_RANK, or the CPU. Convolutions compute in fp32 there, as products do: TF32 has three digits."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
     return device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from fxpar.checkpoint import export_safetensors, load_checkpoint, save_checkpoint
@@ -136,7 +138,8 @@ class Accelerator(accelerate.Accelerator):
     # ---- over replicas ----
 
     def gather(self, tensor: Any) -> Any:
-        gathered = super().gather(tensor)
+        """As accelerate's, of each replica once; of an output that lies in parts on a replica's ranks the whole."""
+        gathered = super().gather(pytree.tree_map_only(DTensor, DTensor.full_tensor, tensor))
         if self._module is None or len(self._first_ranks) == self.state.num_processes:
             return gathered
         return recursively_apply(self._of_replicas, gathered)
@@ -153,6 +156,7 @@ class Accelerator(accelerate.Accelerator):
         return super().gather_for_metrics(input_data, use_gather_object)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        tensor = pytree.tree_map_only(DTensor, DTensor.full_tensor, tensor)
         if self._module is None or len(self._first_ranks) == self.state.num_processes or reduction not in ("sum", "mean"):
             return super().reduce(tensor, reduction, scale)
 
@@ -161,6 +165,13 @@ class Accelerator(accelerate.Accelerator):
             return every.sum(0) if reduction == "sum" else every.mean(0)
 
         return recursively_apply(reduced, tensor, error_on_other_type=True)
+
+    @contextlib.contextmanager
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
+        state = copy.copy(accelerate.PartialState())
+        state.num_processes, state.process_index = self.num_processes, self.process_index
+        with state.split_between_processes(inputs, apply_padding=apply_padding) as mine:
+            yield mine
 
     # ---- saving ----
 
@@ -175,10 +186,21 @@ class Accelerator(accelerate.Accelerator):
 
     def load_state(self, input_dir: str | None = None, load_kwargs: dict | None = None, **options: Any) -> None:
         if input_dir is None:
-            raise InputError("load_state needs the folder that save_state returned")
+            input_dir = self._newest()
         load_checkpoint(Path(input_dir) / STATE, self.module, self._optimizer())
         with self._without_model():
             super().load_state(input_dir, load_kwargs, **options)
+
+    def _newest(self) -> str:
+        """The folder of the last `save_state` that was given none."""
+        named = self.project_configuration.automatic_checkpoint_naming
+        folders = {int(path.name.rpartition("_")[2]): path
+                   for path in Path(self.project_dir or "", "checkpoints").glob("checkpoint_*") if named}
+        if not folders:
+            raise InputError("load_state needs the folder that save_state returned; without one it takes the newest that was "
+                             "saved under ProjectConfiguration(project_dir=..., automatic_checkpoint_naming=True), and there is "
+                             "none")
+        return str(folders[max(folders)])
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
         if len(self._optimizers) > 1:

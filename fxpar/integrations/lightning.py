@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 try:
@@ -70,6 +71,13 @@ class FxparStrategy(DDPStrategy):
             raise RuntimeError(f"the norm of all gradients is {norm.item()}; clip_gradients(error_if_nonfinite=False) goes on")
         return norm
 
+    def all_gather(self, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        """As Fabric's, of each rank; of an output that lies in parts on a replica's ranks the whole."""
+        return super().all_gather(_whole(tensor), *args, **options)
+
+    def all_reduce(self, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        return super().all_reduce(_whole(tensor), *args, **options)
+
     # ---- checkpoints ----
 
     def save_checkpoint(self, path: str | os.PathLike, state: dict[str, Any], storage_options: Any = None,
@@ -111,6 +119,10 @@ class _NoSync:
 
     def no_backward_sync(self, module: Any, enabled: bool) -> contextlib.AbstractContextManager:
         return module.no_sync() if enabled else contextlib.nullcontext()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _sorted(state: dict[str, Any]) -> tuple[ParallelModule, Optimizer | None, dict[str, Any]]:

@@ -22,7 +22,7 @@ _log = logging.getLogger("fxpar")
 
 OF_WHOLE_MODELS = frozenset({
     "generate", "save_pretrained", "push_to_hub", "resize_token_embeddings", "resize_position_embeddings", "load_adapter",
-    "save_adapter", "merge_adapter", "unmerge_adapter", "merge_and_unload", "prune_heads", "init_weights",
+    "save_adapter", "merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "prune_heads", "init_weights",
 })  # fmt: skip
 """Methods that read, write or compute with whole parameters; some of them on one rank, while others would wait."""
 

@@ -10,7 +10,6 @@ Programs have the operator unless `use_kernels` says otherwise.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import warnings
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxpar.ops.kernels import has_triton
 from fxpar.ops.rng import Grid, global_index, kept
 from fxpar.sharding.deal import dealt_from
 
@@ -215,16 +215,15 @@ def has_kernel(q: Tensor) -> bool:
     """Whether attention with such queries runs as the kernels (of what `refusal` lets pass)."""
     if q.device.type != "cuda" or q.dtype not in WIDEST:
         return False
-    return _has_triton()
+    return _has_triton_or_warns()
 
 
 @functools.cache
-def _has_triton() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
+def _has_triton_or_warns() -> bool:
+    if not has_triton():
         warnings.warn("Triton is not installed: attention with dropout writes out its scores, which takes memory and time that "
                       "grow with the square of the length (way out: pip install triton)", stacklevel=2)
-    return found
+    return has_triton()
 
 
 def _flash() -> Any:

@@ -116,12 +116,12 @@ def leaving(experts: Tensor, count: int, ranks: int) -> Tensor:
     return out
 
 
-def arriving(counts: Tensor, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def arriving(counts: Tensor, rows: int, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """counts [ranks, experts + 1]: how many rows come from each rank for each expert here, of which the first has the number
-    `first` -> order and experts of an `Arrival`."""
+    `first`; `rows` in all -> order and experts of an `Arrival`."""
     lengths = counts.T.reshape(-1)
     starts = (counts.reshape(-1).cumsum(0) - counts.reshape(-1)).reshape(counts.shape).T.reshape(-1)
-    run = torch.repeat_interleave(torch.arange(lengths.shape[0], device=counts.device), lengths)
+    run = torch.repeat_interleave(torch.arange(lengths.shape[0], device=counts.device), lengths, output_size=rows)
     order = starts[run] + torch.arange(run.shape[0], device=counts.device) - (lengths.cumsum(0) - lengths)[run]
     return order, (first + run // counts.shape[0]).to(dtype)
 
@@ -137,8 +137,8 @@ def _plan(experts: Tensor, count: int, group: str, ranks: int, balanced: bool) -
             raise ValueError(f"an exchange over {ranks} ranks in a group of {found.size()}")
         rank, theirs = found.rank(), torch.empty_like(mine)
         dist.all_to_all_single(theirs, mine, group=found)
-    splits = torch.stack([mine.sum(1), theirs.sum(1)]).cpu()
-    return *arriving(theirs, count // ranks * rank, experts.dtype), splits
+    splits = torch.stack([mine.sum(1), theirs.sum(1)]).cpu()  # the one time that the host waits for the GPU
+    return *arriving(theirs, sum(splits[1].tolist()), count // ranks * rank, experts.dtype), splits
 
 
 @torch.library.impl(_library, "exchange_rows", "CompositeExplicitAutograd")

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxpar.ops.kernels import has_triton
+
 _library = torch.library.Library("fxpar", "FRAGMENT")  # operators exist as long as this does
 _library.define("grouped_mm(Tensor x, Tensor weights, Tensor ends) -> Tensor")
 _library.define("grouped_mm_weights(Tensor x, Tensor y, Tensor ends) -> Tensor")
@@ -42,12 +44,20 @@ def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         left, right = _aligned(x), _aligned(weights)
         if left is not None and right is not None:
             out = F.grouped_mm(left, right, offs=ends.to(torch.int32))
-            after = torch.arange(len(x), device=x.device) >= ends[-1]
-            return out.masked_fill_(after.unsqueeze(1), 0)
+            return _zero_rows_(out, ends[-1])
     out = x.new_zeros(x.shape[0], weights.shape[2])
     for i, (start, end) in enumerate(_groups(ends, len(x))):
         torch.mm(x[start:end], weights[i], out=out[start:end])
     return out
+
+
+def _zero_rows_(out: Tensor, first: Tensor) -> Tensor:
+    """Zeros in the rows from `first` on, which the host does not look at."""
+    if has_triton() and out.stride(1) == 1:
+        from fxpar.ops.kernels.rows import zero_rows_
+
+        return zero_rows_(out, first)
+    return out.masked_fill_((torch.arange(len(out), device=out.device) >= first).unsqueeze(1), 0)
 
 
 @torch.library.impl(_library, "grouped_mm_weights", "CompositeExplicitAutograd")

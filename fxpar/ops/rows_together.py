@@ -21,7 +21,7 @@ def plan_together(mesh: Mesh, experts: Sequence[Tensor], axes: Axes, count: int)
         mine = torch.stack([leaving(experts[r], count, ranks) for r in group])
         for i, r in enumerate(group):
             splits = torch.stack([mine[i].sum(1), mine[:, i].sum(1)])
-            out[r] = (*arriving(mine[:, i], count // ranks * i, experts[r].dtype), splits)
+            out[r] = (*arriving(mine[:, i], int(mine[:, i].sum()), count // ranks * i, experts[r].dtype), splits)
     return out
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxpar.ops.kernels import has_triton
+
 CHUNK, BLOCK, ALIGNED = 32768, 2048, 16
 """Elements of a program, and of a step of it; bytes that addresses have to be a multiple of, to be read at full speed."""
 
@@ -28,7 +30,7 @@ def table(*columns: Sequence[Tensor]) -> Tensor | None:
 @functools.lru_cache(maxsize=1024)
 def _table(key: tuple[tuple[int, int, torch.dtype, bool], ...], count: int, device: torch.device) -> Tensor | None:
     columns = [key[i : i + len(key) // count] for i in range(0, len(key), len(key) // count)]
-    if any(len({dtype for *_, dtype, _ in column}) > 1 for column in columns) or not all(map(_fits, key)) or not _has_triton():
+    if any(len({dtype for *_, dtype, _ in column}) > 1 for column in columns) or not all(map(_fits, key)) or not has_triton():
         return None
     return rows(columns, device)
 
@@ -57,12 +59,3 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
 def _fits(tensor: tuple[int, int, torch.dtype, bool]) -> bool:
     address, size, dtype, contiguous = tensor
     return contiguous and size > 0 and address % ALIGNED == 0 and dtype.is_floating_point and dtype != torch.float64
-
-
-@functools.cache
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -124,7 +124,7 @@ class ParallelModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(model := self.__dict__["_model"], name)
-        if inspect.ismethod(value) and value.__self__ is model and not self.__dict__["_gathered"]:
+        if inspect.ismethod(value) and isinstance(value.__self__, nn.Module) and not self.__dict__["_gathered"]:
             return whole.method(value, name, type(model).__name__)
         return value
 

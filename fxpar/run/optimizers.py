@@ -19,10 +19,14 @@ def watch() -> None:
 
 
 def _check(optimizer: Any, *_: Any) -> None:
-    """Raises: `InputError` for Adafactor with parameters of which ranks hold parts: it takes norms of rows and columns."""
-    if not isinstance(optimizer, Adafactor):
+    """Raises: `InputError` for Adafactor with parameters of which ranks hold parts: it takes norms of rows and columns; for
+    another library's Adafactor, whose state are plain tensors."""
+    if type(optimizer).__name__ != "Adafactor":
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
+    if parameters and not isinstance(optimizer, Adafactor):
+        raise InputError(f"{type(optimizer).__module__}.Adafactor mixes plain tensors with parameters, which are DTensors here: "
+                         "use another optimizer (AdamW), or torch.optim.Adafactor where the plan stores parameters whole (dp)")
     if any(not place.is_replicate() for p in parameters for place in p.placements):
         raise InputError("torch.optim.Adafactor cannot step parameters of which each rank has a part (tp, zero): it needs norms "
                          "of whole rows and columns; use another optimizer (AdamW), or a plan that stores parameters whole (dp)")

@@ -375,3 +375,14 @@ def test_adafactor_of_parts_of_parameters_is_refused(one_rank):
                 optimizer.step()
         else:
             optimizer.step()
+
+
+def test_the_adafactor_of_transformers_is_refused(one_rank):
+    from transformers import Adafactor
+
+    with pytest.raises(InputError, match=r"transformers\.optimization\.Adafactor mixes plain tensors.*AdamW"):
+        Adafactor(of_one_rank().parameters()).step()
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones(4, 4)
+    Adafactor([p]).step()
+    assert not torch.equal(p, torch.ones(4, 4))
