@@ -49,6 +49,7 @@ def parse_args():
     parser.add_argument("--reduce-dtype", default="fp32", help="gradient reduction dtype; none: as the weights")
     parser.add_argument("--backend", default="auto", choices=["auto", "inductor", "eager"])
     parser.add_argument("--cuda-graphs", default="auto", choices=["auto", "True", "False"])
+    parser.add_argument("--blocks", default="auto", choices=["auto", "once", "flat"], help="how equal blocks are compiled")
     parser.add_argument("--meta", action="store_true", help="build on meta, then init_weights(seed)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -78,7 +79,7 @@ def build_module(args, device):
     example = dict(input_ids=tokens, labels=tokens)
     start = time.perf_counter()
     graphs = {"True": True, "False": False}.get(args.cuda_graphs, "auto")
-    module = fxpar.parallelize(model, args.plan, example, backend=args.backend, cuda_graphs=graphs)
+    module = fxpar.parallelize(model, args.plan, example, backend=args.backend, cuda_graphs=graphs, blocks=args.blocks)
     seconds = time.perf_counter() - start
     if args.meta:
         module.init_weights(args.seed)

@@ -4,6 +4,7 @@
     python benchmarks/start.py --gpus 2 --model gpt2 bert-large --plan dp=2
     python benchmarks/start.py --gpus 2 --model llama1b --layers 16 --peer bench_hf.py      and a script that compiles per layer
     python benchmarks/start.py --gpus 2 --model tiny --layers 2                             on CPUs, over gloo
+    python benchmarks/start.py --gpus 2 --model llama1b --layers 16 64 --blocks once flat
     torchrun --nproc-per-node=2 benchmarks/start.py --one --model llama1b --layers 16       one start; prints one JSON line
 
 Every row is processes of their own: of the first the folder of compiled graphs is empty, the second finds what the first left.
@@ -48,6 +49,8 @@ def parse_args():
     parser.add_argument("--gpus", type=int, default=2, help="how many processes to start")
     parser.add_argument("--peer", metavar="SCRIPT", help="also start this, with --compile layer, cold and warm (llama1b)")
     parser.add_argument("--limit", type=int, default=900, help="seconds before a start is given up")
+    parser.add_argument("--blocks", nargs="+", choices=["auto", "once", "flat"], default=["auto"],
+                        help="how equal blocks are compiled; several are started one after the other")
     parser.add_argument("--fp32", action="store_true", help="compute in fp32")
     parser.add_argument("--one", action="store_true", help="this process, started by torchrun, is one rank of one start")
     return parser.parse_args()
@@ -74,7 +77,7 @@ def start(a):
     for name, tokens in (("first", seq), ("second shape", seq // 2)):
         wall, cpu = time.perf_counter(), time.process_time()
         if module is None:
-            module = fxpar.parallelize(model, plan, batch(tokens), backend="inductor")
+            module = fxpar.parallelize(model, plan, batch(tokens), backend="inductor", blocks=a.blocks[0])
             optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
         loss = module(**batch(tokens)).loss
         loss.backward()
@@ -85,9 +88,9 @@ def start(a):
         out[name] = {"seconds": round(time.perf_counter() - wall, 2), "cpu_s": round(time.process_time() - cpu, 2),
                      "parts": {part: round(spent, 2) for part, spent in module.report().timings.parts.items()}}
     if dist.get_rank() == 0:
-        print(json.dumps({"impl": f"fxpar {plan}", "model": a.model[0], "layers": layers, "torch": torch.__version__,
-                          "device": torch.cuda.get_device_name() if gpu else "cpu", "world": dist.get_world_size(), **out}),
-              flush=True)
+        print(json.dumps({"impl": f"fxpar {plan}", "model": a.model[0], "layers": layers, "blocks": a.blocks[0],
+                          "torch": torch.__version__, "device": torch.cuda.get_device_name() if gpu else "cpu",
+                          "world": dist.get_world_size(), **out}), flush=True)
     dist.destroy_process_group()
 
 
@@ -95,8 +98,8 @@ def compare(a):
     """Start each model twice, and the peer, and print what they measured."""
     for model in a.model:
         for layers in a.layers or MODELS[model][:1]:
-            impls = [(__file__, ["--one", f"--model={model}", f"--layers={layers}", *(["--plan", a.plan] if a.plan else []),
-                                 *["--fp32"] * a.fp32])]
+            impls = [(__file__, ["--one", f"--model={model}", f"--layers={layers}", f"--blocks={blocks}",
+                                 *(["--plan", a.plan] if a.plan else []), *["--fp32"] * a.fp32]) for blocks in a.blocks]
             if a.peer and model == "llama1b":
                 impls.append((a.peer, [f"--layers={layers}", "--compile=layer", "--steps=1", "--warmup=1"]))
             for script, arguments in impls:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.backends import eager
 from fxpar.backends.inductor import lower as inductor
-from fxpar.backends.transport.base import TRANSPORTS
+from fxpar.backends.transport.base import BLOCKS, TRANSPORTS
 from fxpar.backends.transport.control import Control, watch
 from fxpar.backends.transport.watch import TIMEOUT
 from fxpar.choose.suggest import likely_cluster, suggest_for_replicas
@@ -45,7 +45,7 @@ AUTO = "auto"
 
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
-                transport: str = "auto", cuda_graphs: bool | str = AUTO, timeout: float = TIMEOUT,
+                transport: str = "auto", blocks: str = "auto", cuda_graphs: bool | str = AUTO, timeout: float = TIMEOUT,
                 check_batches: int = CHECKED_EVERY, pad: Padding | Mapping[str, Any] | int | None = None,
                 quiet: bool | None = None, dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
@@ -59,6 +59,9 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     (inductor on CUDA, eager on CPU). transport: what moves parameters and gradients in compiled programs; "auto" (the copy
     engines of GPUs of one host that see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or
     "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
+    blocks: how the inductor backend compiles the equal blocks of a deep model: "once" (cut out of the graph, each class of equal
+    ones is compiled once; buckets of parameters and gradients end with blocks), "flat" (all in one graph), or "auto" (once where
+    at most half of the operators are left to compile).
     cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back by the GPU, which
     no longer waits for its host: "auto" (of one rank, where it did wait, and recordings take no more memory), True (of several
     ranks, too, with their communication) or False; what cannot be recorded runs as ever, and the report says why.
@@ -79,7 +82,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     device = _join()
     with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()
-        options = {"backend": backend, "transport": transport, "cuda_graphs": cuda_graphs, "timeout": timeout,
+        options = {"backend": backend, "transport": transport, "blocks": blocks, "cuda_graphs": cuda_graphs, "timeout": timeout,
                    "check_batches": check_batches, "pad": pad}
         plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, device, options, dump_dir))
         padding = None if pad is None else Padding.of(pad)
@@ -96,6 +99,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         begin = time.perf_counter()
         bound = BoundMesh(made[0].mesh, device.type, plan.pp)
         store = ParameterStore(model, bound, control, device)
+        store.runtime.blocks = blocks
         backend_module = {"eager": eager, "inductor": inductor}[chosen]
         engine = Engine(store, plan, compile_call, backend_module, transport, check_batches, padding, cuda_graphs)
         engine.adopt(made[0], example)
@@ -110,6 +114,7 @@ def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, device: t
     plan = _best(model, calls.example_call(model, example_inputs), device) if given == AUTO else Plan.of(given)
     require_one_of("backend", options["backend"], BACKENDS)
     require_one_of("transport", options["transport"], TRANSPORTS)
+    require_one_of("blocks", options["blocks"], BLOCKS)
     if options["cuda_graphs"] != AUTO and not isinstance(options["cuda_graphs"], bool):
         raise PlanError("cuda_graphs", options["cuda_graphs"], 'must be "auto", True or False', 'cuda_graphs="auto"')
     if not _is_seconds(options["timeout"]):

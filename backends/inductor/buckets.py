@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpar.backends.remat import block_of
 from fxpar.backends.transport.base import NCCL, REDUCTION_BYTES, Transport
 from fxpar.ops.vocabulary import ALL_REDUCE, GATHER, SCATTER, WAIT, bytes_of
 
@@ -20,27 +21,33 @@ COALESCED: dict[Any, Any] = {
 REDUCTIONS = (SCATTER, ALL_REDUCE)
 
 
-def bucket_reductions(graph: fx.Graph, limit: int = REDUCTION_BYTES, transport: Transport = NCCL) -> None:
+BLOCK_BYTES = 4 * 2**20
+"""A bucket of as much need not go on where another block begins: it is large enough to be moved at full speed."""
+
+
+def bucket_reductions(graph: fx.Graph, limit: int = REDUCTION_BYTES, transport: Transport = NCCL, by_block: bool = False) -> None:
     """Join reductions whose results only leave the graph, in place.
 
     Takes: a functional graph in its final order. Afterwards: runs of such reductions of one kind over one group, of at most
     `limit` bytes of operands (a larger one is a bucket by itself), are one coalesced operator (one launch, no copies), started
     where the last of them was.
     A bucket of reduce-scatters is waited for when the second after it starts, because its operands are kept until then; what
-    is reduced in place is waited for at the end. Reduce-scatters go by the `transport`.
+    is reduced in place is waited for at the end. Reduce-scatters go by the `transport`. by_block: a bucket of `BLOCK_BYTES` has
+    gradients of one block alone, so that equal blocks have equal buckets.
     """
     for kind in REDUCTIONS:
-        _bucket_kind(graph, kind, limit, transport)
+        _bucket_kind(graph, kind, limit, transport, by_block)
     graph.lint()
 
 
-def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, transport: Transport) -> None:
+def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, transport: Transport, by_block: bool) -> None:
     open_buckets: dict[tuple, list[fx.Node]] = {}
     full: list[list[fx.Node]] = []
     for node in [n for n in graph.nodes if n.target is kind and leaves_graph(n) and not _is_reduced_again(n, kind)]:
         key = (*node.args[1:], node.meta["val"].dtype)
         bucket = open_buckets.setdefault(key, [])
-        if bucket and sum(bytes_of(n.args[0]) for n in [*bucket, node]) > limit:
+        sizes = [bytes_of(n.all_input_nodes[0]) for n in [*bucket, node]]
+        if bucket and (sum(sizes) > limit or (by_block and ends_block(bucket[-1], node, sum(sizes[:-1])))):
             full.append(bucket)
             bucket = open_buckets[key] = []
         bucket.append(node)
@@ -53,6 +60,11 @@ def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, transport: Transport) -
         until = starts[k + 2] if scatter and k + 2 < len(starts) else output
         for wait in _waits(start):
             _sink(wait, until)
+
+
+def ends_block(last: fx.Node, following: fx.Node, size: int) -> bool:
+    """Whether a bucket of `size` bytes, whose last member is `last`, ends with a block."""
+    return size >= BLOCK_BYTES and block_of(last) != block_of(following)
 
 
 def leaves_graph(node: fx.Node) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 import fxpar
 from fxpar import compat
 from fxpar.backends import remat
-from fxpar.backends.inductor import buckets, fp32_products, overlap, prefetch, products, reductions
+from fxpar.backends.inductor import buckets, fp32_products, overlap, pieces, prefetch, products, reductions
 from fxpar.backends.inductor.key import key_of, python_functions
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
@@ -31,46 +31,62 @@ from fxpar.ops.exchange import counts_rows
 from fxpar.ops.runtime import use_runtime
 from fxpar.plan import Plan
 
+SHARES = {"auto": 0.5, "once": 1.0}
+"""How much of a graph may be left to compile, for its equal blocks to be compiled once."""
 GraphPass = tuple[ModuleType, functools.partial[None]]
 """The module that a pass is in, and the pass with its options: to be called with a graph."""
 
 
-def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = False) -> list[GraphPass]:
+def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = False, by_block: bool = False) -> list[GraphPass]:
     """The passes over the forward and over the backward graph, in order.
 
-    transport: by which parameters and gradients go. as_on_gpu: for graphs that are not run by Inductor.
+    transport: by which parameters and gradients go. as_on_gpu: for graphs that are not run by Inductor. by_block: buckets end
+    with blocks.
     """
     bind = functools.partial
+    more: dict[str, Any] = {"transport": transport} | ({"by_block": True} if by_block else {})
     return [
         (reductions, bind(reductions.drop_kept_dims)),
         (fp32_products, bind(fp32_products.accumulate_in_fp32, as_on_gpu=as_on_gpu)),
         (products, bind(products.join_products, transport=transport)),
         (overlap, bind(overlap.overlap_communication)),
-        *([(prefetch, bind(prefetch.prefetch_parameters, transport=transport))] if plan.overlap_param_gather else []),
-        *([(buckets, bind(buckets.bucket_reductions, transport=transport))] if plan.overlap_grad_reduce else []),
+        *([(prefetch, bind(prefetch.prefetch_parameters, **more))] if plan.overlap_param_gather else []),
+        *([(buckets, bind(buckets.bucket_reductions, **more))] if plan.overlap_grad_reduce else []),
     ]
 
 
 def settings(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = False, passes: int | None = None,
-             key: str | None = None, functions: Sequence[str] = ()) -> dict[str, Any]:
+             key: str | None = None, functions: Sequence[str] = (), by_block: bool = False) -> dict[str, Any]:
     """Inductor's settings for one graph: our order of operators, which its own reordering must not undo.
 
-    transport, as_on_gpu: see `graph_passes`, of which the first `passes` are applied (None: all). key: under which what is
-    compiled is kept on disk, and found by the next start of the same program (None: it is not kept). functions: of
+    transport, as_on_gpu, by_block: see `graph_passes`, of which the first `passes` are applied (None: all). key: under which what
+    is compiled is kept on disk, and found by the next start of the same program (None: it is not kept). functions: of
     `python_functions`.
     """
     return {
         "joint_custom_pre_pass": _as_one([(remat, functools.partial(remat.choose_recomputation, plan=plan))], key),
-        "post_grad_custom_post_pass": _as_one(graph_passes(plan, transport, as_on_gpu)[:passes], key),
+        "post_grad_custom_post_pass": _as_one(graph_passes(plan, transport, as_on_gpu, by_block)[:passes], key),
         "reorder_for_peak_memory": False,
         **compat.cache_settings(key, functions),
     }
 
 
-def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, plan: Plan) -> dict[str, Any]:
+def cutting(graph: fx.Graph, blocks: str) -> compat.Cutting | None:
+    """What cuts the graphs that are made of this one into pieces, of which equal ones are compiled once; None: nothing is cut.
+
+    blocks: one of `BLOCKS`.
+    """
+    share = SHARES.get(blocks)
+    if share is None or counts_rows(graph) or not pieces.repeats(graph, share):
+        return None
+    return functools.partial(pieces.cut_into_pieces, share=share)
+
+
+def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, plan: Plan, by_block: bool) -> dict[str, Any]:
     """`settings` of a graph that is about to be compiled for inputs like these."""
     key = key_of(graph, inputs, runtime.facts(), plan)
-    return settings(plan, runtime.transport, key=key, functions=python_functions(graph) if key is not None else ())
+    functions = python_functions(graph) if key is not None else ()
+    return settings(plan, runtime.transport, key=key, functions=functions, by_block=by_block)
 
 
 def _as_one(passes: Sequence[GraphPass], key: str | None) -> Any:
@@ -111,8 +127,9 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
     if recorder is not None:
         recorder.takes(keep)
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
-        config = _settings(plain.graph, given, runtime, plan)
-        compiled = compat.compile_graph(plain, given, config, counts=counts_rows(plain.graph), later=later,
+        cut = cutting(plain.graph, runtime.blocks)
+        config = _settings(plain.graph, given, runtime, plan, cut is not None)
+        compiled = compat.compile_graph(plain, given, config, counts=counts_rows(plain.graph), later=later, cutting=cut,
                                         recorder=recorder)
 
     def run(*inputs: Any) -> Any:
@@ -129,7 +146,9 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
 
     def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
-            return compat.compile_steps(plain, given, _settings(plain.graph, given, runtime, plan), cut, counts_rows(plain.graph))
+            into = cutting(plain.graph, runtime.blocks)
+            config = _settings(plain.graph, given, runtime, plan, into is not None)
+            return compat.compile_steps(plain, given, config, cut, counts_rows(plain.graph), into)
 
     return in_steps(plain, example, keep, early, trace, lambda: use_runtime(runtime), plan)
 

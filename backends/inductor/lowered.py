@@ -18,7 +18,7 @@ from fxpar import compat
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
-from fxpar.backends.transport.base import copied_axes
+from fxpar.backends.transport.base import BLOCKS, copied_axes
 from fxpar.backends.transport.threads import Threads
 from fxpar.ops.collectives import differs_along
 from fxpar.ops.exchange import counts_rows
@@ -34,11 +34,12 @@ class Lowered:
 
     compiled: Inductor compiles the graphs; otherwise their operators are run one after the other. transport: as on a host whose
     GPUs see each other's memory (see `fxpar.backends.transport`). passes: how many of the inductor backend's graph passes are
-    applied (None: all).
+    applied (None: all). blocks: how equal blocks are compiled, one of `BLOCKS`.
     """
 
-    def __init__(self, mesh: Mesh, plan: Plan, compiled: bool = False, transport: str = "auto", passes: int | None = None):
-        self.plan, self.compiled, self.passes = plan, compiled, passes
+    def __init__(self, mesh: Mesh, plan: Plan, compiled: bool = False, transport: str = "auto", passes: int | None = None,
+                 blocks: str = BLOCKS[0]):
+        self.plan, self.compiled, self.passes, self.blocks = plan, compiled, passes, blocks
         self.threads = Threads(mesh)
         self._transport = self.threads.transport(copied_axes(transport, plan, mesh))
         self._made: dict[int, tuple[fx.GraphModule, list[Callable[..., Any]]]] = {}
@@ -75,17 +76,19 @@ class Lowered:
         mesh = self.threads.mesh
         return [tuple(mesh.index(rank, a) for a in axes) for rank in range(mesh.world_size)]
 
-    def _settings(self) -> dict[str, Any]:
-        return inductor.settings(self.plan, self._transport, as_on_gpu=not self.compiled, passes=self.passes)
+    def _settings(self, by_block: bool) -> dict[str, Any]:
+        return inductor.settings(self.plan, self._transport, as_on_gpu=not self.compiled, passes=self.passes, by_block=by_block)
 
     def _lower(self, module: fx.GraphModule, example: list[Any], rank: int) -> Callable[..., Any]:
         plain, keep = tensor_inputs_only(module, example, fused=True)
         given, counts = [example[i] for i in keep], counts_rows(plain.graph)
         with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
+            cut = inductor.cutting(plain.graph, self.blocks)
+            config = self._settings(cut is not None)
             if self.compiled:
-                run = compat.compile_graph(plain, given, self._settings(), backward_at_once=True, counts=counts)
+                run = compat.compile_graph(plain, given, config, backward_at_once=True, counts=counts, cutting=cut)
             else:
-                run = compat.interpret_graph(plain, given, self._settings(), _OnCPU, counts)
+                run = compat.interpret_graph(plain, given, config, _OnCPU, counts, cut)
         return lambda *inputs: run(*[inputs[i] for i in keep])
 
     def _in_steps(self, module: fx.GraphModule, example: list[Any], rank: int, early: Collection[int]) -> Stepped:
@@ -93,9 +96,11 @@ class Lowered:
 
         def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
             with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
+                into = inductor.cutting(plain.graph, self.blocks)
+                config, counts = self._settings(into is not None), counts_rows(plain.graph)
                 if self.compiled:
-                    return compat.compile_steps(plain, given, self._settings(), cut, counts_rows(plain.graph))
-                return compat.interpret_steps(plain, given, self._settings(), _OnCPU, cut, counts_rows(plain.graph))
+                    return compat.compile_steps(plain, given, config, cut, counts, into)
+                return compat.interpret_steps(plain, given, config, _OnCPU, cut, counts, into)
 
         return in_steps(plain, example, keep, early, trace, contextlib.nullcontext, self.plan)
 

@@ -6,7 +6,7 @@ import itertools
 
 from torch import fx
 
-from fxpar.backends.inductor.buckets import REDUCTIONS, join, leaves_graph
+from fxpar.backends.inductor.buckets import REDUCTIONS, ends_block, join, leaves_graph
 from fxpar.backends.inductor.casts import cast_together, concatenation, gather_casts
 from fxpar.backends.remat import UNSHARD
 from fxpar.backends.transport.base import BUCKET_BYTES, NCCL, Transport
@@ -17,7 +17,8 @@ LEAD = 2
 """How many buckets are under way while one is in use."""
 
 
-def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, transport: Transport = NCCL) -> None:
+def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, transport: Transport = NCCL,
+                        by_block: bool = False) -> None:
     """Reorder the gathers of parameters in a forward or backward graph, in place.
 
     Takes: a functional graph in its final order, in which every wait stands before its first use. Afterwards: gathers over one
@@ -27,7 +28,7 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, transport: T
     computation starts soon, and comes at the start; or, where little is gathered that was passed in (token ids), after what
     follows from that, up to the next wait. The second starts once all of the first has been waited for, the third where the
     second is waited for; both no later than the first gradients are reduced, which would keep them waiting. Casts in a bucket
-    are one operator, or part of the gather. Gathers go by the `transport`.
+    are one operator, or part of the gather. Gathers go by the `transport`. by_block: see `bucket_reductions`.
     """
     for gather in graph.find_nodes(op="call_function", target=GATHER):
         if _from_input(gather):
@@ -37,7 +38,7 @@ def prefetch_parameters(graph: fx.Graph, limit: int = BUCKET_BYTES, transport: T
     gathers = [n for n in ready if n.meta.get("custom", {}).get(UNSHARD)]
     small = [n for n in ready if n not in gathers and _bytes([n]) < SMALL_BYTES]
     gathers.sort(key=lambda n: order[_wait(n)])
-    buckets = _buckets(gathers, limit)
+    buckets = _buckets(gathers, limit, by_block)
     chains = [dict.fromkeys(n for gather in bucket for n in _chain(gather)) for bucket in (small, *buckets)]
     moved = {n for chain in chains for n in chain}
     stay = [n for n in graph.nodes if n.op != "placeholder" and n not in moved]
@@ -67,13 +68,14 @@ def _anchors(stay: list[fx.Node], order: dict[fx.Node, int], early: set[fx.Node]
     return [first, *soon, *waits][: len(buckets)]
 
 
-def _buckets(gathers: list[fx.Node], limit: int) -> list[list[fx.Node]]:
+def _buckets(gathers: list[fx.Node], limit: int, by_block: bool) -> list[list[fx.Node]]:
     """Gathers that are concatenated stay together."""
     buckets: list[list[fx.Node]] = []
     for _, group in itertools.groupby(gathers, key=lambda n: concatenation(n)[1] or n):
         nodes = list(group)
         room = min(limit, FIRST_BYTES) if len(buckets) == 1 else limit
-        if buckets and _alike(buckets[-1][-1], nodes[0]) and _bytes([*buckets[-1], *nodes]) <= room:
+        ends = by_block and bool(buckets) and ends_block(buckets[-1][-1], nodes[0], _bytes(buckets[-1]))
+        if buckets and not ends and _alike(buckets[-1][-1], nodes[0]) and _bytes([*buckets[-1], *nodes]) <= room:
             buckets[-1] += nodes
         else:
             buckets.append(nodes)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, fx
 
-from fxpar.backends.transport.base import NCCL, Transport
+from fxpar.backends.transport.base import BLOCKS, NCCL, Transport
 from fxpar.backends.transport.control import told
 from fxpar.ops.collectives import typed
 from fxpar.ops.exchange import exchanged_along
@@ -59,6 +59,8 @@ class GroupRuntime(FunctionalRuntime):
         self.mesh = mesh
         self.transport: Transport = NCCL
         """By which parameters and gradients go, in compiled programs."""
+        self.blocks = BLOCKS[0]
+        """How equal blocks are compiled, one of `BLOCKS`."""
 
     def prepare(self, module: fx.GraphModule) -> None:
         """Make every process group that `module` uses, in program order (the same on every rank)."""
@@ -76,7 +78,7 @@ class GroupRuntime(FunctionalRuntime):
         Of its groups, those that were made: a program's are before it is traced (see `prepare`)."""
         mesh, names = self.mesh.mesh, self.mesh.group_names()
         return (type(self).__name__, self.balanced, mesh.names, mesh.sizes, sorted(mesh.strategies.items()), self.mesh.rank,
-                self.mesh.kind, self.mesh.kinds, names, self.transport)
+                self.mesh.kind, self.mesh.kinds, names, self.transport, self.blocks)
 
     def size(self, axes: Axes) -> int:
         return self.mesh.mesh.size(*axes)

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 import torch.utils.checkpoint
 from torch import fx
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -33,6 +33,7 @@ from fxpar.compat.cudagraphs import (
     storage_number,
     tensor_in,
 )
+from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_pieces
 from fxpar.compat.data import assign_data_by
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
@@ -71,10 +72,13 @@ __all__ = [
     "CodeRecorder",
     "CudaGraphs",
     "Cut",
+    "Cutting",
     "FakeTensor",
     "FakeTensorMode",
+    "GraphPiece",
     "Make",
     "NotInSteps",
+    "Pieces",
     "SharedOutputs",
     "SymmetricSlots",
     "TracedForward",
@@ -93,6 +97,7 @@ __all__ = [
     "fake_like",
     "holders",
     "in_full",
+    "interpret_pieces",
     "interpret_steps",
     "is_grouped_product",
     "is_of_vmap",
@@ -487,26 +492,36 @@ def lowered_graphs(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[
     """The graphs that `compile_graph` would generate code for, after all graph passes: the forward and, if there is one, the
     backward. Nothing is compiled or run; `inputs` may be fake."""
     found: list[fx.GraphModule] = []
-    _through_graph_passes(gm, inputs, config, found.append)
+    _through_graph_passes(gm, inputs, config, lambda module, *_: found.append(module))
     return found
 
 
 def interpret_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
-                    interpreter: type[fx.Interpreter], counts: bool = False) -> Callable:
-    """As `compile_graph`, but `interpreter` runs the graphs of `lowered_graphs` where code would have been generated."""
+                    interpreter: type[fx.Interpreter], counts: bool = False, cutting: Cutting | None = None) -> Callable:
+    """As `compile_graph`, but `interpreter` runs the graphs of `lowered_graphs`, or their pieces, where code would have been
+    generated."""
+    def run(module: fx.GraphModule, static: Sequence[int] = (), donated: Sequence[int] = ()) -> Any:
+        pieces = None if cutting is None else cutting(module, static, donated)
+        if pieces is not None:
+            return interpret_pieces(pieces, interpreter)
+        return lambda given: interpreter(module).boxed_run(given)
+
     with sizes_of_values(inputs, counts) as inputs:
-        return _through_graph_passes(gm, inputs, config, lambda module: lambda given: interpreter(module).boxed_run(given))
+        return _through_graph_passes(gm, inputs, config, run)
 
 
 def _through_graph_passes(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
-                          run: Callable[[fx.GraphModule], Any]) -> Callable:
-    """`compile_fx` with ``run(module)``, a callable over a list of inputs, in the place of generated code."""
+                          run: Callable[..., Any]) -> Callable:
+    """`compile_fx` with ``run(module, static, donated)``, a callable over a list of inputs, in the place of generated code; for
+    static and donated see `Cutting`."""
     from torch._functorch import config as aot
     from torch._inductor.compile_fx import compile_fx
 
     def keep(module: fx.GraphModule, example: Any, is_inference: bool = False, **options: Any) -> Any:
         after_graph_passes(module, example, is_inference)
-        return output_code(run(module))
+        metadata: Any = TracingContext.get().fw_metadata
+        donated = metadata.bw_donated_idxs if options.get("is_backward") else None
+        return output_code(run(module, options.get("static_input_idxs", ()), donated or ()))
 
     with aot.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
         compiled: Any = compile_fx(gm, inputs, inner_compile=keep, config_patches=config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from torch import fx
 
 from fxpar.compat.caches import cache_settings
 from fxpar.compat.cudagraphs import CodeRecorder, alone, recorded_by, recorded_output
+from fxpar.compat.cut import Cutting
 from fxpar.compat.reductions import mend_reductions
 from fxpar.compat.steps import sizes_to_compile
 from fxpar.progress import stage
@@ -20,16 +20,19 @@ from fxpar.progress import stage
 
 def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any] | None = None,
                   backward_at_once: bool = False, counts: bool = False, later: Callable[[float], None] | None = None,
-                  recorder: CodeRecorder | None = None) -> Callable:
+                  cutting: Cutting | None = None, recorder: CodeRecorder | None = None) -> Callable:
     """AOTAutograd and Inductor on a flat graph: a callable over the same flat inputs, with autograd.
 
     No Dynamo trace is made. `config` are Inductor settings for the forward and the backward of this graph alone; without those of
     `cache_settings` nothing is kept on disk. backward_at_once: the backward is compiled now, and not when it first runs.
-    counts: see `sizes_of_values`. later: told the seconds of what is compiled after this has returned. recorder: is put around
-    what was compiled.
+    counts: see `sizes_of_values`. later: told the seconds of what is compiled after this has returned. cutting: what may cut a
+    graph into pieces, of which equal ones are compiled once; the backward is compiled now, too. recorder: is put around what was
+    compiled.
     """
     from torch._functorch import config as aot
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    from fxpar.compat.pieces import compile_cut
 
     mend_reductions()
     graphs = 2 if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) else 1
@@ -39,13 +42,15 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
     def compile_one(*args: Any, **options: Any) -> Any:
         begin = time.perf_counter()
         with stage("compiling the backward, 2 of 2" if options.get("is_backward") else f"compiling the forward, 1 of {graphs}"):
-            made = compile_fx_inner(*args, **options)
+            made = compile_fx_inner(*args, **options) if cutting is None else compile_cut(cutting, *args, **options)
         if later is not None and returned:
             later(time.perf_counter() - begin)
         return recorded_output(made, recorder) if recorder is not None and returned else made
 
-    at_once = aot.patch(force_non_lazy_backward_lowering=True) if backward_at_once else contextlib.nullcontext()
-    with at_once, recorded_by(recorder), sizes_to_compile(inputs, counts) as inputs:
+    at_once = backward_at_once or cutting is not None
+    # Code of pieces is kept as a part of what AOTAutograd keeps: Inductor's own cache knows that of single graphs.
+    options = {"bundled_autograd_cache": cutting is not None, "force_non_lazy_backward_lowering": at_once}
+    with aot.patch(options), recorded_by(recorder), sizes_to_compile(inputs, counts) as inputs:
         compiled: Any = compile_fx(gm, inputs, compile_one, config_patches=cache_settings(None, ()) | (config or {}),
                                    ignore_shape_env=not counts)
     returned = True

@@ -103,12 +103,12 @@ def apply_graph_passes(gm: fx.GraphModule, config: dict[str, Any]) -> fx.GraphMo
     from torch._inductor.virtualized import V
 
     mode = next(n.meta["val"].fake_mode for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
-    with settings.patch({**config, "pattern_matcher": False}), V.set_fake_mode(mode), _values_stay():
+    with settings.patch({**config, "pattern_matcher": False}), V.set_fake_mode(mode), values_stay():
         inductor._recursive_post_grad_passes(gm, is_inference=False)
     return gm
 
 
-def _values_stay() -> Any:
+def values_stay() -> Any:
     """Inside, Inductor's passes compute values of nodes that have none, and not again those of nodes whose arguments changed:
     passes replace arguments by equal ones, and recomputing took a third of the time."""
     from torch._dispatch.python import enable_python_dispatcher

@@ -15,6 +15,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fxpar.compat.cut import Cutting, interpret_pieces
 from fxpar.compat.reductions import mend_reductions
 
 Code = Callable[[list[Any]], Sequence[Any]]
@@ -116,7 +117,7 @@ def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Gr
 
 
 def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut,
-                  counts: bool = False) -> TracedForward:
+                  counts: bool = False, cutting: Cutting | None = None) -> TracedForward:
     """As `compile_graph`, but what was compiled is handed over. Nothing is left to be compiled later.
 
     Raises: `SharedOutputs`, `NotInSteps`.
@@ -125,9 +126,12 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
     from torch._inductor.compile_fx import compile_fx_inner
 
     from fxpar.compat import graph_pass
+    from fxpar.compat.pieces import compile_cut
+
+    compile_one = compile_fx_inner if cutting is None else functools.partial(compile_cut, cutting)
 
     def compile_forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
-        return compile_fx_inner(module, example, **options)
+        return compile_one(module, example, **options)
 
     def part(options: dict[str, Any], module: fx.GraphModule, example: Sequence[Tensor], donated: Sequence[int],
              gradients: int) -> tuple[Code, list[Tensor]]:
@@ -139,7 +143,7 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
         with (inductor_config.patch(post_grad_custom_pre_pass=mark),
               mock.patch.object(context.fw_metadata, "bw_donated_idxs", list(donated)),
               TracingContext.report_output_strides() as strides):
-            code: Any = compile_fx_inner(module, list(example), **options | {"static_input_idxs": ()})
+            code: Any = compile_one(module, list(example), **options | {"static_input_idxs": ()})
         return code, [x.new_empty_strided(x.shape, stride or x.stride())
                       for x, stride in zip(values, strides or [None] * len(values), strict=True)]
 
@@ -149,15 +153,20 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
 
 
 def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], interpreter: type[fx.Interpreter],
-                    cut: Cut, counts: bool = False) -> TracedForward:
+                    cut: Cut, counts: bool = False, cutting: Cutting | None = None) -> TracedForward:
     """As `compile_steps`, but `interpreter` runs the graphs for which code would have been generated, after all graph passes."""
+    def run(module: fx.GraphModule, donated: Sequence[int] = ()) -> Code:
+        pieces = None if cutting is None else cutting(module, (), donated)
+        return _interpreted(module, interpreter) if pieces is None else interpret_pieces(pieces, interpreter)
+
     def compile_forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
         after_graph_passes(module, example, options.get("is_inference", False))
-        return output_code(_interpreted(module, interpreter))
+        return output_code(run(module))
 
-    def part(options: dict[str, Any], module: fx.GraphModule, example: Sequence[Tensor], *_: Any) -> tuple[Code, list[Tensor]]:
+    def part(options: dict[str, Any], module: fx.GraphModule, example: Sequence[Tensor], donated: Sequence[int],
+             gradients: int) -> tuple[Code, list[Tensor]]:
         after_graph_passes(module, example)
-        return _interpreted(module, interpreter), _values(module)
+        return run(module, donated), _values(module)
 
     with sizes_of_values(inputs, counts) as inputs:
         return _through_inductor(gm, inputs, config, cut, compile_forward, part)

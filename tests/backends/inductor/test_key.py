@@ -119,6 +119,10 @@ def another_exchange_group(c: Compiling) -> None:
     c.runtime.mesh._exchange_groups[("dp",)] = torch.distributed.group.WORLD
 
 
+def other_blocks(c: Compiling) -> None:
+    c.runtime.blocks = "flat"
+
+
 def another_transport(c: Compiling) -> None:
     c.runtime.transport = Transport({"0": "copies"})
 
@@ -137,7 +141,7 @@ PARTS = {
     "whether inputs share memory": shared_input,
     "this rank's index": of_mesh(rank=1), "the kind of this rank": of_mesh(kind=1), "kinds of ranks": of_mesh(kinds=2),
     "the name of a group": another_group, "that of a group of experts": another_exchange_group,
-    "the transport": another_transport, "the size of the mesh": another_world,
+    "the transport": another_transport, "how blocks are compiled": other_blocks, "the size of the mesh": another_world,
     "whether as many rows arrive as leave": lambda c: setattr(c.runtime, "balanced", True),
 }  # fmt: skip
 

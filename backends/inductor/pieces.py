@@ -1,0 +1,453 @@
+"""pieces: a graph cut into pieces of which many are equal, so that each is compiled once.
+
+A model's equal layers make equal stretches of operators, one behind the other, in the forward and in the backward graph. They
+are found in the graph itself, when everything about it is decided: recomputation, collectives and their order. So the pieces
+run one after the other and compute what the graph computes; each class of equal ones is compiled once, and generating code for 80
+layers takes no longer than for 8.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxpar import compat
+from fxpar.backends.remat import PRODUCTS
+from fxpar.ops.vocabulary import ALL_REDUCE, WAIT, is_attention_kernel, is_view
+
+LEAST = 3
+"""How many equal stretches, one behind the other, are worth a cut."""
+SMALLEST = 8
+"""Of how many operators a stretch has to be."""
+CANDIDATES, ROTATIONS = 12, 4
+PASSED = 4096
+"""What it costs to pass on a value from piece to piece, in bytes that a kernel moves."""
+NEVER = 2**50
+UNREAD = {"val", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack", "fwd_source_fn_stack", "from_node",
+          "seq_nr", "original_aten", "partitioner_tag", "mutation_region_id", "tensor_meta", "recompute", "ac_graph_id",
+          "autograd_backward", "is_gradient_acc", "torch_fn", "example_value", "desc"}
+"""Keys of a node's meta that say where it comes from, and nothing of what is generated for it; values are compared as such."""
+OWN = "fxpar_"
+"""How the keys of fxpar's own marks begin, which graph passes read."""
+ALL_REDUCES = (ALL_REDUCE, torch.ops._c10d_functional.all_reduce_coalesced.default)
+"""Collectives that Inductor runs in place, on copies of their operands."""
+
+
+class Uncuttable(Exception):
+    """The graph has something that pieces cannot have."""
+
+
+def cut_into_pieces(module: fx.GraphModule, static: Sequence[int] = (), donated: Sequence[int] = (),
+                    share: float = 1.0) -> compat.Pieces | None:
+    """The pieces of a graph, if at most `share` of its operators are left to compile.
+
+    Takes: a graph in its final order, whose values are in ``meta["val"]``, before code is generated for it. static, donated: the
+    positions of inputs that stay where they are in memory, and of those that may be overwritten. Afterwards: the graph is as it
+    was. The pieces, run in their order, compute the same; what a collective under way reads stays until the piece that waits for
+    it has run. None where nothing repeats, and where sizes depend on values or an operator runs a graph.
+    """
+    try:
+        return _Cut(module, static, donated).pieces(share)
+    except Uncuttable:
+        return None
+
+
+def repeats(graph: fx.Graph, share: float) -> bool:
+    """Whether so much of a graph is equal stretches that at most `share` of it differs, as far as targets and arguments tell."""
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    known: dict[Hashable, int] = {}
+    tokens = [known.setdefault((n.target, _frozen(n.args), _frozen(n.kwargs)), len(known)) for n in nodes]
+    saved = sum((run.count - 1) * run.period for run in _runs(tokens, 0, len(nodes)))
+    return len(nodes) - saved <= share * len(nodes)
+
+
+# ---- equal stretches ----
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """`count` stretches of `period` tokens each, and `extra` more tokens that go on in the same way."""
+
+    start: int
+    period: int
+    count: int
+    extra: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + self.period * self.count
+
+
+def _runs(tokens: list[int], low: int, high: int) -> list[_Repeated]:
+    """The longest run between two places, and those on both sides of it."""
+    best: _Repeated | None = None
+    for period in _periods(tokens[low:high]):
+        start = low
+        for i in range(low, high - period + 1):
+            if i < high - period and tokens[i] == tokens[i + period]:
+                continue
+            length = i - start + period
+            run = _Repeated(start, period, length // period, length % period)
+            if run.count >= LEAST and (best is None or (run.count - 1) * run.period > (best.count - 1) * best.period):
+                best = run
+            start = i + 1
+    if best is None:
+        return []
+    return [*_runs(tokens, low, best.start), best, *_runs(tokens, best.end + best.extra, high)]
+
+
+def _periods(tokens: Sequence[int]) -> list[int]:
+    """Lengths that a stretch may have: the distances at which equal operators most often follow each other."""
+    votes: Counter[int] = Counter()
+    last: dict[int, int] = {}
+    for i, token in enumerate(tokens):
+        if token in last:
+            votes[i - last[token]] += 1
+        last[token] = i
+    common = [d for d, n in votes.most_common(CANDIDATES) if n >= LEAST]
+    return sorted(d for d in {*common, *(2 * d for d in common)} if SMALLEST <= d <= len(tokens) // LEAST)
+
+
+def _frozen(value: Any) -> Hashable:
+    """An argument as it is, but for the nodes in it."""
+    if isinstance(value, fx.Node):
+        return "node"
+    if isinstance(value, list | tuple):
+        return (type(value).__name__, *map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in value.items())
+    if isinstance(value, slice):
+        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
+    return (type(value).__name__, repr(value))
+
+
+def _like(value: Any) -> Hashable:
+    """What is generated for a value depends on. Raises: `Uncuttable` for a size that is known only when the graph runs."""
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        if not all(type(n) is int for n in sizes):
+            raise Uncuttable
+        return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.device, value.layout
+    if isinstance(value, list | tuple):
+        return tuple(map(_like, value))
+    if isinstance(value, dict):
+        return tuple((k, _like(v)) for k, v in value.items())
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return repr(value)
+    raise Uncuttable
+
+
+# ---- cutting ----
+
+
+@dataclass
+class _Form:
+    """A stretch of a graph by itself.
+
+    key: equal for stretches for which the same is generated. takes, gives: the values that enter and leave it.
+    """
+
+    key: Hashable
+    takes: list[fx.Node]
+    gives: list[fx.Node]
+
+
+@dataclass
+class _Cut:
+    """One graph, being cut."""
+
+    module: fx.GraphModule
+    static: Sequence[int]
+    donated: Sequence[int]
+
+    def __post_init__(self) -> None:
+        graph = self.module.graph
+        self.inputs = graph.find_nodes(op="placeholder")
+        self.nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+        self.output = graph.output_node()
+        results: Any = self.output.args[0]
+        self.results: list[fx.Node | None] = list(results)
+        if not all(n is None or isinstance(n, fx.Node) for n in self.results):
+            raise Uncuttable
+        for node in self.nodes:
+            function = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+            if node.op != "call_function" or not function:
+                raise Uncuttable
+        self.at = {n: i for i, n in enumerate(self.nodes)}
+        self.fixed = {self.inputs[i] for i in self.static}
+        self.free = {self.inputs[i] for i in self.donated}
+        returned = self.output.meta.get("user_visible_output_idxs", ())
+        self.visible = {n for i, n in enumerate(self.results) if n is not None and i in returned}
+        self.last = {n: max((self.at.get(u, len(self.nodes)) for u in n.users), default=-1) for n in graph.nodes}
+        self.held = self._held()
+        self.needed = {n: max([self.last[n], *(wait for _, wait in self.held.get(n, ()))]) for n in graph.nodes}
+        self.memory = _memory(self.inputs, self.nodes)
+        self.read_until: dict[fx.Node, int] = {}
+        for node, base in self.memory.items():
+            self.read_until[base] = max(self.read_until.get(base, -1), self.needed[node])
+        self.tokens = self._tokens()
+
+    def _is_work(self, run: _Repeated) -> bool:
+        """Whether what is repeated computes something."""
+        return sum(not is_view(n) and n.target is not operator.getitem
+                   for n in self.nodes[run.start : run.start + run.period]) >= SMALLEST
+
+    def pieces(self, share: float) -> compat.Pieces | None:
+        bounds = [0]
+        for run in _runs(self.tokens, 0, len(self.nodes)):
+            bounds += self._best(run) if self._is_work(run) else []
+        bounds = sorted({*bounds, len(self.nodes)})
+        forms = [self._form(a, b) for a, b in pairwise(bounds)]
+        sizes = {form.key: b - a for form, a, b in zip(forms, bounds, bounds[1:], strict=False)}
+        if len(sizes) == len(forms) or sum(sizes.values()) > share * len(self.nodes):
+            return None
+        if not all(isinstance(n.meta["val"], Tensor) for form in forms for n in (*form.takes, *form.gives)):
+            return None
+        self._check_writes(bounds, forms)
+        return self._made(bounds, forms)
+
+    # -- what is where --
+
+    def _tokens(self) -> list[int]:
+        known: dict[Hashable, int] = {}
+        return [known.setdefault((n.target, _frozen(n.args), _frozen(n.kwargs), _facts(n)), len(known)) for n in self.nodes]
+
+    def _held(self) -> dict[fx.Node, list[tuple[int, int]]]:
+        """Of what a collective reads: where it starts, and where it is waited for."""
+        held: dict[fx.Node, list[tuple[int, int]]] = {}
+        for start in self.nodes:
+            waits = [self.at[u] for u in _waits(start)]
+            if waits and start.target not in ALL_REDUCES and start.target is not operator.getitem:
+                for operand in start.all_input_nodes:
+                    held.setdefault(operand, []).append((self.at[start], max(waits)))
+        return held
+
+    def _best(self, run: _Repeated) -> list[int]:
+        """Where a run is cut: before, between and behind equal pieces. Where cuts cost least is tried first."""
+        costs = self._costs()
+
+        def cost(rotation: int) -> float:
+            cuts = range(run.start + rotation, run.end + run.extra + 1, run.period)
+            return sum(costs[c] for c in cuts) / len(cuts)
+
+        rotations = sorted(range(run.period), key=cost)
+        found: list[int] = []
+        for r in rotations[:ROTATIONS]:
+            cuts = [run.start + r + k * run.period for k in range(_whole(run, r) + 1)]
+            keys = [self._form(a, b).key for a, b in pairwise(cuts)]
+            first, count = _most_alike(keys)
+            if count >= LEAST and count + 1 > len(found):
+                found = cuts[first : first + count + 1]
+                if count >= len(keys) - 2:
+                    break
+        return found
+
+    def _costs(self) -> list[float]:
+        """Of a cut before each operator: what it passes on, and moves that fused kernels would not."""
+        change = [0.0] * (len(self.nodes) + 2)
+        for node in self.nodes:
+            begin, needed = self.at[node] + 1, self.needed[node]
+            if needed >= begin:
+                cost = PASSED if isinstance(node.meta["val"], Tensor) else NEVER
+                change[begin] += cost
+                change[needed + 1] -= cost
+            if _is_fused(node):
+                read = min((self.at[u] for u in _readers(node) if u in self.at and _is_fused(u)), default=-1)
+                if read >= begin:
+                    change[begin] += _bytes(node)
+                    change[read + 1] -= _bytes(node)
+        total, costs = 0.0, []
+        for step in change:
+            total += step
+            costs.append(total)
+        return costs
+
+    # -- one piece --
+
+    def _form(self, low: int, high: int) -> _Form:
+        """The operators from one place up to another."""
+        inside = {n: i for i, n in enumerate(self.nodes[low:high])}
+        takes: dict[fx.Node, int] = {}
+
+        def number(node: fx.Node) -> tuple[str, int]:
+            return ("inside", inside[node]) if node in inside else ("given", takes.setdefault(node, len(takes)))
+
+        lines = [(self.tokens[low + i], tuple(number(r) for r in _references(n))) for n, i in inside.items()]
+        gives = [n for n in inside if self.needed[n] >= high]
+        free = self._overwritten(list(takes), high)
+        given = [(_like(n.meta["val"]), n in self.fixed, self._under_way(n), n in free) for n in takes]
+        leaves = [(inside[n], self._is_exact(n, high)) for n in gives]
+        return _Form((tuple(lines), tuple(given), tuple(leaves)), list(takes), gives)
+
+    def _is_exact(self, node: fx.Node, high: int) -> bool:
+        """Whether a value that leaves a piece has to lie as the graph says: another piece reads it, or the user."""
+        read = max((self.at[u] for u in node.users if u in self.at), default=-1)
+        return node in self.visible or read >= high
+
+    def _under_way(self, node: fx.Node) -> bool:
+        return node in self.at and any(u.target is WAIT for u in node.users)
+
+    def _overwritten(self, takes: list[fx.Node], high: int) -> set[fx.Node]:
+        """Inputs of the graph that a piece may overwrite: nothing else has their memory, and nothing after it reads that."""
+        shared = Counter(self.memory[n] for n in takes) if self.free else Counter()
+        return {n for n in takes if n in self.free and shared[self.memory[n]] == 1 and self.read_until[self.memory[n]] < high}
+
+    # -- all of them --
+
+    def _check_writes(self, bounds: list[int], forms: list[_Form]) -> None:
+        """Raise `Uncuttable` if a piece writes to memory that it is given twice: Inductor takes what it is given for apart."""
+        for form, a, b in zip(forms, bounds, bounds[1:], strict=False):
+            written = {self.memory[r] for n in self.nodes[a:b] if compat.mutates(n.target) for r in n.all_input_nodes}
+            given = Counter(self.memory[n] for n in form.takes)
+            if any(given[m] > 1 for m in written):
+                raise Uncuttable
+
+    def _made(self, bounds: list[int], forms: list[_Form]) -> compat.Pieces:
+        slot = {n: i for i, n in enumerate([*self.inputs, *dict.fromkeys(n for form in forms for n in form.gives)])}
+        kinds: dict[Hashable, int] = {}
+        graphs: list[fx.GraphModule] = []
+        pieces: list[compat.GraphPiece] = []
+        emptied = self._emptied(bounds, slot)
+        for form, low, high, (before, after) in zip(forms, bounds, bounds[1:], emptied, strict=False):
+            if form.key not in kinds:
+                kinds[form.key] = len(graphs)
+                graphs.append(self._graph(low, high, form))
+            free = self._overwritten(form.takes, high)
+            pieces.append(compat.GraphPiece(
+                kinds[form.key], takes=[slot[n] for n in form.takes], gives=[slot[n] for n in form.gives], before=before,
+                after=after, fixed=[i for i, n in enumerate(form.takes) if n in self.fixed or self._under_way(n)],
+                donated=[i for i, n in enumerate(form.takes) if n in free],
+                exact=[i for i, n in enumerate(form.gives) if self._is_exact(n, high)]))
+        results = [None if n is None else slot[n] for n in self.results]
+        return compat.Pieces(graphs, pieces, [n.meta["val"] for n in self.inputs], len(slot), results)
+
+    def _emptied(self, bounds: list[int], slot: dict[fx.Node, int]) -> list[tuple[list[int], list[int]]]:
+        """The slots to empty before each piece, which is handed what was in them, and after it."""
+        piece = [k for k, (low, high) in enumerate(pairwise(bounds)) for _ in range(low, high)]
+        emptied: list[tuple[list[int], list[int]]] = [([], []) for _ in bounds[1:]]
+        for node, i in slot.items():
+            if self.needed[node] == len(self.nodes):
+                continue
+            k = piece[max(self.needed[node], 0)]
+            under_way = any(piece[start] < piece[wait] == k for start, wait in self.held.get(node, ()))
+            emptied[k][under_way].append(i)
+        return emptied
+
+    def _graph(self, low: int, high: int, form: _Form) -> fx.GraphModule:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for i, node in enumerate(form.takes):
+            copies[node] = graph.placeholder(f"given_{i}")
+            copies[node].meta = dict(node.meta)
+        for i, node in enumerate(self.nodes[low:high]):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
+            copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=f"value_{i}")
+            copies[node].meta = dict(node.meta)
+        graph.output(tuple(copies[n] for n in form.gives))
+        return fx.GraphModule(self.module, graph)
+
+
+def _facts(node: fx.Node) -> Hashable:
+    """What a compiler may read of a node, beside target and arguments."""
+    read = {k: v for k, v in node.meta.items() if k not in UNREAD and k != "custom"}
+    more = [(k, _like(v) if k == "eager_input_vals" else repr(v)) for k, v in read.items()]
+    marks = [(k, repr(v)) for k, v in node.meta.get("custom", {}).items() if not k.startswith(OWN)]
+    return _like(node.meta.get("val")), tuple(sorted(more)), tuple(sorted(marks))
+
+
+def _references(node: fx.Node) -> list[fx.Node]:
+    """The nodes among the arguments, in order, each as often as it is there."""
+    out: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), out.append)
+    return out
+
+
+def _whole(run: _Repeated, rotation: int) -> int:
+    return (run.end + run.extra - run.start - rotation) // run.period
+
+
+def _most_alike(keys: list[Hashable]) -> tuple[int, int]:
+    """Where the most equal ones stand side by side, and how many."""
+    best, start = (0, 0), 0
+    for i in range(1, len(keys) + 1):
+        if i == len(keys) or keys[i] != keys[start]:
+            if i - start > best[1]:
+                best = start, i - start
+            start = i
+    return best
+
+
+def _waits(start: fx.Node) -> Iterator[fx.Node]:
+    """What waits for a collective, or for one of its results."""
+    for user in start.users:
+        if user.target is WAIT:
+            yield user
+        elif user.target is operator.getitem:
+            yield from _waits(user)
+
+
+def _memory(inputs: list[fx.Node], nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Of each value another one, the same for values that may share memory."""
+    base = {n: n for n in inputs}
+
+    def found(node: fx.Node) -> fx.Node:
+        while base[node] is not node:
+            node = base[node]
+        return node
+
+    for node in nodes:
+        base[node] = node
+        for operand in _shared(node):
+            base[found(operand)] = node
+    return {n: found(n) for n in base}
+
+
+def _shared(node: fx.Node) -> list[fx.Node]:
+    """The operands of which an operator's results may be parts, or which it may write to and return."""
+    target: Any = node.target
+    if target is WAIT:
+        return node.all_input_nodes
+    if target is not operator.getitem:
+        return [] if node.args and isinstance(node.args[0], list | tuple) else _aliased(node)
+    made, number = node.args[0], node.args[1]
+    assert isinstance(made, fx.Node) and isinstance(number, int)
+    several = made.args[0] if made.args else None
+    if isinstance(several, list | tuple):  # each of several operands, by itself
+        return [several[number]] if _aliased(made) else []
+    return [made] if _aliased(made) else []
+
+
+def _aliased(node: fx.Node) -> list[fx.Node]:
+    target: Any = node.target
+    if target is operator.getitem:
+        return node.all_input_nodes
+    return node.all_input_nodes if any(r.alias_info is not None for r in target._schema.returns) else []
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Whether Inductor computes an operator in a kernel with others."""
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims") or is_view(node):
+        return False
+    return target.overloadpacket not in PRODUCTS and not is_attention_kernel(target.overloadpacket.__name__)
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """The operators that compute with a value, or with a view of it."""
+    for user in node.users:
+        if user.op == "call_function" and is_view(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
