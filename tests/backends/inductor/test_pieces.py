@@ -332,7 +332,7 @@ def compiled_steps(rank: int, blocks: str, folder: str) -> tuple[list[float], di
 
 @pytest.mark.slow
 def test_compiled_pieces_equal_the_compiled_graph_and_are_found_by_the_next_start(tmp_path):
-    flat, once, again = (launch(compiled_steps, 2, blocks, str(tmp_path), timeout=900) for blocks in ("flat", "once", "once"))
+    flat, once, again = (launch(2, compiled_steps, blocks, str(tmp_path), timeout=900) for blocks in ("flat", "once", "once"))
     for a, b, c in zip(flat, once, again, strict=True):
         assert a[0] == b[0] == c[0]
         for name, gradient in a[1].items():
