@@ -297,11 +297,11 @@ MODELS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, plan, layers, cut", [
-    ("llama", "dp=2,zero=3", 9, True), ("llama", "dp=2,zero=3,recompute=full", 9, True), ("gpt2", "dp=2,tp=2,zero=3", 9, True),
+    ("llama", "dp=2,zero=3", 9, True), ("llama", "dp=2,zero=3,recompute=full", 9, False), ("gpt2", "dp=2,zero=3", 6, False),
     ("t5", "tp=2", 5, True), ("gemma", "dp=2", 8, True), ("mixtral", "dp=2,ep=2", 4, False)])
 def test_pieces_of_models_are_their_graphs(name, plan, layers, cut, cuts):
-    """GPT-2 draws its dropout masks by numbers that are others in each layer, and a mixture of experts has sizes that depend on
-    values: their forwards stay whole, and right."""
+    """GPT-2 draws its dropout masks by numbers that are others in each layer, a mixture of experts has sizes that depend on
+    values, and PyTorch keeps the random state for attention that is run again: these stay whole, and right."""
     torch.manual_seed(0)
     config = MODELS[name](layers)
     kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
@@ -332,7 +332,7 @@ def compiled_steps(rank: int, blocks: str, folder: str) -> tuple[list[float], di
 
 @pytest.mark.slow
 def test_compiled_pieces_equal_the_compiled_graph_and_are_found_by_the_next_start(tmp_path):
-    flat, once, again = (launch(compiled_steps, 2, blocks, str(tmp_path), timeout=900) for blocks in ("flat", "once", "once"))
+    flat, once, again = (launch(2, compiled_steps, blocks, str(tmp_path), timeout=900) for blocks in ("flat", "once", "once"))
     for a, b, c in zip(flat, once, again, strict=True):
         assert a[0] == b[0] == c[0]
         for name, gradient in a[1].items():
