@@ -33,7 +33,8 @@ class Pretended:
         before = [x.clone() for x in given]
         outs = list(code(list(given)))
         for x, value in zip(given, before, strict=True):  # nothing has run
-            x.copy_(value)
+            if not torch.equal(x, value):
+                x.copy_(value)
         in_pool = {compat.storage_of(x) for memory in self._memory for x in memory}
         own = {compat.storage_of(x) for x in given} - in_pool
         mine = [i for i, x in enumerate(outs) if isinstance(x, Tensor) and compat.storage_of(x) not in own]

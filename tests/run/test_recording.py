@@ -430,6 +430,27 @@ def test_what_is_off(loops):
     assert told(Pretended(), actions=1) == "off: not yet, a program is recorded after 1 runs"
 
 
+def test_several_ranks_record_when_asked_and_compare_what_is_held(loops, monkeypatch):
+    monkeypatch.setattr(Alone, "world", 2)
+    made = {wanted: Recordings(wanted, Pretended(), Alone(), list, lambda broken: None) for wanted in ("auto", True)}
+    assert made["auto"].off == "what communicates is recorded under cuda_graphs=True alone" and made[True].off is None
+    monkeypatch.setattr(Alone, "world", 1)
+    loop = loops[0]
+    loop.begin(Pretended())
+    loop.loop()
+    loop.loop()
+    monkeypatch.setattr(Alone, "world", 2)
+    assert loop.recordings.held() is None
+    loop.forward()
+    assert loop.recordings.held() == "an earlier forward waits for its backward"
+    loop.backward()
+    loop.held.extend(loop.gradients())
+    assert loop.recordings.held() is None, "they are in .grad, and were moved"
+    loop.loop()
+    loop.held.extend(g[1:] for g in loop.gradients())
+    assert loop.recordings.held() == "gradients are held, and not in .grad alone"
+
+
 def test_choices_are_checked():
     with pytest.raises(PlanError, match='"auto", True or False'):
         fxpar.parallelize(Net(), "dp=1", tokens(0, 3), cuda_graphs="yes")

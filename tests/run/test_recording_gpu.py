@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fxpar.compat import CudaGraphs
+from fxpar.ops.elementwise import spread
+from fxpar.ops.table import written_later
+
 ROOT = Path(__file__).parent.parent.parent
 PLANS = {"dp=1": 1, "dp=1,param_dtype=bf16": 1, "dp=2,zero=3": 2, "dp=2": 2, "tp=2": 2, "cp=2": 2,
          "dp=2,zero=3,param_dtype=bf16": 2}
@@ -31,3 +35,25 @@ def test_losses_are_the_same(plan, model, tmp_path):
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and len(lines) == 1, done.stdout[-2000:] + done.stderr[-4000:]
     assert lines[0]["told"].startswith("on") and lines[0]["off"] <= 1e-5, lines[0]
+
+
+@pytest.mark.gpu
+def test_tables_of_addresses_are_written_when_a_recording_is_over():
+    graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+    source = [torch.randn(n, device="cuda") for n in (40_000, 64)]
+    first, second = ([torch.zeros_like(x) for x in source] for _ in range(2))
+    spread(source, first, second)
+
+    def code(given: list[torch.Tensor]) -> list[torch.Tensor]:
+        made = [x * 2 for x in given]
+        spread(made, first, second)
+        return made
+
+    assert graphs.beside is not None
+    with written_later(graphs.beside) as write:
+        _, play = graphs.record(code, list(source))
+    kept = write()
+    for _ in range(2):
+        source[0].normal_()
+        play()
+        assert len(kept) == 1 and all(torch.equal(x, y * 2) for to in (first, second) for x, y in zip(to, source, strict=True))

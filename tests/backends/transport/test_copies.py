@@ -143,6 +143,35 @@ def test_a_gather_casts_and_concatenates():
     assert torch.equal(c10d.wait_tensor(both), torch.cat([x, 2 * x]).bfloat16())
 
 
+def anew(rank: int, folder: str) -> tuple[list[Tensor], int]:
+    """What is gathered and summed where copies begin anew in between, once without what was started before; and how many barriers
+    that takes."""
+    slots = SharedSlots(folder, 4096)
+    group = CopyGroup(slots)
+    found = []
+    for step in range(4):
+        full, part = torch.empty(6), torch.empty(3)
+        gathered = group.allgather_into_tensor_coalesced([full], [torch.full((3,), 10.0 * step + rank)])
+        scattered = group.reduce_scatter_tensor_coalesced([part], [torch.arange(6.0) * (rank + 1)])
+        if step != 1:
+            gathered.wait()
+            scattered.wait()
+            found += [full, part]
+        before = slots.barriers
+        group.anew(broken=step == 1)
+    return found, slots.barriers - before
+
+
+@pytest.mark.multiproc
+def test_copies_begin_anew():
+    with tempfile.TemporaryDirectory() as folder:
+        made = launch(2, anew, folder)
+    for rank, (found, barriers) in enumerate(made):
+        want = [x for s in (0, 2, 3) for x in (torch.tensor([10.0 * s] * 3 + [10.0 * s + 1] * 3),
+                                               3 * torch.arange(6.0)[3 * rank :][:3])]
+        assert barriers == 1 and len(found) == len(want) and all(map(torch.equal, found, want))
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_a_bucket_fits_into_a_slot(ranks: int):
     """Of parameters and gradients that all ranks share evenly, 40 in a bucket."""
