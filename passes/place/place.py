@@ -241,9 +241,9 @@ class _Placer:
 
 def _used(layout: Layout, mesh: Mesh) -> Layout:
     """A parameter's layout without the axes over which it is merely stored in parts, and those of cp: what has a sequence is
-    stored in its order."""
-    apart = {*mesh.axes("zero"), *mesh.axes("cp")}
-    return {a: f for a, f in layout.items() if a not in apart or f.role in ("batch", "experts")}
+    stored in its order. Experts are used in parts over the axes of ep alone."""
+    apart, expert = {*mesh.axes("zero"), *mesh.axes("cp")}, mesh.axes("ep")
+    return {a: f for a, f in layout.items() if a not in apart or f.role == "batch" or (f.role == "experts" and a in expert)}
 
 
 def _looks_up_few(node: fx.Node) -> bool:

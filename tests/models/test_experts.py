@@ -257,6 +257,21 @@ def refusal(mix: Callable, plan: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("plan", ["dp=2,zero=3", "dp=4,ep=2,zero=3"])
+def test_another_shape(plan):
+    model, batch = family("MixtralConfig", num_local_experts=4)()
+    made = fxpar.simulate(model, plan, batch)
+    for length in (LENGTH, LENGTH - 3):
+        part = {name: x[:, :length] for name, x in batch.items()}
+        model.zero_grad()
+        loss = model(**part).loss
+        loss.backward()
+        step = made.step(**part)
+        torch.testing.assert_close(step.loss, loss.detach(), rtol=1e-6, atol=0)
+        for name, p in model.named_parameters():
+            assert (step.grads[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
 def test_refusals_name_what_works():
     assert "this model has none" in refusal(plain, "dp=2,ep=2")
     assert "must divide the number of experts, 4" in refusal(grouped, "dp=3,ep=3")
