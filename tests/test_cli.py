@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -72,9 +73,16 @@ def test_suggest_takes_a_cluster_of_ones_own(capsys, tmp_path, memory, code, sai
     assert "seconds of bubble: " in found[1]
 
 
-def test_suggest_names_mistakes(capsys):
-    code, _, err = run(capsys, "suggest", "tests.choose.models:blocks", "--gpus", "4", "--memory", "much")
-    assert code == 2 and "`memory`" in err
+@pytest.mark.parametrize("flag, value, said", [
+    ("--memory", "much", "`memory`"), ("--cluster", "nowhere.toml", "the path of a .toml file"),
+    ("--cluster", "own.toml", "must say 'links', as fxpar's own do"), ("--fixed", "tp=two", "`tp`"),
+])
+def test_suggest_names_mistakes(capsys, tmp_path, monkeypatch, flag, value, said):
+    monkeypatch.chdir(tmp_path)
+    file = Path(cluster_file(tmp_path))
+    file.write_text(file.read_text().replace("[[links]]", "[[wires]]"))
+    code, _, err = run(capsys, "suggest", "tests.choose.models:blocks", "--gpus", "4", flag, value)
+    assert code == 2 and err.count("\n") == 1 and said in err
 
 
 def test_a_plan_in_megatrons_flags_and_in_files(capsys, tmp_path):

@@ -134,6 +134,35 @@ def test_sums_of_norms_are_of_whole_norms():
     assert DTensor.from_local(torch.ones(3), mesh, [Partial()]).sum().placements == (Partial(),)
 
 
+def test_numbers_of_dtensors_are_added_to_plain_tensors():
+    part, total = DTensor.from_local(torch.tensor(2.0), one_rank_mesh(), [Partial()]), torch.tensor(1.0)
+    compat.mend_writes_to_plain_tensors()
+    total += part
+    assert type(total) is torch.Tensor and total.item() == 3 and total.copy_(part).item() == 2 and total.mul_(part).item() == 4
+    assert part.mul_(2) is part and part.full_tensor().item() == 4
+
+
+def test_what_is_put_into_data_is_told(monkeypatch):
+    p, told = DTensor.from_local(torch.ones(2), one_rank_mesh(), [Replicate()]), []
+    monkeypatch.setattr(DTensor, "data", torch.Tensor.data)
+    p.data = p * 2
+    assert torch.equal(p.to_local(), torch.ones(2))  # nothing was written
+    compat.assign_data_by(lambda t, value: told.append((t, value)))
+    p.data = 3
+    assert told == [(p, 3)] and isinstance(p.data, DTensor) and not p.requires_grad_().data.requires_grad
+
+
+def test_norms_of_gradients_are_announced(monkeypatch):
+    clip, told = torch.nn.utils.clip_grad, []
+    for owner, name in ((clip, "_get_total_norm"), (torch.nn.utils, "get_total_norm")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    compat.before_norms.__wrapped__(told.append)
+    p = nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    assert nn.utils.clip_grad_norm_(iter([p]), 1.0) == 2 and nn.utils.get_total_norm(p.grad / p.grad) == 2
+    assert [len(gradients) for gradients in told] == [1, 1]
+
+
 def test_checkpoints_of_torch_refuse_parts_of_several_pieces(tmp_path):
     mesh, inside = one_rank_mesh(), [compat.strided_shard(0, 3)]
     tensor = DTensor.from_local(torch.ones(12), mesh, inside)

@@ -106,6 +106,11 @@ def test_the_package_has_its_data():
     for package, patterns in data.items():
         for pattern in patterns:
             assert list((ROOT / package.replace(".", "/")).glob(pattern)), f"{package} has no {pattern}"
+    shipped = {file for package, patterns in data.items() for pattern in patterns
+               for file in (ROOT / package.replace(".", "/")).glob(pattern)}
+    there = [f for folder in ("fxpar", "passes", "backends") for f in (ROOT / folder).rglob("*") if f.is_file()]
+    left = {f.as_posix() for f in there if f.suffix not in (".py", ".pyc") and f not in shipped}
+    assert not left, f"pyproject.toml does not ship {left}"
     assert PROJECT["project"]["version"] == fxpar.__version__
     manifest = (ROOT / "MANIFEST.in").read_text()
     assert all(f"graft {folder}\n" in manifest for folder in ("docs", "examples", "tests", "benchmarks"))

@@ -28,9 +28,9 @@ from fxpar.run.module import ParallelModule
 STATE, RUN, FORMAT = "state", "run.json", 1
 """In a step's folder: the checkpoint of model and optimizer, whose presence says that the step is whole; and the sums of the
 files beside it, ``common.pt`` (by rank 0) and ``rank-N.pt``."""
-_STEP = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-(\d{8,})(\.again)?")
 _FILE = re.compile(r"common\.pt|rank-\d+\.pt|run\.json")
-_GOING = ".removing"
+_GOING, _AGAIN = ".removing", ".again"
 
 _log = logging.getLogger("fxpar")
 
@@ -52,8 +52,10 @@ class CheckpointManager:
     on the CPU and this rank's GPU) each rank's. keep: how many of the newest steps stay.
 
     A step that was not saved to its end, because the process was killed, is no step: `restore` takes the one before, and the next
-    save removes it. Model and optimizer load under any plan. A loader's state needs as many replicas as there were; generators'
-    are restored where there are as many ranks, and otherwise begin anew from rank 0's, which is logged.
+    save removes it. A step that is saved again is written beside the old one, as ``step-00000100.again``, and takes its place
+    once it is whole (an asynchronous one in the next save): at every moment one of the two is there. Model and optimizer load
+    under any plan. A loader's state needs as many replicas as there were; generators' are restored where there are as many ranks,
+    and otherwise begin anew from rank 0's, which is logged.
     All ranks make the same calls.
     """
 
@@ -79,18 +81,18 @@ class CheckpointManager:
 
     def folder_of(self, step: int) -> Path:
         """The folder of the checkpoint of a step, whether there is one or not."""
-        return self.path / f"step-{step:08d}"
+        usual = self.path / f"step-{step:08d}"
+        again = _again(usual)
+        return again if _is_whole(again) else usual
 
     def steps(self) -> list[int]:
         """The steps that are whole, oldest first, as this rank sees the folder."""
-        return sorted(number for number, whole in self._found().items() if whole)
+        return sorted({number for _, number, whole in self._found() if whole})
 
-    def _found(self) -> dict[int, bool]:
-        """The number of each step's folder, and whether it is whole."""
-        if not self.path.is_dir():
-            return {}
-        found = {int(m[1]): p for p in self.path.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir()}
-        return {number: folder.newest(p / STATE) is not None for number, p in found.items()}
+    def _found(self) -> list[tuple[Path, int, bool]]:
+        """The folders of steps, their numbers, and whether they are whole."""
+        there = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [(p, int(m[1]), _is_whole(p)) for p in there if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
 
     # ---- saving ----
 
@@ -99,17 +101,17 @@ class CheckpointManager:
 
         extra: numbers, text, lists, dicts and tensors, which `restore` returns (an epoch, the best loss), of rank 0.
         asynchronous: as of `save_checkpoint`; older steps are then removed by the next save. The same step again
-        replaces it, and is none until the new one is whole.
+        replaces it once the new one is whole.
         Raises: `CheckpointError`, on all ranks alike; for a state that cannot be read back without running code from the file,
         and if there are newer steps, too.
         """
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"CheckpointManager.save({step!r}): a step is a number from 0")
-        where = self.folder_of(step)
-        with together("CheckpointManager.save", self.module, {"path": place(where), "asynchronous": asynchronous}):
+        usual = self.path / f"step-{step:08d}"
+        with together("CheckpointManager.save", self.module, {"path": place(usual), "asynchronous": asynchronous}):
             ranks = LocalModel(self.module).ranks
             finish_running()
-            alike(ranks, where, lambda: self._make_room(where, step) if ranks.rank == 0 else None)
+            where = ranks.exchange(alike(ranks, usual, lambda: self._make_room(usual, step) if ranks.rank == 0 else usual))[0]
             sums = ranks.exchange(alike(ranks, where, lambda: self._write_files(where, ranks.rank, extra)))
             said = {"format": FORMAT, "step": step, "replicas": ranks.exchange(self._replica()), "names": self._names(),
                     "sums": {name: made for of_rank in sums for name, made in of_rank.items()}}
@@ -144,20 +146,33 @@ class CheckpointManager:
         """What has a state of its own, beside model, optimizer and random generators."""
         return sorted([*self.common, *(["loader"] if self.loader is not None else [])])
 
-    def _make_room(self, where: Path, step: int) -> None:
-        """Remove what a save that was killed has left, and what is too old; make this step's folder."""
+    def _make_room(self, usual: Path, step: int) -> Path:
+        """Remove what a save that was killed has left, and what is too old; make this step's folder, and return it."""
+        self._put_in_place()
         found = self._found()
-        newer = max((number for number, whole in found.items() if whole), default=step)
+        newer = max((number for _, number, whole in found if whole), default=step)
         if newer > step:
             raise CheckpointError(f"step {newer} is there, which restore() would take for newer than step {step}", str(self.path),
                                   "move the steps of the other run away, or save to another folder")
-        for number, whole in found.items():
-            if not whole or number == step:
-                _remove(self.folder_of(number))
+        for place_of, _, whole in found:
+            if not whole:
+                _remove(place_of)
         self._remove_old()
+        where = _again(usual) if usual.exists() else usual
         where.mkdir(parents=True)
+        return where
+
+    def _put_in_place(self) -> None:
+        """Have what was saved again, and is whole, take the place of what was there: until then the new one is the step's."""
+        for again, number, whole in self._found():
+            usual = self.path / f"step-{number:08d}"
+            if whole and again != usual:
+                if usual.exists():
+                    _remove(usual)
+                os.rename(again, usual)
 
     def _remove_old(self) -> None:
+        self._put_in_place()
         for number in self.steps()[: -self.keep]:
             _remove(self.folder_of(number))
         for left in self.path.glob(f"step-*{_GOING}") if self.path.is_dir() else ():
@@ -210,9 +225,17 @@ class CheckpointManager:
         return _read(where / f"rank-{of_rank}.pt", said)["random"], loader, _read(where / "common.pt", said)
 
 
+def _again(usual: Path) -> Path:
+    return usual.with_name(usual.name + _AGAIN)
+
+
+def _is_whole(step: Path) -> bool:
+    return folder.newest(step / STATE) is not None
+
+
 def _said(where: Path) -> dict[str, Any]:
     """What a step's folder says of itself."""
-    if folder.newest(where / STATE) is None:
+    if not _is_whole(where):
         raise CheckpointError("there is no such step, or it was not saved to its end", str(where),
                               "CheckpointManager.steps() has those that are whole")
     try:

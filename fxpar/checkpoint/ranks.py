@@ -67,7 +67,7 @@ def alike(ranks: RankControl, where: str | os.PathLike, function: Callable[[], T
 
 
 def same(ranks: RankControl, where: Path, what: str, thing: Mapping[str, Any]) -> None:
-    """Raise on every rank unless all of a kind have the same `thing` (by its repr)."""
+    """Raise on every rank unless all of a kind have the same `thing` (by its repr), in the same order."""
     everyone = {(ranks.kind_of(rank), found) for rank, found in enumerate(ranks.exchange(digest(repr(thing))))}
     if len(everyone) == ranks.kinds:
         return
@@ -80,7 +80,9 @@ def same(ranks: RankControl, where: Path, what: str, thing: Mapping[str, Any]) -
             raise CheckpointError(f"ranks differ in {what}: of {name}, rank {one} has {mine.get(name, 'nothing')} and rank "
                                   f"{rank} {theirs.get(name, 'nothing')}", str(where),
                                   "every rank must make the same call with the same state")
-    raise AssertionError("ranks differ in nothing")
+    ranks.watch.all_know()
+    raise CheckpointError(f"ranks differ in the order of {what}", str(where),
+                          "give the optimizer the parameters in the same order on every rank")
 
 
 @contextlib.contextmanager
@@ -94,6 +96,13 @@ def together(call: str, module: nn.Module, given: Mapping[str, Any]) -> Iterator
             ranks.watch.all_know()
             raise CheckpointError(str(error), given["path"]) from error
         yield
+
+
+def on_one_rank(call: str, path: str | os.PathLike, module: nn.Module, function: Callable[[], Any], is_it: bool) -> None:
+    """Have one rank call `function`, or some; all ranks call this. Raises: `CheckpointError`, on all alike."""
+    with together(call, module, {"path": place(path)}):
+        ranks: RankControl = module.parameter_store.control if isinstance(module, ParallelModule) else OneProcess()
+        alike(ranks, path, lambda: function() if is_it else None)
 
 
 def require_alike(model: LocalModel, where: Path) -> None:

@@ -225,7 +225,7 @@ def _collectives(program: Program, wanted: Any) -> Iterator[tuple[float, float]]
         if made is None or made.ranks(program.mesh) == 1 or not wanted(node):
             continue
         size = values[node].bytes
-        back = made.operand_bytes(size, program.mesh)
+        back = made.backward_bytes(size, values[made.value].dtype, program.mesh)
         kinds = made.forward.comm, made.backward.comm if made.backward is not None and values[node].requires_grad else None
         yield tuple(  # type: ignore[misc]
             0.0 if kind is None else (2.0 if kind == "all_reduce" else 1.0) * result * (

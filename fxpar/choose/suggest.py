@@ -33,8 +33,8 @@ CANDIDATES = 5
 """How many plans are partitioned for real."""
 ALIKE = 0.02
 """Plans whose steps differ by less than this part are alike: the simpler one is preferred."""
-TRIES = 4
-"""How many plans are traced for their peak, until one fits."""
+ROUNDS = 3
+"""How often plans are partitioned: where none fits as traced, others that formulas find as much smaller as they were off."""
 DEFAULT = "param_dtype=bf16,outputs=loss"
 
 
@@ -72,7 +72,7 @@ class Suggestions:
         return self.best.plan
 
     def fitting(self) -> list[Estimate]:
-        """By the formulas, from the fastest on."""
+        """The plans that fit, with their seconds and bytes by the formulas, from the fastest on."""
         return sorted((e for e in self.estimates if e.peak <= usable(self.memory)), key=lambda e: e.seconds / self._rows(e.plan))
 
     def rank(self, candidate: Candidate) -> int:
@@ -219,15 +219,23 @@ def _search(capture_of: Captures, facts: ModelFacts, base: Plan, fixed: frozense
 
     made: list[Candidate] = []
     errors: list[tuple[Plan, FxparError]] = []
-    for estimate in _promising(estimates, pace, size):
-        if len(made) == count or len(errors) > 2 * count:
+    more = 1.0  # what a traced peak is at most, over the formulas' peak of it
+    for _ in range(ROUNDS):
+        tried, wanted = {c.plan for c in made} | {plan for plan, _ in errors}, len(made) + count
+        for estimate in _promising(estimates, pace, int(size / more)):
+            if len(made) == wanted or len(errors) > 2 * count:
+                break
+            if estimate.plan in tried:
+                continue
+            found = partitioned(capture_of, estimate, cluster, rows(estimate.plan))
+            if isinstance(found, FxparError):
+                errors.append((estimate.plan, found))
+            else:
+                made.append(found)
+        made = _ordered(made, size, trace)
+        if not made or made[0].fits(size):
             break
-        found = partitioned(capture_of, estimate, cluster, rows(estimate.plan))
-        if isinstance(found, FxparError):
-            errors.append((estimate.plan, found))
-        else:
-            made.append(found)
-    made = _ordered(made, size, trace)
+        more = max([more, *(c.peak / c.estimate.peak for c in made if c.traced)])
     best = made[0] if made and made[0].fits(size) else None
     rejected = rejections(best.plan, estimates, pace, size, facts) if best is not None else []
     used, compared = time.process_time() - start, []
@@ -254,17 +262,16 @@ def _promising(estimates: list[Estimate], pace: Any, memory: int) -> list[Estima
 def _ordered(made: list[Candidate], memory: int, trace: bool) -> list[Candidate]:
     """The best first: the fastest that fits, or the simplest of those that are as fast; its peak is traced, and that of the next
     where it does not fit."""
-    for _ in range(TRIES):
+    while True:
         made = sorted(made, key=lambda c: (not c.fits(memory), c.pace))
         if not made or not made[0].fits(memory):
-            break
+            return made
         alike = [c for c in made if c.fits(memory) and c.pace <= made[0].pace * (1 + ALIKE)]
         first = min(alike, key=lambda c: (complexity(c.plan), c.pace))
         rest = [c for c in made if c is not first]
         if first.traced or not trace:
             return [first, *rest]
         made = [traced(first), *rest]
-    return made
 
 
 def complexity(plan: Plan) -> int:

@@ -20,22 +20,27 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
-from fxpar.compat.compiling import compile_graph
+from fxpar.compat.compiling import compile_graph, partition_eagerly
 from fxpar.compat.cudagraphs import (
     CodeRecorder,
     CudaGraphs,
-    boxed,
     holders,
     keeps_graph,
-    recorded_by,
     saves_elsewhere,
     storage_at,
     storage_number,
     tensor_in,
 )
+from fxpar.compat.data import assign_data_by
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
-from fxpar.compat.numbers import in_full, mend_sums_of_norms, read_numbers_of
+from fxpar.compat.numbers import (
+    before_norms,
+    in_full,
+    mend_sums_of_norms,
+    mend_writes_to_plain_tensors,
+    read_numbers_of,
+)
 from fxpar.compat.profiles import profiling
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
@@ -72,9 +77,10 @@ __all__ = [
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
+    "assign_data_by",
     "attention_priority",
     "autocast_region",
-    "boxed",
+    "before_norms",
     "cache_counts",
     "cache_settings",
     "compile_graph",
@@ -92,15 +98,16 @@ __all__ = [
     "is_subgraph_call",
     "keeps_graph",
     "mend_sums_of_norms",
+    "mend_writes_to_plain_tensors",
     "mutates",
     "no_grad_region",
     "no_torch_function",
+    "partition_eagerly",
     "process_groups",
     "profiling",
     "quiet_traces",
     "read_metadata",
     "read_numbers_of",
-    "recorded_by",
     "saves_elsewhere",
     "sizes_of_values",
     "sizes_to_compile",
@@ -398,36 +405,6 @@ def lower_as_collective(operator: Any) -> None:
 def in_backward(node: fx.Node) -> bool:
     """Whether a node of a joint graph was traced in its backward pass."""
     return node.meta.get("partitioner_tag") == "is_backward"
-
-
-def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],
-                      counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None,
-                      recorder: CodeRecorder | None = None) -> Callable:
-    """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
-
-    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`. around: the
-    context of every forward and backward. recorder: is put around them.
-    """
-    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-    def partition(module: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
-        joint(module.graph)
-        return min_cut_rematerialization_partition(module, joint_inputs, **options)
-
-    def as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        def run(*args: Any) -> Any:
-            with around or contextlib.nullcontext():
-                return gm(*args)
-
-        return make_boxed_func(run)
-
-    def backward(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        made = as_it_is(gm, example_inputs)
-        return made if recorder is None else boxed(recorder.backward(made))
-
-    with sizes_of_values(inputs, counts) as inputs, recorded_by(recorder):
-        return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=backward, partition_fn=partition)
 
 
 @contextlib.contextmanager

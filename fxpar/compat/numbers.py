@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, _dtensor_spec, _op_schema, _redistribute
 from torch.distributed.tensor._ops._math_ops import _NormPartial
+from torch.nn.utils import clip_grad
 
 
 def read_numbers_of(whole: Callable[[Any], Tensor]) -> None:
@@ -35,6 +36,22 @@ def in_full(t: Any) -> Tensor:
 
 
 @functools.cache
+def mend_writes_to_plain_tensors() -> None:
+    """Have operators that write a DTensor with one element to a plain tensor (``total += loss``) return that tensor: DTensor by
+    itself writes the whole number to it, and then raises an AssertionError without a text (torch 2.11 to 2.15)."""
+    dispatcher: Any = DTensor._op_dispatcher
+    end = dispatcher._dispatch_fast_path_python_tail
+
+    def ended(operator: Any, args: Any, kwargs: Any, mesh: Any, sharding: Any, local: Any, there: bool, in_place: bool,
+              out: bool) -> Any:
+        if in_place and sharding.output_spec is not None and not isinstance(args[0], DTensor):
+            return args[0]
+        return end(operator, args, kwargs, mesh, sharding, local, there, in_place, out)
+
+    dispatcher._dispatch_fast_path_python_tail = ended
+
+
+@functools.cache
 def mend_sums_of_norms() -> None:
     """Have DTensor sum norms (of columns) once they are whole: it takes the sum of each rank's norms for a part of a norm,
     in silence (torch 2.11 to 2.15)."""
@@ -57,3 +74,17 @@ def _of_whole_norms(strategy: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return strategy(schema)
 
     return made
+
+
+@functools.cache
+def before_norms(check: Callable[[Any], None]) -> None:
+    """Have `torch.nn.utils.clip_grad_norm_` and ``get_total_norm`` call ``check(gradients)`` before they take a norm."""
+    norm = clip_grad._get_total_norm
+
+    @functools.wraps(norm)
+    def checked(tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        check(tensors)
+        return norm(tensors, *args, **kwargs)
+
+    clip_grad._get_total_norm = nn.utils.get_total_norm = checked

@@ -5,6 +5,7 @@ Each is a file in `clusters/`, with the public source of every number. A cluster
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from dataclasses import dataclass
@@ -134,11 +135,22 @@ def _folder() -> Any:
 def _read(name: str, file: dict[str, Any]) -> Cluster:
     device, flops, efficiency = file["device"], dict(file["flops"]), dict(file["efficiency"])
     sources = tuple(table.pop("source") for table in (device, flops, efficiency))
-    links = tuple(Link(link["level"], link.get("ranks"), link["alpha"], link["beta"], link["peak"], link["source"])
-                  for link in file["links"])
+    links = tuple(Link(link["level"], link.get("ranks"), _number("alpha", link["alpha"]), _number("beta", link["beta"]),
+                       _number("peak", link["peak"]), link["source"]) for link in file["links"])
     if not efficiency or next(iter(efficiency)) not in flops:
         raise ValueError("its efficiency names no dtype first")
     if [link for link in links if link.ranks is None] != list(links[-1:]):
         raise ValueError("its last link, and no other, connects all ranks and says no number of them")
-    return Cluster(name, device["name"], int(device["memory_mib"]) * 2**20, float(device["memory_bandwidth"]),
-                   tuple(flops.items()), tuple(efficiency.items()), links, sources)
+    reaches = [link.ranks or math.inf for link in links]
+    if reaches != sorted(set(reaches)):
+        raise ValueError("its links are to be in order, from that between neighbours to that between all ranks")
+    return Cluster(name, device["name"], int(_number("memory_mib", device["memory_mib"]) * 2**20),
+                   _number("memory_bandwidth", device["memory_bandwidth"]),
+                   tuple((dtype, _number(dtype, value)) for dtype, value in flops.items()),
+                   tuple((what, _number(what, value)) for what, value in efficiency.items()), links, sources)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"its {key} is {value!r}, and has to be a positive number")
+    return float(value)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import sympy
-from sympy import Expr, Max, Min, Symbol
+from sympy import Expr, Symbol
 
 from fxpar.cost.stages import (
     AGAIN,
@@ -65,6 +65,15 @@ dp, tp, cp, pp, ep, m, v, b, rep = (_S[name] for name in ("dp", "tp", "cp", "pp"
 z1, z2, z3 = _S["z1"], _S["z2"], _S["z3"]
 
 
+def larger(*of: Expr | int) -> Expr:
+    """As it stands: sympy's own attempt to decide which it is takes a second."""
+    return sympy.Max(*of, evaluate=False)
+
+
+def smaller(*of: Expr | int) -> Expr:
+    return sympy.Min(*of, evaluate=False)
+
+
 def _share(n: Expr) -> Expr:
     """The part of a whole that a rank of n receives from the others."""
     return (n - 1) / n
@@ -77,7 +86,7 @@ def dense() -> Expr:
 
 def experts() -> Expr:
     """Parameters of experts that it computes with."""
-    return _S["n_expert"] / (pp * Max(ep, tp))
+    return _S["n_expert"] / (pp * larger(ep, tp))
 
 
 def shards() -> Expr:
@@ -87,19 +96,27 @@ def shards() -> Expr:
 
 def stored() -> Expr:
     """Parameters that a rank stores."""
-    whole = Max(ep, tp)
-    return dense() / shards() + experts() / (1 + z1 * (Max(1, dp * cp * tp / (whole * rep)) - 1))
+    whole = larger(ep, tp)
+    return dense() / shards() + experts() / (1 + z1 * (larger(1, dp * cp * tp / (whole * rep)) - 1))
+
+
+def added() -> Expr:
+    """Bytes that adding a microbatch's gradients to the sum of those before reads and writes."""
+    unreduced = (1 - z2) * smaller(1, dp * cp - 1)
+    wide = 3 * _S["summed"] + z1 * _S["copied"] * (_S["used"] + _S["summed"])
+    return unreduced * wide * (dense() + experts()) + (1 - unreduced) * 3 * _S["stored"] * stored()
 
 
 def bubble(schedule: str) -> Expr:
     """The part of a pipeline's step in which a rank waits for others, where forward, I and W take the same time."""
     filled = {"1f1b": m, "gpipe": m, "interleaved1f1b": v * m, "zb1p": 3 * v * m, "zbv": 6 * m}[schedule]
-    return (pp - 1) / (filled + pp - 1)
+    waited = smaller(m, pp) - 1 + v * larger(0, pp - m) if schedule == "interleaved1f1b" else pp - 1
+    return waited / (filled + waited)
 
 
 def alive(schedule: str) -> Expr:
     """How many microbatches the first pipeline rank holds at most, in units of what one keeps on all of its stages."""
-    return {"gpipe": m, "interleaved1f1b": Min(m, ((v - 1) * pp + 2 * (pp - 1) + 1) / v)}.get(schedule, Min(m, pp))
+    return {"gpipe": m, "interleaved1f1b": smaller(m, ((v - 1) * pp + 2 * (pp - 1) + 1) / v)}.get(schedule, smaller(m, pp))
 
 
 def seconds(schedule: str) -> dict[str, Expr]:
@@ -107,7 +124,8 @@ def seconds(schedule: str) -> dict[str, Expr]:
     part = b * m * _S["uneven"] / pp
     split = part / (tp * cp)
     out: dict[str, Expr] = {PRODUCTS: split * _S["t_products"], ATTENDING: split * _S["t_attention"],
-                            OTHERS: split * _S["t_others"], AGAIN: split * _S["again"] * _S["t_again"]}
+                            OTHERS: split * _S["t_others"] + (m - 1) * added() / _S["bandwidth"],
+                            AGAIN: split * _S["again"] * _S["t_again"]}
     both = 1 + _S["again"]
     size = both * _S["tp_forward"] + _S["tp_backward"]
     out[TENSOR] = (_share(tp) * part / cp * size / _S["beta_tp"]
@@ -124,7 +142,7 @@ def seconds(schedule: str) -> dict[str, Expr]:
     else:
         waits = bubble(schedule)
         messages = 2 * (pp - 1) * (_S["alpha_pp"] + b * _S["hop"] / (tp * cp * _S["beta_pp"]))
-        out[BUBBLE] = busy * waits / (1 - waits) + messages + Max(once / v, once - busy * (v - 1) / (v * m))
+        out[BUBBLE] = busy * waits / (1 - waits) + messages + larger(once / v, once - busy * (v - 1) / (v * m))
     out[OPTIMIZER] = 7 * _S["stored"] * stored() / _S["bandwidth"]
     return out
 
@@ -135,8 +153,8 @@ def _ring(both: Expr) -> Expr:
     sent = b * _S["ring"] / (tp * cp) * (cp - 1)
     hidden = _share(cp) * b * _S["t_attention"] / (tp * cp)
     turn = (cp - 1) * _S["alpha_cp"] * _S["attentions"]
-    forward = Max(0, turn + sent / _S["beta_cp"] - hidden * sympy.Rational(2, 7))
-    backward = Max(0, turn + 3 * sent / _S["beta_cp"] - hidden * sympy.Rational(5, 7))
+    forward = larger(0, turn + sent / _S["beta_cp"] - hidden * sympy.Rational(2, 7))
+    backward = larger(0, turn + 3 * sent / _S["beta_cp"] - hidden * sympy.Rational(5, 7))
     return both * forward + backward
 
 
@@ -156,35 +174,35 @@ def _data(computing: Expr) -> tuple[Expr, Expr]:
     across = 2 * (_share(rep) * summed * used / (n * _S["beta_rep"]) + turns * (rep - 1) * _S["alpha_rep"])
     whole = 2 * (_share(dp * cp) * summed * used / _S["beta_dp"] + turns * (dp * cp - 1) * _S["alpha_dp"])
     forward, backward = computing / 3, 2 * computing / 3
-    each = (z3 * Max(0, m * gather - forward)
-            + z2 * Max(0, m * (scatter + across + z3 * gather) - backward))
+    each = (z3 * larger(0, m * gather - forward)
+            + z2 * larger(0, m * (scatter + across + z3 * gather) - backward))
     last = z1 * (1 - z2) * (scatter + across) + (1 - z1) * whole
-    return each, Max(0, last - backward / m) + (z1 - z3) * Max(0, gather)
+    return each, larger(0, last - backward / m) + (z1 - z3) * larger(0, gather)
 
 
 def memory(schedule: str) -> dict[str, Expr]:
     """What the bytes of a rank at its peak are for, by the names of `fxpar.report.memory.PARTS`; of the pipeline rank that has
     most: the first, whose microbatches are alive longest, or the last, which has what comes behind the blocks."""
-    used, data = dense() + experts(), Min(1, dp * cp - 1)
-    unreduced = (1 - z2) * Min(1, m - 1) * data * _S["summed"] * used
-    several = Min(1, m - 1)
+    used, data = dense() + experts(), smaller(1, dp * cp - 1)
+    unreduced = (1 - z2) * smaller(1, m - 1) * data * _S["summed"] * used
+    several = smaller(1, m - 1)
     gathered = z1 * (1 - z3) * data + (1 - z1 * data) * _S["copied"]
     blocks = b * _activations("kept_blocks") / (pp * tp * cp)
     first = blocks * (1 if schedule == "" else alive(schedule))
     end = b * (_activations("kept_end") + _activations("room_end")) / (tp * cp)
     room = b * _activations("room_block") / (tp * cp)
-    most = Max(first + room + (end - room if schedule == "" else 0), first + room, blocks + end)
+    most = larger(first + room + (end - room if schedule == "" else 0), first + room, blocks + end)
     made = _S["stored"] * stored()
     return {"parameters": made, "optimizer": 2 * made,
-            "gradients": Max(unreduced, several * made) + (1 - several) * made * sympy.Rational(1, 4),
-            "parameter copies": _S["used"] * used * (gathered + z3 * Min(1, 3 * pp / _S["blocks"])),
+            "gradients": larger(unreduced, several * made) + (1 - several) * made * sympy.Rational(1, 4),
+            "parameter copies": _S["used"] * used * (gathered + z3 * smaller(1, 3 * pp / _S["blocks"])),
             "activations": most}
 
 
 def _activations(name: str) -> Expr:
     """Bytes of one sequence, over all ranks that share it: of what tp gathers, each holds the whole."""
-    return (_S[name] + Min(1, tp - 1) * _S[f"{name}_tp"]
-            + Max(0, tp - 2) * _S.get(f"{name}_gathered", sympy.Integer(0)))
+    return (_S[name] + smaller(1, tp - 1) * _S[f"{name}_tp"]
+            + larger(0, tp - 2) * _S.get(f"{name}_gathered", sympy.Integer(0)))
 
 
 @functools.cache

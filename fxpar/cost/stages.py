@@ -11,6 +11,8 @@ Those of parameters and their gradients take what is longer than the computation
 once a step (see `StageLoad`) they are actions of the schedule, and without a pipeline the last backward hides reductions. In ring
 attention a block of keys travels while the one before is computed.
 
+Gradients of all microbatches but the first are added to the sum of those before.
+
 An optimizer step reads parameters, gradients and AdamW's two moments, and writes all but gradients.
 
 What a step's seconds are for is in `StepTime.terms`, under the names that `fxpar.cost.formulas` has for the same.
@@ -32,7 +34,6 @@ from fxpar.ops.exchange import EXCHANGES
 from fxpar.ops.ring import costs as ring
 from fxpar.ops.ring.chunks import attention_of_chunks
 from fxpar.ops.ring.operator import axes_of, ring_attention
-from fxpar.ops.ring.schedule import RingSchedule
 from fxpar.ops.vocabulary import ATTENTION
 from fxpar.pipeline.schedules import Kind, Schedule
 from fxpar.pipeline.timeline import StageTimes, Timeline, timeline
@@ -56,6 +57,7 @@ class StageLoad:
     program: of one rank and one microbatch. sent: bytes that it sends to the next stage for one microbatch.
     once_forward, once_backward: nodes whose forward, or backward, runs once a step and not for each microbatch.
     beside_forward, beside_backward: collectives that run beside computation, in their forward, or in their backward.
+    microbatches: of a step, whose gradients are added up.
     """
 
     program: Program
@@ -64,6 +66,7 @@ class StageLoad:
     once_backward: Collection[fx.Node] = ()
     beside_forward: Collection[fx.Node] = ()
     beside_backward: Collection[fx.Node] = ()
+    microbatches: int = 1
 
 
 @dataclass(frozen=True)
@@ -193,10 +196,30 @@ def stage_cost(cluster: Cluster, load: StageLoad) -> StageCost:
             inputs, weights = inputs + early * back, weights + (1 - early) * back
             for term, _, seconds in pieces:
                 terms[term] += seconds
+    if training:
+        added = (1 - 1 / load.microbatches) * added_bytes(load, clock.values) / cluster.memory_bandwidth
+        weights, terms[OTHERS] = weights + added, terms[OTHERS] + added
     terms[DATA] += max(0.0, beside_forward - forward) + max(0.0, beside_backward - inputs - weights)
     times = StageTimes(max(forward, beside_forward), inputs, max(weights, beside_backward - inputs), unshard=unshard,
                        reduce=reduce)
     return StageCost(times, terms)
+
+
+def added_bytes(load: StageLoad, values: Mapping[fx.Node, Any]) -> int:
+    """Bytes that adding one microbatch's gradients to those of the ones before reads and writes: of what is stored, or, where
+    gradients stay unreduced, of what was gathered, cast to the dtype of the sum first."""
+    total, kept = 0, set()
+    for end in load.once_backward:
+        if any(user in load.once_backward for user in end.users):
+            continue
+        source, before = end, end.all_input_nodes[0]
+        while source.op != "placeholder":
+            source = source.all_input_nodes[0]
+        kept.add(source)
+        used, summed = (values[node].dtype.itemsize for node in (end, before))
+        total += values[end].bytes // used * (3 * summed + (used + summed if used != summed else 0))
+    return total + sum(3 * values[node].bytes for node, source in load.program.source_of().items()
+                       if source.kind == "param" and source.requires_grad and node.users and node not in kept)
 
 
 def operator_seconds(cluster: Cluster, program: Program) -> dict[fx.Node, tuple[float, float]]:
@@ -273,12 +296,8 @@ class OperatorTimes:
         axes = axes_of(node)
         if axes is None:
             return ahead, back
-        q, k, v = (self.values[n] for n in node.all_input_nodes[:3])
-        link, ranks, settings = self.cluster.link(_reach(self.mesh, axes)), self.mesh.size(*axes), node.kwargs
-        order = RingSchedule(ranks, q.shape[2], k.shape[2], bool(settings.get("causal")), bool(settings.get("zigzag")),
-                             settings.get("window"))  # type: ignore[arg-type]
-        there, again = ((ranks - 1) * link.alpha + size / link.beta
-                        for size in ring.traffic_bytes(order, k.shape, v.shape, k.dtype))
+        link, ranks = self.cluster.link(_reach(self.mesh, axes)), self.mesh.size(*axes)
+        there, again = ((ranks - 1) * link.alpha + size / link.beta for size in ring.traffic_of(node, ranks, self.values))
         return max(ahead, ahead / ranks + there), max(back, back / ranks + again) if back else 0.0
 
     def _is_fused(self, node: fx.Node) -> bool:
@@ -290,9 +309,7 @@ class OperatorTimes:
         assert made is not None
         link, ranks = self.cluster.link(_reach(self.mesh, made.axes)), made.ranks(self.mesh)
         result = self.values[node]
-        back = made.operand_bytes(result.bytes, self.mesh)
-        if made.reduce is not None:
-            back = back * made.reduce.itemsize // result.dtype.itemsize
+        back = made.backward_bytes(result.bytes, self.values[made.value].dtype, self.mesh)
         return (_collective(link, made.forward.comm, ranks, result.bytes),
                 _collective(link, made.backward.comm if made.backward is not None else None, ranks, back))
 

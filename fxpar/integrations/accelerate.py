@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from fxpar.backends.transport.control import Control
 from fxpar.checkpoint import export_safetensors, load_checkpoint, save_checkpoint
-from fxpar.errors import InputError, PlanError
+from fxpar.errors import FxparError, InputError, PlanError
 from fxpar.run.module import ParallelModule
 
 STATE = "fxpar"
@@ -36,6 +37,8 @@ class Accelerator(accelerate.Accelerator):
     """
 
     _module: ParallelModule | None = None
+    _control: Control | None = None
+    """By which ranks wait for each other while they save or load."""
 
     @classmethod
     def of(cls, accelerator: accelerate.Accelerator, module: ParallelModule) -> Accelerator:
@@ -178,9 +181,8 @@ class Accelerator(accelerate.Accelerator):
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **options: Any) -> str:
         """As accelerate's; the model and its optimizer are a checkpoint of fxpar in it, which any other plan can load."""
         optimizer = self._optimizer()
-        with self._without_model():
+        with self._on_all_ranks("save_state"), self._without_model():
             folder = super().save_state(output_dir, safe_serialization, **options)
-        self.wait_for_everyone()
         save_checkpoint(Path(folder) / STATE, self.module, optimizer)
         return folder
 
@@ -188,7 +190,7 @@ class Accelerator(accelerate.Accelerator):
         if input_dir is None:
             input_dir = self._newest()
         load_checkpoint(Path(input_dir) / STATE, self.module, self._optimizer())
-        with self._without_model():
+        with self._on_all_ranks("load_state"), self._without_model():
             super().load_state(input_dir, load_kwargs, **options)
 
     def _newest(self) -> str:
@@ -201,6 +203,30 @@ class Accelerator(accelerate.Accelerator):
                              "saved under ProjectConfiguration(project_dir=..., automatic_checkpoint_naming=True), and there is "
                              "none")
         return str(folders[max(folders)])
+
+    @contextlib.contextmanager
+    def _on_all_ranks(self, call: str) -> Iterator[None]:
+        """Around what each rank does by itself. Raises: its own error on a rank that fails, and `FxparError` on all others."""
+        control = self.module.parameter_store.control
+        with control.watch.call(call):
+            self._control = control
+            try:
+                with control.watch.busy(call):
+                    yield
+            except FxparError:  # another rank's, which all know
+                raise
+            except Exception as error:
+                control.fail(error)
+                raise
+            finally:
+                self._control = None
+            control.together(lambda: None)
+
+    def wait_for_everyone(self) -> None:
+        if self._control is None:
+            super().wait_for_everyone()
+        else:
+            self._control.together(lambda: None)
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
         if len(self._optimizers) > 1:
@@ -224,9 +250,6 @@ class Accelerator(accelerate.Accelerator):
         if not safe_serialization or max_shard_size is not None:
             raise InputError("save_model of a parallel module writes safetensors; fxpar.export_safetensors has them in several "
                              "files, of max_file_bytes each")
-        if self.is_main_process:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-        self.wait_for_everyone()
         export_safetensors(save_directory, model)
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:

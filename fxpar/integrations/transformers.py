@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.utils.generic import can_return_loss, find_labels
 
 from fxpar.checkpoint import export_safetensors, load_checkpoint, load_safetensors, save_checkpoint
+from fxpar.checkpoint.ranks import on_one_rank
 from fxpar.errors import InputError, PlanError
 from fxpar.integrations.accelerate import STATE, Accelerator
 from fxpar.run.module import ParallelModule
@@ -117,22 +119,27 @@ class OnReplicas(_Mixed):
         """The plain model, as `save_pretrained` would write it (adapters alone, if it is peft's), and what belongs to it. All
         ranks call."""
         folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
         save_pretrained(folder, self.model)
-        if self.args.should_save:
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+        self._write("save_model", folder, write)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_checkpoint(Path(output_dir) / STATE, self.model, self.optimizer.optimizer)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        self._write("the scheduler's save", Path(output_dir), lambda: torch.save(
+            self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME))
+
+    def _write(self, call: str, folder: Path, write: Callable[[], Any]) -> None:
+        """What the rank that saves writes besides the model. Raises: `CheckpointError`, on all ranks alike."""
+        on_one_rank(call, folder, self.model, write, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_pretrained(resume_from_checkpoint, self.model)
@@ -159,8 +166,8 @@ def save_pretrained(path: str | os.PathLike, module: ParallelModule) -> None:
         return save_adapters(path, module)
     export_safetensors(path, module)
     generation = getattr(module, "generation_config", None)
-    if generation is not None and torch.distributed.get_rank() == 0:
-        generation.save_pretrained(path)
+    if generation is not None:
+        on_one_rank("save_pretrained", path, module, lambda: generation.save_pretrained(path), torch.distributed.get_rank() == 0)
 
 
 def load_pretrained(path: str | os.PathLike, module: ParallelModule) -> None:

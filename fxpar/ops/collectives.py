@@ -259,6 +259,12 @@ class Collective:
         ranks = self.ranks(mesh)
         return {1: result // ranks, 0: result, -1: result * ranks}[self.forward.grows]
 
+    def backward_bytes(self, result: int, operand: torch.dtype, mesh: Mesh) -> int:
+        """Bytes that its backward leaves on a rank, from those of its result: in the dtype in which cotangents are summed.
+        operand: the dtype of its operand."""
+        size = self.operand_bytes(result, mesh) // (self.dtype or operand).itemsize
+        return size * (self.reduce or operand).itemsize
+
     @property
     def target(self) -> Callable[..., Tensor]:
         """The operator."""

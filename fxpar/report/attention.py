@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from fxpar.passes.place.place import circulating
 from fxpar.plan import Plan
 from fxpar.program import Program, module_path
 from fxpar.report.text import MIB, table
+from fxpar.report.traffic import returned_bytes, sent_around
 from fxpar.sharding.factors import Dim, leaves
 from fxpar.sharding.facts import dims_of, global_value, local_value
 from fxpar.sharding.layout import Layout, local_shape, restrict
@@ -49,8 +51,9 @@ def attention_rows(program: Program, count: int) -> list[AttentionRow]:
     if program.plan.cp == 1 or program.placements is None:
         return []
     rows: dict[AttentionRow, int] = {}
+    sent = _sent(program)
     for node, placement in program.placements.operators.items():
-        row = _row(program, node, placement.at) if node.target in ATTENTION else None
+        row = _row(program, node, placement.at, sent.get(node.name, (0, 0))) if node.target in ATTENTION else None
         if node.target in SOFTMAX and _is_written_out(node):
             row = _written_out(program, node, placement.at)
         if row is not None:
@@ -58,7 +61,7 @@ def attention_rows(program: Program, count: int) -> list[AttentionRow]:
     return [replace(row, count=n) for row, n in rows.items()]
 
 
-def _row(program: Program, node: fx.Node, at: Layout) -> AttentionRow:
+def _row(program: Program, node: fx.Node, at: Layout, sent: tuple[int, int]) -> AttentionRow:
     mesh, plan, spec = program.mesh, program.plan, global_value(node).spec
     assert spec is not None
     heads = _on(at, mesh, [spec.outs[0][-3]] if len(spec.outs[0]) > 3 else [])
@@ -69,12 +72,9 @@ def _row(program: Program, node: fx.Node, at: Layout) -> AttentionRow:
         how.append(f"keys and values go round over {'+'.join(ring)}")
     elif queries:
         how.append(f"keys and values gathered over {'+'.join(queries)}")
-    there, back = _collected(program, node)
     workspace = 0, 0
     if ring:
         schedule, q, k, v = _ring(node, spec, at, mesh, ring)
-        more, behind = costs.traffic_bytes(schedule, k, v, node.meta["val"].dtype)
-        there, back = there + more, back + (behind if program.training else 0)
         workspace = costs.workspace_bytes(schedule, q, k, v, node.meta["val"].dtype)
     elif any(n.target is attention_of_chunks and local_value(n).global_name == node.name
              for n in program.graph.nodes):
@@ -84,7 +84,7 @@ def _row(program: Program, node: fx.Node, at: Layout) -> AttentionRow:
         workspace = chunks.workspace_bytes(q, k, v, node.meta["val"].dtype)
     where = re.sub(r"\b\d+\b", "*", module_path(node))
     return AttentionRow(where, 1, ", ".join(how) or "replicated on every rank", _why(node, plan, mesh, heads, queries, ring),
-                        (there, back if program.training else 0), workspace)
+                        sent if program.training else (sent[0], 0), workspace)
 
 
 def _is_written_out(node: fx.Node) -> bool:
@@ -127,22 +127,23 @@ def _why(node: fx.Node, plan: Plan, mesh: Mesh, heads: Axes, queries: Axes, ring
     return "; ".join(reasons)
 
 
-def _collected(program: Program, node: fx.Node) -> tuple[int, int]:
-    """Bytes that collectives over cp bring for an attention, forward and backward, its output's exchange for heads included."""
-    cp, there, back = set(program.mesh.axes("cp")), 0, 0
+def _sent(program: Program) -> dict[str, tuple[int, int]]:
+    """Name of an attention -> bytes that collectives over cp, and rings, bring for it, forward and backward, its output's
+    exchange for heads included."""
+    cp, found = set(program.mesh.axes("cp")), defaultdict[str, list[tuple[int, int]]](list)
     for new in program.graph.nodes:
         made = typed(new)
         if made is None or not cp & set(made.axes) or made.forward.comm is None:
             continue
-        own = local_value(new).made_for == node.name
-        behind = (isinstance(made.value, fx.Node) and local_value(made.value).global_name == node.name
-                  and made.kind == "all_to_all")
-        if own or behind:
-            size = local_value(new).bytes
-            there += size
-            if local_value(new).needs_grad and made.backward is not None and made.backward.comm is not None:
-                back += made.operand_bytes(size, program.mesh)
-    return there, back
+        size, back = local_value(new).bytes, 0
+        if local_value(new).needs_grad and made.backward is not None and made.backward.comm is not None:
+            back = returned_bytes(new, made, program.mesh)
+        behind = made.kind == "all_to_all" and isinstance(made.value, fx.Node)
+        for name in {local_value(new).made_for, *([local_value(made.value).global_name or ""] if behind else [])}:
+            found[name].append((size, back))
+    for node, _, there, back in sent_around(program):
+        found[local_value(node).global_name or ""].append((there, back))
+    return {name: (sum(s for s, _ in each), sum(b for _, b in each)) for name, each in found.items()}
 
 
 def _ring(node: fx.Node, spec: Spec, at: Layout, mesh: Mesh, axes: Axes) -> tuple[RingSchedule, list[int], list[int], list[int]]:

@@ -118,8 +118,7 @@ class Report:
 
     def totals(self, by: str = "strategy") -> list[Total]:
         """What a step communicates on one rank, most first: by "strategy" ("zero", "tp", ...), or by "axes" of the mesh. Under
-        pp each on the pipeline rank that has most of it; "pp" are the messages between stages. What ring attention sends around
-        is no collective: `attention` has it."""
+        pp each on the pipeline rank that has most of it; "pp" are the messages between stages."""
         require_one_of("by", by, ("strategy", "axes"))
         made = totals(self.collectives, self.pipeline.schedule.owner if self.pipeline else None, by)
         if self.pipeline is not None:

@@ -60,7 +60,7 @@ class StepReport:
     def _load(self, program: Program, sent: int) -> StageLoad:
         phases = self.schedule.stages > 1 or (program.training and self.schedule.microbatches > 1)
         once, beside = once_a_step(program) if phases else (set(), set()), beside_computation(program)
-        return StageLoad(program, sent, once[0], once[1], beside[0], beside[1])
+        return StageLoad(program, sent, *once, *beside, self.schedule.microbatches)
 
     def line(self) -> str:
         """The report as text."""

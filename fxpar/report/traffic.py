@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpar.cost.operators import measure
 from fxpar.ops.collectives import Collective, typed
+from fxpar.ops.ring.costs import traffic_of
+from fxpar.ops.ring.operator import axes_of
 from fxpar.ops.rng import dropout_mask
 from fxpar.ops.vocabulary import is_view
 from fxpar.passes.partition.phases import once_a_step
 from fxpar.plan import Plan
 from fxpar.program import Program, block_path, module_path
 from fxpar.sharding.facts import local_value
-from fxpar.sharding.mesh import Mesh
+from fxpar.sharding.mesh import Axes, Mesh
 
 aten = torch.ops.aten
 ADDS = (aten.add.Tensor, aten.sub.Tensor)
@@ -25,12 +28,17 @@ SCALED = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 PRODUCTS = (aten.linear.default, aten.addmm.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 ADDED: dict[Any, int] = {**dict.fromkeys(PRODUCTS, 2), aten.addmm.default: 0, aten.layer_norm.default: 3}
 """Operator -> which of its operands it adds: its backward does not read that one."""
+RING = "ring"
+"""The kind of what ring attention sends around."""
 
 
 @dataclass(frozen=True)
 class CollectiveRow:
     """Collectives alike: kind ("all_gather", ...), axes, phase ("forward" or "backward"), the module they serve (layer
     numbers replaced by ``*``), how many a step, and the bytes of their results on one rank, all together.
+
+    The kind "ring" is what ring attention sends around: each counts as one, with all keys and values that a rank receives, in
+    the backward their gradients too.
 
     stage: of a pipeline, whose ranks take part; None where all do. What is sent from stage to stage is in `Report.pipeline`.
     strategy: what they are for: "zero" (parameters in parts, and their gradients), or the strategy whose axes they are over
@@ -65,14 +73,15 @@ class Total:
 
 
 def rows_of(program: Program, count: int, stage: int | None = None) -> list[CollectiveRow]:
-    """Those of a step of `count` microbatches, of which the program runs one. What all of them are passed is computed once; so
-    are unsharded parameters and the sums of gradients, as far as the plan keeps them (see `once_a_step`), where gradients are
-    wanted and in pipelines. Under zero=3 parameters are gathered for the backward pass once more (see `gathered_again`)."""
+    """Those of a step of `count` microbatches, of which the program runs one, and what ring attention sends around. What all
+    microbatches are passed is computed once; so are unsharded parameters and the sums of gradients, as far as the plan keeps them
+    (see `once_a_step`), where gradients are wanted and in pipelines. Under zero=3 parameters are gathered for the backward pass
+    once more (see `gathered_again`)."""
     rows: dict[tuple, list[int]] = {}
 
-    def add(kind: str, made: Collective, phase: str, node: fx.Node, size: int, times: int) -> None:
+    def add(kind: str, axes: Axes, strategy: str, phase: str, node: fx.Node, size: int, times: int) -> None:
         where = re.sub(r"\b\d+\b", "*", module_path(node))
-        entry = rows.setdefault((kind, made.axes, phase, where, strategy_of(node, made, program.mesh)), [0, 0])
+        entry = rows.setdefault((kind, axes, phase, where, strategy), [0, 0])
         entry[0] += times
         entry[1] += times * size
 
@@ -84,25 +93,40 @@ def rows_of(program: Program, count: int, stage: int | None = None) -> list[Coll
         made = typed(node)
         if made is None:
             continue
-        size = local_value(node).bytes
+        size, of = local_value(node).bytes, (made.axes, strategy_of(node, made, program.mesh))
         if made.forward.comm is not None:
-            add(made.forward.comm, made, "forward", node, size, 1 if node in once_forward else times)
+            add(made.forward.comm, *of, "forward", node, size, 1 if node in once_forward else times)
             if node in again:
-                add(made.forward.comm, made, "backward", node, size, times)
+                add(made.forward.comm, *of, "backward", node, size, times)
         if local_value(node).needs_grad and made.backward is not None and made.backward.comm is not None:
-            add(
-                made.backward.comm,
-                made,
-                "backward",
-                node,
-                made.operand_bytes(size, program.mesh),
-                1 if node in once_backward else times,
-            )
+            back = returned_bytes(node, made, program.mesh)
+            add(made.backward.comm, *of, "backward", node, back, 1 if node in once_backward else times)
+    for node, axes, there, back in sent_around(program):
+        add(RING, axes, "cp", "forward", node, there, count)
+        if back:
+            add(RING, axes, "cp", "backward", node, back, count)
     ordered = sorted(rows.items(), key=lambda r: (r[0][2] != "forward", r[0]))
     return [
         CollectiveRow(kind, axes, phase, where, times, size, stage, strategy)
         for (kind, axes, phase, where, strategy), (times, size) in ordered
     ]
+
+
+def returned_bytes(node: fx.Node, made: Collective, mesh: Mesh) -> int:
+    """Bytes that the backward of a collective leaves on one rank."""
+    known = local_value(node)
+    assert known.result is not None
+    return made.backward_bytes(known.bytes, local_value(made.value).dtype or known.result[1], mesh)
+
+
+def sent_around(program: Program) -> Iterator[tuple[fx.Node, Axes, int, int]]:
+    """The ring attentions of a program, with the axes that keys and values go round, and the bytes that a rank receives, forward
+    and backward."""
+    calls = [(n, axes) for n in program.graph.nodes if (axes := axes_of(n)) is not None]
+    values = measure(program).values if calls else {}
+    for node, axes in calls:
+        there, back = traffic_of(node, program.mesh.size(*axes), values)
+        yield node, axes, there, back if program.training and values[node].requires_grad else 0
 
 
 def strategy_of(node: fx.Node, made: Collective, mesh: Mesh) -> str:

@@ -27,6 +27,8 @@ PARTS = (
     "what they still hold of a forward or backward that was recorded (cuda_graphs)",
 )
 """What ranks compare of a call, in order; {} is the name of what differs."""
+ORDER = (0, 3, 1, 2, *range(4, len(PARTS)))
+"""In which they are looked at for a difference: the names of modules and parameters say nothing where the parts differ."""
 TRAINED, OF_KIND = 2, (2, 15, 16)
 """What is compared among ranks of one kind, which hold the same parameters: that which a program depends on, and all."""
 
@@ -76,7 +78,7 @@ def agree_on_call(control: Control, name: str, key: tuple, names: Callable[[int]
 
 def _difference(control: Control, everyone: list[list]) -> tuple[int, int, int]:
     """Two ranks that were to be called alike, and the first part in which they were not."""
-    for part in range(len(PARTS)):
+    for part in ORDER:
         first: dict[int, int] = {}
         for rank, parts in enumerate(everyone):
             one = first.setdefault(control.kind_of(rank) if part in OF_KIND else 0, rank)

@@ -70,6 +70,27 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
             for i, t in enumerate(tensors)]
 
 
+def number_bits(number: Tensor) -> Tensor:
+    """The bits of one number in float32."""
+    return number.float().reshape(()).view(torch.int32).to(torch.int64)
+
+
 def norm_of(bits: int) -> float:
-    """The norm again, from the bits that `norms` makes of it."""
+    """The norm again, from the bits that `norms` makes of it; or a number from those of `number_bits`."""
     return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+
+
+PLACES, _BLOCK = 64, 2**20
+
+
+@torch.no_grad()
+def sketch(t: Tensor) -> list[float]:
+    """A few numbers, whose distance from those of another tensor of that shape is about the distance of the two tensors: each
+    is the sum of some elements with signs that are drawn, the same on every rank."""
+    made = torch.zeros(PLACES, dtype=torch.float64, device=t.device)
+    for number, block in enumerate(t.detach().reshape(-1).split(_BLOCK)):
+        generator = torch.Generator(t.device).manual_seed(number)
+        signs = torch.randint(0, 2, (block.numel(),), generator=generator, device=t.device) * 2 - 1
+        places = torch.randint(0, PLACES, (block.numel(),), generator=generator, device=t.device)
+        made.index_add_(0, places, block.double() * signs)
+    return made.tolist()

@@ -2,29 +2,34 @@
 
 Every step does the same to all copies of a parameter or buffer. What changes one copy alone (a write on one rank, another state
 dict) has ranks compute with different weights from then on, and nobody notices. So ranks compare the norms of what they hold in
-the first calls, every so often, and before a save. Copies that differ by little more than rounding are a warning, as they may
-come from kernels that do not add up in the same order twice.
+the first calls, every so often, and before a save. Where norms differ, ranks exchange sketches of the copies, whose distance is
+that of the copies: a step that one of them did not take hardly changes a norm. Copies that differ by little more than rounding
+are a warning, as they may come from kernels that do not add up in the same order twice.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fxpar import compat
 from fxpar.backends.transport.control import Check, Outcome
 from fxpar.errors import MismatchError
-from fxpar.run.arriving import Arriving, joined, norm_of, norms
+from fxpar.run.arriving import Arriving, joined, norm_of, norms, sketch
 from fxpar.run.batches import FIRST
 from fxpar.run.store import ParameterStore
 from fxpar.sharding import chunks
 from fxpar.sharding.mesh import Axes
 
 TOLERANCE = 1e-4
-"""Of a norm, relative to it."""
+"""Of a norm, and of the distance of two copies, relative to it."""
+Place = tuple[Axes, int, int, str]
+"""Where copies of the same are: axes that split it, kind of ranks, part, and its name."""
 
 _log = logging.getLogger("fxpar")
 
@@ -61,17 +66,23 @@ class DriftChecks:
         sums, self._sums = self._sums, None
         if not any(outcome is not None and None in outcome for outcome in outcomes):
             return
-        first: dict[tuple[Axes, int, int, str], tuple[int, int]] = {}
-        worst, named = 0.0, ""
-        for rank, theirs in enumerate(self.store.control.exchange(sums.by_place())):
+        everyone = self.store.control.exchange(sums.by_place())
+        first: dict[Place, tuple[int, int]] = {}
+        differ: list[tuple[Place, int, int]] = []
+        for rank, theirs in enumerate(everyone):
             for place, bits in theirs.items():
                 one, other = first.setdefault(place, (rank, bits))
-                if bits == other:
-                    continue
-                a, b = norm_of(bits), norm_of(other)
-                apart = math.inf if place[3] in sums.exact or not math.isfinite(a - b) else abs(a - b) / max(a, b)
-                if apart >= worst:
-                    worst, named = apart, f"{place[3]!r} on ranks {one} and {rank} (norms {b:g} and {a:g})"
+                if bits != other:
+                    differ.append((place, one, rank))
+        sketches = self.store.control.exchange(self._sketches({place for place, *_ in differ} & sums.by_place().keys()))
+        worst, named = 0.0, ""
+        for place, one, other in differ:
+            a, b = norm_of(everyone[one][place]), norm_of(everyone[other][place])
+            (eps, mine), (_, theirs) = sketches[one][place], sketches[other][place]
+            apart = math.inf if not eps or not math.isfinite(a - b) else max(
+                abs(a - b), math.dist(mine, theirs) * min(1.0, TOLERANCE / (4 * eps))) / max(a, b)
+            if apart >= worst:
+                worst, named = apart, f"{place[3]!r} on ranks {one} and {other} (norms {a:g} and {b:g})"
         if worst > TOLERANCE:
             raise MismatchError(
                 f"ranks hold different values of what they should hold alike: {named}; every rank must do the same to a model "
@@ -79,6 +90,13 @@ class DriftChecks:
         if not self._warned and self.store.control.rank == 0:
             self._warned = True
             _log.warning("copies of a parameter differ by rounding: %s", named)
+
+
+    def _sketches(self, places: Iterable[Place]) -> dict[Place, tuple[float, list[float]]]:
+        """How coarsely the dtype of what this rank holds there rounds, 0 for integers; and a sketch of it."""
+        held = {place: self.store.tensor(place[3]).detach() for place in places}
+        return {place: (torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0,
+                        sketch(compat.local_part(t) if isinstance(t, DTensor) else t)) for place, t in held.items()}
 
 
 class _Sums:
@@ -103,7 +121,6 @@ class _Sums:
                 self.groups[()].append(name)
                 held[name] = b
         self.names = [name for group in self.groups.values() for name in group]
-        self.exact = {name for name in self.names if not held[name].is_floating_point()}
         self.arriving = Arriving(norms([held[name].detach() for name in self.names]))
 
     def checks(self) -> list[Check]:
@@ -117,7 +134,7 @@ class _Sums:
             made.append(Check(bound.kind * parts + bound.index(axes), bound.kinds * parts, number))
         return made
 
-    def by_place(self) -> dict[tuple[Axes, int, int, str], int]:
+    def by_place(self) -> dict[Place, int]:
         """(axes, kind, part, name) -> the bits of a norm, or a sum."""
         numbers, bound = dict(zip(self.names, self.arriving.waited(), strict=True)), self.store.bound
         return {(axes, bound.kind, bound.index(axes), n): numbers[n] for axes, names in self.groups.items() for n in names}

@@ -21,6 +21,7 @@ What the user made is found behind an input by a walk through the autograd graph
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,6 +69,11 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         if isinstance(grad, DTensor):  # of what was computed with parameters, too
+            if ctx.crossing.edges.plan.pp > 1:
+                raise InputError(f"a loss of {ctx.crossing.edges.name} was computed along with parameters under pp="
+                                 f"{ctx.crossing.edges.plan.pp}, where a rank has those of its own stages alone: the number is "
+                                 "another one on each rank; write loss + module.sum_over_parameters(lambda name, p: 0.01 * "
+                                 "p.square().sum()), or have the model's forward compute it")
             grad = grad.full_tensor()
         if torch.is_grad_enabled() and ctx.crossing.edges.once:
             edges = ctx.crossing.edges
@@ -121,6 +127,8 @@ class Crossing:
         """The gradient of an output, from outside to inside."""
         edges = self.edges
         self.seeds.add("part" if kind == "part" else "loss")
+        if kind == "loss" and not self.mixed:
+            edges.tell(grad)
         if edges.replicas == 1:
             return grad
         if kind == "part":
@@ -154,10 +162,12 @@ class Crossing:
 
 
 class Edges:
-    """The edges of one parallel module; `name` and `plan` are for messages. once: its backward cannot be derived again."""
+    """The edges of one parallel module; `name` and `plan` are for messages. once: its backward cannot be derived again. tell: is
+    called with the gradient of a loss that a backward pass comes with."""
 
-    def __init__(self, name: str, plan: Plan, bound: BoundMesh, runtime: Runtime, once: bool):
-        mesh, self.once = bound.mesh, once
+    def __init__(self, name: str, plan: Plan, bound: BoundMesh, runtime: Runtime, once: bool,
+                 tell: Callable[[Tensor], None] = lambda grad: None):
+        mesh, self.once, self.tell = bound.mesh, once, tell
         self.name, self.plan, self.runtime, self._bound = name, plan, runtime, bound
         dp = mesh.strategies.get("dp", ())
         self.axes = tuple(a for a in dp if mesh.size(a) > 1)

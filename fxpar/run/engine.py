@@ -47,6 +47,7 @@ from fxpar.run.numbers import Numbers
 from fxpar.run.outputs import as_output
 from fxpar.run.pipeline import Pipeline
 from fxpar.run.recording import RecordedProgram, Recordings, device_of, gradients_of
+from fxpar.run.scales import ScaleChecks
 from fxpar.run.start import Start
 from fxpar.run.steps import Steps
 from fxpar.run.store import ParameterStore
@@ -109,7 +110,8 @@ class Engine:
         self._depends = State(store.model)
         self._numbers = Numbers(self.device)
         once = backend is not eager or plan.recompute != "none" or plan.gathers_each_use
-        self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime, once)
+        self._scales = ScaleChecks(store.control, check_batches)
+        self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime, once, self._scales.tell)
         self._steps = Steps(plan, store.mesh, self._lower, store.tensor)
         self._left = AttributeStates()
         self._said: set[int] = set()  # numbers of programs
@@ -283,10 +285,10 @@ class Engine:
                 prepared = self._numbers.prepared(call)
                 named = with_full_outputs(calls.leaves(prepared))
                 key = *self._captured(named, count), torch.is_grad_enabled()
-                batch, weights = self._batches.due(named), self._drift.due()
+                batch, scales, weights = self._batches.due(named), self._scales.due(), self._drift.due()
             compared = *key, *self._circumstances(calls.leaves(call), last)
-            await_agreement = agree_on_call(self._control, name, compared, self._names, [*batch, *weights],
-                                            functools.partial(self._judge, len(batch)))
+            await_agreement = agree_on_call(self._control, name, compared, self._names, [*batch, *scales, *weights],
+                                            functools.partial(self._judge, len(batch), len(scales)))
             try:
                 return named, *self._lookup(prepared, named, count, key, await_agreement)
             except (CaptureError, UnsupportedOperator):
@@ -330,9 +332,10 @@ class Engine:
         return (numbers, not last, (seeds.base, seeds.calls), watch.taken(), watch.backwards, watch.failures,
                 trained is not None and trained.grad is not None, self._optimizers.taken(), self.recordings.held())
 
-    def _judge(self, of_batch: int, outcomes: list[Outcome]) -> None:
-        self._batches.judge(outcomes[:of_batch])
-        self._drift.judge(outcomes[of_batch:])
+    def _judge(self, batch: int, scales: int, outcomes: list[Outcome]) -> None:
+        self._batches.judge(outcomes[:batch])
+        self._scales.judge(outcomes[batch : batch + scales])
+        self._drift.judge(outcomes[batch + scales :])
 
     def require_alike(self) -> None:
         """Raises: `MismatchError`, on all ranks, if copies of a parameter or buffer differ."""

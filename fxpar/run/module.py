@@ -19,7 +19,7 @@ from fxpar.program import Program
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.report.timings import INITIALISING
-from fxpar.run import optimizers, sums, whole
+from fxpar.run import assigned, optimizers, sums, whole
 from fxpar.run.clip import clip_grad_norm
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
@@ -86,7 +86,8 @@ class ParallelModule(nn.Module):
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
         optimizers.watch()
-        sums.read_whole()
+        assigned.watch()
+        sums.read_whole(store.bound)
         self._sync, self._gathered = True, False
         self.forward = whole.with_signature(self.forward, model)  # type: ignore[method-assign]
         self._made = True
@@ -215,6 +216,17 @@ class ParallelModule(nn.Module):
         with store.control.watch.call("clip_grad_norm_"):
             store.control.watch.note(f"clip_grad_norm_({float(max_norm)}, {float(norm_type)})")
             return clip_grad_norm(store.counted(), max_norm, norm_type, store.bound, store.runtime)
+
+    def sum_over_parameters(self, function: Callable[[str, nn.Parameter], Any]) -> Tensor:
+        """The sum of ``function(name, parameter)``, a number for each of the model's parameters: the same on all ranks, under
+        every plan, and with gradients, to be added to a loss as a penalty. Tied parameters count once. All ranks call.
+
+        ``loss + module.sum_over_parameters(lambda name, p: 0.01 * p.square().sum() if p.dim() > 1 else 0)``
+        """
+        store = self.parameter_store
+        with store.control.watch.call("sum_over_parameters"):
+            store.control.agree("sum_over_parameters", {})
+            return sums.over_parameters(function, store)
 
     def init_weights(self, seed: int) -> None:
         """Fill parameters (and buffers) that are on the meta device as the model's own initialisation would, from `seed`."""

@@ -6,10 +6,14 @@ import functools
 from typing import Any
 
 from torch.distributed.tensor import DTensor
-from torch.optim import Adafactor
+from torch.optim import LBFGS, Adafactor, Rprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxpar.errors import InputError
+
+NEEDS = {Adafactor: "norms of whole rows and columns", LBFGS: "all gradients in one vector",
+         Rprop: "to choose elements by their signs"}
+"""What optimizers need that the parts of a parameter do not give."""
 
 
 @functools.cache
@@ -19,14 +23,16 @@ def watch() -> None:
 
 
 def _check(optimizer: Any, *_: Any) -> None:
-    """Raises: `InputError` for Adafactor with parameters of which ranks hold parts: it takes norms of rows and columns; for
-    another library's Adafactor, whose state are plain tensors."""
-    if type(optimizer).__name__ != "Adafactor":
+    """Raises: `InputError` for an optimizer of `NEEDS` with parameters of which ranks hold parts; for another library's
+    Adafactor, whose state are plain tensors."""
+    needs = next((what for kind, what in NEEDS.items() if isinstance(optimizer, kind)), None)
+    foreign = needs is None and type(optimizer).__name__ == "Adafactor"
+    if needs is None and not foreign:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
-    if parameters and not isinstance(optimizer, Adafactor):
+    if parameters and foreign:
         raise InputError(f"{type(optimizer).__module__}.Adafactor mixes plain tensors with parameters, which are DTensors here: "
                          "use another optimizer (AdamW), or torch.optim.Adafactor where the plan stores parameters whole (dp)")
     if any(not place.is_replicate() for p in parameters for place in p.placements):
-        raise InputError("torch.optim.Adafactor cannot step parameters of which each rank has a part (tp, zero): it needs norms "
-                         "of whole rows and columns; use another optimizer (AdamW), or a plan that stores parameters whole (dp)")
+        raise InputError(f"torch.optim.{type(optimizer).__name__} cannot step parameters of which each rank has a part (tp, "
+                         f"zero): it needs {needs}; use another optimizer (AdamW), or a plan that stores parameters whole (dp)")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,60 @@ def test_the_same_step_is_replaced(tmp_path):
     run.manager.save(1, epoch=0)
     run.manager.save(1, epoch=7)
     assert run.manager.steps() == [1] and run.manager.restore().extra == {"epoch": 7}
+
+
+def test_the_same_step_again_in_the_background(tmp_path):
+    run = Run(tmp_path / "run", keep=1)
+    for number in range(3):
+        run.manager.save(1, asynchronous=True, number=number)
+    assert run.manager.restore().extra == {"number": 2} and run.manager.folder_of(1).name == "step-00000001.again"
+    run.manager.save(2, number=3)
+    assert run.manager.steps() == [2] and os.listdir(tmp_path / "run") == ["step-00000002"]
+
+
+def of_number(path: Path, number: float) -> tuple[nn.Module, fxpar.CheckpointManager]:
+    model = nn.Linear(4, 4)
+    nn.init.constant_(model.weight, number)
+    return model, fxpar.CheckpointManager(path, model, keep=1)
+
+
+def save_for_ever(path: Path, steps: int) -> None:
+    try:
+        for number in itertools.count(1):
+            manager = of_number(path, float(number))[1]
+            manager.save(max(manager.steps()) + (number % steps > 0), number=float(number))
+    finally:
+        os._exit(1)
+
+
+def check_kills(path: Path, steps: int, count: int) -> None:
+    """Kill processes that save again and again: `steps` steps in turn."""
+    of_number(path, 0.0)[1].save(0, number=0.0)
+    for seed in range(count):
+        pid = os.fork()
+        if pid == 0:
+            save_for_ever(path, steps)
+        time.sleep(0.02 + 0.1 * random.Random(seed).random())
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        model, manager = of_number(path, -1.0)
+        assert manager.steps(), seed
+        restored = manager.restore()
+        assert set(model.weight.detach().flatten().tolist()) == {restored.extra["number"]}, seed
+    last = of_number(path, 7.0)[1]
+    last.save(10**6, number=7.0)
+    assert last.steps() == [10**6] and os.listdir(path) == ["step-01000000"]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_at_every_moment_there_is_a_whole_step(tmp_path, steps):
+    check_kills(tmp_path / "run", steps, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 3])
+def test_at_many_moments_there_is_a_whole_step(tmp_path, steps):
+    check_kills(tmp_path / "run", steps, 80)
 
 
 def test_an_older_step_is_not_saved_under_newer_ones(tmp_path):

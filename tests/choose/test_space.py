@@ -55,9 +55,10 @@ def test_a_plain_loop_has_no_pipeline_and_no_accumulation():
 
 
 @pytest.mark.parametrize("plan", [
-    "dp=4", "dp=4,zero=3", "tp=4", "pp=2,microbatches=8,schedule=zb1p",
+    "dp=4", "dp=4,zero=1,microbatches=4", "dp=4,zero=3", "tp=4",
+    "pp=2,microbatches=1,schedule=interleaved1f1b,virtual_stages=2", "pp=2,microbatches=8,schedule=zb1p",
     *(pytest.param(plan, marks=pytest.mark.slow) for plan in (
-        "dp=4,zero=1,microbatches=2", "dp=4,zero=2,microbatches=2", "dp=2,tp=2", "dp=2,recompute=full", "pp=2,microbatches=8",
+        "dp=4,zero=2,microbatches=2", "dp=2,tp=2", "dp=2,recompute=full", "pp=2,microbatches=8",
         "pp=2,dp=2,microbatches=4,schedule=interleaved1f1b,virtual_stages=2")),
 ])
 def test_formulas_say_what_the_cost_model_says(plan):
@@ -66,7 +67,8 @@ def test_formulas_say_what_the_cost_model_says(plan):
     made = partitioned(lambda _: captured(), estimate, machine(), ROWS)
     assert isinstance(made, Candidate)
     assert estimate.seconds == pytest.approx(made.seconds, rel=0.12)
-    assert estimate.terms["matrix products"] == pytest.approx(made.terms["matrix products"], rel=0.1)
+    for term, within in (("matrix products", 0.1), ("other operators", 0.15)):
+        assert estimate.terms[term] == pytest.approx(made.terms[term], rel=within)
 
 
 @pytest.mark.parametrize("plan", ["dp=4,zero=3", "tp=4"])

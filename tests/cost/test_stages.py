@@ -13,7 +13,7 @@ from torch.nn import functional
 from fxpar.compiler import compile_program
 from fxpar.cost.clusters import Cluster, Link
 from fxpar.cost.operators import measure
-from fxpar.cost.stages import OperatorTimes, StageLoad, stage_times, step_on, step_time
+from fxpar.cost.stages import OperatorTimes, StageLoad, added_bytes, stage_times, step_on, step_time
 from fxpar.errors import PlanError
 from fxpar.ops.ring.operator import axes_of
 from fxpar.passes.partition.phases import beside_computation, once_a_step
@@ -95,6 +95,21 @@ def test_gradients_are_summed_once_where_they_may_wait():
         assert (first.unshard, first.reduce) == pytest.approx((unshard * ring[zero], reduce * ring[zero]), abs=1e-6), zero
         assert first.weight_gradients == pytest.approx(each * ring[zero], abs=1e-6), zero
         assert first.forward == pytest.approx(ring[3] if zero == 3 else 0, abs=1e-6), zero
+
+
+@pytest.mark.parametrize("plan, numbers, size", [
+    ("dp=1", 2 * N * N, 12), ("dp=2", 2 * N * N, 12), ("dp=2,zero=1", 2 * N * N, 12), ("dp=2,zero=2", N * N, 12),
+    ("dp=2,zero=3", N * N, 12), ("dp=2,zero=1,param_dtype=bf16", 2 * N * N, 2 + 4 + 12),
+])
+def test_gradients_of_later_microbatches_are_added(plan, numbers, size):
+    """Two layers: three times float32 is read and written for each number, and bfloat16 is cast first."""
+    load = loads(plan)[0]
+    assert added_bytes(load, measure(load.program).values) == numbers * size
+    on = machine(flops=1 / NEVER, bandwidth=1.0) if "bf16" not in plan else replace(
+        machine(bandwidth=1.0), flops=(("bfloat16", 1 / NEVER),), efficiency=(("bfloat16", 1.0),))
+    one, four = (stage_times(on, replace(load, microbatches=count)) for count in (1, 4))
+    assert four.weight_gradients - one.weight_gradients == pytest.approx(0.75 * numbers * size)
+    assert (four.forward, four.input_gradients) == (one.forward, one.input_gradients)
 
 
 @pytest.mark.parametrize("host, slower", [(2, 1), (1, 10)])

@@ -178,6 +178,39 @@ def test_what_people_ask_of_accelerate(tmp_path, plan):
     launch(2, habits_with_accelerate, plan, tmp_path)
 
 
+def saving_fails_on_rank_0(rank: int, folder: Path) -> None:
+    from fxpar.integrations.accelerate import Accelerator
+    from fxpar.integrations.transformers import save_pretrained
+
+    as_torchrun(rank)
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(parallel(build(), "dp=2"))
+
+    def trouble(*_: Any, **__: Any) -> None:
+        if rank == 0:
+            raise OSError("no room")
+
+    (folder / "file").touch()
+    for save in (lambda path: accelerator.save_model(model, path), lambda path: save_pretrained(path, model)):
+        with pytest.raises(fxpar.CheckpointError, match="file"):
+            save(folder / "file" / "model")
+    model.generation_config.save_pretrained = trouble
+    with pytest.raises(fxpar.CheckpointError, match="no room"):
+        save_pretrained(folder / "model", model)
+    handle = accelerator.register_save_state_pre_hook(trouble)
+    with pytest.raises(OSError if rank == 0 else fxpar.FxparError, match="no room"):
+        accelerator.save_state(str(folder / "state"))
+    handle.remove()
+    accelerator.save_state(str(folder / "state"))
+    accelerator.register_load_state_pre_hook(trouble)
+    with pytest.raises(OSError if rank == 0 else fxpar.FxparError, match="no room"):
+        accelerator.load_state(str(folder / "state"))
+
+
+def test_saving_that_fails_on_rank_0_fails_on_all(tmp_path):
+    launch(2, saving_fails_on_rank_0, tmp_path, timeout=100)
+
+
 def of_replicas(plan: fxpar.Plan) -> list[list[int]]:
     """Replicas take turns, row by row, as those of a `DistributedSampler` do."""
     return [[BATCH * number + plan.dp * i + replica for replica in range(plan.dp) for i in range(BATCH // plan.dp)]

@@ -230,6 +230,20 @@ def test_keys_that_go_round_are_not_kept_whole():
     assert not gathers
 
 
+@pytest.mark.parametrize("name, rows, ids", [("llama", 4, 0), ("llama_packed", 8, 8 * 16 * 4)])
+def test_what_goes_round_is_in_the_totals(name, rows, ids):
+    """Keys and values of a rank are 2 * 4 * 16 * 4 numbers a row in float32, with segments of documents. Backward they go round
+    again, and their gradients with them, and home."""
+    model, batch = build(name)
+    made = fxpar.inspect(model, "cp=2", batch)
+    found = {r.phase: (r.axes, r.count, r.bytes) for r in made.collectives if r.kind == "ring"}
+    size = rows * 2 * 4 * 16 * 4 * 4
+    assert found == {"forward": (("cp",), 2, 2 * (size + ids)), "backward": (("cp",), 2, 2 * (3 * size + ids))}
+    assert made.attention[0].sent[1] == 3 * size + ids and made.attention[0].sent[0] >= size + ids
+    total = next(t for t in made.totals() if t.name == "cp")
+    assert total.bytes == sum(r.bytes for r in made.collectives if r.strategy == "cp") >= 8 * size
+
+
 class Patches(nn.Module):
     """A ViT's tokens: 16 patches and one more."""
 

@@ -138,27 +138,40 @@ def test_simulated_ranks_communicate_what_the_table_says(kind, sent):
 
 
 class Recorded(LoneRuntime):
-    """A runtime of one rank that notes what it is asked to send."""
+    """A runtime of one rank that notes what it is asked to send, and the bytes that this leaves."""
 
     def __init__(self) -> None:
         super().__init__({"a": 2, "b": 3})
         self.sent: list[str] = []
+        self.left: list[int] = []
+
+    def noted(self, kind: str, result: Tensor) -> Tensor:
+        self.sent.append(kind)
+        self.left.append(result.nbytes)
+        return result
 
     def all_reduce(self, x: Tensor, axes: tuple[str, ...], op: str = "sum") -> Tensor:
-        self.sent.append("all_reduce")
-        return super().all_reduce(x, axes, op)
+        return self.noted("all_reduce", super().all_reduce(x, axes, op))
 
     def all_gather(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
-        self.sent.append("all_gather")
-        return super().all_gather(x, axes)
+        return self.noted("all_gather", super().all_gather(x, axes))
 
     def reduce_scatter(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
-        self.sent.append("reduce_scatter")
-        return super().reduce_scatter(x, axes)
+        return self.noted("reduce_scatter", super().reduce_scatter(x, axes))
 
     def all_to_all(self, x: Tensor, axes: tuple[str, ...]) -> Tensor:
-        self.sent.append("all_to_all")
-        return super().all_to_all(x, axes)
+        return self.noted("all_to_all", super().all_to_all(x, axes))
+
+
+@pytest.mark.parametrize("dtype, reduce", [(None, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)])
+def test_a_backward_leaves_the_bytes_that_are_told(dtype, reduce):
+    made, runtime = Collective("all_gather_varying", X, ("a",), dtype=dtype, reduce=reduce), Recorded()
+    x = torch.randn(12, 12, requires_grad=True)
+    with use_runtime(runtime):
+        (y,) = fx.GraphModule(torch.nn.Module(), one_node(made)[0])(x)
+        y.backward(torch.ones_like(y))
+    assert runtime.left == [y.nbytes, made.backward_bytes(y.nbytes, x.dtype, MESH)]
+    assert runtime.left[1] == 12 * 12 * (2 if reduce else 4)
 
 
 @pytest.mark.parametrize("kind", CONJUGATE)

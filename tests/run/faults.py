@@ -17,8 +17,11 @@ from torch import Tensor, nn
 import fxpar
 
 TIMEOUT = 4.0
-LIMIT = 25.0
-"""Seconds within which a program must have ended: the timeout, what it takes to notice, and the program on a busy machine."""
+"""Of the programs, in seconds; longer on a machine that is so busy that ranks without a mistake would seem to be lost."""
+HUNG = 60
+"""Timeouts after which a program that runs still does not end by itself."""
+ENDED = "ended"
+"""The file by which rank 0 says that its program is over."""
 
 
 class Net(nn.Module):
@@ -40,10 +43,10 @@ class Net(nn.Module):
 class Program:
     """What a training script does; a mistake replaces some of its steps. kept: of earlier steps."""
 
-    def __init__(self, rank: int, plan: str, folder: str):
+    def __init__(self, rank: int, plan: str, folder: str, timeout: float):
         self.rank, self.plan, self.folder = rank, plan, folder
         self.parallel_plan: Any = plan
-        self.options: dict[str, Any] = {"timeout": TIMEOUT, "backend": "eager"}
+        self.options: dict[str, Any] = {"timeout": timeout, "backend": "eager"}
         self.steps, self.seed, self.losses = 3, 0, list[float]()
 
     def build(self) -> nn.Module:
@@ -228,8 +231,10 @@ def set_lr(p: Program) -> None:
 
 
 def leave(p: Program) -> None:
-    """The program of this rank is over, and its process lives on."""
-    time.sleep(3 * TIMEOUT)
+    """The program of this rank is over, and its process lives on for as long as that of rank 0 runs."""
+    until = time.monotonic() + HUNG * p.options["timeout"]
+    while not (Path(p.folder) / ENDED).exists() and time.monotonic() < until:
+        time.sleep(0.1)
     raise SystemError("it is over")
 
 
@@ -257,7 +262,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "backend: another": mistake(parallelize=option(backend="inductor")),
     "backend: unknown": mistake(parallelize=option(backend="xla")),
     "transport: another": mistake(parallelize=option(transport="nccl")),
-    "timeout: another": mistake(parallelize=option(timeout=5.0)),
+    "timeout: another": mistake(parallelize=lambda p: option(timeout=p.options["timeout"] + 1)(p)),
     "timeout: none": mistake(parallelize=option(timeout=0)),
     "check_batches: another": mistake(parallelize=option(check_batches=1)),
     "dump_dir: cannot be written": mistake(parallelize=option(dump_dir="/proc/none/x")),
@@ -324,6 +329,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "backward: left out, tp": mistake("tp=2", backward=at(1, nothing, "backward")),
     "backward: twice": mistake(backward=at(1, lambda p, s, loss: (
         loss.backward(retain_graph=True), loss.backward()), "backward")),
+    "backward: of twice the loss": mistake(backward=at(1, lambda p, s, loss: (2 * loss).backward(), "backward")),
+    "backward: of twice the loss, pp": mistake("pp=2", backward=at(1, lambda p, s, loss: (2 * loss).backward(), "backward")),
     "backward: a hook that fails": mistake(forward=hook_fails),
     "backward: by autograd.grad": mistake(backward=at(1, lambda p, s, loss: torch.autograd.grad(
         loss, [p.module.get_parameter("up.weight")]), "backward")),
@@ -334,6 +341,12 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "optimizer: step left out": mistake(update=at(1, nothing, "update")),
     "optimizer: step left out, zero=3": mistake("dp=2,zero=3", update=at(1, nothing, "update")),
     "optimizer: another rate": mistake(update=at(1, also(set_lr, "update"), "update")),
+    "optimizer: weight decay": mistake(optimizer=lambda p: torch.optim.SGD(
+        p.module.parameters(), 0.1, momentum=0.9, weight_decay=0.1)),
+    "optimizer: parameters in another order": mistake(optimizer=lambda p: torch.optim.SGD(
+        list(p.module.parameters())[::-1], 0.1, momentum=0.9)),
+    "optimizer: a gradient is zeroed": mistake(update=at(1, also(lambda p: p.module.get_parameter("up.weight").grad.zero_(),
+                                                                 "update"), "update")),
     "optimizer: another one": mistake(optimizer=lambda p: torch.optim.AdamW(p.module.parameters(), 0.1)),
     "optimizer: some parameters": mistake(optimizer=lambda p: torch.optim.SGD(p.module.up.parameters(), 0.1, momentum=0.9)),
     "optimizer: zero_grad left out": mistake(zero=at(1, nothing, "zero")),
@@ -345,6 +358,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "module: another seed": mistake(begin=module(lambda m: setattr(m, "seed", 7))),
     "module: an attribute": mistake(begin=module(lambda m: setattr(m, "temperature", 3.0))),
     "module: a hook": mistake(begin=module(lambda m: m.get_submodule("up").register_forward_hook(lambda mod, i, o: 2 * o))),
+    "module: a parameter deleted": mistake(begin=module(lambda m: setattr(m.get_submodule("up"), "bias", None))),
     "module: a submodule replaced": mistake(begin=module(lambda m: setattr(m, "drop", nn.Identity()))),
     "module: half": mistake(begin=module(lambda m: m.double())),
     "module: weights changed": mistake(begin=module(scale_weights)),
@@ -382,10 +396,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
 }  # fmt: skip
 
 
-def ending(rank: int, name: str, folder: str) -> tuple[str, str, float, list[float], list[Tensor]]:
+def ending(rank: int, name: str, folder: str, timeout: float) -> tuple[str, str, float, list[float], list[Tensor]]:
     """How the program of this rank ends: "ok" or the names of the error's class and its bases, text, seconds, losses, weights."""
     plan, steps = MISTAKES[name]
-    program = Program(rank, plan, folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    program = Program(rank, plan, folder, timeout)
     if rank == 1 or name.endswith("on all ranks"):
         for step, function in steps.items():
             setattr(program, step, lambda *given, f=function: f(program, *given))
@@ -398,5 +413,7 @@ def ending(rank: int, name: str, folder: str) -> tuple[str, str, float, list[flo
         kind, text = "ok", ""
     except Exception as error:
         kind, text = " ".join(c.__name__ for c in type(error).__mro__), str(error)
+    if rank == 0:
+        (Path(folder) / ENDED).touch()
     weights = [] if kind != "ok" else [p.full_tensor().detach() for p in program.module.parameters()]
     return kind, text, time.monotonic() - begin, program.losses, weights

@@ -145,6 +145,19 @@ def takes_full_state_dicts(rank: int, pair: Pair) -> None:
     assert pair.agree()
 
 
+def writes_what_is_put_into_data(rank: int, pair: Pair) -> None:
+    for model in (pair.module, pair.plain):
+        for p in model.parameters():
+            p.data = p.data * 2
+    assert pair.agree()
+    whole, flat = pair.plain.up.weight.detach(), nn.utils.parameters_to_vector(pair.plain.parameters())
+    for put in (lambda: setattr(pair.module.up.weight, "data", whole),
+                lambda: nn.utils.vector_to_parameters(flat, pair.module.parameters())):
+        with pytest.raises(InputError, match=r"put into `\.data` of a parameter of .*load_state_dict"):
+            put()
+    assert pair.agree()
+
+
 def averages_weights(rank: int, pair: Pair) -> None:
     pairs = [(pair.module, pair.mine()), (pair.plain, [pair.x, pair.y])]
     averages = [AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.5)) for m, _ in pairs]
@@ -220,7 +233,7 @@ def meets_plain_labels(rank: int, pair: Pair) -> None:
 
 
 CHECKS = (is_there_for_a_while, keeps_what_rank_0_wrote, ends_on_all_ranks, says_what_needs_it_whole, takes_full_state_dicts,
-          averages_weights, has_gradients_of_penalties, says_who_reads_a_number_alone)
+          writes_what_is_put_into_data, averages_weights, has_gradients_of_penalties, says_who_reads_a_number_alone)
 UNDER_TP = (*CHECKS, meets_plain_labels)
 SLOW = (*CHECKS, has_numbers_of_parameters)
 
@@ -362,19 +375,21 @@ def test_second_derivatives_that_are_none_are_refused():
         torch.autograd.grad(again(x), x, create_graph=True)
 
 
-def test_adafactor_of_parts_of_parameters_is_refused(one_rank):
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Rprop])
+def test_optimizers_of_parts_of_parameters_are_refused(one_rank, kind):
     mesh = init_device_mesh("cpu", (1,))
     of_one_rank()
     for place, refused in ((Shard(0), True), (None, False)):
         local = torch.randn(4, 4)
         p = nn.Parameter(local if place is None else DTensor.from_local(local, mesh, [place], run_check=False))
         p.grad = torch.ones_like(p)
-        optimizer = torch.optim.Adafactor([p])
+        optimizer = kind([p])
+        closure = [lambda p=p: p.sum()] if kind is torch.optim.LBFGS else []
         if refused:
-            with pytest.raises(InputError, match=r"Adafactor cannot step.*AdamW"):
-                optimizer.step()
+            with pytest.raises(InputError, match=rf"{kind.__name__} cannot step.*AdamW"):
+                optimizer.step(*closure)
         else:
-            optimizer.step()
+            optimizer.step(*closure)
 
 
 def test_the_adafactor_of_transformers_is_refused(one_rank):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,17 @@ def traffic_bytes(schedule: RingSchedule, k: Shape, v: Shape, dtype: torch.dtype
     rounds = schedule.ranks - 1
     passed_on = rounds * keys.bytes(schedule.keys)
     return passed_on, passed_on + (schedule.ranks * gradients.bytes(schedule.keys) if rounds else 0)
+
+
+def traffic_of(node: fx.Node, ranks: int, values: Mapping[fx.Node, Any]) -> tuple[int, int]:
+    """`traffic_bytes` of a node of a program that calls `ring_attention`. ranks: of the ring. values: of its operands, with a
+    shape and a dtype."""
+    operands: Any = node.args[:3]
+    given: Any = node.kwargs
+    q, k, v = (values[n] for n in operands)
+    ids = [(values[n].shape, values[n].dtype) for name in ("kv_segments", "kv_valid") if (n := given.get(name)) is not None]
+    order = _schedule(q.shape, k.shape, ranks, bool(given.get("causal")), bool(given.get("zigzag")), given.get("window"))
+    return traffic_bytes(order, k.shape, v.shape, k.dtype, ids)
 
 
 def workspace_bytes(schedule: RingSchedule, q: Shape, k: Shape, v: Shape, dtype: torch.dtype) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from fxpar.ops.collectives import typed
 from fxpar.passes.partition.phases import beside_computation, once_a_step
 from fxpar.program import Program, block_path, module_path, user_line
 from fxpar.report.html.svg import bar, drawing, legend, tag, words
-from fxpar.report.traffic import gathered_again, strategy_of
+from fxpar.report.traffic import gathered_again, returned_bytes, strategy_of
 from fxpar.report.words import seconds, short, size
 from fxpar.sharding.facts import local_value
 
@@ -88,7 +88,7 @@ class _Lanes:
             moved = (
                 local_value(node).bytes
                 if phase == "forward"
-                else made.operand_bytes(local_value(node).bytes, self.program.mesh)
+                else returned_bytes(node, made, self.program.mesh)
             )
             text = (
                 f"{said}{direction.comm} over {'+'.join(made.axes)} for {where or 'the model'}: {size(moved)}, {seconds(takes)}"
