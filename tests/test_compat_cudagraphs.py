@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxpar import compat
-from fxpar.compat.cudagraphs import CudaGraphs
 
 
 class Noted:
@@ -21,7 +20,7 @@ class Noted:
     def takes(self, inputs) -> None:
         self.notes.append(("takes", tuple(inputs)))
 
-    def forward(self, code, returned):
+    def forward(self, code: compat.Code, returned: int) -> compat.Code:
         def run(inputs):
             outs = code(inputs)
             self.notes.append(("forward", returned, len(outs) > returned))
@@ -57,7 +56,8 @@ def traced() -> tuple[fx.GraphModule, list[Tensor]]:
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_recorder_runs_forward_and_backward(compiled):
-    noted, (module, inputs) = Noted(), traced()
+    noted: compat.CodeRecorder = Noted()
+    module, inputs = traced()
     run = compat.compile_graph(module, inputs, recorder=noted) if compiled else \
         compat.partition_eagerly(module, inputs, lambda graph: None, recorder=noted)
     for _ in range(2):
@@ -106,7 +106,7 @@ def test_whether_a_graph_is_kept_and_where_tensors_are_saved():
 @pytest.mark.gpu
 def test_a_gpu_records_and_plays_back():
     device = torch.device("cuda", torch.cuda.current_device())
-    graphs = CudaGraphs(device)
+    graphs = compat.CudaGraphs(device)
     x, w = torch.randn(64, 64, device=device), torch.randn(64, 64, device=device)
     for _ in range(2):
         (x @ w).relu()
@@ -129,7 +129,7 @@ def test_a_gpu_records_and_plays_back():
 @pytest.mark.gpu
 def test_a_recording_that_breaks_off_leaves_nothing():
     device = torch.device("cuda", torch.cuda.current_device())
-    graphs, stream = CudaGraphs(device), torch.cuda.current_stream()
+    graphs, stream = compat.CudaGraphs(device), torch.cuda.current_stream()
     x = torch.ones(8, device=device)
     with pytest.raises(RuntimeError):
         graphs.record(lambda inputs: [inputs[0] * (inputs[0] + 1).sum().item()], [x])

@@ -20,14 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
-from fxpar.compat.compiling import compile_graph
+from fxpar.compat.compiling import compile_graph, partition_eagerly
 from fxpar.compat.cudagraphs import (
     CodeRecorder,
     CudaGraphs,
-    boxed,
     holders,
     keeps_graph,
-    recorded_by,
     saves_elsewhere,
     storage_at,
     storage_number,
@@ -87,7 +85,6 @@ __all__ = [
     "attention_priority",
     "autocast_region",
     "before_norms",
-    "boxed",
     "cache_counts",
     "cache_settings",
     "compile_graph",
@@ -110,12 +107,12 @@ __all__ = [
     "mutates",
     "no_grad_region",
     "no_torch_function",
+    "partition_eagerly",
     "process_groups",
     "profiling",
     "quiet_traces",
     "read_metadata",
     "read_numbers_of",
-    "recorded_by",
     "saves_elsewhere",
     "sizes_of_values",
     "sizes_to_compile",
@@ -413,36 +410,6 @@ def lower_as_collective(operator: Any) -> None:
 def in_backward(node: fx.Node) -> bool:
     """Whether a node of a joint graph was traced in its backward pass."""
     return node.meta.get("partitioner_tag") == "is_backward"
-
-
-def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],
-                      counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None,
-                      recorder: CodeRecorder | None = None) -> Callable:
-    """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
-
-    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`. around: the
-    context of every forward and backward. recorder: is put around them.
-    """
-    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-    def partition(module: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
-        joint(module.graph)
-        return min_cut_rematerialization_partition(module, joint_inputs, **options)
-
-    def as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        def run(*args: Any) -> Any:
-            with around or contextlib.nullcontext():
-                return gm(*args)
-
-        return make_boxed_func(run)
-
-    def backward(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        made = as_it_is(gm, example_inputs)
-        return made if recorder is None else boxed(recorder.backward(made))
-
-    with sizes_of_values(inputs, counts) as inputs, recorded_by(recorder):
-        return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=backward, partition_fn=partition)
 
 
 @contextlib.contextmanager

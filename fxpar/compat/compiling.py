@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -11,10 +12,10 @@ import torch
 from torch import fx
 
 from fxpar.compat.caches import cache_settings
-from fxpar.compat.cudagraphs import CodeRecorder, alone, recorded_by, recorded_output
+from fxpar.compat.cudagraphs import CodeRecorder, alone, boxed, recorded_by, recorded_output
 from fxpar.compat.cut import Cutting
 from fxpar.compat.reductions import mend_reductions
-from fxpar.compat.steps import sizes_to_compile
+from fxpar.compat.steps import sizes_of_values, sizes_to_compile
 from fxpar.progress import stage
 
 
@@ -55,3 +56,33 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
                                    ignore_shape_env=not counts)
     returned = True
     return compiled if recorder is None or graphs == 2 else alone(compiled, recorder)
+
+
+def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],
+                      counts: bool = False, around: contextlib.AbstractContextManager[None] | None = None,
+                      recorder: CodeRecorder | None = None) -> Callable:
+    """AOTAutograd on a flat graph, without a compiler: a callable over the same flat inputs, with autograd.
+
+    ``joint(graph)`` edits the joint graph before the min-cut partitioner splits it. counts: see `sizes_of_values`. around: the
+    context of every forward and backward. recorder: is put around them.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(module: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        joint(module.graph)
+        return min_cut_rematerialization_partition(module, joint_inputs, **options)
+
+    def as_it_is(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with around or contextlib.nullcontext():
+                return gm(*args)
+
+        return make_boxed_func(run)
+
+    def backward(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        made = as_it_is(gm, example_inputs)
+        return made if recorder is None else boxed(recorder.backward(made))
+
+    with sizes_of_values(inputs, counts) as inputs, recorded_by(recorder):
+        return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=backward, partition_fn=partition)
