@@ -120,7 +120,7 @@ def train_ranks(rank: int, plans: list[str], names: list[str]) -> dict[tuple[str
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize("world, plans, names", [
-    (2, PLANS[2], ["AdamW", "SGD"]),
+    pytest.param(2, PLANS[2], ["AdamW", "SGD"], marks=pytest.mark.slow),
     (4, PLANS[4], ["AdamW"]),
     pytest.param(4, [*PLANS[4], "dp=4,zero=1", "dp=4,dp_replicate=2,zero=1", "dp=2,tp=2,zero=2"], ["AdamW", "SGD"],
                  marks=pytest.mark.slow),

@@ -110,6 +110,7 @@ def test_several_plans_are_inspected_as_each_by_itself(monkeypatch):
     assert fxpar.inspect(fxpar.capture(model, inputs), plans[1]) == alone[1]
 
 
+@pytest.mark.slow
 def test_several_plans_are_compared_with_one_device(monkeypatch):
     model, inputs = zoo.build("llama")
     made = count_captures(monkeypatch)

@@ -128,7 +128,7 @@ class Pointwise(nn.Module):
 
 
 @pytest.mark.parametrize("make, train, taken", [
-    pytest.param(lambda: Small(False), True, True, id="bent"),
+    pytest.param(lambda: Small(False), True, True, id="bent", marks=pytest.mark.slow),
     pytest.param(lambda: Small(True), True, True, id="residual"),
     pytest.param(lambda: Small(True), False, True, id="no backward"),
     pytest.param(Pointwise, True, False, id="a long chain"),
