@@ -56,7 +56,7 @@ def both_ways(name: str, plan: str, path: Path) -> None:
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "llama")])
 def test_round_trips_with_hugging_face(name, tmp_path):
     both_ways(name, "tp=2", tmp_path)
 

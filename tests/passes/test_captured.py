@@ -46,6 +46,7 @@ def check_plans(name: str, plans: list[str]) -> None:
 SOME = st.lists(st.sampled_from(PLANS), min_size=2, max_size=3, unique=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=2)
 @given(st.sampled_from(MODELS), SOME)
 def test_plans_after_one_capture_are_those_of_captures_of_their_own(name, plans):

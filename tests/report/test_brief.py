@@ -131,7 +131,7 @@ class Pointwise(nn.Module):
     pytest.param(lambda: Small(False), True, True, id="bent", marks=pytest.mark.slow),
     pytest.param(lambda: Small(True), True, True, id="residual"),
     pytest.param(lambda: Small(True), False, True, id="no backward"),
-    pytest.param(Pointwise, True, False, id="a long chain"),
+    pytest.param(Pointwise, True, False, id="a long chain", marks=pytest.mark.slow),
 ])
 def test_a_prediction_of_small_blocks(make, train, taken, monkeypatch):
     seen = []

@@ -179,6 +179,7 @@ def test_changed_parameters_are_gathered_again():
             assert have == pytest.approx(other, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_sums_over_microbatches_are_wide():
     """bfloat16 gradients of microbatches are added up in the reduction dtype."""
     (wide, *_), (sums, *_) = launch(2, narrow, "dp=2,zero=1"), launch(2, narrow, "dp=2,zero=3")
@@ -234,6 +235,7 @@ def unversioned(rank: int, plan: str) -> tuple[list[float], list[int]]:
     return losses, [*counts, hooks()]
 
 
+@pytest.mark.slow
 def test_any_optimizers_step_makes_kept_values_invalid_and_nothing_is_installed_for_longer_than_a_module_lives():
     (want, none), _ = launch(2, unversioned, "dp=2,zero=3")
     (have, counts), _ = launch(2, unversioned, "dp=2,zero=1")

@@ -257,6 +257,7 @@ def by_definition(**options: Any) -> tuple[float, dict[str, Tensor], dict[str, T
     return total.item(), {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
 
 
+@pytest.mark.slow
 def test_what_is_joined_updated_drawn_and_refused(tmp_path):
     found = launch(4, odds, str(tmp_path), CONNECTED)
     for name, options in (("balance", {"balance": True}), ("norm", {"norm": True}), ("dropout", {})):

@@ -118,9 +118,10 @@ def state_of_rank(rank: int, plan: str, names: list[str]) -> dict[str, dict[str,
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.parametrize("plan, names", [("dp=2,tp=2,zero=3", ["gpt2"]), *(
-    pytest.param(plan, list(FUSED), marks=pytest.mark.slow) for plan in ("dp=2,tp=2,zero=3", "tp=4", "dp=2,tp=2,zero=1"))])
+    (plan, list(FUSED)) for plan in ("dp=2,tp=2,zero=3", "tp=4", "dp=2,tp=2,zero=1"))])
 def test_whatever_is_held_of_fused_weights_can_be_gathered(plan, names):
     ranks = launch(4, state_of_rank, plan, names)
     for name in names:

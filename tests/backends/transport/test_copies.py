@@ -233,7 +233,7 @@ def one_after_another(rank: int, folder: str, plans: list[str]) -> list[tuple[li
 
 @pytest.mark.multiproc
 @pytest.mark.parametrize("world, plans, made", [
-    (2, ["dp=2,zero=3", "dp=2", "dp=2,zero=2"], 1),
+    pytest.param(2, ["dp=2,zero=3", "dp=2", "dp=2,zero=2"], 1, marks=pytest.mark.slow),
     pytest.param(4, ["dp=2,tp=2,zero=3", "dp=4,dp_replicate=2,zero=3", "dp=4,zero=1"], 3, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_modules_on_one_group_share_what_copies(world, plans, made):
