@@ -187,7 +187,8 @@ def several(rank: int, programs: list[Program], plan: str) -> list[dict[str, Any
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("plan", [pytest.param(p, marks=[pytest.mark.slow] * (p != "dp=2,zero=3")) for p in PLANS])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
 def test_programs_go_on_on_two_ranks(plan):
     r = Random(plan)
     programs = [Program(r) for _ in range(4)]

@@ -130,7 +130,7 @@ def test_each_change_is_the_plain_models(name):
         compare(plain, module, x)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(RANDOM)
 def test_changes_in_any_order_are_the_plain_models(r):
     plain, module, x = made()

@@ -7,7 +7,7 @@ from tests.zoo.families import FAMILIES
 
 COMMITTED = support.committed()
 SAMPLE = ["causal/gemma2", "causal/bloom", "causal/mamba", "masked/deberta-v2", "sequence-to-sequence/umt5", "image/convnext",
-          "sound/wav2vec2", "causal/jetmoe"]
+          "sound/wav2vec2"]
 """Quick ones that have little in common."""
 
 

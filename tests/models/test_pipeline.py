@@ -48,7 +48,7 @@ def llama(layers: int = 2, **options: object) -> zoo.Built:
 
 @pytest.mark.parametrize("name, plan", [
     ("llama_tied", "pp=2,tp=2,microbatches=2"),
-    ("gpt2", "pp=2,dp=2,zero=3,microbatches=2,schedule=zb1p"),
+    pytest.param("gpt2", "pp=2,dp=2,zero=3,microbatches=2,schedule=zb1p", marks=pytest.mark.slow),
     pytest.param("t5", "pp=2,virtual_stages=2,schedule=zbv,microbatches=2", marks=pytest.mark.slow),
     ("outputs", "pp=2,dp=2,microbatches=2"),
 ])

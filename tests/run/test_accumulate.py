@@ -171,6 +171,7 @@ def changing(rank: int, plan: str) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_changed_parameters_are_gathered_again():
     want = launch(2, changing, "dp=2")
     assert len({round(loss, 4) for loss in want[0]}) == 3

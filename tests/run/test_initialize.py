@@ -121,7 +121,7 @@ def test_one_rank_draws_what_one_device_draws(name):
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("name", ["own", "llama"])
+@pytest.mark.parametrize("name", ["own", pytest.param("llama", marks=pytest.mark.slow)])
 def test_tensor_parallel_ranks_draw_what_one_device_draws(name):
     for answer in launch(2, from_meta, name, "tp=2"):
         check(name, *answer)
@@ -135,6 +135,7 @@ def test_ranks_that_share_experts_draw_what_one_device_draws(plan):
         check("mixtral", *answer)
 
 
+@pytest.mark.slow
 def test_only_one_full_parameter_is_made_at_a_time(monkeypatch):
     """The first value of a parameter is dropped before the next one is made."""
     from fxpar.run import initialize

@@ -63,7 +63,7 @@ def test_a_number_that_changes_is_an_input_where_it_can_be(one_rank, how, progra
     assert differences(how, "dp=1", torch.randn(4, 8)) == programs  # of five values
 
 
-@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.floats(-4, 4), min_size=2, max_size=6, unique=True))
 def test_any_values_share_a_program(one_rank, values):
     made = differences(lambda net, x, by: (net.down(net.up(x) * by) + by).square().mean(), "dp=1", torch.randn(4, 8), values)

@@ -147,7 +147,8 @@ def trained(rank: int, plan: str, folder: str, backend: str = "eager") -> dict[s
     return out
 
 
-@pytest.mark.parametrize("plan", [pytest.param("pp=4,microbatches=4", marks=pytest.mark.slow), "pp=2,dp=2,zero=3,microbatches=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["pp=4,microbatches=4", "pp=2,dp=2,zero=3,microbatches=2"])
 def test_training_equals_one_process(plan, tmp_path):
     check_training(plan, tmp_path)
 

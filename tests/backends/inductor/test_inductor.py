@@ -87,8 +87,9 @@ def test_one_process_equals_eager_and_a_second_module_finds_what_the_first_compi
     assert {word: after[word] - before[word] for word in after if after[word] != before[word]} == {"hit": 1, "graph hit": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
-@pytest.mark.parametrize("plan", [pytest.param("dp=2", marks=pytest.mark.slow), "tp=2"])
+@pytest.mark.parametrize("plan", ["dp=2", "tp=2"])
 def test_two_processes_equal_eager(plan):
     want = two_steps(0, "dp=1", "eager")
     for have in launch(2, two_steps, plan, "inductor", timeout=300):
