@@ -10,7 +10,7 @@ whatever is special about the first blocks and the last ones remains as it is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ def find(graph: fx.Graph, facts: Facts, least: int) -> Repeats | None:
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     tokens = _tokens(graph, facts)
     best: tuple[int, Repeats] | None = None
-    for period in _periods([tokens[n] for n in nodes]):
+    for period in periods_of([tokens[n] for n in nodes]):
         if period * least > len(nodes):
             continue
         made = _Search(graph, nodes, tokens, period).run(least)
@@ -74,24 +74,25 @@ def _tokens(graph: fx.Graph, facts: Facts) -> dict[fx.Node, int]:
     out = {}
     for node in graph.nodes:
         target = node.op if node.op in ("placeholder", "output") else node.target
-        key = (node.op, target, _frozen(node.args), _frozen(node.kwargs), facts(node))
+        key = (node.op, target, frozen(node.args), frozen(node.kwargs), facts(node))
         out[node] = known.setdefault(key, len(known))
     return out
 
 
-def _frozen(value: Any) -> Hashable:
+def frozen(value: Any) -> Hashable:
+    """An argument as it is, but for the nodes in it."""
     if isinstance(value, fx.Node):
         return "node"
     if isinstance(value, (list, tuple)):
-        return (type(value).__name__, *map(_frozen, value))
+        return (type(value).__name__, *map(frozen, value))
     if isinstance(value, dict):
-        return tuple((k, _frozen(v)) for k, v in value.items())
+        return tuple((k, frozen(v)) for k, v in value.items())
     if isinstance(value, slice):
-        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
+        return ("slice", frozen(value.start), frozen(value.stop), frozen(value.step))
     return (type(value).__name__, repr(value))
 
 
-def _periods(tokens: list[int]) -> list[int]:
+def periods_of(tokens: Sequence[int]) -> list[int]:
     """Lengths that a period may have: the distances at which equal operators most often follow each other, and twice them."""
     votes: Counter[int] = Counter()
     last: dict[int, int] = {}
@@ -109,15 +110,15 @@ def written(graph: fx.Graph, facts: Facts) -> tuple[Hashable, dict[fx.Node, int]
     output is not in it."""
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     number = {n: i for i, n in enumerate(nodes)}
-    for node in [r for n in nodes for r in _references(n)]:
+    for node in [r for n in nodes for r in references_of(n)]:
         number.setdefault(node, len(number))
-    lines = [(n.op, n.target, _frozen(n.args), _frozen(n.kwargs), tuple(number[r] for r in _references(n)), facts(n))
+    lines = [(n.op, n.target, frozen(n.args), frozen(n.kwargs), tuple(number[r] for r in references_of(n)), facts(n))
              for n in nodes]
     unused = sorted(str(facts(n)) for n in graph.find_nodes(op="placeholder") if n not in number)
     return (*lines, *(facts(n) for n in list(number)[len(nodes):]), *unused), number
 
 
-def _references(node: fx.Node) -> list[fx.Node]:
+def references_of(node: fx.Node) -> list[fx.Node]:
     """The nodes among the arguments, in order, each as often as it is there."""
     out: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), out.append)
@@ -152,7 +153,7 @@ class _Search:
         if self.tokens[a] != self.tokens[b]:
             return None
         kinds = []
-        for x, y in zip(_references(a), _references(b), strict=True):
+        for x, y in zip(references_of(a), references_of(b), strict=True):
             if x is not y:
                 near = i - self.index.get(x, -len(self.nodes)), i + self.period - self.index.get(y, -len(self.nodes))
                 if self.tokens[x] != self.tokens[y] or (max(near) < self.period and near[0] != near[1]):
@@ -179,7 +180,7 @@ class _Search:
     def _follow(self) -> None:
         """For what is outside of the stretch and referred to from inside: what follows it."""
         for i in range(self.start, self.end - self.period):
-            for x, y in zip(_references(self.nodes[i]), _references(self.nodes[i + self.period]), strict=True):
+            for x, y in zip(references_of(self.nodes[i]), references_of(self.nodes[i + self.period]), strict=True):
                 if x is not y:
                     self._match(x, y)
 
@@ -200,7 +201,7 @@ class _Search:
         if self.tokens[x] != self.tokens[y]:
             raise NotEqual
         self.follows[x] = y
-        for a, b in zip(_references(x), _references(y), strict=True):
+        for a, b in zip(references_of(x), references_of(y), strict=True):
             if a is not b:
                 self._match(a, b)
 
@@ -227,12 +228,12 @@ class _Search:
     def _first_used(self) -> dict[fx.Node, int]:
         first: dict[fx.Node, int] = {}
         for i in range(self.start, self.end):
-            pending = _references(self.nodes[i])
+            pending = references_of(self.nodes[i])
             while pending:
                 x = pending.pop()
                 if not self._in_region(x) and x not in first:
                     first[x] = (i - self.start) // self.period
-                    pending += _references(x)
+                    pending += references_of(x)
         return first
 
     def _add(self, chain: list[fx.Node], first: dict[fx.Node, int], families: list[dict[int, fx.Node]],
@@ -256,7 +257,7 @@ def _tails(repeats: Repeats, tokens: dict[fx.Node, int]) -> None:
     for node in repeats.graph.nodes:
         if node in at or node.op in ("placeholder", "output"):
             continue
-        references = _references(node)
+        references = references_of(node)
         base = next((at[r][1] for r in references if r in at), None)
         if base is None:
             continue
@@ -406,12 +407,12 @@ def _offsets(repeats: Repeats, f: int) -> list[Place | None]:
     if at not in members or at + 1 not in members:
         raise NotEqual
     out: list[Place | None] = []
-    for x, y in zip(_references(members[at]), _references(members[at + 1]), strict=True):
+    for x, y in zip(references_of(members[at]), references_of(members[at + 1]), strict=True):
         if x is not y and x not in repeats.place:
             raise NotEqual
         out.append(None if x is y else (repeats.place[x][0], repeats.place[x][1] - at))
     for q, node in members.items():
-        for offset, x in zip(out, _references(node), strict=True):
+        for offset, x in zip(out, references_of(node), strict=True):
             if offset is not None:
                 family, ahead = offset
                 if repeats.families[family].get(q + ahead, x) is not x:
@@ -425,7 +426,7 @@ def _connect(repeats: Repeats, families: list[dict[int, fx.Node]]) -> None:
     for f, members in enumerate(families):
         for q, node in members.items():
             wanted = []
-            for offset, x in zip(offsets[f], _references(node), strict=True):
+            for offset, x in zip(offsets[f], references_of(node), strict=True):
                 wanted.append(x if offset is None else families[offset[0]].get(q + offset[1], x))
             feed = iter(wanted)
             node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: next(feed))  # noqa: B023
@@ -436,7 +437,7 @@ def _check_ends(repeats: Repeats, returned: set[fx.Node]) -> None:
         own = repeats.place.get(node)
         if node.op == "output":
             continue
-        references = _references(node)
+        references = references_of(node)
         stays = [True] * len(references) if own is None else [o is None for o in _offsets(repeats, own[0])]
         for fixed, x in zip(stays, references, strict=True):
             if fixed and x in repeats.place and not _at_an_end(repeats, x):

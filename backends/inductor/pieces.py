@@ -20,13 +20,14 @@ from torch import Tensor, fx
 
 from fxpar import compat
 from fxpar.backends.remat import PRODUCTS
+from fxpar.backends.repeats import frozen, periods_of, references_of
 from fxpar.ops.vocabulary import ALL_REDUCE, WAIT, is_attention_kernel, is_view
 
 LEAST = 3
 """How many equal stretches, one behind the other, are worth a cut."""
 SMALLEST = 8
 """Of how many operators a stretch has to be."""
-CANDIDATES, ROTATIONS = 12, 4
+ROTATIONS = 4
 PASSED = 4096
 """What it costs to pass on a value from piece to piece, in bytes that a kernel moves."""
 NEVER = 2**50
@@ -63,7 +64,7 @@ def repeats(graph: fx.Graph, share: float) -> bool:
     """Whether so much of a graph is equal stretches that at most `share` of it differs, as far as targets and arguments tell."""
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     known: dict[Hashable, int] = {}
-    tokens = [known.setdefault((n.target, _frozen(n.args), _frozen(n.kwargs)), len(known)) for n in nodes]
+    tokens = [known.setdefault((n.target, frozen(n.args), frozen(n.kwargs)), len(known)) for n in nodes]
     saved = sum((run.count - 1) * run.period for run in _runs(tokens, 0, len(nodes)))
     return len(nodes) - saved <= share * len(nodes)
 
@@ -88,7 +89,9 @@ class _Repeated:
 def _runs(tokens: list[int], low: int, high: int) -> list[_Repeated]:
     """The longest run between two places, and those on both sides of it."""
     best: _Repeated | None = None
-    for period in _periods(tokens[low:high]):
+    for period in periods_of(tokens[low:high]):
+        if not SMALLEST <= period <= (high - low) // LEAST:
+            continue
         start = low
         for i in range(low, high - period + 1):
             if i < high - period and tokens[i] == tokens[i + period]:
@@ -101,31 +104,6 @@ def _runs(tokens: list[int], low: int, high: int) -> list[_Repeated]:
     if best is None:
         return []
     return [*_runs(tokens, low, best.start), best, *_runs(tokens, best.end + best.extra, high)]
-
-
-def _periods(tokens: Sequence[int]) -> list[int]:
-    """Lengths that a stretch may have: the distances at which equal operators most often follow each other."""
-    votes: Counter[int] = Counter()
-    last: dict[int, int] = {}
-    for i, token in enumerate(tokens):
-        if token in last:
-            votes[i - last[token]] += 1
-        last[token] = i
-    common = [d for d, n in votes.most_common(CANDIDATES) if n >= LEAST]
-    return sorted(d for d in {*common, *(2 * d for d in common)} if SMALLEST <= d <= len(tokens) // LEAST)
-
-
-def _frozen(value: Any) -> Hashable:
-    """An argument as it is, but for the nodes in it."""
-    if isinstance(value, fx.Node):
-        return "node"
-    if isinstance(value, list | tuple):
-        return (type(value).__name__, *map(_frozen, value))
-    if isinstance(value, dict):
-        return tuple((k, _frozen(v)) for k, v in value.items())
-    if isinstance(value, slice):
-        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
-    return (type(value).__name__, repr(value))
 
 
 def _like(value: Any) -> Hashable:
@@ -217,7 +195,7 @@ class _Cut:
 
     def _tokens(self) -> list[int]:
         known: dict[Hashable, int] = {}
-        return [known.setdefault((n.target, _frozen(n.args), _frozen(n.kwargs), _facts(n)), len(known)) for n in self.nodes]
+        return [known.setdefault((n.target, frozen(n.args), frozen(n.kwargs), _facts(n)), len(known)) for n in self.nodes]
 
     def _held(self) -> dict[fx.Node, list[tuple[int, int]]]:
         """Of what a collective reads: where it starts, and where it is waited for."""
@@ -279,7 +257,7 @@ class _Cut:
         def number(node: fx.Node) -> tuple[str, int]:
             return ("inside", inside[node]) if node in inside else ("given", takes.setdefault(node, len(takes)))
 
-        lines = [(self.tokens[low + i], tuple(number(r) for r in _references(n))) for n, i in inside.items()]
+        lines = [(self.tokens[low + i], tuple(number(r) for r in references_of(n))) for n, i in inside.items()]
         gives = [n for n in inside if self.needed[n] >= high]
         free = self._overwritten(list(takes), high)
         given = [(_like(n.meta["val"]), n in self.fixed, self._under_way(n), n in free) for n in takes]
@@ -360,13 +338,6 @@ def _facts(node: fx.Node) -> Hashable:
     more = [(k, _like(v) if k == "eager_input_vals" else repr(v)) for k, v in read.items()]
     marks = [(k, repr(v)) for k, v in node.meta.get("custom", {}).items() if not k.startswith(OWN)]
     return _like(node.meta.get("val")), tuple(sorted(more)), tuple(sorted(marks))
-
-
-def _references(node: fx.Node) -> list[fx.Node]:
-    """The nodes among the arguments, in order, each as often as it is there."""
-    out: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), out.append)
-    return out
 
 
 def _whole(run: _Repeated, rotation: int) -> int:
