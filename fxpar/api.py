@@ -42,6 +42,7 @@ from fxpar.sharding.mesh import BoundMesh
 BACKENDS = ("auto", "inductor", "eager")
 AUTO = "auto"
 """Instead of a plan: one that is suggested."""
+_MODULES = {"eager": eager, "inductor": inductor}
 
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
@@ -100,8 +101,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         bound = BoundMesh(made[0].mesh, device.type, plan.pp)
         store = ParameterStore(model, bound, control, device)
         store.runtime.blocks = blocks
-        backend_module = {"eager": eager, "inductor": inductor}[chosen]
-        engine = Engine(store, plan, compile_call, backend_module, transport, check_batches, padding, cuda_graphs)
+        engine = Engine(store, plan, compile_call, _MODULES[chosen], transport, check_batches, padding, cuda_graphs)
         engine.adopt(made[0], example)
         made[0].timings[PARAMETERS] = time.perf_counter() - begin
         return ParallelModule(store, engine)
