@@ -1,4 +1,4 @@
-"""Test runs are reproducible: hypothesis derives its examples from the test alone."""
+"""Test runs are reproducible: hypothesis derives its examples, and torch its random numbers, from the test alone."""
 
 import os
 from collections.abc import Iterator
@@ -30,6 +30,12 @@ settings.register_profile(
 settings.load_profile("fxpar")
 torch.set_num_threads(1)
 os.environ.setdefault("FXPAR_QUIET", "1")  # how long something takes depends on the machine, what tests read does not
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it, nor on the clock."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

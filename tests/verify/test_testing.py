@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,23 @@ def test_a_loss_that_is_no_number_is_not_right():
         assert_equivalent(NotANumber(), "dp=2", (X,))
 
 
+class Cancels(Net):
+    """A loss that is all rounding: the distances of values to their mean, added up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.hidden(x))
+        return (y - y.detach().mean()).sum() + 1e-6
+
+
+def test_a_loss_that_cancels_may_be_off_by_what_roundings_of_parameters_move_it():
+    model, call = Cancels(), ((X,), {})
+    assert_equivalent(model, "dp=2,tp=2", (X,))
+    reference = testing._with_roundings(testing._run_model(model, call), model, call)
+    assert 0 < reference.rounding() < 1e-5
+    off = replace(reference, loss=reference.loss + 1e-4)
+    assert "the loss is" in testing._first_difference(reference, off, loss_tolerance=1e-6, gradient_tolerance=1e-5)
+
+
 def test_a_distance_in_few_bits_is_taken_over_several_draws_of_roundings():
     assert not testing.too_far([(2.0, 1.0), (0.5, 1.0), (0.5, 1.0)])  # one draw alone would be too far
     assert testing.too_far([(2.0, 1.0), (1.6, 1.0), (1.4, 1.0)])
@@ -106,7 +125,7 @@ def compared(change: float, name: str) -> str | None:
     """What is said of a step in which a gradient differs by `change` of its norm; rounding counts for nothing otherwise."""
     torch.manual_seed(0)
     model, call = BiasBeforeBatchNorm(), ((torch.randn(64, 4),), {})
-    reference = testing._with_zeros(testing._run_model(model, call), model, call)
+    reference = testing._with_roundings(testing._run_model(model, call), model, call)
     other = {**reference.grads, name: reference.grads[name] * (1 + change)}
     result = testing.Reference(reference.loss, other, reference.input_grads, reference.buffers)
     return testing._first_difference(reference, result, loss_tolerance=1e-6, gradient_tolerance=1e-5)
