@@ -315,8 +315,9 @@ def shorten(repeats: Repeats, periods: int) -> None:
 def lengthen(repeats: Repeats, periods: int) -> dict[tuple[fx.Node, int], fx.Node]:
     """Put `periods` more of the run into the graph, in place; the new nodes, by what they are copies of and how much further on.
 
-    What the middle of the run returns, the new periods return too. Raises `NotEqual` (the graph is spoilt) if something outside
-    refers to the middle otherwise, so that it could not be said to what it would refer in a longer run.
+    What the middle of the run returns, the new periods return too; they are members of the run's families. Raises `NotEqual` (the
+    graph is spoilt) if something outside refers to the middle otherwise, so that it could not be said to what it would refer in a
+    longer run.
     """
     graph, made = repeats.graph, {}
     returned: Any = list(repeats.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -347,6 +348,8 @@ def lengthen(repeats: Repeats, periods: int) -> dict[tuple[fx.Node, int], fx.Nod
         at = returned.index(nodes[-1]) + 1 if rising else returned.index(nodes[0])
         returned[at:at] = more
     graph.output_node().args = (tuple(returned),)
+    repeats.families = full
+    repeats.place = {n: (f, q) for f, members in enumerate(full) for q, n in members.items()}
     return made
 
 

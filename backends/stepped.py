@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpar import compat
+from fxpar.backends.like import Like
 from fxpar.backends.split import Halves, Unsplittable, split_backward, whole_backward
 from fxpar.errors import InputError, PlanError
 from fxpar.ops.vocabulary import tensor_bytes
@@ -66,27 +67,6 @@ class Carried:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _Like:
-    """A gradient of an output, as the backward was traced for it."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def of(self, grad: Tensor | None, position: int) -> Tensor:
-        """The gradient laid out so, and zeros for none."""
-        if grad is None:
-            return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device).zero_()
-        if grad.shape != self.shape or grad.dtype != self.dtype:
-            raise InputError(f"the gradient of output {position} is {grad.dtype} {list(grad.shape)}, and the output "
-                             f"{self.dtype} {list(self.shape)}")
-        if grad.stride() == self.strides:
-            return grad.detach()
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device).copy_(grad)
-
-
 @dataclass
 class _HalfBackward:
     """A half of the backward (see `Half`), ready to run."""
@@ -102,7 +82,7 @@ class _Backward:
 
     first: _HalfBackward | None = None
     second: _HalfBackward | None = None
-    seeds: list[_Like] = field(default_factory=list)
+    seeds: list[Like] = field(default_factory=list)
     carried: list[Carried] = field(default_factory=list)
 
 
@@ -204,7 +184,7 @@ def in_steps(plain: fx.GraphModule, example: list[Any], keep: list[int], early: 
                 raise PlanError("schedule", plan.schedule, f"must put off gradients of parameters, and cannot: {error.what}",
                                 "schedule=1f1b, whose backwards are whole") from error
             halves = whole_backward(graph, first)
-        backward.seeds = [_Like(tuple(x.shape), x.stride(), x.dtype, x.device) for x in like[saved:]]
+        backward.seeds = [Like.traced(x) for x in like[saved:]]
         backward.carried = _carried(halves, saved)
         _make_halves(backward, halves, like, donated, make)
 

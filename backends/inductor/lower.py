@@ -22,6 +22,7 @@ import fxpar
 from fxpar import compat
 from fxpar.backends import remat
 from fxpar.backends.inductor import buckets, fp32_products, overlap, pieces, prefetch, products, reductions
+from fxpar.backends.inductor.few import Generate, Made, made_from_few
 from fxpar.backends.inductor.key import key_of, python_functions
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
@@ -82,11 +83,24 @@ def cutting(graph: fx.Graph, blocks: str) -> compat.Cutting | None:
     return functools.partial(pieces.cut_into_pieces, share=share)
 
 
-def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, plan: Plan, by_block: bool) -> dict[str, Any]:
-    """`settings` of a graph that is about to be compiled for inputs like these."""
+def from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any], plan: Plan, blocks: str, generate: Generate,
+             key: str | None = None) -> Made | None:
+    """The code of a program of which few of many equal blocks are traced; None: all are to be traced. See `made_from_few`.
+
+    blocks: one of `BLOCKS`. key: of `key_of`.
+    """
+    if blocks == "flat" or counts_rows(plain.graph):
+        return None
+    whole = None if key is None else f"{key} {blocks} {_digest(tuple(_sources()))}"
+    return made_from_few(plain, given, config, plan, generate, whole)
+
+
+def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, plan: Plan, by_block: bool
+              ) -> tuple[dict[str, Any], str | None]:
+    """`settings` of a graph that is about to be compiled for inputs like these, and the key under which it is kept."""
     key = key_of(graph, inputs, runtime.facts(), plan)
     functions = python_functions(graph) if key is not None else ()
-    return settings(plan, runtime.transport, key=key, functions=functions, by_block=by_block)
+    return settings(plan, runtime.transport, key=key, functions=functions, by_block=by_block), key
 
 
 def _as_one(passes: Sequence[GraphPass], key: str | None) -> Any:
@@ -128,9 +142,10 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
         recorder.takes(keep)
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
         cut = cutting(plain.graph, runtime.blocks)
-        config = _settings(plain.graph, given, runtime, plan, cut is not None)
-        compiled = compat.compile_graph(plain, given, config, counts=counts_rows(plain.graph), later=later, cutting=cut,
-                                        recorder=recorder)
+        config, key = _settings(plain.graph, given, runtime, plan, cut is not None)
+        made = from_few(plain, given, config, plan, runtime.blocks, compat.code_of(cut), key)
+        compiled = made.function(recorder) if made is not None else compat.compile_graph(
+            plain, given, config, counts=counts_rows(plain.graph), later=later, cutting=cut, recorder=recorder)
 
     def run(*inputs: Any) -> Any:
         with use_runtime(runtime):
@@ -147,7 +162,7 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
     def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
             into = cutting(plain.graph, runtime.blocks)
-            config = _settings(plain.graph, given, runtime, plan, into is not None)
+            config, _ = _settings(plain.graph, given, runtime, plan, into is not None)
             return compat.compile_steps(plain, given, config, cut, counts_rows(plain.graph), into)
 
     return in_steps(plain, example, keep, early, trace, lambda: use_runtime(runtime), plan)

@@ -8,6 +8,7 @@ which can go wrong. Here these graphs are run, operator by operator, or compiled
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -85,7 +86,11 @@ class Lowered:
         with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
             cut = inductor.cutting(plain.graph, self.blocks)
             config = self._settings(cut is not None)
-            if self.compiled:
+            generate = compat.code_of(cut) if self.compiled else functools.partial(compat.interpret_final, _OnCPU, cut)
+            made = inductor.from_few(plain, given, config, self.plan, self.blocks, generate)
+            if made is not None:
+                run = made.function(None)
+            elif self.compiled:
                 run = compat.compile_graph(plain, given, config, backward_at_once=True, counts=counts, cutting=cut)
             else:
                 run = compat.interpret_graph(plain, given, config, _OnCPU, counts, cut)

@@ -19,8 +19,9 @@ from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from fxpar.compat.bundles import bundle_key, keep_bundle, kept_bundle
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
-from fxpar.compat.compiling import compile_graph, partition_eagerly
+from fxpar.compat.compiling import code_of, compile_graph, partition_eagerly
 from fxpar.compat.cudagraphs import (
     CodeRecorder,
     CudaGraphs,
@@ -31,7 +32,7 @@ from fxpar.compat.cudagraphs import (
     storage_number,
     tensor_in,
 )
-from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_pieces
+from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces
 from fxpar.compat.data import assign_data_by
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
@@ -43,7 +44,7 @@ from fxpar.compat.numbers import (
     read_numbers_of,
 )
 from fxpar.compat.profiles import profiling
-from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
+from fxpar.compat.quiet import WRAPPERS, no_modes, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
     Code,
     Cut,
@@ -54,6 +55,7 @@ from fxpar.compat.steps import (
     after_graph_passes,
     as_traced,
     compile_steps,
+    faked,
     interpret_steps,
     output_code,
     sizes_of_values,
@@ -85,15 +87,19 @@ __all__ = [
     "attention_priority",
     "autocast_region",
     "before_norms",
+    "bundle_key",
     "cache_counts",
     "cache_settings",
+    "code_of",
     "compile_graph",
     "compile_steps",
     "default_store",
     "detect_fake_mode",
     "fake_like",
+    "faked",
     "holders",
     "in_full",
+    "interpret_final",
     "interpret_pieces",
     "interpret_steps",
     "is_grouped_product",
@@ -101,11 +107,14 @@ __all__ = [
     "is_pointwise",
     "is_random",
     "is_subgraph_call",
+    "keep_bundle",
     "keeps_graph",
+    "kept_bundle",
     "mend_sums_of_norms",
     "mend_writes_to_plain_tensors",
     "mutates",
     "no_grad_region",
+    "no_modes",
     "no_torch_function",
     "partition_eagerly",
     "process_groups",

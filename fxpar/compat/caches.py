@@ -32,9 +32,9 @@ def attention_priority() -> list[int]:
 
 
 def cache_counts() -> dict[str, int]:
-    """How often this process found a graph's forward and backward in AOTAutograd's cache ("hit"), did not ("miss"), kept what it
-    compiled ("saved"), or passed the cache by ("bypass"); the first three of Inductor's, of single graphs, as "graph hit" and so
-    on."""
+    """How often this process found a graph's forward and backward in AOTAutograd's cache, or as a bundle ("hit"), did not
+    ("miss"), kept what it compiled ("saved"), or passed the cache by ("bypass"); the first three of Inductor's, of single graphs,
+    as "graph hit" and so on."""
     from torch._dynamo.utils import counters
 
     whole, single = counters["aot_autograd"], counters["inductor"]

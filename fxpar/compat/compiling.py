@@ -15,7 +15,7 @@ from fxpar.compat.caches import cache_settings
 from fxpar.compat.cudagraphs import CodeRecorder, alone, boxed, recorded_by, recorded_output
 from fxpar.compat.cut import Cutting
 from fxpar.compat.reductions import mend_reductions
-from fxpar.compat.steps import sizes_of_values, sizes_to_compile
+from fxpar.compat.steps import Code, sizes_of_values, sizes_to_compile
 from fxpar.progress import stage
 
 
@@ -56,6 +56,14 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
                                    ignore_shape_env=not counts)
     returned = True
     return compiled if recorder is None or graphs == 2 else alone(compiled, recorder)
+
+
+def code_of(cutting: Cutting | None) -> Callable[..., tuple[Code, list[Any]]]:
+    """What generates code for a graph that has been through all passes: see `compile_final`."""
+    from fxpar.compat.pieces import compile_final
+
+    mend_reductions()
+    return functools.partial(compile_final, cutting)
 
 
 def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Callable[[fx.Graph], None],

@@ -79,10 +79,39 @@ def run_pieces(codes: Sequence[Callable[[list[Any]], Sequence[Any]]], steps: Seq
     return [None if i is None else slots[i] for i in results]
 
 
+def one_piece(module: fx.GraphModule, static: Sequence[int] = (), donated: Sequence[int] = (), exact: int = 0) -> Pieces:
+    """A graph that is not cut, as `Pieces`. exact: how many of its first outputs have to lie in memory as the graph says; for the
+    others see `Cutting`."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    results: Any = graph.graph_copy(module.graph, copies)
+    inputs = module.graph.find_nodes(op="placeholder")
+    slot = {copies[n]: i for i, n in enumerate(inputs)}
+    gives = list(dict.fromkeys(n for n in results if n is not None and n not in slot))
+    visible = [i for i, n in enumerate(gives) if n in results[:exact]]
+    slot |= {n: len(inputs) + i for i, n in enumerate(gives)}
+    kept = {slot[n] for n in results if n is not None}
+    graph.output(tuple(gives))
+    piece = GraphPiece(0, takes=[*range(len(inputs))], gives=[slot[n] for n in gives],
+                       before=[i for i in range(len(inputs)) if i not in kept], after=[], fixed=list(static),
+                       donated=list(donated), exact=visible)
+    return Pieces([fx.GraphModule(module, graph)], [piece], [n.meta["val"] for n in inputs], len(slot),
+                  [None if n is None else slot[n] for n in results])
+
+
 def interpret_pieces(pieces: Pieces, interpreter: type[fx.Interpreter]) -> Callable[[list[Any]], list[Any]]:
     """What runs them, for a list of inputs that it empties, with `interpreter` in the place of generated code."""
     codes = [functools.partial(_interpreted, graph, interpreter) for graph in pieces.graphs]
     return functools.partial(run_pieces, codes, *schedule(pieces, [p.kind for p in pieces.pieces]))
+
+
+def interpret_final(interpreter: type[fx.Interpreter], cutting: Cutting | None, module: fx.GraphModule, options: dict[str, Any],
+                    donated: Sequence[int] = (), static: Sequence[int] = (), exact: int = 0, like: Sequence[Any] | None = None
+                    ) -> tuple[Callable[[list[Any]], list[Any]], list[None]]:
+    """As `fxpar.compat.pieces.compile_final`, with `interpreter` in the place of generated code, which keeps all strides."""
+    pieces = cutting(module, static, donated) if cutting is not None else None
+    pieces = pieces or one_piece(module, static, donated, exact)
+    return interpret_pieces(pieces, interpreter), [None] * len(pieces.results)
 
 
 def _interpreted(graph: fx.GraphModule, interpreter: type[fx.Interpreter], given: list[Any]) -> Any:

@@ -22,7 +22,7 @@ from torch._inductor import config
 from torch._inductor.codecache import FxGraphCache
 from torch._inductor.output_code import CompiledFxGraphConstants, OutputCode
 
-from fxpar.compat.cut import Cutting, GraphPiece, Pieces, run_pieces, schedule
+from fxpar.compat.cut import Cutting, GraphPiece, Pieces, one_piece, run_pieces, schedule
 from fxpar.compat.stages import values_stay
 from fxpar.compat.steps import after_graph_passes
 
@@ -114,8 +114,32 @@ def compile_pieces(pieces: Pieces, options: dict[str, Any]) -> CodeOfPieces:
         for slot, value in zip(piece.gives, like, strict=True):
             values[slot] = value
     if context.output_strides is not None:
-        context.output_strides += [None if slot is None else values[slot].stride() for slot in pieces.results]
+        context.output_strides += [None if slot is None else tuple(values[slot].stride()) for slot in pieces.results]
     return CodeOfPieces(codes, pieces, of)
+
+
+def compile_final(cutting: Cutting | None, module: fx.GraphModule, options: dict[str, Any], donated: Sequence[int] = (),
+                  static: Sequence[int] = (), exact: int = 0, like: Sequence[Any] | None = None
+                  ) -> tuple[CodeOfPieces, list[Any]]:
+    """The code of a graph that has been through all passes, and the strides of its outputs (None where it gives none).
+
+    cutting: what may cut it into pieces, of which equal ones are compiled once. options: of `compile_fx_inner`. donated, static:
+    see `Cutting`. exact: how many of its first outputs have to lie in memory as the graph says. like: what it is given, where
+    that lies otherwise than the graph says.
+    """
+    inductor.view_to_reshape(module)
+    if like is not None:
+        with torch.no_grad():
+            inductor.fake_tensor_prop(module, like)
+    module.graph.output_node().meta["user_visible_output_idxs"] = list(range(exact))
+    pieces = cutting(module, static, donated) if cutting is not None else None
+    if pieces is None:
+        pieces = one_piece(module, static, donated, exact)
+    else:
+        log.info("%s: %d pieces, of which %d are compiled", "the backward" if options.get("is_backward") else "the forward",
+                 len(pieces.pieces), len(pieces.graphs))
+    with TracingContext.report_output_strides() as strides:
+        return compile_pieces(pieces, options), list(strides or ())
 
 
 def _compile(module: fx.GraphModule, given: list[Tensor], piece: GraphPiece, options: dict[str, Any],

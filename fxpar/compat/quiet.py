@@ -26,6 +26,13 @@ def untraced() -> contextlib.AbstractContextManager:
     return torch._C.DisableTorchFunction()
 
 
+def no_modes() -> contextlib.AbstractContextManager:
+    """Inside, no mode sees the operators that are called: what is made beside a trace is no part of it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 @contextlib.contextmanager
 def quiet_traces() -> Iterator[None]:
     """Inside, operators that fail on fake tensors raise, and write no traceback to the log besides."""

@@ -10,9 +10,11 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxpar.compat import graph_pass, lowered_graphs
+from fxpar.compat import graph_pass
+from fxpar.compat.steps import after_graph_passes, output_code, outputs_of
 
 UNBOUNDED = ("pre_grad_custom_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass", "pre_grad_fusion_options",
              "post_grad_fusion_options", "b2b_gemm_pass", "_micro_pipeline_tp", "_fuse_ddp_communication")
@@ -48,23 +50,60 @@ class Decision:
     exempt: set[fx.Node]
 
 
+@dataclass
+class HandedOver:
+    """A graph for which Inductor is about to generate code, as it is before the pass "post_grad_custom_post_pass".
+
+    options: those of `compile_fx_inner`. donated: the positions of inputs that it may overwrite. seeds: of a forward graph, which
+    outputs have a gradient; outputs: how many of its first outputs are the program's. inputs: what it takes.
+    """
+
+    module: fx.GraphModule
+    options: dict[str, Any]
+    donated: list[int]
+    seeds: list[int]
+    outputs: int
+    inputs: list[Any]
+
+
 def graphs_before(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
-                  decided: Callable[[Decision], None] = lambda decision: None) -> list[fx.GraphModule]:
+                  decided: Callable[[Decision], None] = lambda decision: None,
+                  then: Callable[[list[HandedOver]], None] | None = None) -> list[fx.GraphModule]:
     """As `lowered_graphs`, but as they are before the pass "post_grad_custom_post_pass" of `config`.
 
     decided: called with the partitioner's decision, if there is a backward pass; not where a `Decision` does not tell it all
-    (of several networks, as for a memory budget; with operators of higher order).
+    (of several networks, as for a memory budget; with operators of higher order). then: called with all graphs where Inductor
+    would generate code for the last of them, in its context and that of AOTAutograd.
+    Raises: `SharedOutputs`, `NotInSteps`, if `then` is given.
     """
-    found: list[fx.GraphModule] = []
+    from torch._functorch import config as aot
+    from torch._inductor.compile_fx import compile_fx
+
+    copies: list[fx.GraphModule] = []
+    found: list[HandedOver] = []
 
     def keep(graph: fx.Graph) -> None:
         copy = fx.Graph()
         copy.output(copy.graph_copy(graph, {}))
-        found.append(fx.GraphModule(graph.owning_module or torch.nn.Module(), copy))
+        copies.append(fx.GraphModule(graph.owning_module or torch.nn.Module(), copy))
 
-    with _observed(decided):
-        lowered_graphs(gm, inputs, {**config, "post_grad_custom_post_pass": graph_pass(keep, __file__)})
-    return found
+    def hand_over(module: fx.GraphModule, example: Any, is_inference: bool = False, **options: Any) -> Any:
+        metadata: Any = TracingContext.get().fw_metadata
+        after_graph_passes(module, example, is_inference)
+        made = HandedOver(copies[-1], {**options, "is_inference": is_inference}, [], [], 0, list(example))
+        if options.get("is_backward"):
+            made.donated = list(metadata.bw_donated_idxs or [])
+        elif then is not None:
+            made.seeds, made.outputs = outputs_of(module, len(inputs))
+        found.append(made)
+        if then is not None and (is_inference or options.get("is_backward")):
+            then(found)
+        return output_code(lambda given: fx.Interpreter(module).boxed_run(given))
+
+    settings = {**config, "post_grad_custom_post_pass": graph_pass(keep, __file__)}
+    with _observed(decided), aot.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
+        compile_fx(gm, inputs, inner_compile=hand_over, config_patches=settings)
+    return [made.module for made in found]
 
 
 def _observed(decided: Callable[[Decision], None]) -> Any:
@@ -96,7 +135,7 @@ def _observed(decided: Callable[[Decision], None]) -> Any:
     return mock.patch.object(partitioners, "solve_min_cut", observed)
 
 
-def apply_graph_passes(gm: fx.GraphModule, config: dict[str, Any]) -> fx.GraphModule:
+def apply_graph_passes(gm: fx.GraphModule, config: dict[str, Any], is_inference: bool = False) -> fx.GraphModule:
     """A graph of `graphs_before`, in place, as it is after that pass and those of Inductor that follow."""
     from torch._inductor import compile_fx as inductor
     from torch._inductor import config as settings
@@ -104,7 +143,7 @@ def apply_graph_passes(gm: fx.GraphModule, config: dict[str, Any]) -> fx.GraphMo
 
     mode = next(n.meta["val"].fake_mode for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
     with settings.patch({**config, "pattern_matcher": False}), V.set_fake_mode(mode), values_stay():
-        inductor._recursive_post_grad_passes(gm, is_inference=False)
+        inductor._recursive_post_grad_passes(gm, is_inference=is_inference)
     return gm
 
 

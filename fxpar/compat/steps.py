@@ -80,6 +80,17 @@ def sizes_to_compile(inputs: list[Tensor], counts: bool) -> Iterator[list[Tensor
 
 
 @contextlib.contextmanager
+def faked(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Inside, a graph over fixed sizes may be traced, and kept on disk; yields fake inputs like these, each with own memory."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), allow_non_fake_inputs=True)
+    with tracing(TracingContext(mode)):
+        with mode:
+            made = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
+                    for x in inputs]
+        yield made
+
+
+@contextlib.contextmanager
 def as_traced() -> Iterator[None]:
     """Inside, operators do what graphs of AOTAutograd say: nothing is recorded, and nothing cast by autocast."""
     with torch.no_grad(), torch._C._DisableAutocast():
@@ -260,8 +271,12 @@ def _values(module: fx.GraphModule) -> list[Tensor]:
     return [n.meta["val"] for n in results]
 
 
-def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> TracedForward:
-    """Raises: `SharedOutputs`; `NotInSteps` where the graph is not all that AOTAutograd has a forward do."""
+def outputs_of(forward: fx.GraphModule, inputs: int) -> tuple[list[int], int]:
+    """Which outputs of a forward graph that AOTAutograd made have a gradient; how many of the first are the program's.
+
+    inputs: how many the program has. Raises: `SharedOutputs`; `NotInSteps` where the graph is not all that AOTAutograd has a
+    forward do.
+    """
     from torch._functorch._aot_autograd.schemas import OutputType
 
     meta: Any = TracingContext.get().fw_metadata
@@ -271,8 +286,12 @@ def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> TracedForward:
         raise SharedOutputs(shared)
     if meta.num_mutated_inp_runtime_indices or len(forward.graph.find_nodes(op="placeholder")) != inputs:
         raise NotInSteps
-    seeds = [i for i, info in enumerate(meta.output_info) if info.requires_grad]
-    outputs, values = len(meta.output_info), _values(forward)
+    return [i for i, info in enumerate(meta.output_info) if info.requires_grad], len(meta.output_info)
+
+
+def _traced(forward: fx.GraphModule, inputs: int, run: Code) -> TracedForward:
+    """Raises: as `outputs_of`."""
+    (seeds, outputs), values = outputs_of(forward, inputs), _values(forward)
     sizes = sum(not isinstance(v, Tensor) for v in values[outputs:])
     return TracedForward(_sizes_first(run, outputs, sizes) if sizes else run, seeds, len(values) - outputs)
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from fxpar import compat
+from fxpar.backends.inductor import brief
 from fxpar.backends.inductor import lower as inductor
+from fxpar.backends.inductor.brief import Input
 from fxpar.backends.inductor.liveness import Buffer, Kernel, Lowering, size_of, timeline
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.runtime import FunctionalRuntime
@@ -30,9 +32,7 @@ from fxpar.passes.partition.phases import split_phases
 from fxpar.pipeline.schedules import Kind, Schedule
 from fxpar.program import Program, module_path
 from fxpar.progress import stage as told
-from fxpar.report import brief
 from fxpar.report.alike import likeness, renamed
-from fxpar.report.brief import Input
 from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.layout import shard_shape
 from fxpar.sharding.mesh import Axes, Mesh
@@ -230,11 +230,11 @@ def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[
         values = [None if i is None else i.value for i in inputs]
         taken = [i for i in inputs if i is not None]
         with torch.set_grad_enabled(program.training):
+            settings = inductor.settings(plan, as_on_gpu=True)
             if briefly:
-                made = brief.lowered(_plain(module, values), taken, plan)
+                made = brief.lowered(_plain(module, values), taken, plan, settings)
                 if made is not None:
                     return made
-            settings = inductor.settings(plan, as_on_gpu=True)
             lowered = compat.lowered_graphs(_plain(module, values), [i.value for i in taken], settings)
     return [m.graph for m in lowered], taken
 

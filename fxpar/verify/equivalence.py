@@ -47,8 +47,8 @@ ROUNDING = 3
 @dataclass
 class Reference:
     """The plain model's step. `loss` and `grads` as in `fxpar.verify.step.StepResult`. is_zero: whether a parameter's gradient is
-    zero but for rounding, as that of a bias before a batch norm is. rounding: how far the loss moves where each parameter moves by
-    a rounding of its own: more than the tolerance where what the loss adds up cancels."""
+    zero but for rounding, as that of a bias before a batch norm is. rounding: how far the loss moves where each parameter moves
+    by a rounding of its own: more than the tolerance where what the loss adds up cancels."""
 
     loss: Tensor
     grads: dict[str, Tensor]

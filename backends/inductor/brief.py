@@ -13,11 +13,10 @@ from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.backends import repeats
-from fxpar.backends.inductor import lower as inductor
+from fxpar.backends.inductor import kept
 from fxpar.backends.remat import BLOCK, UNSHARD
 from fxpar.compat import stages
 from fxpar.plan import Plan
-from fxpar.report import kept
 
 KEPT, WORTH, STEADY = 5, 10, 3
 """Of a run of equal blocks: how many are traced, and once more with one block more; how many more than `KEPT` there have to be
@@ -35,11 +34,11 @@ class Input:
     def facts(self) -> Hashable:
         """What is equal of inputs that stand for each other in equal blocks."""
         value = self.value
-        return tuple(value.shape), value.stride(), value.dtype, value.requires_grad, self.part, self.trained
+        return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad, self.part, self.trained
 
 
 @dataclass
-class _Traced:
+class Traced:
     """A program's graphs before the passes that look at all of a graph, what it takes, and what the partitioner decided.
 
     equal: families of inputs that stand for each other in the program's equal blocks: number of the block -> position.
@@ -62,7 +61,7 @@ class _Traced:
     def text(self) -> Hashable:
         """Equal for graphs of which memory is the same."""
         fills = dict(zip(self.graphs[0].graph.find_nodes(op="placeholder"), self.inputs, strict=True))
-        texts, numbers = zip(*(repeats.written(g.graph, lambda n: (_shapes(n), fills[n].facts() if n in fills else ()))
+        texts, numbers = zip(*(repeats.written(g.graph, lambda n: (shapes(n), fills[n].facts() if n in fills else ()))
                                for g in self.graphs), strict=True)
         results, saved = self.saved()
         returned = [[numbers[0].get(r, r) for r in results]]
@@ -78,8 +77,11 @@ def _is_tangent(node: fx.Node) -> bool:
     return node.name.startswith("tangents")
 
 
-def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan) -> tuple[list[fx.Graph], list[Input]] | None:
+def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan, settings: dict[str, Any]
+            ) -> tuple[list[fx.Graph], list[Input]] | None:
     """What `memory.trace` gives, of a program (it is spoilt) of which few of many equal blocks are traced.
+
+    settings: of Inductor, with the passes over joint graph, forward and backward.
 
     Proved, by operators and their connections: that the blocks are equal; that their traces are, in the middle; that the trace of
     one block more is the trace of the few with a copy of a block; that what the few keep is what the partitioner would have all
@@ -89,33 +91,32 @@ def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan) -> tuple[list
     """
     if plan.memory_budget is not None or not stages.passes_are_local():
         return None
-    run = _run(plain, taken, KEPT + WORTH)
+    run = run_of(plain, taken, KEPT + WORTH)
     if run is None:
         return None
-    missing, settings = run.count - KEPT - 1, inductor.settings(plan, as_on_gpu=True)
+    missing = run.count - KEPT - 1
     try:
         repeats.check_names(run)
-        inputs = _shortened(plain, taken, run, missing)
+        inputs = shortened(plain, taken, run, missing)
         if len(inputs) == len(taken):
             return None  # how many blocks are put back is told by the inputs that they take
-        run = _run(plain, inputs, KEPT + 1)
+        run = run_of(plain, inputs, KEPT + 1)
         if run is None or run.count != KEPT + 1:
             return None
-        more = _trace(_copy(plain), inputs, run, settings)
-        inputs = _shortened(plain, inputs, run, 1)
-        run = _run(plain, inputs, KEPT)
+        more = _trace(copied(plain), inputs, run, settings)
+        inputs = shortened(plain, inputs, run, 1)
+        run = run_of(plain, inputs, KEPT)
         if run is None:
             return None
         few = _trace(plain, inputs, run, settings)
-        _lengthen(few, 1)
+        lengthen(few, 1)
         if few.text() != more.text():
             return None
-        _lengthen(more, missing)
+        lengthen(more, missing)
         if len(more.decisions) != len(more.graphs) - 1:
             return None  # another partitioner, or one that asks for more than a cut
-        used = sum(any(u.op != "output" for u in n.users) for n in more.graphs[0].graph.find_nodes(op="placeholder"))
         for decision in more.decisions:
-            kept.confirm(decision, missing, used, STEADY)
+            kept.confirm(decision, missing, used(more.graphs[0].graph), STEADY)
     except repeats.NotEqual:
         return None
     if Counter(i.facts() for i in more.inputs) != Counter(i.facts() for i in taken):
@@ -123,12 +124,12 @@ def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan) -> tuple[list
     return [stages.apply_graph_passes(g, settings).graph for g in more.graphs], more.inputs
 
 
-def _run(plain: fx.GraphModule, taken: list[Input], least: int) -> repeats.Repeats | None:
+def run_of(plain: fx.GraphModule, taken: list[Input], least: int) -> repeats.Repeats | None:
     fills = dict(zip(plain.graph.find_nodes(op="placeholder"), taken, strict=True))
     return repeats.find(plain.graph, lambda n: fills[n].facts() if n in fills else _marks(n), least)
 
 
-def _shortened(plain: fx.GraphModule, taken: list[Input], run: repeats.Repeats, missing: int) -> list[Input]:
+def shortened(plain: fx.GraphModule, taken: list[Input], run: repeats.Repeats, missing: int) -> list[Input]:
     """Take blocks out of a program, in place; what it then takes."""
     fills = dict(zip(plain.graph.find_nodes(op="placeholder"), taken, strict=True))
     _relabel(run, missing)
@@ -137,19 +138,28 @@ def _shortened(plain: fx.GraphModule, taken: list[Input], run: repeats.Repeats, 
     return [fills[n] for n in plain.graph.find_nodes(op="placeholder")]
 
 
-def _copy(plain: fx.GraphModule) -> fx.GraphModule:
+def copied(plain: fx.GraphModule) -> fx.GraphModule:
     copy = fx.Graph()
     copy.output(copy.graph_copy(plain.graph, {}))
     return fx.GraphModule(plain, copy)
 
 
-def _trace(plain: fx.GraphModule, inputs: list[Input], run: repeats.Repeats, settings: dict[str, Any]) -> _Traced:
+def _trace(plain: fx.GraphModule, inputs: list[Input], run: repeats.Repeats, settings: dict[str, Any]) -> Traced:
     """run: the equal blocks of `plain`, or of a graph that it is a copy of."""
-    at = {n: i for i, n in enumerate(run.graph.find_nodes(op="placeholder"))}
-    equal = [{q: at[n] for q, n in members.items()} for members in run.families if all(n in at for n in members.values())]
     decisions: list[stages.Decision] = []
     graphs = stages.graphs_before(plain, [i.value for i in inputs], settings, decisions.append)
-    return _Traced(graphs, inputs, decisions, equal)
+    return Traced(graphs, inputs, decisions, equal_inputs(run))
+
+
+def equal_inputs(run: repeats.Repeats) -> list[dict[int, int]]:
+    """Families of inputs that stand for each other in equal blocks: number of the block -> position."""
+    at = {n: i for i, n in enumerate(run.graph.find_nodes(op="placeholder"))}
+    return [{q: at[n] for q, n in members.items()} for members in run.families if all(n in at for n in members.values())]
+
+
+def used(graph: fx.Graph) -> int:
+    """How many of its inputs the operators of a graph take."""
+    return sum(any(u.op != "output" for u in n.users) for n in graph.find_nodes(op="placeholder"))
 
 
 def _marks(node: fx.Node) -> Hashable:
@@ -184,19 +194,22 @@ def _label(node: fx.Node) -> str:
     return node.meta.get("custom", {}).get(BLOCK, "")
 
 
-def _lengthen(traced: _Traced, missing: int) -> None:
-    """Put the missing blocks into the forward graph, and into the backward graph if there is one."""
+def lengthen(traced: Traced, missing: int) -> tuple[repeats.Repeats, repeats.Repeats | None, dict[tuple[fx.Node, int], fx.Node]]:
+    """Put the missing blocks into the forward graph, and into the backward graph if there is one.
+
+    Returns the runs of both, as they are then, and the new nodes, by what they are copies of and how much further on.
+    """
     graphs = traced.graphs
     places = graphs[0].graph.find_nodes(op="placeholder")
     fills = dict(zip(places, traced.inputs, strict=True))
-    forward = repeats.find(graphs[0].graph, lambda n: (_shapes(n), fills[n].facts() if n in fills else ()), STEADY)
+    forward = repeats.find(graphs[0].graph, lambda n: (shapes(n), fills[n].facts() if n in fills else ()), STEADY)
     if forward is None:
         raise repeats.NotEqual
     repeats.add_inputs(forward, [{q: places[i] for q, i in members.items()} for members in traced.equal])
     results, kept = traced.saved()
     backward = None
     if len(graphs) > 1:
-        backward = repeats.find(graphs[1].graph, _shapes, STEADY)
+        backward = repeats.find(graphs[1].graph, shapes, STEADY)
         if backward is None:
             raise repeats.NotEqual
         repeats.align(forward, backward, kept)
@@ -204,8 +217,11 @@ def _lengthen(traced: _Traced, missing: int) -> None:
     made = repeats.lengthen(forward, missing)
     bases |= {new: bases[old] for (old, _), new in made.items()}
     fills |= {new: fills[old] for (old, _), new in made.items() if old in fills}
+    copies = dict(made)
     if backward is not None:
-        for (old, r), new in repeats.lengthen(backward, missing).items():
+        more = repeats.lengthen(backward, missing)
+        copies |= more
+        for (old, r), new in more.items():
             bases[new] = bases[old]
             if old in kept:
                 family, _ = forward.place[kept[old]]
@@ -214,8 +230,10 @@ def _lengthen(traced: _Traced, missing: int) -> None:
         graphs[0].graph.output_node().args = ((*results, *(kept[n] for n in places)),)
     for module in graphs:
         module.graph.lint()
-        _own_values(module.graph, bases)
+        with compat.no_modes():
+            _own_values(module.graph, bases, {*copies.values()})
     traced.inputs = [fills[n] for n in graphs[0].graph.find_nodes(op="placeholder")]
+    return forward, backward, copies
 
 
 Bases = list[int | None]
@@ -238,22 +256,36 @@ def _bases(graph: fx.Graph) -> dict[fx.Node, Bases]:
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:
-    return [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return [value]
+    return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
 
 
 def _memory(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases]) -> None:
-    """Give every node a value of its own in ``meta``, or a view of its input's: Inductor reads from shared memory what may be
-    written in place, and a copied node has the memory of what it was copied from."""
+def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases], new: set[fx.Node]) -> None:
+    """Give every new node a value of its own in ``meta``, or a view of its input's: Inductor reads from shared memory what may be
+    written in place, and a copied node has the memory of what it was copied from. So have others that are views of a new one."""
     for node in graph.nodes:
         if node.target is operator.getitem:
             node.meta["val"] = node.args[0].meta["val"][node.args[1]]
-        elif _tensors(node):
-            feed = iter(bases[node])
-            node.meta["val"] = pytree.tree_map_only(Tensor, lambda v: _anew(v, node, next(feed)), node.meta["val"])  # noqa: B023
+            continue
+        values = _tensors(node)
+        if not values or (node not in new and all(_is_in(v, node, i) for v, i in zip(values, bases[node], strict=True))):
+            continue
+        if isinstance(node.meta["val"], Tensor):
+            node.meta["val"] = _anew(values[0], node, bases[node][0])
+            continue
+        feed = iter(bases[node])
+        node.meta["val"] = pytree.tree_map_only(Tensor, lambda v: _anew(v, node, next(feed)), node.meta["val"])  # noqa: B023
+
+
+def _is_in(value: Tensor, node: fx.Node, base: int | None) -> bool:
+    """Whether a value is in the memory of the input that it is a view of, if it is one."""
+    return base is None or any(_memory(v) == _memory(value) for v in _tensors(node.all_input_nodes[base]))
 
 
 def _anew(value: Tensor, node: fx.Node, base: int | None) -> Tensor:
@@ -267,6 +299,6 @@ def _anew(value: Tensor, node: fx.Node, base: int | None) -> Tensor:
     return stages.fake_view(value, held[0])
 
 
-def _shapes(node: fx.Node) -> Hashable:
+def shapes(node: fx.Node) -> Hashable:
     leaves = pytree.tree_leaves(node.meta.get("val"))
     return (*((str(tuple(v.shape)), str(v.stride()), v.dtype) if isinstance(v, Tensor) else str(v) for v in leaves), _marks(node))

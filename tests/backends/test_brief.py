@@ -12,11 +12,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 import fxpar
 from fxpar.backends import repeats
+from fxpar.backends.inductor import brief, kept
 from fxpar.compat.stages import Decision
 from fxpar.passes.strategies.stages import cut_stages
 from fxpar.pipeline.schedules import schedule
 from fxpar.plan import Plan
-from fxpar.report import brief, kept, memory
+from fxpar.report import memory
 
 COMMON = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
               max_position_embeddings=64, use_cache=False, bos_token_id=None, eos_token_id=None, pad_token_id=None)

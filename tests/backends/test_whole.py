@@ -1,0 +1,282 @@
+"""A program compiled from a trace of few of its equal blocks is the program: graph by graph, and number by number."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import fxpar
+from fxpar import compat
+from fxpar.backends import repeats
+from fxpar.backends.inductor import brief, few, whole
+from fxpar.backends.inductor import lower as inductor
+from fxpar.backends.inductor.lowered import Lowered
+from fxpar.backends.trace import tensor_inputs_only
+from fxpar.ops.runtime import use_runtime
+from fxpar.sharding.facts import sharding_at
+from fxpar.sharding.layout import take
+
+COMMON = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+              max_position_embeddings=64, use_cache=False, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+BLOCKS = 9
+
+
+class Block(nn.Module):
+    """residual: what it computes is added to what it takes. biased, normed: it has a bias, and a norm. twice: two products."""
+
+    def __init__(self, width: int, residual: bool, biased: bool, normed: bool, twice: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width) if normed else nn.Identity()
+        self.up, self.residual = nn.Linear(width, width * (2 if twice else 1), bias=biased), residual
+        self.down = nn.Linear(2 * width, width, bias=False) if twice else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(torch.tanh(self.up(self.norm(x))))
+        return x + y if self.residual else y
+
+
+class Stack(nn.Module):
+    def __init__(self, count: int = BLOCKS, width: int = 8, **block: bool) -> None:
+        super().__init__()
+        block = dict(residual=True, biased=True, normed=True, twice=True) | block
+        self.first = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Block(width, **block) for _ in range(count))
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x).square().mean()
+
+
+class Uneven(Stack):
+    """One block is wider than the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[4].up, self.blocks[4].down = nn.Linear(8, 24), nn.Linear(24, 8, bias=False)
+
+
+class Crossed(Stack):
+    """Blocks run in another order than that of their list."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for i in (0, 2, 1, 5, 3, 8, 4, 7, 6):
+            x = self.blocks[i](x)
+        return self.last(x).square().mean()
+
+
+class Collects(Stack):
+    """What each block makes is an output."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x, made = self.first(x), []
+        for block in self.blocks:
+            x = block(x)
+            made.append(x.sum())
+        return (self.last(x).square().mean(), *made)
+
+
+class Tied(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks[1:]:
+            block.up.weight = self.blocks[0].up.weight
+
+
+X = torch.linspace(-1, 1, 64).view(8, 8)
+
+
+@contextlib.contextmanager
+def spied():
+    """Inside, yields a list: of each program that was made, whether it was made from few blocks."""
+    made: list[bool] = []
+    original = inductor.from_few
+
+    def seen(*args):
+        found = original(*args)
+        made.append(found is not None)
+        return found
+
+    with mock.patch.object(inductor, "from_few", seen):
+        yield made
+
+
+def steps(model: nn.Module, plan: str, batch, backend: str = "eager"):
+    """A step of the program from few blocks, one of the program that is traced whole, and which of its graphs came from few."""
+    with spied() as made:
+        mine = fxpar.simulate(model, plan, batch, lowered=True, backend=backend)
+        mine = mine.step(**batch) if isinstance(batch, dict) else mine.step(*batch)
+    with mock.patch.object(inductor, "from_few", lambda *args: None):
+        theirs = fxpar.simulate(model, plan, batch, lowered=True, backend=backend)
+        theirs = theirs.step(**batch) if isinstance(batch, dict) else theirs.step(*batch)
+    return mine, theirs, made
+
+
+def assert_same(mine, theirs) -> None:
+    assert torch.equal(mine.loss, theirs.loss)
+    assert {*mine.grads} == {*theirs.grads}
+    for name, grad in theirs.grads.items():
+        assert torch.equal(mine.grads[name], grad), name
+
+
+def graphs_of(model: nn.Module, plan: str, batch) -> tuple[list, list]:
+    """The forward and backward graphs of rank 0 from few blocks, and those of a trace of all, as texts."""
+    simulation = fxpar.simulate(model, plan, batch, lowered=True)
+    ranks = Lowered(simulation.program.mesh, simulation.plan)
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    example = [named.get(s.name, s.value) for s in simulation.program.sources]
+    example = [_local(x, s, n, simulation.program.mesh)
+               for x, s, n in zip(example, simulation.program.sources, simulation.program.source_of(), strict=True)]
+    plain, keep = tensor_inputs_only(simulation.program.module, example, fused=True)
+    taken, found = [example[i] for i in keep], []
+    with use_runtime(ranks.threads.runtime(0)):
+        config = inductor.settings(simulation.plan, as_on_gpu=True)
+        with compat.faked(taken) as fakes:
+            whole.from_few_blocks(plain, [brief.Input(x, "") for x in fakes], simulation.plan, config, found.append)
+        with compat.faked(taken) as fakes:
+            theirs = compat.lowered_graphs(plain, fakes, config)
+    mine = [g for w in found for g in (w.forward, w.backward) if g is not None]
+    return _texts(mine) if mine else [], _texts(theirs)
+
+
+def _local(x, source, node, mesh):
+    if not isinstance(x, Tensor):
+        return x
+    return take(x.detach(), sharding_at(node), mesh, 0).clone().requires_grad_(source.requires_grad)
+
+
+def _texts(graphs) -> list:
+    """The graphs as they are, and which of their values are inputs, outputs, gradients, and what goes from one to the other."""
+    texts, numbers = zip(*(repeats.written(g.graph, brief.shapes) for g in graphs), strict=True)
+    lines = [text[: len(number)] for text, number in zip(texts, numbers, strict=True)]  # inputs that nothing reads do not count
+    places = [[number.get(n) for n in g.graph.find_nodes(op="placeholder")] for g, number in zip(graphs, numbers, strict=True)]
+    results = [[None if n is None else number.get(n) for n in g.graph.output_node().args[0]]
+               for g, number in zip(graphs, numbers, strict=True)]
+    if len(graphs) == 1:
+        return [lines, places, results]
+    tangents = [n for n in graphs[1].graph.find_nodes(op="placeholder") if n.name.startswith("tangents")]
+    saved = len(places[1]) - len(tangents)
+    kept = sorted((n, str(m)) for n, m in zip(places[1][:saved], results[0][-saved:], strict=True) if n is not None)
+    return [lines, places[0], places[1][saved:], results[0][:-saved], results[1], kept]
+
+
+PLANS = ["dp=1", "dp=2", "dp=2,zero=3", "tp=2", "dp=2,tp=2,zero=1", "dp=2,zero=3,param_dtype=bf16"]
+
+
+@settings(max_examples=6)
+@given(st.integers(8, 11), st.fixed_dictionaries(dict.fromkeys(["residual", "biased", "normed", "twice"], st.booleans())),
+       st.sampled_from(PLANS))
+def test_graphs_from_few_blocks_are_those_of_all(count, block, plan):
+    mine, theirs = graphs_of(Stack(count, **block), plan, (X,))
+    assert not mine or mine == theirs
+
+
+@pytest.mark.parametrize("plan", ["dp=1", "dp=2,zero=3", pytest.param("dp=2,tp=2,zero=1", marks=pytest.mark.slow)])
+def test_a_trace_of_few_blocks_is_enough(plan):
+    mine, theirs = graphs_of(Stack(), plan, (X,))
+    assert mine and mine == theirs
+
+
+@pytest.mark.parametrize("plan", ["dp=2,zero=3", pytest.param("tp=2", marks=pytest.mark.slow)])
+def test_every_parameter_gets_its_own_gradient(plan):
+    mine, theirs, made = steps(Stack(), plan, (X,))
+    assert made and all(made)
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("make, from_few", [
+    (Crossed, False),
+    (Uneven, False),
+    (Collects, False),
+    (lambda: Stack(7), False),
+], ids=["another order", "one is wider", "outputs of blocks", "few blocks"])
+def test_what_is_not_proved_is_traced_whole(make, from_few):
+    torch.manual_seed(0)
+    mine, theirs, made = steps(make(), "dp=2", (X,))
+    assert made and set(made) == {from_few}
+    assert_same(mine, theirs)
+
+
+def test_shared_parameters():
+    mine, theirs, _ = steps(Tied(), "dp=2", (X,))
+    assert_same(mine, theirs)
+
+
+def test_inputs_that_share_memory_are_not_taken_for_apart():
+    x = torch.zeros(8)
+    assert few._apart([x, torch.zeros(8)])
+    assert not few._apart([x, x[4:]]) and not few._apart([torch.zeros(8)[1:]])
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_mistaken_order_is_seen(wrong, monkeypatch):
+    """Of inputs of two blocks that were taken for each other."""
+    original = whole._named
+
+    def swapped(run, *rest):
+        named = original(run, *rest)
+        family = next(m for m in run.families if sum(n in named and n.op == "placeholder" for n in m.values()) > 4)
+        a, b = [family[q] for q in sorted(family)][2:4]
+        return named | {a: named[b], b: named[a]} if wrong else named
+
+    monkeypatch.setattr(whole, "_named", swapped)
+    with spied() as made:
+        fxpar.simulate(Stack(), "dp=1", (X,), lowered=True).step(X)
+    assert made == [not wrong]
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=BLOCKS, **COMMON))
+
+
+def qwen3() -> nn.Module:
+    return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=BLOCKS, head_dim=8, **COMMON))
+
+
+def gemma2() -> nn.Module:
+    """A sliding window in every second layer."""
+    return Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=16, head_dim=8, sliding_window=8, **COMMON))
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(n_layer=BLOCKS, n_embd=32, n_head=4, vocab_size=64, n_positions=64, use_cache=False,
+                                      resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+
+
+def bert() -> nn.Module:
+    common = {k: v for k, v in COMMON.items() if k not in ("use_cache", "num_key_value_heads", "pad_token_id")}
+    return BertForMaskedLM(BertConfig(num_hidden_layers=BLOCKS, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **common))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["dp=1", "dp=2,zero=3", "tp=2", "dp=2,tp=2,zero=3,param_dtype=bf16", "cp=2", "dp=2,recompute=full",
+                                  "dp=2,recompute=selective"])
+@pytest.mark.parametrize("make", [llama, qwen3, gemma2, gpt2, bert])
+def test_transformers(make, plan):
+    torch.manual_seed(0)
+    model, ids = make(), torch.randint(0, 64, (4, 16))
+    mine, theirs, made = steps(model, plan, dict(input_ids=ids, labels=ids))
+    assert_same(mine, theirs)
+    if make in (llama, qwen3):
+        assert made and all(made)
