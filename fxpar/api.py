@@ -61,8 +61,9 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     engines of GPUs of one host that see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or
     "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
     blocks: how the inductor backend compiles the equal blocks of a deep model: "once" (cut out of the graph, each class of equal
-    ones is compiled once; buckets of parameters and gradients end with blocks), "flat" (all in one graph), or "auto" (once where
-    at most a fifth of the operators is left to compile: from some 24 equal layers on).
+    ones is compiled once; buckets of parameters and gradients end with blocks), "flat" (all in one graph, and all is traced), or
+    "auto" (once where at most a fifth of the operators is left to compile: from some 24 equal layers on). But for "flat", of
+    eight and more equal blocks five are traced.
     cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back by the GPU, which
     no longer waits for its host: "auto" (of one rank, where it did wait, and recordings take no more memory), True (of several
     ranks, too, with their communication) or False; what cannot be recorded runs as ever, and the report says why.

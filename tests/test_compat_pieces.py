@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 
 from fxpar import compat
 from fxpar.backends.inductor import pieces
+from fxpar.compat import interpret_pieces, stages
+from fxpar.compat.cut import one_piece
 
 COUNT, WIDTH = 6, 8
 
@@ -101,3 +103,67 @@ def test_pieces_in_steps_compute_what_the_graph_does(cutting):
             have = parts[0]([*saved, torch.ones_like(out)])
         for a, b in zip(want, have, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_graph_behind_all_passes_is_compiled_or_run(cut, cutting):
+    """`stages.graphs_before` with `then`, within `compat.faked`; `compat.code_of` and `compat.interpret_final`, and
+    `compat.bundle_key`, `keep_bundle` and `kept_bundle` of their code."""
+    codes, given = [], tensors()
+
+    def generate(graphs: list[stages.HandedOver]) -> None:
+        assert (graphs[0].seeds, graphs[0].outputs, graphs[0].donated) == ([0], 1, [])
+        assert graphs[1].options["is_backward"] and not graphs[0].options["is_inference"]
+        for handed in graphs:
+            module = stages.apply_graph_passes(handed.module, {}, handed.options["is_inference"])
+            saved = len(handed.inputs) - 1 if handed.options.get("is_backward") else 0
+            count = len(module.graph.output_node().args[0])
+            code, strides = compat.code_of(cutting if cut else None)(module, handed.options, handed.donated, range(saved), count)
+            run, none = compat.interpret_final(fx.Interpreter, cutting if cut else None, module, handed.options)
+            assert len(strides) == len(none) == count and {*none} == {None}
+            codes.append((code, run))
+
+    with torch._inductor.utils.fresh_cache():
+        with compat.faked(given) as fakes:
+            stages.graphs_before(graph(), fakes, {}, then=generate)
+        (expected,) = products(*given)
+        wanted = torch.autograd.grad(expected.sum(), given)
+        key = compat.bundle_key("a graph")
+        assert key != compat.bundle_key("another") and compat.kept_bundle(key, given) is None
+        before = compat.cache_counts()["saved"]
+        compat.keep_bundle(key, [code for code, _ in codes], {"more": 1})
+        assert compat.cache_counts()["saved"] == before + 1
+        found, more = compat.kept_bundle(key, given)
+        assert more == {"more": 1}
+        for forward, backward in (found, *zip(*codes, strict=True)):
+            with compat.as_traced():
+                made = list(forward([x.detach() for x in given]))
+                grads = backward([*made[1:], torch.ones_like(made[0])])
+            torch.testing.assert_close(made[0], expected.detach())
+            for mine, theirs in zip(grads, wanted, strict=True):
+                torch.testing.assert_close(mine, theirs)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        assert compat.bundle_key("a graph") is None
+
+
+def test_a_graph_that_is_not_cut_is_one_piece():
+    """`fxpar.compat.cut.one_piece`: of a graph that returns an input, a value twice, and nothing."""
+    made = fx.Graph()
+    x, y = made.placeholder("x"), made.placeholder("y")
+    total = made.call_function(torch.ops.aten.add.Tensor, (x, y))
+    for node in (x, y, total):
+        node.meta["val"] = torch.zeros(2)
+    made.output((total, x, None, total))
+    pieces = one_piece(fx.GraphModule(nn.Module(), made), donated=[1], exact=1)
+    assert (pieces.pieces[0].before, pieces.pieces[0].exact, pieces.results) == ([1], [0], [2, 0, None, 2])
+    a, b = torch.ones(2), torch.ones(2)
+    first, second, none, third = interpret_pieces(pieces, fx.Interpreter)([a, b])
+    assert first.tolist() == [2, 2] and second is a and none is None and third is first
+
+
+def test_no_mode_sees_what_is_made_beside_a_trace():
+    """`compat.no_modes`"""
+    with compat.FakeTensorMode():
+        assert isinstance(torch.ones(1), compat.FakeTensor)
+        with compat.no_modes():
+            assert not isinstance(torch.ones(1), compat.FakeTensor)

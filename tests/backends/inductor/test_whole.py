@@ -184,7 +184,8 @@ def _texts(graphs) -> list:
 PLANS = ["dp=1", "dp=2", "dp=2,zero=3", "tp=2", "dp=2,tp=2,zero=1", "dp=2,zero=3,param_dtype=bf16"]
 
 
-@settings(max_examples=6)
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(st.integers(8, 11), st.fixed_dictionaries(dict.fromkeys(["residual", "biased", "normed", "twice"], st.booleans())),
        st.sampled_from(PLANS))
 def test_graphs_from_few_blocks_are_those_of_all(count, block, plan):
@@ -236,9 +237,11 @@ def test_a_mistaken_order_is_seen(wrong, monkeypatch):
 
     def swapped(run, *rest):
         named = original(run, *rest)
-        family = next(m for m in run.families if sum(n in named and n.op == "placeholder" for n in m.values()) > 4)
-        a, b = [family[q] for q in sorted(family)][2:4]
-        return named | {a: named[b], b: named[a]} if wrong else named
+        alike = [m for m in run.families if sum(n in named and n.op == "placeholder" for n in m.values()) > 4]
+        if not wrong or not alike:
+            return named
+        a, b = [alike[0][q] for q in sorted(alike[0])][2:4]
+        return named | {a: named[b], b: named[a]}
 
     monkeypatch.setattr(whole, "_named", swapped)
     with spied() as made:
@@ -270,8 +273,8 @@ def bert() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["dp=1", "dp=2,zero=3", "tp=2", "dp=2,tp=2,zero=3,param_dtype=bf16", "cp=2", "dp=2,recompute=full",
-                                  "dp=2,recompute=selective"])
+@pytest.mark.parametrize("plan", ["dp=1", "dp=2,zero=3", "tp=2", "dp=2,tp=2,zero=3,param_dtype=bf16", "cp=2",
+                                  "dp=2,recompute=full", "dp=2,recompute=selective"])
 @pytest.mark.parametrize("make", [llama, qwen3, gemma2, gpt2, bert])
 def test_transformers(make, plan):
     torch.manual_seed(0)
