@@ -21,7 +21,7 @@ FLOORS = (
     {"passes.pipeline"},
     {"backends.transport", "backends.simulate", "backends.tables", "backends.remat", "backends.repeats"},
     {"backends.trace", "backends.split", "backends.like"},
-    {"backends.stepped"},
+    {"backends.stepped", "backends.differentiable"},
     {"backends.eager", "backends.inductor"},
     {"compiler"},
     {"report"},

@@ -38,7 +38,7 @@ class Input:
 
 
 @dataclass
-class Traced:
+class TracedInPart:
     """A program's graphs before the passes that look at all of a graph, what it takes, and what the partitioner decided.
 
     equal: families of inputs that stand for each other in the program's equal blocks: number of the block -> position.
@@ -144,11 +144,11 @@ def copied(plain: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(plain, copy)
 
 
-def _trace(plain: fx.GraphModule, inputs: list[Input], run: repeats.Repeats, settings: dict[str, Any]) -> Traced:
+def _trace(plain: fx.GraphModule, inputs: list[Input], run: repeats.Repeats, settings: dict[str, Any]) -> TracedInPart:
     """run: the equal blocks of `plain`, or of a graph that it is a copy of."""
     decisions: list[stages.Decision] = []
     graphs = stages.graphs_before(plain, [i.value for i in inputs], settings, decisions.append)
-    return Traced(graphs, inputs, decisions, equal_inputs(run))
+    return TracedInPart(graphs, inputs, decisions, equal_inputs(run))
 
 
 def equal_inputs(run: repeats.Repeats) -> list[dict[int, int]]:
@@ -194,7 +194,7 @@ def _label(node: fx.Node) -> str:
     return node.meta.get("custom", {}).get(BLOCK, "")
 
 
-def lengthen(traced: Traced, missing: int) -> tuple[repeats.Repeats, repeats.Repeats | None, dict[tuple[fx.Node, int], fx.Node]]:
+def lengthen(traced: TracedInPart, missing: int) -> tuple[repeats.Repeats, repeats.Repeats | None, dict[tuple[fx.Node, int], fx.Node]]:
     """Put the missing blocks into the forward graph, and into the backward graph if there is one.
 
     Returns the runs of both, as they are then, and the new nodes, by what they are copies of and how much further on.

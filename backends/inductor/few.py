@@ -27,7 +27,7 @@ Generate = Callable[..., tuple[compat.Code, list[Any]]]
 
 
 @dataclass
-class Made:
+class MadeFromFew:
     """Code of a whole program.
 
     outputs, seeds, donated: see `Whole`. like: the gradients that the backward takes.
@@ -57,7 +57,7 @@ class Made:
 
 
 def made_from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any], plan: Plan, generate: Generate,
-                  key: str | None = None) -> Made | None:
+                  key: str | None = None) -> MadeFromFew | None:
     """The code of a program of which few of many equal blocks are traced; None where that cannot be done.
 
     plain: a flat graph, which is not changed, over tensors like `given`. config: settings of Inductor for it. key: says all that
@@ -69,8 +69,8 @@ def made_from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, 
     found = None if key is None else compat.kept_bundle(key, given)
     if found is not None:
         codes, rest = found
-        return Made(codes[0], codes[1] if len(codes) > 1 else None, *rest)
-    made: list[Made] = []
+        return MadeFromFew(codes[0], codes[1] if len(codes) > 1 else None, *rest)
+    made: list[MadeFromFew] = []
     with compat.faked(given) as fakes:
         from_few_blocks(plain, [Input(x, "") for x in fakes], plan, config, lambda whole: made.append(_made(whole, generate)))
     if not made:
@@ -88,11 +88,11 @@ def _apart(given: list[Tensor]) -> bool:
         x.storage_offset() * x.element_size() % ALIGNED == 0 for x in given)
 
 
-def _made(whole: Whole, generate: Generate) -> Made:
+def _made(whole: Whole, generate: Generate) -> MadeFromFew:
     with stage(f"compiling the forward, 1 of {1 if whole.backward is None else 2}"):
         forward, strides = generate(whole.forward, whole.options[0], exact=whole.outputs)
     if whole.backward is None:
-        return Made(forward, None, whole.outputs, [], [], [])
+        return MadeFromFew(forward, None, whole.outputs, [], [], [])
     values = [n.meta["val"] for n in whole.backward.graph.find_nodes(op="placeholder")]
     saved = len(values) - len(whole.seeds)
     like = [x if s is None or x.stride() == tuple(s) else x.new_empty_strided(x.shape, tuple(s))
@@ -102,4 +102,4 @@ def _made(whole: Whole, generate: Generate) -> Made:
     with stage("compiling the backward, 2 of 2"):
         backward, _ = generate(whole.backward, whole.options[1], whole.donated, range(saved), len(results),
                                like if moved else None)
-    return Made(forward, backward, whole.outputs, whole.seeds, whole.donated, [Like.traced(x) for x in values[saved:]])
+    return MadeFromFew(forward, backward, whole.outputs, whole.seeds, whole.donated, [Like.traced(x) for x in values[saved:]])

@@ -22,7 +22,7 @@ import fxpar
 from fxpar import compat
 from fxpar.backends import remat
 from fxpar.backends.inductor import buckets, fp32_products, overlap, pieces, prefetch, products, reductions
-from fxpar.backends.inductor.few import Generate, Made, made_from_few
+from fxpar.backends.inductor.few import Generate, MadeFromFew, made_from_few
 from fxpar.backends.inductor.key import key_of, python_functions
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
@@ -84,7 +84,7 @@ def cutting(graph: fx.Graph, blocks: str) -> compat.Cutting | None:
 
 
 def from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any], plan: Plan, blocks: str, generate: Generate,
-             key: str | None = None) -> Made | None:
+             key: str | None = None) -> MadeFromFew | None:
     """The code of a program of which few of many equal blocks are traced; None: all are to be traced. See `made_from_few`.
 
     blocks: one of `BLOCKS`. key: of `key_of`.

@@ -18,7 +18,7 @@ from torch import fx
 from fxpar import compat
 from fxpar.backends import repeats
 from fxpar.backends.inductor import brief, kept
-from fxpar.backends.inductor.brief import KEPT, STEADY, Input, Traced
+from fxpar.backends.inductor.brief import KEPT, STEADY, Input, TracedInPart
 from fxpar.compat import stages
 from fxpar.plan import Plan
 
@@ -63,7 +63,7 @@ def from_few_blocks(plain: fx.GraphModule, taken: list[Input], plan: Plan, setti
     missing = run.count - KEPT
     try:
         repeats.check_names(run)
-        origin = _Origin(short, run)
+        origin = _Shortened(short, run)
         inputs = brief.shortened(short, taken, run, missing)
         origin.keep(short)
         run = brief.run_of(short, inputs, KEPT)
@@ -73,7 +73,7 @@ def from_few_blocks(plain: fx.GraphModule, taken: list[Input], plan: Plan, setti
         decisions: list[stages.Decision] = []
 
         def lengthened(handed: list[stages.HandedOver]) -> None:
-            traced = Traced([made.module for made in handed], inputs, decisions, equal)
+            traced = TracedInPart([made.module for made in handed], inputs, decisions, equal)
             then(_lengthened(traced, handed, missing, origin, plain, taken, settings))
 
         stages.graphs_before(short, [i.value for i in inputs], settings, decisions.append, lengthened)
@@ -82,7 +82,7 @@ def from_few_blocks(plain: fx.GraphModule, taken: list[Input], plan: Plan, setti
     return True
 
 
-class _Origin:
+class _Shortened:
     """Which inputs of a whole program those of the shortened one are."""
 
     def __init__(self, whole: fx.GraphModule, run: repeats.Repeats):
@@ -111,7 +111,7 @@ class _Origin:
         return [members[q] for q in sorted(members)]
 
 
-def _lengthened(traced: Traced, handed: list[stages.HandedOver], missing: int, origin: _Origin, plain: fx.GraphModule,
+def _lengthened(traced: TracedInPart, handed: list[stages.HandedOver], missing: int, origin: _Shortened, plain: fx.GraphModule,
                 taken: list[Input], settings: dict[str, Any]) -> Whole:
     graphs = traced.graphs
     places = graphs[0].graph.find_nodes(op="placeholder")
@@ -142,7 +142,7 @@ def _lengthened(traced: Traced, handed: list[stages.HandedOver], missing: int, o
                  [h.options for h in handed])
 
 
-def _named(run: repeats.Repeats, known: dict[fx.Node, int], equal: list[dict[int, int]], origin: _Origin) -> dict[fx.Node, int]:
+def _named(run: repeats.Repeats, known: dict[fx.Node, int], equal: list[dict[int, int]], origin: _Shortened) -> dict[fx.Node, int]:
     """Of every node of a lengthened graph that stands for an input of the program: the number of that input.
 
     known: of those that the trace has, the number of the input among those of the shortened program. equal: families of these.
