@@ -38,7 +38,8 @@ from fxpar.progress import stage
 from fxpar.report.timings import STEP
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
-from fxpar.run.batches import CHECKED_EVERY, BatchChecks
+from fxpar.run.batches import BatchChecks
+from fxpar.run.compared import CHECKED_EVERY
 from fxpar.run.drift import DriftChecks
 from fxpar.run.edges import Edges, with_full_outputs
 from fxpar.run.feed import Feed
