@@ -33,6 +33,7 @@ from fxpar.compat.cudagraphs import (
 )
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_pieces
 from fxpar.compat.data import assign_data_by
+from fxpar.compat.generators import generators_watched
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import (
@@ -92,6 +93,7 @@ __all__ = [
     "default_store",
     "detect_fake_mode",
     "fake_like",
+    "generators_watched",
     "holders",
     "in_full",
     "interpret_pieces",

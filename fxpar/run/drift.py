@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from fxpar import compat
 from fxpar.backends.transport.control import Check, Outcome
 from fxpar.errors import MismatchError
-from fxpar.run.arriving import Arriving, joined, norm_of, norms, weighted_sums, sketch
+from fxpar.run.arriving import Arriving, joined, norm_of, norms, sketch, weighted_sums
 from fxpar.run.compared import Turns
 from fxpar.run.store import ParameterStore
 from fxpar.sharding import chunks
