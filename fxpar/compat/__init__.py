@@ -32,7 +32,7 @@ from fxpar.compat.cudagraphs import (
     tensor_in,
 )
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_pieces
-from fxpar.compat.data import assign_data_by
+from fxpar.compat.data import assign_data_by, share_memory_by
 from fxpar.compat.generators import generators_watched
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
@@ -116,6 +116,7 @@ __all__ = [
     "read_metadata",
     "read_numbers_of",
     "saves_elsewhere",
+    "share_memory_by",
     "sizes_of_values",
     "sizes_to_compile",
     "storage_at",

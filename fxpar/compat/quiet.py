@@ -11,6 +11,7 @@ import torch
 WRAPPERS = (
     "torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "torch.distributed.fsdp.fully_sharded_data_parallel",
     "torch.distributed.fsdp._fully_shard._fully_shard", "torch.distributed._composable.contract",
+    "torch.distributed.tensor._api",
 )  # fmt: skip
 """Modules of PyTorch whose functions make a model parallel; by their names, as they may not have been imported."""
 

@@ -18,12 +18,12 @@ class Turns:
     """Which calls of one module compute such numbers. every: see `check_batches` of `fxpar.parallelize`."""
 
     def __init__(self, control: Control, every: int):
-        self.calls, self._every = 0, every if control.world > 1 else 0
+        self.calls, self.every, self._alone = 0, every, control.world == 1
 
     def begins(self, underway: bool) -> bool:
         """Count a call. Whether it is to compute numbers. underway: earlier ones are not compared yet."""
         self.calls += 1
-        return self._every > 0 and not underway and (self.calls <= FIRST or self.calls % self._every == 0)
+        return not self._alone and self.every > 0 and not underway and (self.calls <= FIRST or self.calls % self.every == 0)
 
 
 class Compared:

@@ -131,7 +131,7 @@ class Engine:
         """An engine that runs the model of another store as this one runs its own; it has captured nothing yet."""
         compile_call = functools.partial(self._compile_call.func, store.model, *self._compile_call.args[1:])
         store.runtime.blocks = self.store.runtime.blocks
-        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.every, self._padding,
+        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.turns.every, self._padding,
                      self.recordings.wanted)
         new.seeds = dataclasses.replace(self.seeds)
         return new

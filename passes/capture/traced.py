@@ -37,8 +37,8 @@ REFUSED: dict[Any, tuple[str, str]] = {
 }
 """Functions that cannot be traced: what they are called, and the way out."""
 
-_DRAWS = ("draw from PyTorch's default generator, whose numbers fxpar makes of one seed a call (`module.seed`), or make the random "
-          "tensor outside of the model and pass it in")
+_DRAWS = ("draw from PyTorch's default generator, whose numbers fxpar makes of one seed a call (`module.seed`), or make the "
+          "random tensor outside of the model and pass it in")
 
 DESCRIPTIONS = frozenset(getattr(torch.Tensor, name).__get__ for name in (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_sparse", "is_quantized", "is_nested",
@@ -208,8 +208,8 @@ def _imports() -> int:
 
 
 def require_no_seeds(function: str, caller: FrameType) -> None:
-    """Raises: `CaptureError` if a forward asks for the seed or state of PyTorch's generators, or sets it: every random number of a
-    program comes from one seed a call, and what a trace reads is a constant."""
+    """Raises: `CaptureError` if a forward asks for the seed or state of PyTorch's generators, or sets it: every random number of
+    a program comes from one seed a call, and what a trace reads is a constant."""
     if not is_library_file(caller.f_code.co_filename):
         raise CaptureError(f"torch.{function} inside of the forward", line_here(), _DRAWS)
 
