@@ -155,10 +155,16 @@ def test_what_is_put_into_data_is_told(monkeypatch):
 def test_memory_of_dtensors_is_shared_by_who_is_told(monkeypatch):
     monkeypatch.setattr(DTensor, "share_memory_", None)
     told = []
-    compat.share_memory_by(lambda t: told.append(t))
+    compat.share_memory_by(lambda t: told.append(t) or t)
     p = nn.Parameter(DTensor.from_local(torch.ones(4), one_rank_mesh()))
     nn.ParameterList([p]).share_memory()
     assert len(told) == 1 and told[0] is p
+
+
+def test_nan_is_looked_for_in_parts_of_dtensors():
+    compat.mend_searches_for_nan()
+    t = DTensor.from_local(torch.tensor([1.0, float("nan")]), one_rank_mesh())
+    assert torch.ops.aten._is_any_true(t.isnan()).item() and not torch.ops.aten._is_all_true(t.isnan()).item()
 
 
 def test_norms_of_gradients_are_announced(monkeypatch):
@@ -455,29 +461,6 @@ def test_a_profiler_that_listens_is_seen():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert compat.profiling()
     assert not compat.profiling()
-
-
-def test_who_asks_for_seeds_is_told_of_for_a_while():
-    told = []
-
-    def asked(name, frame):
-        told.append((name, frame.f_code.co_name))
-
-    before = torch.get_rng_state()
-    with compat.generators_watched(asked):
-        torch.rand(2)
-        assert told == []
-        torch.set_rng_state(before)
-        assert torch.equal(torch.get_rng_state(), before) and torch.initial_seed() == torch._C.default_generator.initial_seed()
-        torch.manual_seed(torch.default_generator.initial_seed())
-        torch._dynamo.disable(torch.manual_seed)(3)
-        with torch.random.fork_rng(devices=[]):
-            pass
-    here = test_who_asks_for_seeds_is_told_of_for_a_while.__name__
-    assert [name for name, caller in told if caller == here] == [
-        "set_rng_state", "get_rng_state", "initial_seed", "initial_seed", "manual_seed", "manual_seed"]
-    assert {caller for _, caller in told} == {here, "__enter__", "__exit__"}
-    assert torch.default_generator is torch.random.default_generator is torch._C.default_generator
 
 
 def test_distributions_are_unchecked_for_a_while():

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
+from fxpar.compat.calls import CALLED, call_by, call_plainly
 from fxpar.compat.compiling import compile_graph, partition_eagerly
 from fxpar.compat.cudagraphs import (
     CodeRecorder,
@@ -39,12 +40,20 @@ from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import (
     before_norms,
     in_full,
+    mend_searches_for_nan,
     mend_sums_of_norms,
     mend_writes_to_plain_tensors,
     read_numbers_of,
 )
 from fxpar.compat.profiles import profiling
-from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
+from fxpar.compat.quiet import (
+    WRAPPERS,
+    inside_of_transform,
+    no_torch_function,
+    quiet_traces,
+    unchecked_distributions,
+    untraced,
+)
 from fxpar.compat.steps import (
     Code,
     Cut,
@@ -66,6 +75,7 @@ from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
 
 __all__ = [
+    "CALLED",
     "WRAPPERS",
     "Code",
     "CodeRecorder",
@@ -88,6 +98,8 @@ __all__ = [
     "before_norms",
     "cache_counts",
     "cache_settings",
+    "call_by",
+    "call_plainly",
     "compile_graph",
     "compile_steps",
     "default_store",
@@ -96,6 +108,7 @@ __all__ = [
     "generators_watched",
     "holders",
     "in_full",
+    "inside_of_transform",
     "interpret_pieces",
     "interpret_steps",
     "is_grouped_product",
@@ -104,6 +117,7 @@ __all__ = [
     "is_random",
     "is_subgraph_call",
     "keeps_graph",
+    "mend_searches_for_nan",
     "mend_sums_of_norms",
     "mend_writes_to_plain_tensors",
     "mutates",
@@ -251,24 +265,6 @@ def without_forward_hooks(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module.__dict__.update(kept)
-
-
-CALLED = "_compiled_call_impl"
-"""The attribute of a module that is called in its place."""
-
-
-def call_by(module: torch.nn.Module, function: Callable | None) -> None:
-    """Have ``module(...)`` call `function`, or what it called before any was given; copies and pickles of it do not. A module
-    whose user compiled it is left alone."""
-    if isinstance(module.__dict__.get(CALLED), functools.partial):
-        del module.__dict__[CALLED]
-    if function is not None and module.__dict__.get(CALLED) is None:
-        module.__dict__[CALLED] = function
-
-
-def call_plainly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What ``module(...)`` does where `call_by` was given nothing: its hooks and its forward."""
-    return module._call_impl(*args, **kwargs)
 
 
 def trace_facts(t: torch.Tensor) -> tuple | None:

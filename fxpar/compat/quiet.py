@@ -27,6 +27,11 @@ def untraced() -> contextlib.AbstractContextManager:
     return torch._C.DisableTorchFunction()
 
 
+def inside_of_transform() -> bool:
+    """Whether this is called by what `torch.func` transforms (vmap, grad, jvp)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @contextlib.contextmanager
 def quiet_traces() -> Iterator[None]:
     """Inside, operators that fail on fake tensors raise, and write no traceback to the log besides."""

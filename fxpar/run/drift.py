@@ -70,15 +70,15 @@ class DriftChecks:
         differ: list[tuple[Place, int, int]] = []
         for rank, theirs in enumerate(everyone):
             for place, numbers in theirs.items():
-                one, other = first.setdefault(place, (rank, numbers))
-                if numbers != other:
-                    differ.append((place, one, rank))
+                earlier, known = first.setdefault(place, (rank, numbers))
+                if numbers != known:
+                    differ.append((place, earlier, rank))
         sketches = self.store.control.exchange(self._sketches({place for place, *_ in differ} & sums.by_place().keys()))
         worst, named = 0.0, ""
         for place, one, other in differ:
-            apart, norms = _apart(*((everyone[rank][place], *sketches[rank][place]) for rank in (one, other)))
+            apart, said = _apart(*((everyone[rank][place], *sketches[rank][place]) for rank in (one, other)))
             if apart >= worst:
-                worst, named = apart, f"{place[3]!r} on ranks {one} and {other}{norms}"
+                worst, named = apart, f"{place[3]!r} on ranks {one} and {other}{said}"
         if worst > TOLERANCE:
             raise MismatchError(
                 f"ranks hold different values of what they should hold alike: {named}; every rank must do the same to a model "

@@ -169,6 +169,10 @@ class ParallelModule(nn.Module):
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             raise InputError("a parallel module was called by torch.export or torch.jit.trace, and each rank has a part of it; "
                              "give them the plain model: with module.gathered(rank0_only=True) as model: ...")
+        if compat.inside_of_transform():
+            raise InputError("a parallel module was called inside of torch.func (vmap, grad, jvp), which cannot transform what "
+                             "several ranks run; pass a batch, call backward or torch.autograd.grad, or transform the plain "
+                             "model inside of `with module.gathered()`")
         return self._engine.run(args, kwargs, last=self._sync)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -320,7 +324,8 @@ class ParallelModule(nn.Module):
         Of several shapes it is the last that was new; where there was no training, an evaluation.
         """
         program = self._engine.newest()
-        made = report_of(program, self._engine.stages(program))
+        with self.parameter_store.control.watch.busy("making a report"):
+            made = report_of(program, self._engine.stages(program))
         return dataclasses.replace(made, cuda_graphs=self._engine.recordings.told(program))
 
     def newest_program(self) -> Program:

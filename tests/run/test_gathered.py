@@ -342,6 +342,10 @@ def test_what_a_module_looks_like_to_others(tmp_path):
             wrap(module.up)
     with pytest.raises(InputError, match=r"torch\.export or torch\.jit\.trace.*gathered\(rank0_only=True\)"):
         torch.export.export(module, (torch.randn(2, 6, 8),))
+    with pytest.raises(InputError, match=r"inside of torch\.func.*gathered\(\)"):
+        torch.vmap(lambda x: module(x[None]))(torch.randn(2, 6, 8))
+    with pytest.raises(InputError, match=r"inside of torch\.func"):
+        torch.func.grad(lambda x: module(x).sum())(torch.randn(2, 6, 8))
     with pytest.raises(InputError, match=r"share_memory\(\) was called.*gathered\(rank0_only=True\)"):
         module.share_memory()
     with pytest.raises(InputError, match=r"fxpar\.save_checkpoint.*gathered\(rank0_only=True"):
@@ -405,6 +409,15 @@ class Penalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x))).square().mean()
+
+
+def test_nan_is_looked_for():
+    x = torch.randn(4, 8)
+    module = fxpar.parallelize(Penalised(), "dp=1", (x,))
+    with torch.autograd.detect_anomaly():
+        module(x).backward()
+        with pytest.raises(RuntimeError, match="returned nan"):
+            (module(x) * float("nan")).backward()
 
 
 def test_second_derivatives_that_are_none_are_refused():
