@@ -19,8 +19,8 @@ from torch import nn
 
 from fxpar import compat
 from fxpar.errors import InputError, PlanError
+from fxpar.model.reads import LISTED
 
-LISTED = "named_modules"
 _calls = threading.local()
 
 
