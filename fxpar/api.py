@@ -33,7 +33,7 @@ from fxpar.progress import be_quiet
 from fxpar.report.dump import Dumper
 from fxpar.report.timings import PARAMETERS
 from fxpar.run.agreement import agree_on_program, facts
-from fxpar.run.batches import CHECKED_EVERY
+from fxpar.run.compared import CHECKED_EVERY
 from fxpar.run.engine import Engine
 from fxpar.run.module import ParallelModule
 from fxpar.run.store import ParameterStore

@@ -1,7 +1,7 @@
 """What tests/run/test_recording_gpu.py starts on every GPU: a training loop with CUDA graphs, and the same without.
 
-    torchrun --nproc-per-node=2 tests/recording_program.py dp=2,zero=3 llama 200
-    torchrun --nproc-per-node=2 tests/recording_program.py "dp=2,zero=3;dp=2;tp=2" blocks 60
+    PYTHONPATH=. torchrun --nproc-per-node=2 tests/recording_program.py dp=2,zero=3 llama 200
+    PYTHONPATH=. torchrun --nproc-per-node=2 tests/recording_program.py "dp=2,zero=3;dp=2;tp=2" blocks 60
 
 Batches and learning rates change, gradients are accumulated, two shapes come in turn, evaluations come between, outputs and
 gradients are held over a step, and a checkpoint is loaded again. Rank 0 prints one JSON line: the largest difference of a loss,
@@ -22,12 +22,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutput
 
 import fxpar
+from tests.blocks import Blocks, tokens
 
 
 def llama() -> nn.Module:
@@ -41,40 +40,20 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=256, n_head=8, n_layer=3, vocab_size=1024, n_positions=256, use_cache=False))
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down, self.drop = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64), nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop(self.down(F.gelu(self.up(self.norm(x)))))
-
-
-class Blocks(nn.Module):
+def blocks() -> nn.Module:
     """Compiled in seconds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.blocks, self.head = nn.Embedding(1024, 64), nn.ModuleList([Block(), Block()]), nn.Linear(64, 1024)
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
-        x = self.table(input_ids)
-        for block in self.blocks:
-            x = block(x)
-        logits = self.head(x)
-        return CausalLMOutput(loss=F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits=logits)
+    return Blocks(1024, 64, 256, 2)
 
 
 def batch(seed: int, length: int, replica: Any, rows: int = 4) -> dict[str, Tensor]:
-    ids = torch.randint(0, 1024, (rows * replica.count, length), generator=torch.Generator().manual_seed(seed))
-    mine = ids[replica.index * rows : (replica.index + 1) * rows].cuda()
-    return {"input_ids": mine, "labels": mine}
+    mine = slice(replica.index * rows, (replica.index + 1) * rows)
+    return {name: t[mine].cuda() for name, t in tokens(seed, rows * replica.count, length, 1024).items()}
 
 
 def trained(model: str, plan: str, steps: int, cuda_graphs: bool, folder: str) -> tuple[list[float], Any]:
     """The losses of a loop, and its module."""
     torch.manual_seed(0)
-    net = {"llama": llama, "gpt2": gpt2, "blocks": Blocks}[model]().cuda().train()
+    net = {"llama": llama, "gpt2": gpt2, "blocks": blocks}[model]().cuda().train()
     rows = torch.zeros(4, 128, dtype=torch.long, device="cuda")
     module = fxpar.parallelize(net, plan, {"input_ids": rows, "labels": rows}, cuda_graphs=cuda_graphs)
     module.seed = 7

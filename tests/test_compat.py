@@ -152,6 +152,21 @@ def test_what_is_put_into_data_is_told(monkeypatch):
     assert told == [(p, 3)] and isinstance(p.data, DTensor) and not p.requires_grad_().data.requires_grad
 
 
+def test_memory_of_dtensors_is_shared_by_who_is_told(monkeypatch):
+    monkeypatch.setattr(DTensor, "share_memory_", None)
+    told = []
+    compat.share_memory_by(lambda t: told.append(t) or t)
+    p = nn.Parameter(DTensor.from_local(torch.ones(4), one_rank_mesh()))
+    nn.ParameterList([p]).share_memory()
+    assert len(told) == 1 and told[0] is p
+
+
+def test_nan_is_looked_for_in_parts_of_dtensors():
+    compat.mend_searches_for_nan()
+    t = DTensor.from_local(torch.tensor([1.0, float("nan")]), one_rank_mesh())
+    assert torch.ops.aten._is_any_true(t.isnan()).item() and not torch.ops.aten._is_all_true(t.isnan()).item()
+
+
 def test_norms_of_gradients_are_announced(monkeypatch):
     clip, told = torch.nn.utils.clip_grad, []
     for owner, name in ((clip, "_get_total_norm"), (torch.nn.utils, "get_total_norm")):
@@ -437,7 +452,7 @@ def test_what_fails_on_fake_tensors_is_not_logged_for_a_while(caplog):
 
 def test_modules_that_make_models_parallel_are_where_they_are_said_to_be():
     for name, function in zip(compat.WRAPPERS, ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel",
-                                                "fully_shard", "contract"), strict=True):
+                                                "fully_shard", "contract", "distribute_module"), strict=True):
         assert hasattr(importlib.import_module(name), function)
 
 

@@ -77,3 +77,32 @@ def test_untraced_functions_are_not_seen():
         assert not mode.seen
         x.add(1)
         assert mode.seen
+
+
+def test_who_asks_for_seeds_is_told_of_for_a_while():
+    told = []
+
+    def asked(name, frame):
+        told.append((name, frame.f_code.co_name))
+
+    before = torch.get_rng_state()
+    with compat.generators_watched(asked):
+        torch.rand(2)
+        assert told == []
+        torch.set_rng_state(before)
+        assert torch.equal(torch.get_rng_state(), before) and torch.initial_seed() == torch._C.default_generator.initial_seed()
+        torch.manual_seed(torch.default_generator.initial_seed())
+        torch._dynamo.disable(torch.manual_seed)(3)
+        with torch.random.fork_rng(devices=[]):
+            pass
+    here = test_who_asks_for_seeds_is_told_of_for_a_while.__name__
+    assert [name for name, caller in told if caller == here] == [
+        "set_rng_state", "get_rng_state", "initial_seed", "initial_seed", "manual_seed", "manual_seed"]
+    assert {caller for _, caller in told} == {here, "__enter__", "__exit__"}
+    assert torch.default_generator is torch.random.default_generator is torch._C.default_generator
+
+
+def test_what_torch_func_transforms_is_known():
+    assert not compat.inside_of_transform()
+    assert torch.vmap(lambda x: x * compat.inside_of_transform())(torch.ones(2)).sum() == 2
+    assert torch.func.grad(lambda x: x * compat.inside_of_transform())(torch.ones(())) == 1

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.bundles import bundle_key, keep_bundle, kept_bundle
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
+from fxpar.compat.calls import CALLED, call_by, call_plainly
 from fxpar.compat.compiling import code_of, compile_graph, partition_eagerly
 from fxpar.compat.cudagraphs import (
     CodeRecorder,
@@ -33,18 +34,28 @@ from fxpar.compat.cudagraphs import (
     tensor_in,
 )
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces
-from fxpar.compat.data import assign_data_by
+from fxpar.compat.data import assign_data_by, share_memory_by
+from fxpar.compat.generators import generators_watched
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import (
     before_norms,
     in_full,
+    mend_searches_for_nan,
     mend_sums_of_norms,
     mend_writes_to_plain_tensors,
     read_numbers_of,
 )
 from fxpar.compat.profiles import profiling
-from fxpar.compat.quiet import WRAPPERS, no_modes, no_torch_function, quiet_traces, unchecked_distributions, untraced
+from fxpar.compat.quiet import (
+    WRAPPERS,
+    inside_of_transform,
+    no_modes,
+    no_torch_function,
+    quiet_traces,
+    unchecked_distributions,
+    untraced,
+)
 from fxpar.compat.steps import (
     Code,
     Cut,
@@ -67,6 +78,7 @@ from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
 
 __all__ = [
+    "CALLED",
     "WRAPPERS",
     "Code",
     "CodeRecorder",
@@ -90,6 +102,8 @@ __all__ = [
     "bundle_key",
     "cache_counts",
     "cache_settings",
+    "call_by",
+    "call_plainly",
     "code_of",
     "compile_graph",
     "compile_steps",
@@ -97,8 +111,10 @@ __all__ = [
     "detect_fake_mode",
     "fake_like",
     "faked",
+    "generators_watched",
     "holders",
     "in_full",
+    "inside_of_transform",
     "interpret_final",
     "interpret_pieces",
     "interpret_steps",
@@ -110,6 +126,7 @@ __all__ = [
     "keep_bundle",
     "keeps_graph",
     "kept_bundle",
+    "mend_searches_for_nan",
     "mend_sums_of_norms",
     "mend_writes_to_plain_tensors",
     "mutates",
@@ -123,6 +140,7 @@ __all__ = [
     "read_metadata",
     "read_numbers_of",
     "saves_elsewhere",
+    "share_memory_by",
     "sizes_of_values",
     "sizes_to_compile",
     "storage_at",
@@ -257,24 +275,6 @@ def without_forward_hooks(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module.__dict__.update(kept)
-
-
-CALLED = "_compiled_call_impl"
-"""The attribute of a module that is called in its place."""
-
-
-def call_by(module: torch.nn.Module, function: Callable | None) -> None:
-    """Have ``module(...)`` call `function`, or what it called before any was given; copies and pickles of it do not. A module
-    whose user compiled it is left alone."""
-    if isinstance(module.__dict__.get(CALLED), functools.partial):
-        del module.__dict__[CALLED]
-    if function is not None and module.__dict__.get(CALLED) is None:
-        module.__dict__[CALLED] = function
-
-
-def call_plainly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What ``module(...)`` does where `call_by` was given nothing: its hooks and its forward."""
-    return module._call_impl(*args, **kwargs)
 
 
 def trace_facts(t: torch.Tensor) -> tuple | None:

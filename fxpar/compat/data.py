@@ -1,4 +1,4 @@
-"""data: what ``dtensor.data = value`` does."""
+"""data: what ``dtensor.data = value`` and ``dtensor.share_memory_()`` do."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def assign_data_by(assign: Callable[[Any, Any], None]) -> None:
     descriptor: Any = Tensor.data
     dtensor: Any = DTensor
     dtensor.data = property(lambda t: descriptor.__get__(t), assign)
+
+
+def share_memory_by(share: Callable[[Any], Any]) -> None:
+    """Have ``dtensor.share_memory_()`` be ``share(dtensor)``. By itself it ends the process (torch 2.11 to 2.15)."""
+    dtensor: Any = DTensor
+    dtensor.share_memory_ = share

@@ -28,6 +28,15 @@ def _format(t: DTensor, spec: str) -> str:
     return t.item().__format__(spec) if spec and t.dim() == 0 else object.__format__(t, spec)
 
 
+@functools.cache
+def mend_searches_for_nan() -> None:
+    """Have `torch.autograd.detect_anomaly` look for NaN in DTensors, each rank in its part: DTensor by itself has no rule for the
+    operators that it looks by (torch 2.11 to 2.15)."""
+    dispatcher: Any = DTensor._op_dispatcher
+    for operator in (torch.ops.aten._is_any_true.default, torch.ops.aten._is_all_true.default):
+        dispatcher._custom_op_handlers[operator] = lambda called, args, kwargs: called(args[0]._local_tensor)
+
+
 def in_full(t: Any) -> Tensor:
     """All of a DTensor, without gradients, from inside of an operator of DTensors, too."""
     spec = t._spec

@@ -11,6 +11,7 @@ import torch
 WRAPPERS = (
     "torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "torch.distributed.fsdp.fully_sharded_data_parallel",
     "torch.distributed.fsdp._fully_shard._fully_shard", "torch.distributed._composable.contract",
+    "torch.distributed.tensor._api",
 )  # fmt: skip
 """Modules of PyTorch whose functions make a model parallel; by their names, as they may not have been imported."""
 
@@ -31,6 +32,11 @@ def no_modes() -> contextlib.AbstractContextManager:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def inside_of_transform() -> bool:
+    """Whether this is called by what `torch.func` transforms (vmap, grad, jvp)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @contextlib.contextmanager

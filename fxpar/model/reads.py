@@ -32,7 +32,8 @@ MISSING = object()
 _TRACERS = ("torch.fx.", "torch.export.", "torch._")
 """Modules with classes of modules that a trace makes for itself."""
 
-MACHINERY = frozenset((*vars(nn.Module()), compat.CALLED))
+LISTED = "named_modules"
+MACHINERY = frozenset((*vars(nn.Module()), compat.CALLED, LISTED))
 """Attributes that every module has: parts, modes and hooks, which are compared by themselves."""
 
 

@@ -56,18 +56,51 @@ def checksum(t: Tensor) -> Tensor:
     return (whole.to(torch.int64) * weights).sum()
 
 
+def _sums_in_floats(t: Tensor) -> bool:
+    return t.is_floating_point() and t.element_size() > 1 and t.numel() > 0
+
+
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """For each the bits of its norm in float32, or of integers their sum: equal for equal tensors, without a copy of any."""
+    """For each the bits of its norm in float32, or of what has none (integers) the checksum: equal for equal tensors, and of
+    floating-point numbers without a copy of any."""
     made: dict[int, Tensor] = {}
     for wide in (False, True):
-        floats = {i: t for i, t in enumerate(tensors)
-                  if t.is_floating_point() and t.numel() and (t.dtype is torch.float64) == wide}
+        floats = {i: t for i, t in enumerate(tensors) if _sums_in_floats(t) and (t.dtype is torch.float64) == wide}
         if floats:
             found = torch._foreach_norm(list(floats.values()), 2, dtype=None if wide else torch.float32)
-            made |= {i: norm.float().view(torch.int32).to(torch.int64) for i, norm in zip(floats, found, strict=True)}
-    return [made[i] if i in made else (torch.view_as_real(t) if t.is_complex() else t).sum().to(torch.int64)
-            for i, t in enumerate(tensors)]
+            made |= {i: number_bits(norm) for i, norm in zip(floats, found, strict=True)}
+    return [made[i] if i in made else checksum(t) for i, t in enumerate(tensors)]
+
+
+@torch.no_grad()
+def weighted_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For each the bits, in float32, of the sum of its elements with weights of their places, the same on every rank: copies of
+    one norm that are not the same (in another order, with other signs) have other sums. 0 of what has no norm."""
+    weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    made = []
+    for t in tensors:
+        if not _sums_in_floats(t):
+            made.append(torch.zeros((), dtype=torch.int64, device=t.device))
+            continue
+        if (t.device, t.dtype) not in weights:
+            weights[t.device, t.dtype] = _weights(_WIDTH, t.device).to(t.dtype)
+        in_row, flat = weights[t.device, t.dtype], t.reshape(-1)
+        rows = flat.numel() // _WIDTH
+        end = flat[rows * _WIDTH :]
+        with torch.autocast(t.device.type, enabled=False):
+            total = torch.dot(end, in_row[: end.numel()]).float()
+            if rows:
+                of_rows = torch.mv(flat[: rows * _WIDTH].view(rows, _WIDTH), in_row).float()
+                total = total + torch.dot(of_rows, _weights(rows, t.device))
+        made.append(number_bits(total))
+    return made
+
+
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Numbers from -1 to 1, as a hash of the place has them."""
+    places = torch.arange(1, count + 1, device=device) * 0x1E3779B97F4A7C15
+    return (((places ^ (places >> 29)) * 0x3F58476D1CE4E5B9 >> 40) & 0xFFFF).float() / 2**15 - 1
 
 
 def number_bits(number: Tensor) -> Tensor:
@@ -80,7 +113,7 @@ def norm_of(bits: int) -> float:
     return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
-PLACES, _BLOCK = 64, 2**20
+PLACES, _BLOCK, _WIDTH = 64, 2**20, 2**12
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""assigned: what programs put into ``parameter.data`` of a parallel module."""
+"""assigned: what programs put into ``parameter.data`` of a parallel module, and where they put its memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fxpar.errors import InputError
 def watch() -> None:
     """From now on, ``p.data = value`` writes the value to a DTensor of this process. Once is enough."""
     compat.assign_data_by(_assign)
+    compat.share_memory_by(_share)
 
 
 @torch.no_grad()
@@ -28,3 +29,9 @@ def _assign(t: DTensor, value: Any) -> None:
                          "module.load_state_dict({name: tensor, ...}, strict=False), which takes whole tensors, on all ranks, or "
                          "change the plain model inside of `with module.gathered(write_back=True)`")
     mine.copy_(compat.memory(value))
+
+
+def _share(t: DTensor) -> None:
+    """Raises: `InputError`."""
+    raise InputError(f"share_memory() was called on a parameter of {tuple(t.shape)}, of which each rank has a part; share a "
+                     "plain copy: with module.gathered(rank0_only=True) as model: copy.deepcopy(model).share_memory()")

@@ -38,7 +38,8 @@ from fxpar.progress import stage
 from fxpar.report.timings import STEP
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
-from fxpar.run.batches import CHECKED_EVERY, BatchChecks
+from fxpar.run.batches import BatchChecks
+from fxpar.run.compared import CHECKED_EVERY
 from fxpar.run.drift import DriftChecks
 from fxpar.run.edges import Edges, with_full_outputs
 from fxpar.run.feed import Feed
@@ -130,7 +131,7 @@ class Engine:
         """An engine that runs the model of another store as this one runs its own; it has captured nothing yet."""
         compile_call = functools.partial(self._compile_call.func, store.model, *self._compile_call.args[1:])
         store.runtime.blocks = self.store.runtime.blocks
-        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.every, self._padding,
+        new = Engine(store, self.plan, compile_call, self._backend, self._transport, self._batches.turns.every, self._padding,
                      self.recordings.wanted)
         new.seeds = dataclasses.replace(self.seeds)
         return new

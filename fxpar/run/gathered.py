@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxpar import compat
 from fxpar.errors import InputError, MismatchError
-from fxpar.run import storage
+from fxpar.run import alone, storage
 from fxpar.run.store import ParameterStore
 from fxpar.sharding.layout import Piece, Sharding
 from fxpar.sharding.mesh import Mesh
@@ -62,7 +62,8 @@ def gathered(store: ParameterStore, part: nn.Module, rank0_only: bool, device: t
         if mine:
             for slot in slots:
                 slot.put(slot.plain)
-        yield part if mine else None
+        with alone.unguarded(store.model):
+            yield part if mine else None
         changed = _changed(store, part, slots) if mine else []
     except Exception as error:
         _put_back(tables)

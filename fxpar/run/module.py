@@ -19,7 +19,7 @@ from fxpar.program import Program
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.report.timings import INITIALISING
-from fxpar.run import assigned, optimizers, sums, whole
+from fxpar.run import alone, assigned, optimizers, sums, whole
 from fxpar.run.clip import clip_grad_norm
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
@@ -89,6 +89,8 @@ class ParallelModule(nn.Module):
         assigned.watch()
         sums.read_whole(store.bound)
         self._sync, self._gathered = True, False
+        for name in ("train_step", "clip_grad_norm_", "sum_over_parameters", "require_alike"):
+            self.__dict__[name] = torch.compiler.disable(getattr(self, name), reason=whole.COMPILED)
         self.forward = whole.with_signature(self.forward, model)  # type: ignore[method-assign]
         self._made = True
 
@@ -164,6 +166,13 @@ class ParallelModule(nn.Module):
         if self._gathered:
             raise InputError("the parallel module was called inside of `with module.gathered()`: call the plain model, which "
                              "that yields, or the module behind it")
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise InputError("a parallel module was called by torch.export or torch.jit.trace, and each rank has a part of it; "
+                             "give them the plain model: with module.gathered(rank0_only=True) as model: ...")
+        if compat.inside_of_transform():
+            raise InputError("a parallel module was called inside of torch.func (vmap, grad, jvp), which cannot transform what "
+                             "several ranks run; pass a batch, call backward or torch.autograd.grad, or transform the plain "
+                             "model inside of `with module.gathered()`")
         return self._engine.run(args, kwargs, last=self._sync)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -289,7 +298,7 @@ class ParallelModule(nn.Module):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of any module. Raises: `PlanError` for DistributedDataParallel, FSDP and others that would wrap this one."""
-        whole.refuse_wrapping()
+        alone.refuse_wrapping("ParallelModule")
         return super().named_modules(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
@@ -315,7 +324,8 @@ class ParallelModule(nn.Module):
         Of several shapes it is the last that was new; where there was no training, an evaluation.
         """
         program = self._engine.newest()
-        made = report_of(program, self._engine.stages(program))
+        with self.parameter_store.control.watch.busy("making a report"):
+            made = report_of(program, self._engine.stages(program))
         return dataclasses.replace(made, cuda_graphs=self._engine.recordings.told(program))
 
     def newest_program(self) -> Program:

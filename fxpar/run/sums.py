@@ -28,8 +28,7 @@ from fxpar.sharding.mesh import BoundMesh
 READ = ("item() of a sum over parameters, of which each rank has a part (where one rank alone reads it, have all ranks make it "
         "whole before: `loss = loss.full_tensor()`)")
 """What the ranks that read a number call, for those that do not."""
-
-
+NORM = "torch.nn.utils.clip_grad_norm_ or get_total_norm"
 WAY_OUT = ("module.sum_over_parameters(lambda name, p: p.square().sum()) is the number of all stages' parameters, on all ranks "
            "and with gradients")
 
@@ -43,7 +42,8 @@ def read_whole(bound: BoundMesh) -> None:
     if bound.kinds > 1 and bound.device_mesh not in _of_stages:
         _of_stages.append(bound.device_mesh)
     compat.read_numbers_of(whole)
-    compat.before_norms(_refuse_norm)
+    compat.before_norms(_before_norm)
+    compat.mend_searches_for_nan()
     compat.mend_sums_of_norms()
     compat.mend_writes_to_plain_tensors()
 
@@ -65,11 +65,21 @@ def whole(t: DTensor) -> Tensor:
         return compat.in_full(t)
 
 
-def _refuse_norm(tensors: Iterable[Any]) -> None:
-    """Raises: `InputError` for gradients on some stages of a pipeline, which a rank would clip by their norm alone."""
-    if any(isinstance(t, DTensor) and t.device_mesh in _of_stages for t in tensors):
+def _before_norm(tensors: Iterable[Any]) -> None:
+    """Where the ranks of the world share gradients whose norm is about to be taken, they compare that all of them are here.
+
+    Raises: `InputError` for gradients on some stages of a pipeline, which a rank would clip by their norm alone; `MismatchError`,
+    on all ranks, if some call something else.
+    """
+    gradients = [t for t in tensors if isinstance(t, DTensor)]
+    if any(t.device_mesh in _of_stages for t in gradients):
         raise InputError("torch.nn.utils takes the norm of the gradients that this rank holds, and under pp that is another one "
                          "on each rank; write module.clip_grad_norm_(max_norm), which has that of all")
+    split = any(not p.is_replicate() for t in gradients for p in t.placements)
+    if split and 1 < gradients[0].device_mesh.size() == dist.get_world_size():
+        control = Control()
+        with control.watch.call(NORM):
+            control.agree(NORM, {})
 
 
 def over_parameters(function: Callable[[str, nn.Parameter], Any], store: ParameterStore) -> Tensor:

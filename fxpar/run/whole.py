@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fxpar import compat
-from fxpar.errors import InputError, PlanError
+from fxpar.errors import InputError
 from fxpar.model.hugging_face import OF_WHOLE_MODELS
 from fxpar.run import alone, storage
 from fxpar.run.store import ParameterStore
+
+COMPILED = "a parallel module is compiled by its own backend: fxpar.parallelize(..., backend=\"inductor\")"
 
 
 def method(function: Callable, name: str, what: str) -> Callable:
@@ -36,26 +37,14 @@ def method(function: Callable, name: str, what: str) -> Callable:
 
 
 def with_signature(forward: Callable, model: nn.Module) -> Callable:
-    """`forward`, which looks like that of the model."""
+    """`forward`, which looks like that of the model; `torch.compile` of what calls it leaves it as it is."""
 
     def as_of_model(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
     as_of_model.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     as_of_model.__doc__, as_of_model.__name__ = forward.__doc__, "forward"
-    return as_of_model
-
-
-def refuse_wrapping() -> None:
-    """Raises: `PlanError` if what wants to know the parts of a parallel module is about to make it parallel, too."""
-    frame, depth = sys._getframe(2), 0
-    while frame is not None and depth < 24:
-        if (name := frame.f_globals.get("__name__")) in compat.WRAPPERS:
-            raise PlanError("model", "ParallelModule", f"is parallel already, and {name} is about to wrap it (which is also what "
-                            "Accelerator.prepare and Fabric.setup do): gradients would be reduced twice",
-                            "what fxpar.integrations has for Trainer, accelerate and Fabric, or the parallel module as it is: "
-                            "give prepare or setup the optimizer and the data loader alone")
-        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+    return torch.compiler.disable(as_of_model, reason=COMPILED)
 
 
 def in_parts(store: ParameterStore, state_dict: dict[str, Any]) -> dict[str, Any]:

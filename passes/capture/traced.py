@@ -7,6 +7,7 @@ import random
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ REFUSED: dict[Any, tuple[str, str]] = {
 }
 """Functions that cannot be traced: what they are called, and the way out."""
 
-_UNLIKELY = 0x5DEECE66D1B54A32
-"""The seed of PyTorch's generator in a trace: a forward that sets one sets another."""
+_DRAWS = ("draw from PyTorch's default generator, whose numbers fxpar makes of one seed a call (`module.seed`), or make the "
+          "random tensor outside of the model and pass it in")
 
 DESCRIPTIONS = frozenset(getattr(torch.Tensor, name).__get__ for name in (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_sparse", "is_quantized", "is_nested",
@@ -59,8 +60,8 @@ class TraceGuard(TorchFunctionMode):
     which would be a constant, is `x` detached. A parameter that the forward finds elsewhere than in its module (in a list, a
     closure, a partial) is the module's: `places` says where that is. ``x.register_hook(f)`` leaves a mark in `marks`:
     results that have to be outputs of the trace.
-    Raises: `CaptureError` for the functions of `REFUSED`, for a tensor that wants a gradient and is no parameter, for a generator
-    of random numbers that is not PyTorch's default one, and for a seed that the forward sets.
+    Raises: `CaptureError` for the functions of `REFUSED`, for a tensor that wants a gradient and is no parameter, and for a
+    generator of random numbers that is not PyTorch's default one.
     """
 
     def __init__(self, places: Places):
@@ -71,11 +72,9 @@ class TraceGuard(TorchFunctionMode):
         self.given: set[int] = set()
         self._made: list[tuple[Any, Any]] = []
         self._imports = _imports()
-        self._refused = False
 
     def __enter__(self):
         self._generator = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(_UNLIKELY)
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -93,8 +92,8 @@ class TraceGuard(TorchFunctionMode):
         if func in REFUSED:
             raise CaptureError(REFUSED[func][0], line_here(), REFUSED[func][1])
         args, kwargs = self._found(args, kwargs or {})
-        if not torch.compiler.is_dynamo_compiling():  # of a branch of torch.cond, it traces this function, too
-            self._refuse_seeds(kwargs)
+        if kwargs.get("generator") is not None and not torch.compiler.is_dynamo_compiling():  # of torch.cond: traces this, too
+            raise CaptureError("random numbers of a generator of one's own", line_here(), _DRAWS)
         if func == _DATA:
             return args[0].detach()
         if func is torch.Tensor.register_hook:
@@ -110,15 +109,6 @@ class TraceGuard(TorchFunctionMode):
             line = _frame()
             self._made += [(weakref.ref(t), line) for t in fakes]
         return made
-
-    def _refuse_seeds(self, kwargs: dict[str, Any]) -> None:
-        """Every random number of a program comes from one seed a call."""
-        for what, found in (("random numbers of a generator of one's own", kwargs.get("generator") is not None),
-                            ("torch.manual_seed inside of the forward", torch.initial_seed() != _UNLIKELY)):
-            if found and not self._refused:
-                self._refused = True  # what is called while the error is on its way finds the same seed
-                raise CaptureError(what, line_here(), "draw from PyTorch's default generator, whose numbers fxpar makes of one "
-                                   "seed a call (`module.seed`), or make the random tensor outside of the model and pass it in")
 
     def require_nothing_kept(self) -> None:
         """Raises: `CaptureError` if somebody still has a tensor that was made, now that the trace is over: it has no values."""
@@ -215,6 +205,13 @@ def _imports() -> int:
         count += frame.f_code.co_filename.startswith("<frozen importlib")
         frame = frame.f_back
     return count
+
+
+def require_no_seeds(function: str, caller: FrameType) -> None:
+    """Raises: `CaptureError` if a forward asks for the seed or state of PyTorch's generators, or sets it: every random number of
+    a program comes from one seed a call, and what a trace reads is a constant."""
+    if not is_library_file(caller.f_code.co_filename):
+        raise CaptureError(f"torch.{function} inside of the forward", line_here(), _DRAWS)
 
 
 def host_draws() -> tuple:

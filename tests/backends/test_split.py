@@ -365,10 +365,56 @@ def test_what_waits_is_listed():
 # ---- any program ----
 
 
+WIDTH = 8
+OPERATORS = ("linear", "ffn", "norm", "rms", "act", "scale", "skip", "embed", "conv", "attention", "split")
+"""What a stage is made of."""
+Parameter = Callable[..., int]
+"""Takes the sizes of one; the place of such a parameter among the inputs of a stage."""
+
+
+def operator(kind: str, parameter: Parameter) -> Callable[[Any, list[Any]], Any]:
+    """A function of an activation and all inputs of the stage."""
+    if kind == "linear":
+        w, b = parameter(WIDTH, WIDTH), parameter(WIDTH)
+        return lambda h, x: F.linear(h, x[w], x[b])
+    if kind == "ffn":
+        up, down = parameter(16, WIDTH), parameter(WIDTH, 16)
+        return lambda h, x: h + F.linear(F.gelu(F.linear(h, x[up])), x[down])
+    if kind == "norm":
+        w, b = parameter(WIDTH), parameter(WIDTH)
+        return lambda h, x: F.layer_norm(h, (WIDTH,), x[w], x[b])
+    if kind == "rms":
+        w = parameter(WIDTH)
+        return lambda h, x: h * torch.rsqrt(torch.mean(h * h, -1, True) + 0.1) * x[w]
+    if kind == "scale":
+        w = parameter(WIDTH)
+        return lambda h, x: h * x[w]
+    if kind == "embed":
+        table = parameter(5, WIDTH)
+        return lambda h, x: h + F.embedding(x[2], x[table])
+    if kind == "conv":
+        w = parameter(WIDTH, WIDTH, 3)
+        return lambda h, x: torch.transpose(F.conv1d(torch.transpose(h, 1, 2), x[w], padding=1), 1, 2)
+    if kind == "attention":
+        w = parameter(3 * WIDTH, WIDTH)
+        return lambda h, x: h + attended(F.linear(h, x[w]))
+    if kind == "split":
+        return lambda h, x: torch.cat([torch.chunk(h, 2, 2)[1].sin(), torch.chunk(h, 2, 2)[0] * 2], 2)
+    return (lambda h, x: torch.tanh(h)) if kind == "act" else lambda h, x: h + x[1]
+
+
+def attended(fused: Any) -> Any:
+    """Causal attention of two heads, of queries, keys and values in one."""
+    qkv = torch.chunk(torch.reshape(fused, (2, 6, 3, 2, WIDTH // 2)), 3, 2)
+    q, k, v = (torch.transpose(torch.squeeze(qkv[i], 2), 1, 2) for i in range(3))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return torch.reshape(torch.transpose(mixed, 1, 2), (2, 6, WIDTH))
+
+
 def random_stage(r: Random) -> tuple[Function, list[Tensor]]:
     """A stage of a pipeline: two activations, token ids, and parameters, some of which are frozen or used twice."""
     torch.manual_seed(r.getrandbits(31))
-    width, inputs = 8, [wants(2, 6, 8), torch.randn(2, 6, 8).requires_grad_(r.random() < 0.7), torch.randint(5, (2, 6))]
+    inputs = [wants(2, 6, WIDTH), torch.randn(2, 6, WIDTH).requires_grad_(r.random() < 0.7), torch.randint(5, (2, 6))]
 
     def parameter(*sizes: int) -> int:
         again = [i for i, x in enumerate(inputs) if i > 2 and x.shape == sizes]
@@ -377,44 +423,7 @@ def random_stage(r: Random) -> tuple[Function, list[Tensor]]:
         inputs.append((torch.randn(*sizes) / 2).requires_grad_(r.random() < 0.8))
         return len(inputs) - 1
 
-    def operator() -> Callable[[Any, list[Any]], Any]:
-        kind = r.choice(["linear", "ffn", "norm", "rms", "act", "scale", "skip", "embed", "conv", "attention", "split"])
-        if kind == "linear":
-            w, b = parameter(width, width), parameter(width)
-            return lambda h, x: F.linear(h, x[w], x[b])
-        if kind == "ffn":
-            up, down = parameter(16, width), parameter(width, 16)
-            return lambda h, x: h + F.linear(F.gelu(F.linear(h, x[up])), x[down])
-        if kind == "norm":
-            w, b = parameter(width), parameter(width)
-            return lambda h, x: F.layer_norm(h, (width,), x[w], x[b])
-        if kind == "rms":
-            w = parameter(width)
-            return lambda h, x: h * torch.rsqrt(torch.mean(h * h, -1, True) + 0.1) * x[w]
-        if kind == "scale":
-            w = parameter(width)
-            return lambda h, x: h * x[w]
-        if kind == "embed":
-            table = parameter(5, width)
-            return lambda h, x: h + F.embedding(x[2], x[table])
-        if kind == "conv":
-            w = parameter(width, width, 3)
-            return lambda h, x: torch.transpose(F.conv1d(torch.transpose(h, 1, 2), x[w], padding=1), 1, 2)
-        if kind == "attention":
-            w = parameter(3 * width, width)
-
-            def attend(h: Any, x: list[Any]) -> Any:
-                qkv = torch.chunk(torch.reshape(F.linear(h, x[w]), (2, 6, 3, 2, 4)), 3, 2)
-                q, k, v = (torch.transpose(torch.squeeze(qkv[i], 2), 1, 2) for i in range(3))
-                mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                return h + torch.reshape(torch.transpose(mixed, 1, 2), (2, 6, width))
-
-            return attend
-        if kind == "split":
-            return lambda h, x: torch.cat([torch.chunk(h, 2, 2)[1].sin(), torch.chunk(h, 2, 2)[0] * 2], 2)
-        return (lambda h, x: torch.tanh(h)) if kind == "act" else lambda h, x: h + x[1]
-
-    layers = [operator() for _ in range(r.randint(1, 6))]
+    layers = [operator(r.choice(OPERATORS), parameter) for _ in range(r.randint(1, 6))]
     tap, more = r.randrange(len(layers)), r.sample(["skip", "tap", "loss", "view", "ids", "weight"], r.randint(0, 3))
 
     def function(x: list[Any]) -> list[Any]:

@@ -337,6 +337,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "clip: left out": mistake(clip=at(1, nothing, "clip")),
     "clip: left out, zero=3": mistake("dp=2,zero=3", clip=at(1, nothing, "clip")),
     "clip: another norm": mistake(clip=at(1, lambda p, s: p.module.clip_grad_norm_(0.5), "clip")),
+    "clip: by PyTorch, zero=3": mistake("dp=2,zero=3", clip=at(
+        1, lambda p, s: nn.utils.clip_grad_norm_(p.module.parameters(), 1.0), "clip")),
     "clip: twice": mistake(clip=at(1, lambda p, s: (Program.clip(p, s), Program.clip(p, s)), "clip")),
     "optimizer: step left out": mistake(update=at(1, nothing, "update")),
     "optimizer: step left out, zero=3": mistake("dp=2,zero=3", update=at(1, nothing, "update")),
@@ -362,6 +364,9 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "module: a submodule replaced": mistake(begin=module(lambda m: setattr(m, "drop", nn.Identity()))),
     "module: half": mistake(begin=module(lambda m: m.double())),
     "module: weights changed": mistake(begin=module(scale_weights)),
+    "module: weights of another sign": mistake("tp=2", begin=module(lambda m: m.get_parameter("norm.weight").data.neg_())),
+    "module: weights in another order": mistake(begin=module(lambda m: m.get_parameter("up.weight").data.copy_(
+        m.get_parameter("up.weight").data.flip(0)))),
     "module: weights changed under tp": mistake("tp=2", begin=module(lambda m: m.get_parameter("norm.weight").data.fill_(3.0))),
     "module: a buffer changed": mistake(begin=module(lambda m: m.get_buffer("scale").fill_(2.0))),
     "module: init_weights": mistake(begin=module(lambda m: m.init_weights(3))),
@@ -383,6 +388,10 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "load: without the optimizer": mistake(load=lambda p: fxpar.load_checkpoint(Path(p.folder) / "checkpoint", p.module)),
     "load: safetensors": mistake(load=lambda p: fxpar.load_safetensors(Path(p.folder) / "checkpoint", p.module)),
     # ranks that do not come, or wait for something else
+    "gathered on one rank": mistake(evaluate=at(1, lambda p, s: p.module.gathered().__enter__(), "evaluate")),
+    "a sum over parameters on one rank": mistake(evaluate=at(
+        1, lambda p, s: p.module.sum_over_parameters(lambda name, q: q.sum()), "evaluate")),
+    "a second module on one rank": mistake(before=lambda p: Program.parallelize(p)),
     "the loader ends": mistake(run=lambda p: setattr(p, "steps", 2) or Program.run(p)),
     "the loader ends, and the rank waits": mistake(step=at(1, lambda p, s: leave(p), "step")),
     "a barrier instead of a step": mistake(step=at(1, lambda p, s: dist.barrier(), "step")),

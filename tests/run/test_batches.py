@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 import fxpar
 from fxpar import MismatchError
 from fxpar.backends.transport.control import Check, Control
-from fxpar.run.arriving import Arriving, checksum, joined, norm_of, norms
-from fxpar.run.batches import CHECKED_EVERY, FIRST, BatchChecks
+from fxpar.run.arriving import Arriving, checksum, joined, norm_of, norms, weighted_sums
+from fxpar.run.batches import BatchChecks
+from fxpar.run.compared import CHECKED_EVERY, FIRST
 from fxpar.run.module import Replica
 from fxpar.sharding.mesh import from_plan
 from tests.processes import launch
@@ -47,11 +48,22 @@ def test_a_checksum_follows_from_values_and_their_order(dtype):
 
 
 def test_norms_are_equal_for_equal_tensors_alone():
-    tensors = [torch.tensor([3.0, 4.0]), torch.tensor([1, 2]), torch.tensor([True, True]), torch.ones(0),
-               torch.ones(2).bfloat16()]
+    tensors = [torch.tensor([3.0, 4.0]), torch.ones(2).bfloat16()]
     numbers = [int(n) for n in norms(tensors)]
-    assert norm_of(numbers[0]) == 5 and numbers[1:4] == [3, 2, 0] and norm_of(numbers[4]) == pytest.approx(2**0.5)
+    assert norm_of(numbers[0]) == 5 and norm_of(numbers[1]) == pytest.approx(2**0.5)
+    others = [torch.tensor([1, 2]), torch.tensor([True, True]), torch.ones(0), torch.ones(2, dtype=torch.cfloat),
+              torch.ones(2).to(torch.float8_e4m3fn)]
+    assert all(int(n) == int(checksum(t)) for n, t in zip(norms(others), others, strict=True))
     assert int(norms([torch.tensor([3.0, 4.0001])])[0]) != numbers[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weighted_sums_tell_copies_of_one_norm_apart(dtype):
+    x = torch.randn(3, 5000).to(dtype)
+    alike = [x, x.clone(), x.t().contiguous().t()]
+    others = [-x, x.flip(0), x.flip(1), x.roll(4096), torch.cat([-x[:1], x[1:]])]
+    assert len({int(n) for n in weighted_sums(alike)}) == 1 and len({int(n) for n in weighted_sums([x, *others])}) == 6
+    assert [int(n) for n in weighted_sums([torch.ones(0), torch.tensor([1, 2])])] == [0, 0]
 
 
 def test_numbers_that_a_gpu_has_not_come_to_are_not_here():
@@ -68,12 +80,12 @@ def test_numbers_come_from_a_gpu_without_waiting_for_it():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made = Arriving([checksum(x), *norms(weights)])
+        made = Arriving([checksum(x), *norms(weights), *weighted_sums(weights)])
         made.here()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    assert made.here() == [int(checksum(X)), *(int(n) for n in norms(weights))]
+    assert made.here() == [int(checksum(X)), *(int(n) for n in (*norms(weights), *weighted_sums(weights)))]
 
 
 # ---- batches ----
@@ -109,7 +121,7 @@ def test_a_batch_that_is_not_here_yet_is_compared_later():
 def test_an_input_that_differs_within_a_replica_is_named():
     made = checks(1, {"x": 1, "labels": 2})
     made.due({"x": X, "labels": X})
-    made._sums[1]._known = {0: 1, 1: 3}
+    made.sums._known = {0: 1, 1: 3}
     with pytest.raises(MismatchError, match=r"input 'labels': ranks 0 and 1 belong to replica 0 of 1.*fxpar\.sampler"):
         made.judge([[None]])
 
@@ -121,7 +133,7 @@ def test_inputs_that_were_computed_are_not_compared():
 
 def test_replicas_with_the_same_batch_are_told_of(caplog):
     made = checks(CHECKED_EVERY)
-    made.replicas, made._same = 2, True
+    made.slots, made._same = 2, True
     with caplog.at_level(logging.WARNING, "fxpar"):
         for _ in range(FIRST):
             assert not caplog.records
@@ -157,7 +169,7 @@ def values(rank: int) -> dict[str, Any]:
         for batch in loader:
             module(batch)
     weight, said = module.get_parameter("linear.weight").to_local(), []
-    for write in (lambda t: t.mul_(1 + 1e-6), lambda t: t.mul_(2)):
+    for write in (lambda t: t.mul_(1 + 1e-6), lambda t: t.copy_(t.flip(0)), lambda t: t.neg_(), lambda t: t.mul_(2)):
         with torch.no_grad():
             write(weight) if rank else None
         try:
@@ -173,5 +185,5 @@ def test_what_two_ranks_are_given_and_hold():
     assert first["parts"] == second["parts"] == ((7,), [[5, 6], [3], [None], None])
     assert first["tp=2"] == second["tp=2"] == [[0, 6], [12, 18], [24, 30], [36, 42]]
     assert first["dp=2"] == [[0, 12], [24, 36]] and second["dp=2"] == [[6, 18], [30, 42]]
-    assert first["said"] == second["said"] and len(first["said"]) == 1
-    assert "'linear.weight' on ranks 0 and 1" in first["said"][0]
+    assert first["said"] == second["said"] and len(first["said"]) == 3
+    assert all("'linear.weight' on ranks 0 and 1" in said for said in first["said"])

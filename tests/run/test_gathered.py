@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -337,10 +338,56 @@ def test_what_a_module_looks_like_to_others(tmp_path):
         for whole in (module, nn.Sequential(module)):
             with pytest.raises(PlanError, match=r"is parallel already.*fxpar\.integrations"):
                 wrap(whole)
+        with pytest.raises(PlanError, match=r"Net\.up of a ParallelModule'.* is parallel already"):
+            wrap(module.up)
+    with pytest.raises(InputError, match=r"torch\.export or torch\.jit\.trace.*gathered\(rank0_only=True\)"):
+        torch.export.export(module, (torch.randn(2, 6, 8),))
+    with pytest.raises(InputError, match=r"inside of torch\.func.*gathered\(\)"):
+        torch.vmap(lambda x: module(x[None]))(torch.randn(2, 6, 8))
+    with pytest.raises(InputError, match=r"inside of torch\.func"):
+        torch.func.grad(lambda x: module(x).sum())(torch.randn(2, 6, 8))
+    with pytest.raises(InputError, match=r"share_memory\(\) was called.*gathered\(rank0_only=True\)"):
+        module.share_memory()
     with pytest.raises(InputError, match=r"fxpar\.save_checkpoint.*gathered\(rank0_only=True"):
         torch.save(module, tmp_path / "x")
     assert inspect.signature(module.forward) == inspect.signature(Net().forward)
     assert module.accepts_loss_kwargs is False  # a loss is that of all replicas: trainers need not multiply it by their number
+
+
+def test_parts_are_plain_modules_where_they_are_whole(tmp_path):
+    module = of_one_rank()
+    with module.gathered() as model:
+        torch.save(model.blocks, tmp_path / "blocks")
+        assert "named_modules" not in vars(model.blocks)
+    assert b"fxpar" not in (tmp_path / "blocks").read_bytes()
+    copied = copy.deepcopy(module.blocks)
+    assert [name for name, _ in copied.named_modules()] == ["", "0", "1", "2"]
+    assert next(copied.modules()) is copied and next(module.blocks.modules()) is module.blocks
+
+
+class OfModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Penalised()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_what_is_compiled_around_a_module_leaves_it_as_it_is():
+    x, counter = torch.randn(2, 8), CompileCounter()
+    module = fxpar.parallelize(OfModule(), "dp=1", (x,))
+    want = module(x)
+    for compiled, times in ((torch.compile(module, backend=counter), 1),
+                            (torch.compile(lambda x: module(x) * 2, backend=counter), 2)):
+        loss = compiled(x)
+        loss.backward()
+        assert torch.equal(loss, times * want)
+    step = torch.compile(lambda: (module.train_step(x), module.clip_grad_norm_(1.0)), backend=counter)
+    assert torch.equal(step()[0], want.detach())
+    assert counter.op_count <= 1  # the product
+    with pytest.raises(InputError, match=r"OfModule\.inner mixes plain tensors.*gathered\(\) as model: model\.inner"):
+        torch.compile(module.inner, backend=counter)(x)
 
 
 def test_a_copy_is_a_module_of_its_own():
@@ -362,6 +409,15 @@ class Penalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x))).square().mean()
+
+
+def test_nan_is_looked_for():
+    x = torch.randn(4, 8)
+    module = fxpar.parallelize(Penalised(), "dp=1", (x,))
+    with torch.autograd.detect_anomaly():
+        module(x).backward()
+        with pytest.raises(RuntimeError, match="returned nan"):
+            (module(x) * float("nan")).backward()
 
 
 def test_second_derivatives_that_are_none_are_refused():

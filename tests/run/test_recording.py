@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -22,6 +21,7 @@ from fxpar.backends.transport.watch import NoWatch
 from fxpar.errors import PlanError
 from fxpar.run import engine, recording
 from fxpar.run.recording import Recordings
+from tests.blocks import Blocks, tokens
 from tests.recorder import Pretended
 
 
@@ -291,32 +291,8 @@ def test_what_is_run_as_it_is(loops):
 # ---- modules ----
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down, self.drop = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop(self.down(F.silu(self.up(self.norm(x)))))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.blocks, self.out = nn.Embedding(11, 8), nn.ModuleList([Block()]), nn.Linear(8, 11, bias=False)
-        self.scale = nn.BatchNorm1d(8)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        x = self.table(ids)
-        for block in self.blocks:
-            x = block(x)
-        logits = self.out(self.scale(x.transpose(1, 2)).transpose(1, 2))
-        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
-
-
-def tokens(seed: int, rows: int) -> dict[str, Tensor]:
-    ids = torch.randint(0, 11, (rows, 5), generator=torch.Generator().manual_seed(seed))
-    return {"ids": ids, "labels": ids.roll(1, 1)}
+def small(seed: int, rows: int) -> dict[str, Tensor]:
+    return tokens(seed, rows, 5, 11)
 
 
 class ModuleLoop(CodeLoop):
@@ -326,7 +302,7 @@ class ModuleLoop(CodeLoop):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "device_of", lambda _: device)
             torch.manual_seed(0)
-            self.module = fxpar.parallelize(Net(), fxpar.Plan(recompute="full"), tokens(0, 3), backend=backend,
+            self.module = fxpar.parallelize(Blocks(11, 8, 8, 1), fxpar.Plan(recompute="full"), small(0, 3), backend=backend,
                                             cuda_graphs=cuda_graphs)
         self.parameters = list(self.module.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, 0.1)
@@ -337,7 +313,7 @@ class ModuleLoop(CodeLoop):
 
     def forward(self, rows: int = 3) -> None:
         self.count += 1
-        self.outputs = [*self.module(**tokens(self.count, rows)).values()]
+        self.outputs = [*self.module(**small(self.count, rows)).values()]
         self.pending.append(self.outputs[0])
 
     def step(self) -> None:
@@ -349,7 +325,7 @@ class ModuleLoop(CodeLoop):
 
     def evaluate(self) -> None:
         self.module.eval()
-        self.outputs = [*self.module.eval_step(**tokens(self.count, 3)).values()]
+        self.outputs = [*self.module.eval_step(**small(self.count, 3)).values()]
         self.module.train()
 
     def gradients(self) -> list[Tensor]:
@@ -453,5 +429,5 @@ def test_several_ranks_record_when_asked_and_compare_what_is_held(loops, monkeyp
 
 def test_choices_are_checked():
     with pytest.raises(PlanError, match='"auto", True or False'):
-        fxpar.parallelize(Net(), "dp=1", tokens(0, 3), cuda_graphs="yes")
+        fxpar.parallelize(Blocks(11, 8, 8, 1), "dp=1", small(0, 3), cuda_graphs="yes")
     assert ModuleLoop("auto").told().startswith("off: code that is compiled for a GPU")

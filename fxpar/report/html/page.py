@@ -28,7 +28,7 @@ def write_page(report: Report, path: str | os.PathLike) -> Path:
     with told(f"writing {file}"):
         text = page(report)
         try:
-            file.write_text(text, encoding="utf-8")
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise FxparError(f"no report in {file}: {error}") from error
     return file

@@ -202,6 +202,13 @@ def forked(h, x):
         return (h + torch.rand_like(h)).sum()
 
 
+def restored(h, x):
+    state = torch.get_rng_state()
+    y = h + torch.rand_like(h)
+    torch.set_rng_state(state)
+    return y.sum()
+
+
 REFUSED = {
     "poisson": (lambda h, x: (h + torch.poisson(x.abs())).sum(), UnsupportedOperator, "torch.rand"),
     "gamma": (lambda h, x: (h + torch._standard_gamma(x.abs())).sum(), UnsupportedOperator, "outside"),
@@ -210,6 +217,10 @@ REFUSED = {
     "generator in place": (lambda h, x: (h + x.clone().normal_(generator=GENERATOR)).sum(), CaptureError, "outside of"),
     "seed": (seeded, CaptureError, "manual_seed"),
     "seed of a fork": (forked, CaptureError, "manual_seed"),
+    "state": (restored, CaptureError, "torch.get_rng_state inside of the forward.*module.seed"),
+    "initial seed": (lambda h, x: (h * (torch.initial_seed() % 7)).sum(), CaptureError, "torch.initial_seed"),
+    "new seed": (lambda h, x: (h * (torch.seed() % 7)).sum(), CaptureError, "torch.seed"),
+    "seed of a generator": (lambda h, x: h.sum() * torch.default_generator.initial_seed(), CaptureError, "torch.initial_seed"),
 }
 GENERATOR = torch.Generator()
 

@@ -1,0 +1,67 @@
+"""compared: in which calls numbers are computed that ranks are to have in common, and when they are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from fxpar.backends.transport.control import Check, Control, Outcome
+from fxpar.run.arriving import Arriving, joined
+
+CHECKED_EVERY = 100
+FIRST = 3
+"""Calls that are checked at the beginning, of those that are checked at all."""
+
+
+class Turns:
+    """Which calls of one module compute such numbers. every: see `check_batches` of `fxpar.parallelize`."""
+
+    def __init__(self, control: Control, every: int):
+        self.calls, self.every, self._alone = 0, every, control.world == 1
+
+    def begins(self, underway: bool) -> bool:
+        """Count a call. Whether it is to compute numbers. underway: earlier ones are not compared yet."""
+        self.calls += 1
+        return not self._alone and self.every > 0 and not underway and (self.calls <= FIRST or self.calls % self.every == 0)
+
+
+class Compared:
+    """Numbers of one module on one rank, computed in its first calls and every so often where the tensors are. They are compared
+    in the first call that finds them on the host of all ranks, so that none waits for a GPU.
+
+    turns: of this module. slot, slots: of this rank, see `Check`.
+    """
+
+    def __init__(self, control: Control, every: int, slot: int = 0, slots: int = 1):
+        self.control, self.slot, self.slots = control, slot, slots
+        self.turns = Turns(control, every)
+        self.sums: Arriving | None = None
+        """What was computed and is not compared yet."""
+
+    def checks(self, numbers: Callable[[], Sequence[Tensor]]) -> list[Check]:
+        """What is to be compared in this call. numbers: computes them."""
+        if self.turns.begins(underway=self.sums is not None):
+            self.sums = Arriving(numbers())
+        if self.sums is None:
+            return []
+        here = self.sums.here()
+        return [Check(self.slot, self.slots, None if here is None else joined(here))]
+
+    def judge(self, outcomes: list[Outcome]) -> None:
+        """Raises: `MismatchError`, on all ranks, if their numbers differ."""
+        for outcome in outcomes:
+            if outcome is None:
+                continue
+            assert self.sums is not None
+            sums, self.sums = self.sums, None
+            if None in outcome:
+                self.differ(sums.waited())
+            self.compared(outcome)
+
+    def differ(self, mine: list[int]) -> None:
+        """Say how ranks differ, of which this one has the numbers `mine`. Raises: `MismatchError`, on all ranks."""
+        raise NotImplementedError
+
+    def compared(self, outcome: list[int | None]) -> None:
+        """Told of every comparison in which the ranks of a slot did not differ."""
