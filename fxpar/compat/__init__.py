@@ -42,7 +42,7 @@ from fxpar.compat.numbers import (
     mend_writes_to_plain_tensors,
     read_numbers_of,
 )
-from fxpar.compat.profiles import profiling
+from fxpar.compat.profiles import comments_on_cpus, follow_profiler, name_in_code, profiling, renamed
 from fxpar.compat.quiet import WRAPPERS, no_torch_function, quiet_traces, unchecked_distributions, untraced
 from fxpar.compat.steps import (
     Code,
@@ -87,11 +87,13 @@ __all__ = [
     "before_norms",
     "cache_counts",
     "cache_settings",
+    "comments_on_cpus",
     "compile_graph",
     "compile_steps",
     "default_store",
     "detect_fake_mode",
     "fake_like",
+    "follow_profiler",
     "holders",
     "in_full",
     "interpret_pieces",
@@ -105,6 +107,7 @@ __all__ = [
     "mend_sums_of_norms",
     "mend_writes_to_plain_tensors",
     "mutates",
+    "name_in_code",
     "no_grad_region",
     "no_torch_function",
     "partition_eagerly",
@@ -113,6 +116,7 @@ __all__ = [
     "quiet_traces",
     "read_metadata",
     "read_numbers_of",
+    "renamed",
     "saves_elsewhere",
     "sizes_of_values",
     "sizes_to_compile",
