@@ -35,7 +35,7 @@ def _name(node: fx.Node, groups: Mapping[str, str]) -> str:
     if node.target is WAIT:
         started = _started(node)
         return f"wait for {_name(started, groups)}" if started is not None else "wait"
-    what = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    what = str(getattr(node.target, "_opname", "") or getattr(node.target, "__name__", node.target))
     axes = next((groups[a] for a in node.args if isinstance(a, str) and a in groups), "")
     if axes:
         return f"{_kind(what)} over {axes} for {_served(node)}"

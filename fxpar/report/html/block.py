@@ -25,7 +25,7 @@ from fxpar.report.words import DimWords, dims_of_layout, short
 from fxpar.sharding.facts import if_local
 from fxpar.sharding.mesh import Axes
 
-WIDE, HIGH, ACROSS, DOWN, MARGIN = 176.0, 40.0, 46.0, 36.0, 8.0
+WIDE, HIGH, ACROSS, DOWN, MARGIN = 190.0, 40.0, 46.0, 36.0, 8.0
 MOVES = ("to", "_to_copy", "reshape", "contiguous", "clone", "movedim", "transpose", "flatten", "squeeze", "unsqueeze")
 MOST = 140
 """Boxes that are drawn; a larger block is not."""
@@ -277,7 +277,7 @@ def _drawing(boxes: list[Box]) -> str:
             tag(
                 "g",
                 tag("rect", class_=f"box {box.colour}", x=x - WIDE / 2, y=y, width=WIDE, height=HIGH, rx=6),
-                tag("text", words(_cut(box.title, 24)), x=x, y=y + (17 if box.line else 24), class_="title"),
+                tag("text", words(_cut(box.title, 26)), x=x, y=y + (17 if box.line else 24), class_="title"),
                 tag("text", words(_cut(box.line, 31)), x=x, y=y + 31, class_="line"),
                 data_t=f"{box.title}\n{box.text}",
             )
