@@ -27,6 +27,8 @@ from fxpar.sharding.mesh import Axes
 
 WIDE, HIGH, ACROSS, DOWN, MARGIN = 190.0, 40.0, 46.0, 36.0, 8.0
 MOVES = ("to", "_to_copy", "reshape", "contiguous", "clone", "movedim", "transpose", "flatten", "squeeze", "unsqueeze")
+LONGEST = 26
+"""Letters of a box's title."""
 MOST = 140
 """Boxes that are drawn; a larger block is not."""
 
@@ -191,9 +193,9 @@ def _tell_apart(boxes: list[Box]) -> None:
     """Parts of one module are called by what they compute, too."""
     plain = Counter(box.title for box in boxes if box.colour == "plain")
     for box in boxes:
-        computes, _, _ = box.text.partition("\n")
-        if box.colour == "plain" and plain[box.title] > 1 and box.title != computes:
-            box.title = f"{box.title.rpartition('.')[2]}: {computes}"
+        (computes, _, _), name = box.text.partition("\n"), box.title.rpartition(".")[2]
+        if box.colour == "plain" and plain[box.title] > 1 and box.title != computes and len(name) < LONGEST - 4:
+            box.title = f"{name}: {computes}"
 
 
 def layout_words(node: fx.Node) -> str:
@@ -277,7 +279,7 @@ def _drawing(boxes: list[Box]) -> str:
             tag(
                 "g",
                 tag("rect", class_=f"box {box.colour}", x=x - WIDE / 2, y=y, width=WIDE, height=HIGH, rx=6),
-                tag("text", words(_cut(box.title, 26)), x=x, y=y + (17 if box.line else 24), class_="title"),
+                tag("text", words(_cut(box.title, LONGEST)), x=x, y=y + (17 if box.line else 24), class_="title"),
                 tag("text", words(_cut(box.line, 31)), x=x, y=y + 31, class_="line"),
                 data_t=f"{box.title}\n{box.text}",
             )
