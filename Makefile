@@ -5,6 +5,7 @@
 #   make demo    train a tiny model on 4 CPU processes and compare with one device
 #   make lint    ruff and mypy                   make clean   remove .venv and caches
 #   make docs    the documentation, into site/   make browser look at reports in a headless Chromium
+#   make pictures    draw the pictures of docs/images anew, with that Chromium
 #
 # PYTHON=python3.12 picks the interpreter. PIP_TORCH picks where torch comes from: without a GPU,
 #   make test PIP_TORCH="--index-url https://download.pytorch.org/whl/cpu"
@@ -22,7 +23,7 @@ INTEGRATED := $(VENV)/.integrated
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
 PYTEST := $(RUN) -m pytest -n 2
 
-.PHONY: test slow test-integrations demo lint docs browser clean
+.PHONY: test slow test-integrations demo lint docs pictures browser clean
 .DEFAULT_GOAL := test
 
 test: $(INSTALLED)
@@ -43,6 +44,9 @@ lint: $(INSTALLED)
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+pictures: $(INSTALLED)
+	$(RUN) docs/pictures.py
 
 browser: $(INSTALLED)
 	$(RUN) -m pytest -m browser tests/report

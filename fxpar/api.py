@@ -29,7 +29,7 @@ from fxpar.model import inputs as calls
 from fxpar.model.inputs import Call
 from fxpar.model.padding import Padding
 from fxpar.plan import Plan, require_one_of
-from fxpar.progress import be_quiet
+from fxpar.progress import be_quiet, stage
 from fxpar.report.dump import Dumper
 from fxpar.report.timings import PARAMETERS
 from fxpar.run.agreement import agree_on_program, facts
@@ -81,8 +81,9 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     """
     if quiet is not None:
         be_quiet(quiet)
-    device = _join()
-    with watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
+    with stage("waiting for all ranks"):
+        device = _join()
+    with stage("parallelizing the model"), watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()
         options = {"backend": backend, "transport": transport, "blocks": blocks, "cuda_graphs": cuda_graphs, "timeout": timeout,
                    "check_batches": check_batches, "pad": pad}
@@ -99,11 +100,12 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
             identity.check(model)
             made.append(compile_call(example, None, plan.microbatches if plan.pp > 1 else 1))
         begin = time.perf_counter()
-        bound = BoundMesh(made[0].mesh, device.type, plan.pp)
-        store = ParameterStore(model, bound, control, device)
-        store.runtime.blocks = blocks
-        engine = Engine(store, plan, compile_call, _MODULES[chosen], transport, check_batches, padding, cuda_graphs)
-        engine.adopt(made[0], example)
+        with stage("taking over parameters"):
+            bound = BoundMesh(made[0].mesh, device.type, plan.pp)
+            store = ParameterStore(model, bound, control, device)
+            store.runtime.blocks = blocks
+            engine = Engine(store, plan, compile_call, _MODULES[chosen], transport, check_batches, padding, cuda_graphs)
+            engine.adopt(made[0], example)
         made[0].timings[PARAMETERS] = time.perf_counter() - begin
         return ParallelModule(store, engine)
 

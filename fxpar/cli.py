@@ -26,7 +26,7 @@ from fxpar.cost.formulas import explained
 from fxpar.errors import FxparError, PlanError, brief
 from fxpar.pipeline import drawing
 from fxpar.plan import SUFFIXES, Plan
-from fxpar.progress import be_quiet
+from fxpar.progress import be_quiet, stage
 from fxpar.report.data import known_verdict
 from fxpar.report.report import Report, inspect
 from fxpar.report.step import CLUSTER
@@ -179,6 +179,11 @@ def load_model(spec: str, *, meta: bool, batch: int = 8, seq: int = 128) -> tupl
 
     Raises: `FxparError` if there is no such thing.
     """
+    with stage(f"making {brief(spec)}"):
+        return _load_model(spec, meta, batch, seq)
+
+
+def _load_model(spec: str, meta: bool, batch: int, seq: int) -> tuple[nn.Module, Any]:
     path = Path(spec)
     if _is_folder(path):
         config = _config(path / "config.json")

@@ -202,9 +202,10 @@ def user_line(node: fx.Node) -> str:
     return f"{file}:{line}  {code.strip()}"
 
 
-def module_path(node: fx.Node) -> str:
-    """The path of the submodule that made this value ("model.layers.0.mlp"), "" for the root."""
-    stack = node.meta.get("nn_module_stack")
+def module_path(node: fx.Node, key: str = "nn_module_stack") -> str:
+    """The path of the submodule that made this value ("model.layers.0.mlp"), "" for the root. key: under which its ``meta`` has
+    the modules."""
+    stack = node.meta.get(key)
     if not stack:
         return ""
     path = next(reversed(list(stack.values())))[0]

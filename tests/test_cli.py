@@ -112,7 +112,7 @@ def test_inspect_a_configuration(capsys, config, spec):
     model = f"LlamaForCausalLM:{config}" if spec == "class" else str(config.parent)
     code, out, _ = run(capsys, "inspect", model, "--plan", "tp=2", "--batch", "2", "--seq", "16")
     assert code == 0
-    assert "world size 2" in out and "vocab96/tp" in out and "reduce_scatter  tp" in out
+    assert "world size 2" in out and "[vocab/tp, hidden]" in out and "reduce_scatter  tp" in out
 
 
 def test_a_timeline_is_drawn_and_printed(capsys, config, tmp_path):

@@ -37,7 +37,7 @@ ALLOWED = ("torch._foreach_", "torch._ops.OpOverload", "torch.utils._pytree", "t
 """PyTorch documents these although their names begin with an underscore; that of Dynamo is compared with, not imported."""
 
 TORCHS = {"val", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "custom", "recompute", "ac_graph_id", "partitioner_tag",
-          "user_visible_output_idxs"}
+          "user_visible_output_idxs", "from_node"}
 """Keys of ``node.meta`` that PyTorch reads or writes; what fxpar knows of a node is in the objects of `fxpar.sharding.facts`."""
 FINER = (["passes"], ["backends"])
 """Folders whose own folders and files are parts."""

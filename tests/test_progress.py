@@ -144,6 +144,28 @@ def test_an_inspection_names_its_stages(monkeypatch):
     model, batch = zoo.build("mlp")
     str(fxpar.inspect(model, "dp=2", batch))
     assert seen[:3] == ["capturing the model", "partitioning", "pass simplify"]
+    seen.clear()
+    fxpar.suggest(model, batch, gpus=2, candidates=1)
+    assert "searching plans for 2 GPUs" in seen
+    seen.clear()
+    fxpar.testing.assert_equivalent(model, "dp=2", batch)
+    assert "running the plain model" in seen and "running 2 ranks in this process" in seen
+
+
+def test_making_a_model_parallel_names_its_stages(monkeypatch):
+    import fxpar
+
+    seen: list[str] = []
+    begin = progress._watcher.begin
+    monkeypatch.setattr(progress._watcher, "begin", lambda text: seen.append(text) or begin(text))
+    module = fxpar.parallelize(torch.nn.Linear(2, 2), "dp=1", (torch.ones(2, 2),))
+    assert seen[:3] == ["waiting for all ranks", "parallelizing the model", "capturing the model"]
+    assert "taking over parameters" in seen
+    seen.clear()
+    module.init_weights(0)
+    with module.gathered(write_back=True):
+        pass
+    assert seen == ["initialising parameters", "gathering parameters", "writing parameters back"]
 
 
 def test_a_process_stays_quiet_until_it_is_told_otherwise():

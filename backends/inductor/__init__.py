@@ -5,6 +5,7 @@ key       by what compiled graphs are found again, by the next process too
 lowered   the same graphs, run by every rank of a simulation
 reductions, fp32_products, products, overlap, prefetch, buckets   the graph passes, in the order they run
 casts     operators that they use
+named     what profiles of compiled code call its operators
 pieces    equal blocks cut out of graphs, each to be compiled once
 liveness  the memory that such graphs need
 """

@@ -194,7 +194,8 @@ def _label(node: fx.Node) -> str:
     return node.meta.get("custom", {}).get(BLOCK, "")
 
 
-def lengthen(traced: TracedInPart, missing: int) -> tuple[repeats.Repeats, repeats.Repeats | None, dict[tuple[fx.Node, int], fx.Node]]:
+def lengthen(traced: TracedInPart, missing: int
+             ) -> tuple[repeats.Repeats, repeats.Repeats | None, dict[tuple[fx.Node, int], fx.Node]]:
     """Put the missing blocks into the forward graph, and into the backward graph if there is one.
 
     Returns the runs of both, as they are then, and the new nodes, by what they are copies of and how much further on.

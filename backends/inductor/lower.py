@@ -11,7 +11,7 @@ import functools
 import gc
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, fx
 import fxpar
 from fxpar import compat
 from fxpar.backends import remat
-from fxpar.backends.inductor import buckets, fp32_products, overlap, pieces, prefetch, products, reductions
+from fxpar.backends.inductor import buckets, fp32_products, named, overlap, pieces, prefetch, products, reductions
 from fxpar.backends.inductor.few import Generate, MadeFromFew, made_from_few
 from fxpar.backends.inductor.key import key_of, python_functions
 from fxpar.backends.stepped import Stepped, in_steps
@@ -57,16 +57,18 @@ def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = Fals
 
 
 def settings(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = False, passes: int | None = None,
-             key: str | None = None, functions: Sequence[str] = (), by_block: bool = False) -> dict[str, Any]:
+             key: str | None = None, functions: Sequence[str] = (), by_block: bool = False,
+             groups: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Inductor's settings for one graph: our order of operators, which its own reordering must not undo.
 
     transport, as_on_gpu, by_block: see `graph_passes`, of which the first `passes` are applied (None: all). key: under which what
     is compiled is kept on disk, and found by the next start of the same program (None: it is not kept). functions: of
-    `python_functions`.
+    `python_functions`. groups: see `name_operators`.
     """
+    last: list[GraphPass] = [] if groups is None else [(named, functools.partial(named.name_operators, groups=groups))]
     return {
         "joint_custom_pre_pass": _as_one([(remat, functools.partial(remat.choose_recomputation, plan=plan))], key),
-        "post_grad_custom_post_pass": _as_one(graph_passes(plan, transport, as_on_gpu, by_block)[:passes], key),
+        "post_grad_custom_post_pass": _as_one([*graph_passes(plan, transport, as_on_gpu, by_block)[:passes], *last], key),
         "reorder_for_peak_memory": False,
         **compat.cache_settings(key, functions),
     }
@@ -100,7 +102,8 @@ def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, 
     """`settings` of a graph that is about to be compiled for inputs like these, and the key under which it is kept."""
     key = key_of(graph, inputs, runtime.facts(), plan)
     functions = python_functions(graph) if key is not None else ()
-    return settings(plan, runtime.transport, key=key, functions=functions, by_block=by_block), key
+    groups = {name: "+".join(axes) for _, axes, name in runtime.mesh.group_names()}
+    return settings(plan, runtime.transport, key=key, functions=functions, by_block=by_block, groups=groups), key
 
 
 def _as_one(passes: Sequence[GraphPass], key: str | None) -> Any:
@@ -148,7 +151,7 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
             plain, given, config, counts=counts_rows(plain.graph), later=later, cutting=cut, recorder=recorder)
 
     def run(*inputs: Any) -> Any:
-        with use_runtime(runtime):
+        with _running(runtime):
             return compiled(*[inputs[i] for i in keep])
 
     return run
@@ -165,7 +168,13 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
             config, _ = _settings(plain.graph, given, runtime, plan, into is not None)
             return compat.compile_steps(plain, given, config, cut, counts_rows(plain.graph), into)
 
-    return in_steps(plain, example, keep, early, trace, lambda: use_runtime(runtime), plan)
+    return in_steps(plain, example, keep, early, trace, lambda: _running(runtime), plan)
+
+
+def _running(runtime: GroupRuntime) -> contextlib.AbstractContextManager[None]:
+    """The context in which compiled code runs."""
+    compat.follow_profiler()
+    return use_runtime(runtime)
 
 
 @contextlib.contextmanager

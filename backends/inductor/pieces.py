@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from fxpar import compat
-from fxpar.backends.remat import PRODUCTS
+from fxpar.backends.remat import BLOCK, PRODUCTS
 from fxpar.backends.repeats import frozen, periods_of, references_of
 from fxpar.ops.vocabulary import ALL_REDUCE, WAIT, is_attention_kernel, is_view
 
@@ -236,8 +236,8 @@ class _Cut:
                 cost = PASSED if isinstance(node.meta["val"], Tensor) else NEVER
                 change[begin] += cost
                 change[needed + 1] -= cost
-            if _is_fused(node):
-                read = min((self.at[u] for u in _readers(node) if u in self.at and _is_fused(u)), default=-1)
+            if is_fused(node):
+                read = min((self.at[u] for u in _readers(node) if u in self.at and is_fused(u)), default=-1)
                 if read >= begin:
                     change[begin] += _bytes(node)
                     change[read + 1] -= _bytes(node)
@@ -290,21 +290,29 @@ class _Cut:
     def _made(self, bounds: list[int], forms: list[_Form]) -> compat.Pieces:
         slot = {n: i for i, n in enumerate([*self.inputs, *dict.fromkeys(n for form in forms for n in form.gives)])}
         kinds: dict[Hashable, int] = {}
+        firsts: dict[Hashable, int] = {}
         graphs: list[fx.GraphModule] = []
         pieces: list[compat.GraphPiece] = []
         emptied = self._emptied(bounds, slot)
         for form, low, high, (before, after) in zip(forms, bounds, bounds[1:], emptied, strict=False):
             if form.key not in kinds:
-                kinds[form.key] = len(graphs)
+                kinds[form.key], firsts[form.key] = len(graphs), low
                 graphs.append(self._graph(low, high, form))
             free = self._overwritten(form.takes, high)
             pieces.append(compat.GraphPiece(
                 kinds[form.key], takes=[slot[n] for n in form.takes], gives=[slot[n] for n in form.gives], before=before,
                 after=after, fixed=[i for i, n in enumerate(form.takes) if n in self.fixed or self._under_way(n)],
                 donated=[i for i, n in enumerate(form.takes) if n in free],
-                exact=[i for i, n in enumerate(form.gives) if self._is_exact(n, high)]))
+                exact=[i for i, n in enumerate(form.gives) if self._is_exact(n, high)],
+                names=self._names(firsts[form.key], low, high)))
         results = [None if n is None else slot[n] for n in self.results]
         return compat.Pieces(graphs, pieces, [n.meta["val"] for n in self.inputs], len(slot), results)
+
+    def _names(self, first: int, low: int, high: int) -> dict[str, str]:
+        """The blocks that operators from `first` on are of -> those that the equal ones between two places are of."""
+        pairs = zip(self.nodes[first:], self.nodes[low:high], strict=False)
+        blocks = [tuple(n.meta.get("custom", {}).get(BLOCK, "") for n in pair) for pair in pairs]
+        return {a: b for a, b in blocks if a and b and a != b}
 
     def _emptied(self, bounds: list[int], slot: dict[fx.Node, int]) -> list[tuple[list[int], list[int]]]:
         """The slots to empty before each piece, which is handed what was in them, and after it."""
@@ -402,7 +410,7 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
     return node.all_input_nodes if any(r.alias_info is not None for r in target._schema.returns) else []
 
 
-def _is_fused(node: fx.Node) -> bool:
+def is_fused(node: fx.Node) -> bool:
     """Whether Inductor computes an operator in a kernel with others."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims") or is_view(node):

@@ -142,7 +142,8 @@ def _lengthened(traced: TracedInPart, handed: list[stages.HandedOver], missing: 
                  [h.options for h in handed])
 
 
-def _named(run: repeats.Repeats, known: dict[fx.Node, int], equal: list[dict[int, int]], origin: _Shortened) -> dict[fx.Node, int]:
+def _named(run: repeats.Repeats, known: dict[fx.Node, int], equal: list[dict[int, int]], origin: _Shortened
+           ) -> dict[fx.Node, int]:
     """Of every node of a lengthened graph that stands for an input of the program: the number of that input.
 
     known: of those that the trace has, the number of the input among those of the shortened program. equal: families of these.

@@ -13,7 +13,7 @@ TRANSPORTS = ("auto", "nccl")
 
 BLOCKS = ("auto", "once", "flat")
 """How the equal blocks of a deep model are compiled: each class of them once, or all in one graph; "auto": once where at most
-half of the operators are left to compile."""
+a fifth of the operators is left to compile."""
 
 BUCKET_BYTES, REDUCTION_BYTES = 128 * 2**20, 160 * 2**20
 """The most that parameters gathered, and gradients reduced, in one bucket have."""

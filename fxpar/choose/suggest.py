@@ -24,6 +24,7 @@ from fxpar.cost.stages import TERMS
 from fxpar.errors import FxparError, PlanError
 from fxpar.model.inputs import Call, globalize
 from fxpar.plan import Plan
+from fxpar.progress import stage
 from fxpar.report.step import CLUSTER
 from fxpar.report.text import GIB
 from fxpar.report.verdict import bytes_of, usable
@@ -178,8 +179,9 @@ def suggest(model: nn.Module | Captured, example_inputs: Any = None, *, gpus: in
     captured = model if isinstance(model, Captured) else capture(model, example_inputs)
     base = _with_loss(captured, base, fixed != DEFAULT)
     others = [_in_common(plan, base) for plan in others]
-    return _search(lambda plan: captured, facts_of(captured, _shared(base), machine), base, names, *sizes, others,
-                   count, trace, start)
+    with stage(f"searching plans for {gpus} GPUs"):
+        facts = facts_of(captured, _shared(base), machine)
+        return _search(lambda plan: captured, facts, base, names, *sizes, others, count, trace, start)
 
 
 def suggest_for_replicas(model: nn.Module, example: Call, gpus: int, memory: int, cluster: Cluster) -> Suggestions:
@@ -194,9 +196,10 @@ def suggest_for_replicas(model: nn.Module, example: Call, gpus: int, memory: int
             known[plan.dp] = capture(model, _inputs(globalize(example, from_plan(plan), batch)))
         return known[plan.dp]
 
-    facts = facts_of(alone, Plan(), cluster)
-    return _search(lambda plan: capture_of(plan, facts.batch_dims), facts, Plan(), frozenset(), gpus, cluster, memory, [], 2,
-                   True, start, per_replica=True)
+    with stage(f"searching plans for {gpus} GPUs"):
+        facts = facts_of(alone, Plan(), cluster)
+        return _search(lambda plan: capture_of(plan, facts.batch_dims), facts, Plan(), frozenset(), gpus, cluster, memory, [], 2,
+                       True, start, per_replica=True)
 
 
 def _inputs(call: Call) -> Any:

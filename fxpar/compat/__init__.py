@@ -46,7 +46,7 @@ from fxpar.compat.numbers import (
     mend_writes_to_plain_tensors,
     read_numbers_of,
 )
-from fxpar.compat.profiles import profiling
+from fxpar.compat.profiles import comments_on_cpus, follow_profiler, name_in_code, profiling, renamed
 from fxpar.compat.quiet import (
     WRAPPERS,
     inside_of_transform,
@@ -105,12 +105,14 @@ __all__ = [
     "call_by",
     "call_plainly",
     "code_of",
+    "comments_on_cpus",
     "compile_graph",
     "compile_steps",
     "default_store",
     "detect_fake_mode",
     "fake_like",
     "faked",
+    "follow_profiler",
     "generators_watched",
     "holders",
     "in_full",
@@ -130,6 +132,7 @@ __all__ = [
     "mend_sums_of_norms",
     "mend_writes_to_plain_tensors",
     "mutates",
+    "name_in_code",
     "no_grad_region",
     "no_modes",
     "no_torch_function",
@@ -139,6 +142,7 @@ __all__ = [
     "quiet_traces",
     "read_metadata",
     "read_numbers_of",
+    "renamed",
     "saves_elsewhere",
     "share_memory_by",
     "sizes_of_values",

@@ -14,6 +14,7 @@ from torch import fx
 from fxpar.compat.caches import cache_settings
 from fxpar.compat.cudagraphs import CodeRecorder, alone, boxed, recorded_by, recorded_output
 from fxpar.compat.cut import Cutting
+from fxpar.compat.profiles import comments_on_cpus
 from fxpar.compat.reductions import mend_reductions
 from fxpar.compat.steps import Code, sizes_of_values, sizes_to_compile
 from fxpar.progress import stage
@@ -42,7 +43,8 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
     @functools.wraps(compile_fx_inner)
     def compile_one(*args: Any, **options: Any) -> Any:
         begin = time.perf_counter()
-        with stage("compiling the backward, 2 of 2" if options.get("is_backward") else f"compiling the forward, 1 of {graphs}"):
+        which = "compiling the backward, 2 of 2" if options.get("is_backward") else f"compiling the forward, 1 of {graphs}"
+        with stage(which), comments_on_cpus():
             made = compile_fx_inner(*args, **options) if cutting is None else compile_cut(cutting, *args, **options)
         if later is not None and returned:
             later(time.perf_counter() - begin)

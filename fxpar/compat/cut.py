@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -20,7 +20,7 @@ class GraphPiece:
     kind: which graph computes it. takes, gives: the slots of its inputs and outputs. before, after: those to empty before it
     runs (what was in them, it is handed) and when it has. fixed, donated: positions among its inputs of those that stay where
     they are in memory, and of those that it may overwrite. exact: positions of the outputs that have to lie in memory as the
-    graph says.
+    graph says. names: of blocks that the graph says it is of -> of those that this piece is of, where these are others.
     """
 
     kind: int
@@ -31,6 +31,7 @@ class GraphPiece:
     fixed: list[int]
     donated: list[int]
     exact: list[int]
+    names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -22,7 +22,8 @@ from torch._inductor import config
 from torch._inductor.codecache import FxGraphCache
 from torch._inductor.output_code import CompiledFxGraphConstants, OutputCode
 
-from fxpar.compat.cut import Cutting, GraphPiece, Pieces, one_piece, run_pieces, schedule
+from fxpar.compat.cut import Cutting, GraphPiece, Pieces, Step, one_piece, run_pieces, schedule
+from fxpar.compat.profiles import profiling, renamed
 from fxpar.compat.stages import values_stay
 from fxpar.compat.steps import after_graph_passes
 
@@ -37,12 +38,22 @@ class CodeOfPieces(OutputCode):
         self._boxed_call = True
         self.codes = codes
         self.steps, self.empty, self.results = schedule(pieces, of)
+        self.names = [piece.names for piece in pieces.pieces]
         self._run: Callable[[list[Any]], list[Any]] | None = None
 
     def __call__(self, inputs: Any) -> Any:
+        if profiling():
+            return self._run_named(inputs)
         if self._run is None:
             self._run = functools.partial(run_pieces, self.codes, self.steps, self.empty, self.results)
         return self._run(inputs)
+
+    def _run_named(self, inputs: Any) -> Any:
+        """Run it with ranges that have the names of each piece's own blocks."""
+        named = zip(self.names, self.steps, strict=True)
+        codes = [functools.partial(_named, names, self.codes[step[0]]) for names, step in named]
+        steps: list[Step] = [(i, *step[1:]) for i, step in enumerate(self.steps)]
+        return run_pieces(codes, steps, self.empty, self.results, inputs)
 
     def post_compile(self, example_inputs: Any, constants: CompiledFxGraphConstants, graph_kwargs: Any) -> None:
         """Make ready what was kept on disk."""
@@ -63,6 +74,11 @@ class CodeOfPieces(OutputCode):
 
     def set_triton_bundle(self, triton_bundle: Any) -> None:
         """Each piece has its own."""
+
+
+def _named(names: dict[str, str], code: Callable[[list[Any]], Any], given: list[Any]) -> Any:
+    with renamed(names):
+        return code(given)
 
 
 def compile_cut(cutting: Cutting, module: fx.GraphModule, example: Sequence[Any], **options: Any) -> Any:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxpar.compat.cut import Cutting, interpret_pieces
+from fxpar.compat.profiles import comments_on_cpus
 from fxpar.compat.reductions import mend_reductions
 
 Code = Callable[[list[Any]], Sequence[Any]]
@@ -159,7 +160,7 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
                       for x, stride in zip(values, strides or [None] * len(values), strict=True)]
 
     mend_reductions()
-    with sizes_to_compile(inputs, counts) as inputs:
+    with sizes_to_compile(inputs, counts) as inputs, comments_on_cpus():
         return _through_inductor(gm, inputs, config, cut, compile_forward, part, fixed=not counts)
 
 

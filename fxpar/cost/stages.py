@@ -222,12 +222,6 @@ def added_bytes(load: StageLoad, values: Mapping[fx.Node, Any]) -> int:
                        if source.kind == "param" and source.requires_grad and node.users and node not in kept)
 
 
-def operator_seconds(cluster: Cluster, program: Program) -> dict[fx.Node, tuple[float, float]]:
-    """Seconds of every operator of a program, by itself: of its forward, and of its backward. Raises as `step_on`."""
-    clock = OperatorTimes(cluster, program)
-    return {node: clock.seconds(node) for node in clock.costs}
-
-
 def recomputed(program: Program, node: fx.Node) -> float:
     """Which part of an operator's forward the backward pass makes again: all of a block, or what a memory budget leaves of it.
     (`selective` keeps all products.)"""
@@ -296,9 +290,17 @@ class OperatorTimes:
         axes = axes_of(node)
         if axes is None:
             return ahead, back
+        ranks, (there, again) = self.mesh.size(*axes), self.travels(node)
+        return max(ahead, ahead / ranks + there), max(back, back / ranks + again) if back else 0.0
+
+    def travels(self, node: fx.Node) -> tuple[float, float]:
+        """Seconds in which the keys and values of ring attention go round, forward and backward; 0 of another operator."""
+        axes = axes_of(node)
+        if axes is None:
+            return 0.0, 0.0
         link, ranks = self.cluster.link(_reach(self.mesh, axes)), self.mesh.size(*axes)
         there, again = ((ranks - 1) * link.alpha + size / link.beta for size in ring.traffic_of(node, ranks, self.values))
-        return max(ahead, ahead / ranks + there), max(back, back / ranks + again) if back else 0.0
+        return there, again
 
     def _is_fused(self, node: fx.Node) -> bool:
         users = list(node.users)

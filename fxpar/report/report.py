@@ -36,7 +36,7 @@ from fxpar.report.text import GIB, MIB, ranges, table
 from fxpar.report.timings import Timings
 from fxpar.report.traffic import CollectiveRow, Total, rows_of, totals
 from fxpar.report.verdict import Verdict, bytes_of, verdict
-from fxpar.report.words import starred, without_letters
+from fxpar.report.words import layout_words, mesh_words, starred, without_letters
 from fxpar.sharding.facts import full_value, local_value, sharding_at
 from fxpar.sharding.layout import shard_shape
 from fxpar.sharding.mesh import KIND, Mesh
@@ -146,7 +146,7 @@ class Report:
 
     def __str__(self) -> str:
         peak, pipeline = known_peak(self), self.pipeline
-        mesh = f"{KIND}={self.plan.pp} x {self.mesh}" if pipeline else str(self.mesh)
+        mesh = mesh_words(self.mesh, self.plan.pp)
         pipes = pipeline.lines(None if isinstance(peak, str) else pipeline.peaks) if pipeline else []
         attention = [*lines(self.attention), ""] if self.attention else []
         attention += [*lines_of_experts(self.experts), ""] if self.experts else []
@@ -182,8 +182,9 @@ class Report:
         """Repeated layers share a line."""
         rows = []
         for name, count, p in self.grouped():
-            rows.append((f"{name}{f'  (x{count})' if count > 1 else ''}", str(list(p.shape)), p.layout, str(list(p.local_shape)),
-                         f"{count * p.local_bytes / MIB:.2f}", *([ranges(p.stages) or "all"] if self.pipeline else [])))
+            rows.append((f"{name}{f'  (x{count})' if count > 1 else ''}", str(list(p.shape)), layout_words(p.layout),
+                         str(list(p.local_shape)), f"{count * p.local_bytes / MIB:.2f}",
+                         *([ranges(p.stages) or "all"] if self.pipeline else [])))
         head = ("parameter", "shape", "layout", "a rank holds", *(("MiB of all", "on stages") if self.pipeline else ("MiB",)))
         return table(head, rows)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxpar.errors import FxparError
 from fxpar.report.data import known_peak, known_verdict
-from fxpar.report.words import seconds, size
+from fxpar.report.words import layout_words, mesh_words, seconds, size
 
 if TYPE_CHECKING:
     from fxpar.report.report import Report
@@ -20,7 +20,7 @@ def in_colour(report: Report) -> Iterator[Any]:
     from rich.text import Text
 
     plan = report.plan
-    mesh = f"pp={plan.pp} x {report.mesh}" if report.pipeline else str(report.mesh)
+    mesh = mesh_words(report.mesh, plan.pp)
     yield Text.assemble(
         ("plan ", QUIET), (str(plan), ACCENT), ("   mesh ", QUIET), mesh, ("   ranks ", QUIET), str(plan.world_size)
     )
@@ -37,7 +37,7 @@ def _tables(report: Report) -> Iterator[Any]:
         (
             name + (f"  x{count}" if count > 1 else ""),
             str(list(p.shape)),
-            p.layout,
+            layout_words(p.layout),
             str(list(p.local_shape)),
             size(count * p.local_bytes),
         )

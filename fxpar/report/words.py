@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from fxpar.passes.infer.roles import ROLES
+from fxpar.sharding.mesh import DEGREES, KIND, Mesh
 
 _TOKEN = re.compile(rf"({'|'.join(sorted(ROLES, key=len, reverse=True))}|none|[a-z]+)?(\d+(?:/\d+)?)((?:/[a-z]\w*)*)")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
@@ -32,14 +33,29 @@ def without_letters(layout: str) -> str:
 
 
 def dims_of_layout(layout: str) -> list[DimWords]:
-    """The dims of a layout as a program has it."""
+    """The dims of a layout as a program has it. "hidden" is what remains of weights' dims, so a dim that is something else,
+    too, is called by that alone."""
     made = []
     for dim in layout.strip("[]").split(","):
         tokens = [(m[1] or "", m[3]) for m in _TOKEN.finditer(dim)]
-        names = dict.fromkeys(role for role, _ in tokens if role in ROLES)
+        names = list(dict.fromkeys(role for role, _ in tokens if role in ROLES))
+        names = [n for n in names if n != "hidden"] or names
         axes = [axis for _, along in tokens for axis in along.split("/") if axis]
         made.append(DimWords(" x ".join(names), tuple(dict.fromkeys(axes))))
     return made
+
+
+def layout_words(layout: str) -> str:
+    """A layout as a program has it, without lengths: "[heads x head_dim/tp, hidden/dp]"."""
+    return f"[{', '.join(map(str, dims_of_layout(layout)))}]" if layout else ""
+
+
+def mesh_words(mesh: Mesh, stages: int = 1) -> str:
+    """A mesh, and of which axes the strategies are that have none of their name: "dp0=2 x dp1=8 (dp: dp0 x dp1; ep: dp1)".
+    stages: how many ranks a pipeline has, whose axis is major to all."""
+    of = {s: mesh.axes(s) for s in (*DEGREES, "ep")}
+    said = "; ".join(f"{s}: {' x '.join(axes)}" for s, axes in of.items() if axes and axes != (s,))
+    return (f"{KIND}={stages} x " if stages > 1 else "") + str(mesh) + (f" ({said})" if said else "")
 
 
 def starred(path: str) -> str:
@@ -55,6 +71,12 @@ def short(path: str, last: int = 2) -> str:
 def plural(count: int, thing: str) -> str:
     """ "1 rank", "2 ranks"."""
     return f"{count:,} {thing}" + ("" if count == 1 else "s")
+
+
+def many(count: int) -> str:
+    """A number of parameters: "4,096", "131.1 million", "68.45 billion"."""
+    return next((f"{count / by:,.{digits}f} {unit}" for unit, by, digits in (("billion", 10**9, 2), ("million", 10**6, 1))
+                 if count >= by), f"{count:,}")
 
 
 def size(count: float) -> str:

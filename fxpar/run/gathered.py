@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxpar import compat
 from fxpar.errors import InputError, MismatchError
+from fxpar.progress import stage
 from fxpar.run import alone, storage
 from fxpar.run.store import ParameterStore
 from fxpar.sharding.layout import Piece, Sharding
@@ -55,7 +56,8 @@ def gathered(store: ParameterStore, part: nn.Module, rank0_only: bool, device: t
     """
     mine = not rank0_only or store.control.rank == 0
     slots = _slots(store, part)
-    _gather(store, slots, device, mine)
+    with stage("gathering parameters"):
+        _gather(store, slots, device, mine)
     tables = [(t, dict(t)) for m in part.modules() for t in (m._modules, m._parameters, m._buffers)] if mine else []
     changed: list[_HeldTensor] = []
     try:
@@ -91,7 +93,8 @@ def gathered(store: ParameterStore, part: nn.Module, rank0_only: bool, device: t
         except Exception:
             _put_back(tables)
             raise
-        _write_back(store, slots, changed)
+        with stage("writing parameters back"):
+            _write_back(store, slots, changed)
     elif changed:
         raise InputError(f"{changed[0].names[0]!r} was put into the model inside of `with module.gathered()`, and taken out "
                          "again behind it (a config that changed with it: not); write gathered(write_back=True) for it to stay")

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fxpar import compat
 from fxpar.errors import InputError, PlanError
 from fxpar.program import Program
+from fxpar.progress import stage
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.report.timings import INITIALISING
@@ -246,7 +247,7 @@ class ParallelModule(nn.Module):
 
     def _init_weights(self, seed: int) -> None:
         store, begin = self.parameter_store, time.perf_counter()
-        with store.control.watch.busy("initialising"), store.all_parameters():
+        with stage("initialising parameters"), store.control.watch.busy("initialising"), store.all_parameters():
             init_weights(self._model, seed, store.layouts, store.bound, self.device, store.elsewhere)
         self._engine.newest().timings[INITIALISING] = time.perf_counter() - begin
 

@@ -27,6 +27,7 @@ from fxpar.ops.vocabulary import DRAWN
 from fxpar.passes.strategies.prologue import joined, part_of
 from fxpar.plan import Plan, Plans
 from fxpar.program import Program, user_line
+from fxpar.progress import stage
 from fxpar.sharding.facts import full_value, global_value, local_value, sharding_at
 from fxpar.sharding.layout import Piece, Sharding, put
 from fxpar.verify.simulation import Simulation
@@ -100,7 +101,7 @@ def _assert_equivalent(captured: Captured, plan: Plan, lowered: bool, backend: s
         inputs = input_leaves(call)
 
         def draw(number: int) -> tuple[Reference, Reference, StepResult]:
-            with moved(model, number), _buffers_put_back(model):
+            with stage("running the plain model"), moved(model, number), _buffers_put_back(model):
                 if _is_estimated(simulation.program):
                     exact = _in_microbatches(captured, plan, False, seed)
                     one = _in_microbatches(captured, plan, True, seed) if _is_narrow(plan) else exact

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import fxpar
 from fxpar.errors import FxparError
 from fxpar.report.html.page import page
+from fxpar.report.words import layout_words, many, mesh_words
+from fxpar.sharding.mesh import Mesh
 
 VOID = ("meta", "br", "img", "input", "link", "hr", "wbr")
 
@@ -140,7 +142,62 @@ def test_a_block_has_its_collectives_lines_and_layouts(pages):
     found = Page(pages["sharded"])
     assert found.text.count("all-reduce over tp") == 1 and found.text.count("identity over tp") == 1
     assert "linear up" in found.text and re.search(r"test_page\.py:\d+", found.text)
-    assert "batch/dp · - · ffn/tp" in found.text
+    assert "batch/dp · - · ffn/tp" in found.text and re.search(r"batch/dp · - · hidden ?, sums over tp", found.text)
+
+
+class Attends(nn.Module):
+    """Blocks of causal attention, and two products of what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(16, 48), "out": nn.Linear(16, 16), "up": nn.Linear(16, 64),
+                                                   "down": nn.Linear(64, 16)}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in layer["qkv"](x).chunk(3, -1))
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            x = x + layer["out"](mixed)
+            x = x + layer["down"](torch.relu(layer["up"](x)))
+        return x.square().mean()
+
+
+def test_what_is_gathered_and_what_goes_round_is_drawn():
+    report = fxpar.inspect(Attends(), "dp=2,cp=2,tp=2", (torch.empty(4, 16, 16),))
+    found = Page(page(report))
+    assert "batch/dp · seq/cp/tp · hidden" in found.text and "batch/dp · seq/cp · hidden" in found.text
+    assert re.search(r"batch/dp · seq/cp · hidden ?, sums over tp", found.text)
+    said = [a["data-t"] for a in found.of("rect", "bar")]
+    sent = next(r for r in report.collectives if r.kind == "ring" and r.phase == "backward")
+    back = [t for t in said if t.startswith("keys and values go round over cp for the model: ")]
+    assert len(back) >= 4 and any(f": {sent.bytes // sent.count // 2**10} KiB, " in t for t in back)
+
+
+def test_more_groups_than_colours_and_parts_of_axes_are_told():
+    report = fxpar.inspect(Attends(), "dp=16,tp=2", (torch.empty(32, 16, 16),))
+    assert len(Page(page(report)).of("g", "cell")) == 32
+    mesh = Mesh(("dp0", "dp1"), (2, 4), {"dp": ("dp0", "dp1"), "ep": ("dp1",)})
+    assert mesh_words(mesh, 2) == "pp=2 x dp0=2 x dp1=4 (dp: dp0 x dp1; ep: dp1)" and mesh_words(report.mesh) == "dp=16 x tp=2"
+
+
+def test_a_long_schedule_is_drawn_closer_at_both_ends():
+    report = fxpar.inspect(Tower(), "pp=2,microbatches=64", (torch.empty(64, 8, 16),))
+    found = Page(page(report))
+    assert "The begin of the step, closer" in found.text and "The end of the step, closer" in found.text
+    assert "closer; numbers" not in Page(page(fxpar.inspect(Tower(), "pp=2,microbatches=4", (torch.empty(64, 8, 16),)))).text
+
+
+@pytest.mark.parametrize("layout, said", [
+    ("[heads8/tp heads4 head_dim64, hidden512/dp hidden8]", "[heads x head_dim/tp, hidden/dp]"),
+    ("[experts8/dp1, ab2 ffn1792/dp0 hidden8, -]", "[experts/dp1, ffn/dp0, -]"),
+    ("[axm2/tp]", "[-/tp]"), ("", ""),
+])
+def test_layouts_are_in_words(layout, said):
+    assert layout_words(layout) == said
+
+
+def test_numbers_of_parameters_are_in_words():
+    assert [many(n) for n in (4096, 131_072_000, 68_452_352_000)] == ["4,096", "131.1 million", "68.45 billion"]
 
 
 def test_a_model_without_layers_or_communication_has_a_page_too(tmp_path):
@@ -247,7 +304,10 @@ ASK = """<script>addEventListener("load", () => {
   document.querySelector("details:not([open]) summary").click();
   document.body.dataset.answer = JSON.stringify({
     pressed: [...document.querySelectorAll("button.axis")].map(b => b.getAttribute("aria-pressed")),
-    colours: [...document.querySelectorAll(".cell rect")].map(r => getComputedStyle(r).fill),
+    groups: [...document.querySelectorAll("button.axis")].map(b => (b.click(), cells.length / b.dataset.count)),
+    colours: [...document.querySelectorAll("button.axis")].map(b => (b.click(),
+      new Set([...document.querySelectorAll(".cell rect")].map(r => getComputedStyle(r).fill)).size)),
+    picked: (cells[0].dispatchEvent(new PointerEvent("pointerenter")), document.querySelectorAll("svg.picked .peer").length),
     tip: getComputedStyle(document.getElementById("tip")).display + document.getElementById("tip").textContent,
     open: document.querySelectorAll("details[open]").length,
     wide: document.documentElement.scrollWidth - innerWidth,
@@ -257,10 +317,11 @@ ASK = """<script>addEventListener("load", () => {
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("name", ["sharded", "pipeline"])
+@pytest.mark.parametrize("name", ["sharded", "pipeline", "many"])
 def test_in_a_browser(pages, tmp_path, name):
     file, shot = tmp_path / "report.html", tmp_path / "report.png"
-    file.write_text(pages[name].replace("<head>", "<head>" + PROBE).replace("</body>", ASK + "</body>"))
+    text = page(fxpar.inspect(Attends(), "tp=2,dp=16", (torch.empty(32, 16, 16),))) if name == "many" else pages[name]
+    file.write_text(text.replace("<head>", "<head>" + PROBE).replace("</body>", ASK + "</body>"))
     command = [chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,3000",
                "--virtual-time-budget=4000", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
@@ -268,8 +329,8 @@ def test_in_a_browser(pages, tmp_path, name):
     assert "data-failed" not in body
     made = json.loads(body["data-answer"])
     assert made["pressed"][0] == "true" and made["pressed"].count("true") == 1
-    half = len(made["colours"]) // 2
-    assert len(set(made["colours"])) == half  # along the first axis of two ranks, each rank's partner has its colour
+    assert max(made["groups"]) == {"many": 16}.get(name, 2)
+    assert made["colours"] == made["groups"] and made["picked"] == 2  # of the last axis, each rank and its partner
     assert made["tip"].startswith("block") and len(made["tip"]) > 10 and made["wide"] <= 0 and made["empty"] == 0
     subprocess.run([*command, f"--screenshot={shot}", file.as_uri()], capture_output=True, timeout=120, check=True)
     assert shot.stat().st_size > 50_000

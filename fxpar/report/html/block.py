@@ -21,11 +21,14 @@ from fxpar.program import Program, block_path, module_path
 from fxpar.report.html.lanes import COLOURS, source_line
 from fxpar.report.html.svg import drawing, tag, words
 from fxpar.report.traffic import strategy_of
-from fxpar.report.words import dims_of_layout, short
+from fxpar.report.words import DimWords, dims_of_layout, short
 from fxpar.sharding.facts import if_local
+from fxpar.sharding.mesh import Axes
 
-WIDE, HIGH, ACROSS, DOWN, MARGIN = 176.0, 40.0, 46.0, 36.0, 8.0
+WIDE, HIGH, ACROSS, DOWN, MARGIN = 190.0, 40.0, 46.0, 36.0, 8.0
 MOVES = ("to", "_to_copy", "reshape", "contiguous", "clone", "movedim", "transpose", "flatten", "squeeze", "unsqueeze")
+LONGEST = 26
+"""Letters of a box's title."""
 MOST = 140
 """Boxes that are drawn; a larger block is not."""
 
@@ -74,17 +77,20 @@ def boxes_of(program: Program, block: str) -> list[Box]:
     for node in nodes:
         for user in node.users:
             if user in group and group[user] != group[node]:
-                box[group[node]].after[box[group[user]]] = layout_words(node)
+                after, other = box[group[node]].after, box[group[user]]
+                after[other] = layout_words(node) or after.get(other, "")
     made = list(box.values())
+    _tell_apart(made)
     entering = {n: [u for u in n.users if u in group] for n in activations if n not in group}
     for node, users in entering.items():
         if users:
-            start = Box("from before", layout_words(node), source_line(node), "plain", [node])
+            line = source_line(node)
+            start = Box("from before", line.partition("  ")[0], line, "plain", [node])
             start.after = {box[group[u]]: layout_words(node) for u in users}
             made.insert(0, start)
     leaving = [n for n in nodes if any(u not in group for u in n.users)]
     if leaving:
-        end = Box("to what follows", layout_words(leaving[-1]), "", "plain", [])
+        end = Box("to what follows", "", "", "plain", [])
         for node in leaving:
             box[group[node]].after[end] = layout_words(node)
         made.append(end)
@@ -183,10 +189,46 @@ def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "_opname", "") or getattr(node.target, "__name__", node.target))
 
 
+def _tell_apart(boxes: list[Box]) -> None:
+    """Parts of one module are called by what they compute, too."""
+    plain = Counter(box.title for box in boxes if box.colour == "plain")
+    for box in boxes:
+        (computes, _, _), name = box.text.partition("\n"), box.title.rpartition(".")[2]
+        if box.colour == "plain" and plain[box.title] > 1 and box.title != computes and len(name) < LONGEST - 4:
+            box.title = f"{name}: {computes}"
+
+
 def layout_words(node: fx.Node) -> str:
-    """A value's layout: "batch/dp · seq/tp · hidden"; "" where it has none."""
-    text = if_local(node).layout_text
-    return " · ".join(str(dim) for dim in dims_of_layout(text)) if text else ""
+    """A value's layout: "batch/dp · seq/tp · hidden", with ", sums over tp" where each rank has a part of a sum; "" where it has
+    none. Of what is gathered it follows from the parts, of the parts of a sum from the sum."""
+    dims, missing = _dims(node)
+    return " · ".join(map(str, dims)) + (f", sums over {'+'.join(missing)}" if missing and dims else "")
+
+
+def _dims(node: fx.Node) -> tuple[list[DimWords], Axes]:
+    """The dims of a value, and the axes along which each rank has a part of a sum."""
+    text, made = if_local(node).layout_text, typed(node)
+    if text:
+        return dims_of_layout(text), ()
+    if made is not None and made.gathers:
+        return _without(_dims(made.value)[0], made.axes), ()
+    if made is None and len(node.all_input_nodes) == 1 and _rearranges(node):
+        found = _dims(node.all_input_nodes[0])
+        if found[0]:
+            return found
+    if made is not None:  # it is added to what lies alike
+        return next((dims_of_layout(if_local(u).layout_text) for u in node.users if if_local(u).layout_text), []), ()
+    users = list(node.users)
+    while len(users) == 1 and _rearranges(users[0]):
+        users = list(users[0].users)
+    sums = typed(users[0]) if users else None
+    if sums is not None and sums.forward.comm in ("all_reduce", "reduce_scatter"):
+        return _without(_dims(users[0])[0], sums.axes), sums.axes
+    return [], ()
+
+
+def _without(dims: list[DimWords], axes: Axes) -> list[DimWords]:
+    return [DimWords(dim.name, tuple(a for a in dim.axes if a not in axes)) for dim in dims]
 
 
 # ---- drawing ----
@@ -229,7 +271,7 @@ def _drawing(boxes: list[Box]) -> str:
     _arrange(rows)
     right = max(p.x + p.width / 2 for row in rows for p in row)
     height = len(rows) * (HIGH + DOWN) - DOWN + 2 * MARGIN
-    parts = [_edge(chain) for chain, _ in paths]
+    parts, layouts = [_edge(chain) for chain, _ in paths], []
     for box in order:
         labels = Counter(layout for layout in box.after.values() if layout)
         x, y = place[box].x, _top(box.level)
@@ -237,14 +279,14 @@ def _drawing(boxes: list[Box]) -> str:
             tag(
                 "g",
                 tag("rect", class_=f"box {box.colour}", x=x - WIDE / 2, y=y, width=WIDE, height=HIGH, rx=6),
-                tag("text", words(_cut(box.title, 26)), x=x, y=y + 17, class_="title"),
+                tag("text", words(_cut(box.title, LONGEST)), x=x, y=y + (17 if box.line else 24), class_="title"),
                 tag("text", words(_cut(box.line, 31)), x=x, y=y + 31, class_="line"),
                 data_t=f"{box.title}\n{box.text}",
             )
         )
         for i, layout in enumerate(labels):
-            parts.append(tag("text", words(layout), x=x + 7, y=y + HIGH + 13 + 11 * i, class_="layout"))
-    return drawing(right + MARGIN + 80, height, *parts, label="the graph of a block")
+            layouts.append(tag("text", words(layout), x=x + 7, y=y + HIGH + 13 + 11 * i, class_="layout"))
+    return drawing(right + MARGIN + 80, height, *parts, *layouts, label="the graph of a block")
 
 
 def _cut(text: str, most: int) -> str:

@@ -9,18 +9,23 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxpar.cost.clusters import Cluster
-from fxpar.cost.stages import operator_seconds
+from fxpar.cost.stages import OperatorTimes
 from fxpar.ops.collectives import typed
 from fxpar.passes.partition.phases import beside_computation, once_a_step
 from fxpar.program import Program, block_path, module_path, user_line
 from fxpar.report.html.svg import bar, drawing, legend, tag, words
-from fxpar.report.traffic import gathered_again, returned_bytes, strategy_of
+from fxpar.report.traffic import gathered_again, returned_bytes, sent_around, strategy_of
 from fxpar.report.words import seconds, short, size
 from fxpar.sharding.facts import local_value
+from fxpar.sharding.mesh import Axes
 
 COMPUTE = "compute"
 LEFT, RIGHT, ROW, BAR, TOP, WIDTH = 78.0, 12.0, 30.0, 20.0, 24.0, 1080.0
 COLOURS = {"compute": "c0", "tp": "c1", "cp": "c2", "ep": "c3", "zero": "c4", "dp": "c5"}
+
+
+Rings = dict[fx.Node, tuple[Axes, tuple[int, int], tuple[float, float]]]
+"""Ring attention -> the axes that its keys and values go round, and the bytes and seconds of that, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,16 @@ class Event:
 
 def events(program: Program, cluster: Cluster) -> tuple[list[Event], list[Event]]:
     """Those of the forward, and of the backward, each from 0 on."""
-    times, again = operator_seconds(cluster, program), gathered_again(program)
+    clock, again = OperatorTimes(cluster, program), gathered_again(program)
+    times = {node: clock.seconds(node) for node in clock.costs}
+    rings = {node: (axes, (there, back), clock.travels(node)) for node, axes, there, back in sent_around(program)}
     once, beside = once_a_step(program), beside_computation(program)
     nodes = [n for n in program.graph.nodes if n in times]
     ahead = _Lanes(program)
     for node in nodes:
         if node not in once[0]:
             ahead.add(node, times[node][0], node in beside[0], "forward")
+            ahead.round(node, rings, 0, times[node][0])
     back = _Lanes(program)
     if program.training:
         for node in reversed(nodes):
@@ -51,6 +59,7 @@ def events(program: Program, cluster: Cluster) -> tuple[list[Event], list[Event]
                 back.add(node, times[node][0], node in beside[0], "forward", "gathered again: ")
             if node not in once[1]:
                 back.add(node, times[node][1], node in beside[1], "backward", late=True)
+                back.round(node, rings, 1, times[node][1])
     return ahead.events, back.events
 
 
@@ -96,6 +105,16 @@ class _Lanes:
         line = source_line(node)
         self.events.append(Event(lane, start, start + takes, f"{text}\n{line}" if line else text, block, where))
 
+    def round(self, node: fx.Node, rings: Rings, phase: int, takes: float) -> None:
+        """Of ring attention, which was just added and takes so long: its keys and values travel meanwhile."""
+        if node not in rings or takes <= 0:
+            return
+        axes, moved, travels = rings[node]
+        end, where, line = self.now - takes + min(takes, travels[phase]), module_path(node), source_line(node)
+        text = f"keys and values go round over {'+'.join(axes)} for {where or 'the model'}: "
+        text += f"{size(moved[phase])}, {seconds(travels[phase])}"
+        self.events.append(Event("cp", self.now - takes, end, f"{text}\n{line}" if line else text, block_path(node), where))
+
 
 def source_line(node: fx.Node) -> str:
     """The user's line that made a value, without the folders that lead to its file."""
@@ -120,7 +139,7 @@ def drawn(program: Program, cluster: Cluster) -> str:
         tag("div", _drawing(_joined(both, "block"), lanes, 0.0, total, marks), class_="wide"),
     ]
     blocks = list(dict.fromkeys(e.block for e in forward if e.block))
-    if len(blocks) > 1:
+    if blocks:
         middle = blocks[len(blocks) // 2]
         for name, phase in (("forward", forward), ("backward", shifted)):
             mine = [e for e in phase if e.block == middle]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fxpar.report.html.svg import table, tag, words
 from fxpar.report.text import ranges
-from fxpar.report.words import dims_of_layout, plural, size
+from fxpar.report.words import dims_of_layout, many, plural, size
 
 if TYPE_CHECKING:
     from fxpar.report.report import ParameterRow, Report
@@ -31,7 +31,7 @@ def _fold(report: Report, part: str, rows: list[tuple[str, int, ParameterRow]]) 
     held, most = sum(count * row.local_bytes for _, count, row in rows), max(count for _, count, _ in rows)
     numbers = sum(count * math.prod(row.shape) for _, count, row in rows)
     about = [plural(most, "equal layer")] if part.endswith("*") and most > 1 else []
-    about += [f"{numbers / 1e6:,.2f} M parameters", f"{size(held)} on a rank"]
+    about += [f"{many(numbers)} parameters", f"{size(held)} on a rank"]
     head = tag("summary", tag("b", words(part or "the model")), tag("span", words(", ".join(about)), class_="note"))
     stages = report.pipeline is not None
     body = table(

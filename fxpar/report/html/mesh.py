@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from fxpar.report.html.svg import drawing, table, tag, words
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 MOST = 1024
 """Ranks that are drawn; of more, the first."""
-CELL, GAP, HEAD = 17.0, 3.0, 9.0
+CELL, GAP, LETTERS = 17.0, 3.0, 6.5
+"""Of a drawing of few ranks; LETTERS: the height of what is written, which grows with the number of ranks."""
+ROOM, SHOWN = 220.0, 440.0
+"""How wide the drawing of few ranks may be, and to how much it is drawn larger."""
 MEANS = {
     "dp": "other rows of the batch",
     "cp": "other parts of every sequence",
@@ -39,8 +43,10 @@ def picture(report: Report) -> str:
     for name, count in reversed(axes):
         strides[name] = (stride, count)
         stride *= count
-    width, height, parts = _box(shown, 0, strides)
-    scale = min(2.2, max(1.0, 400 / width))
+    room = max(ROOM, 1.3 * math.sqrt(left) * (CELL + GAP))
+    letters = LETTERS * max(1.0, _box(shown, 0, strides, room, LETTERS)[0] / SHOWN * 1.6)
+    width, height, parts = _box(shown, 0, strides, room, letters)
+    scale = min(2.2, max(1.0, SHOWN / width))
     inner = tag("g", *parts, transform=f"translate(1 1) scale({scale:.3f})")
     made = drawing(width * scale + 2, height * scale + 2, inner, label=f"{report.plan.world_size} ranks")
     buttons = "".join(
@@ -48,7 +54,12 @@ def picture(report: Report) -> str:
         for name, count in axes
     )
     more = f" The first {left:,} of {report.plan.world_size:,} ranks are drawn." if left < report.plan.world_size else ""
-    said = "Ranks of one colour are one group along the axis that is chosen: they communicate with each other." if axes else ""
+    said = (
+        "Ranks of one colour are one group along the axis that is chosen: they communicate with each other. The pointer on a "
+        "rank picks its group out."
+        if axes
+        else ""
+    )
     return tag(
         "div",
         tag("div", buttons, class_="axes"),
@@ -57,22 +68,24 @@ def picture(report: Report) -> str:
     )
 
 
-def _box(axes: list[tuple[str, int]], first: int, strides: dict[str, tuple[int, int]]) -> tuple[float, float, list[str]]:
-    """(width, height, markup) of the ranks from `first` on that lie along these axes."""
+def _box(axes: list[tuple[str, int]], first: int, strides: dict[str, tuple[int, int]], room: float, letters: float
+         ) -> tuple[float, float, list[str]]:
+    """(width, height, markup) of the ranks from `first` on that lie along these axes: along every other axis beside each other,
+    as many as there is room for, else below each other."""
     if not axes:
         number = tag("text", str(first), x=CELL / 2, y=CELL / 2 + 3, class_="rank") if first < 1000 else ""
         return CELL, CELL, [tag("g", tag("rect", width=CELL, height=CELL, rx=3), number, class_="cell", data_rank=first)]
     (name, count), rest = axes[0], axes[1:]
-    across, parts, x, y, w, h = len(rest) % 2 == 0, [], 0.0, 0.0, 0.0, 0.0
-    gap = GAP * (1 + len(rest))
-    for i in range(count):
-        width, height, inner = _box(rest, first + i * strides[name][0], strides)
-        head = HEAD if rest and not (len(rest) == 1 and count > 8) else 0.0
-        label = tag("text", words(f"{name} {i}"), x=0, y=6.5, class_="tick") if head else ""
+    boxes = [_box(rest, first + i * strides[name][0], strides, room, letters) for i in range(count)]
+    gap, (width, height, _) = GAP * (1 + len(rest)), boxes[0]
+    fit = 2 ** int(math.log2(max(1.0, (room + gap) // (width + gap)))) if len(rest) % 2 == 0 else 1
+    head, parts = 1.4 * letters if rest and not (len(rest) == 1 and count > 8) else 0.0, []
+    for i, (_, _, inner) in enumerate(boxes):
+        x, y = i % fit * (width + gap), i // fit * (height + head + gap)
+        label = tag("text", words(f"{name} {i}"), x=0, y=letters, class_="tick", style=f"font-size:{letters:g}px") if head else ""
         parts.append(tag("g", label, tag("g", *inner, transform=f"translate(0 {head:g})"), transform=f"translate({x:g} {y:g})"))
-        w, h = max(w, x + width), max(h, y + height + head)
-        x, y = (x + width + gap, y) if across else (x, y + height + head + gap)
-    return w, h, parts
+    beside, below = min(fit, count), -(-count // fit)
+    return beside * (width + gap) - gap, below * (height + head + gap) - gap, parts
 
 
 def axes_table(report: Report) -> str:

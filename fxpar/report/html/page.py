@@ -13,7 +13,7 @@ from fxpar.progress import stage as told
 from fxpar.report.data import known_peak, known_verdict
 from fxpar.report.html import block, lanes, layers, memory, mesh, pipeline
 from fxpar.report.html.svg import table, tag, words
-from fxpar.report.words import plural, seconds, size
+from fxpar.report.words import many, mesh_words, plural, seconds, size
 
 if TYPE_CHECKING:
     from fxpar.cost.stages import StepTime
@@ -103,7 +103,7 @@ def _device(report: Report) -> int:
 
 
 def _cards(report: Report, peak: Peak | str, made: StepTime | str) -> str:
-    cards = [(plural(report.plan.world_size, "rank"), f"mesh {report.mesh}")]
+    cards = [(plural(report.plan.world_size, "rank"), f"mesh {mesh_words(report.mesh, report.plan.pp)}")]
     if not isinstance(peak, str):
         cards.append((size(peak.bytes), f"peak memory of a rank, of {size(_device(report))}"))
     if not isinstance(made, str):
@@ -208,7 +208,7 @@ def _passes(report: Report, made: StepTime | str) -> str:
     once = " What runs once a step (parameters gathered, gradients summed) is left out." if report.plan.microbatches > 1 else ""
     said = (
         f"{of}, by the cost model for {made.cluster.name}. What is communicated for activations is waited for; parameters and "
-        f"their gradients travel beside computation.{once}"
+        f"their gradients, and the keys and values of ring attention, travel beside computation.{once}"
     )
     return tag("p", words(said), class_="note") + lanes.drawn(program, _on(report))
 
@@ -222,7 +222,7 @@ def _pipeline(report: Report, made: StepTime | str) -> str:
             words(s.rank),
             words(s.first or "the model"),
             words(s.last or "the model"),
-            words(f"{s.parameters / 1e6:,.1f} M"),
+            words(many(s.parameters)),
             words(size(s.bytes)),
             words(f"{s.share:.1%}"),
             words(size(s.sent)),
