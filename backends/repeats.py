@@ -481,11 +481,12 @@ def _names(members: dict[int, fx.Node]) -> Iterator[tuple[int, str, dict[str, tu
         if not first or not last or len(first) != len(last):
             continue
         for q in members:
-            yield q, key, {k: (_between(a[0], b[0], q - low, high - low), *a[1:])
+            yield q, key, {k: (between(a[0], b[0], q - low, high - low), *a[1:])
                            for (k, a), b in zip(first.items(), last.values(), strict=True)}
 
 
-def _between(a: str, b: str, step: int, steps: int) -> str:
+def between(a: str, b: str, step: int, steps: int) -> str:
+    """The path that is `step` of `steps` on the way from one to another, which differs from it in numbers."""
     parts, ends = a.split("."), b.split(".")
     if len(parts) != len(ends):
         return a

@@ -212,9 +212,10 @@ def module_path(node: fx.Node, key: str = "nn_module_stack") -> str:
     return re.sub(r"^L__self___?|^L\['self'\]\.?", "", path)
 
 
-def block_path(node: fx.Node) -> str:
-    """The outermost member of a list of modules that made this value ("model.layers.0"), "" outside of all of them."""
-    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", module_path(node))
+def block_path(node: fx.Node, key: str = "nn_module_stack") -> str:
+    """The outermost member of a list of modules that made this value ("model.layers.0"), "" outside of all of them. key: see
+    `module_path`."""
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", module_path(node, key))
     return found[0] if found else ""
 
 

@@ -17,6 +17,7 @@ from fxpar.backends.inductor import kept
 from fxpar.backends.remat import BLOCK, UNSHARD
 from fxpar.compat import stages
 from fxpar.plan import Plan
+from fxpar.program import block_path
 
 KEPT, WORTH, STEADY = 5, 10, 3
 """Of a run of equal blocks: how many are traced, and once more with one block more; how many more than `KEPT` there have to be
@@ -231,10 +232,19 @@ def lengthen(traced: TracedInPart, missing: int
         graphs[0].graph.output_node().args = ((*results, *(kept[n] for n in places)),)
     for module in graphs:
         module.graph.lint()
+        _number(module.graph)
         with compat.no_modes():
             _own_values(module.graph, bases, {*copies.values()})
     traced.inputs = [fills[n] for n in graphs[0].graph.find_nodes(op="placeholder")]
     return forward, backward, copies
+
+
+def _number(graph: fx.Graph) -> None:
+    """Have the nodes of a longer graph be in the blocks whose modules they are of, which `repeats` has numbered."""
+    for node in graph.nodes:
+        if _label(node):
+            made_in = next((b for key in repeats.STACKS if (b := block_path(node, key))), _label(node))
+            node.meta["custom"] = {**node.meta["custom"], BLOCK: made_in}
 
 
 Bases = list[int | None]

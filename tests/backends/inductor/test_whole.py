@@ -29,6 +29,7 @@ from fxpar.backends import repeats
 from fxpar.backends.inductor import brief, few, whole
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.lowered import Lowered
+from fxpar.backends.remat import BLOCK
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.ops.runtime import use_runtime
 from fxpar.sharding.facts import sharding_at
@@ -141,7 +142,13 @@ def assert_same(mine, theirs) -> None:
 
 
 def graphs_of(model: nn.Module, plan: str, batch) -> tuple[list, list]:
-    """The forward and backward graphs of rank 0 from few blocks, and those of a trace of all, as texts."""
+    """`whole_graphs` as texts."""
+    mine, theirs = whole_graphs(model, plan, batch)
+    return _texts(mine) if mine else [], _texts(theirs)
+
+
+def whole_graphs(model: nn.Module, plan: str, batch) -> tuple[list, list]:
+    """The forward and backward graphs of rank 0 from few blocks, and those of a trace of all."""
     simulation = fxpar.simulate(model, plan, batch, lowered=True)
     ranks = Lowered(simulation.program.mesh, simulation.plan)
     named = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -157,7 +164,7 @@ def graphs_of(model: nn.Module, plan: str, batch) -> tuple[list, list]:
         with compat.faked(taken) as fakes:
             theirs = compat.lowered_graphs(plain, fakes, config)
     mine = [g for w in found for g in (w.forward, w.backward) if g is not None]
-    return _texts(mine) if mine else [], _texts(theirs)
+    return mine, theirs
 
 
 def _local(x, source, node, mesh):
@@ -197,6 +204,18 @@ def test_graphs_from_few_blocks_are_those_of_all(count, block, plan):
 def test_a_trace_of_few_blocks_is_enough(plan):
     mine, theirs = graphs_of(Stack(), plan, (X,))
     assert mine and mine == theirs
+
+
+def test_operators_know_their_blocks():
+    """By the marks that passes and profiles read, and by their modules."""
+    mine, theirs = ([[n for n in g.graph.nodes if n.op == "call_function"] for g in graphs]
+                    for graphs in whole_graphs(Stack(), "dp=2,zero=3", (X,)))
+    for made, wanted in zip(mine, theirs, strict=True):
+        for key in ("nn_module_stack", "fwd_nn_module_stack"):
+            assert [[path for path, *_ in n.meta.get(key, {}).values()] for n in made] == \
+                [[path for path, *_ in n.meta.get(key, {}).values()] for n in wanted]
+        assert [n.meta.get("custom", {}).get(BLOCK) for n in made] == [n.meta.get("custom", {}).get(BLOCK) for n in wanted]
+    assert "blocks.6" in [n.meta.get("custom", {}).get(BLOCK) for n in mine[0]]
 
 
 @pytest.mark.parametrize("plan", ["dp=2,zero=3", pytest.param("tp=2", marks=pytest.mark.slow)])
