@@ -17,7 +17,7 @@ from torch import fx
 from fxpar import compat
 from fxpar.backends.remat import block_of
 from fxpar.ops.exchange import ROWS
-from fxpar.ops.vocabulary import WAIT
+from fxpar.ops.vocabulary import WAITS
 
 
 def overlap_communication(graph: fx.Graph) -> None:
@@ -32,7 +32,7 @@ def overlap_communication(graph: fx.Graph) -> None:
     nodes = _beside_exchanges(graph)
     late: set[fx.Node] = set()
     for node in nodes:
-        if node.target is WAIT or (_rearranges(node) and set(node.all_input_nodes) & late):
+        if node.target in WAITS or (_rearranges(node) and set(node.all_input_nodes) & late):
             late.add(node)
     placed: dict[fx.Node, None] = {}
     for node in nodes:

@@ -24,10 +24,13 @@ class Transport:
     """Which process group moves the parameters and gradients of each group; what graph passes ask.
 
     copy_groups: name of a group -> the name of the group over the same ranks whose collectives are copies by copy engines (see
-    `fxpar.backends.transport.copies`). A group that has none moves everything itself.
+    `fxpar.backends.transport.copies`). A group that has none moves everything itself. places: name of a group over which
+    activations are gathered and scattered in parts, beside products (see `fxpar.backends.inductor.tp_overlap`) -> this rank's
+    number in it.
     """
 
     copy_groups: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, int] = field(default_factory=dict)
 
     def copies(self, group: str) -> bool:
         """Whether copy engines gather parameters and scatter gradients over this group."""

@@ -407,6 +407,19 @@ def lower_as_collective(operator: Any) -> None:
         return ir.TensorBox.create(started)
 
 
+@functools.cache
+def lower_as_wait(operator: Any) -> None:
+    """Have Inductor take an operator of one operand, which returns it, for a wait: the operand is another value from then on, and
+    what the collective that made it reads is kept until then."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lower(started: Any) -> Any:
+        ir._WaitKernel.create_wait(operator, started)
+        return started
+
+
 def in_backward(node: fx.Node) -> bool:
     """Whether a node of a joint graph was traced in its backward pass."""
     return node.meta.get("partitioner_tag") == "is_backward"

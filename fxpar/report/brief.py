@@ -15,6 +15,7 @@ from fxpar import compat
 from fxpar.backends import repeats
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.remat import BLOCK, UNSHARD
+from fxpar.backends.transport.base import NCCL, Transport
 from fxpar.compat import stages
 from fxpar.plan import Plan
 from fxpar.report import kept
@@ -78,7 +79,8 @@ def _is_tangent(node: fx.Node) -> bool:
     return node.name.startswith("tangents")
 
 
-def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan) -> tuple[list[fx.Graph], list[Input]] | None:
+def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan,
+            transport: Transport = NCCL) -> tuple[list[fx.Graph], list[Input]] | None:
     """What `memory.trace` gives, of a program (it is spoilt) of which few of many equal blocks are traced.
 
     Proved, by operators and their connections: that the blocks are equal; that their traces are, in the middle; that the trace of
@@ -92,7 +94,7 @@ def lowered(plain: fx.GraphModule, taken: list[Input], plan: Plan) -> tuple[list
     run = _run(plain, taken, KEPT + WORTH)
     if run is None:
         return None
-    missing, settings = run.count - KEPT - 1, inductor.settings(plan, as_on_gpu=True)
+    missing, settings = run.count - KEPT - 1, inductor.settings(plan, transport, as_on_gpu=True)
     try:
         repeats.check_names(run)
         inputs = _shortened(plain, taken, run, missing)

@@ -23,7 +23,7 @@ from fxpar import compat
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.liveness import Buffer, Kernel, Lowering, size_of, timeline
 from fxpar.backends.trace import tensor_inputs_only
-from fxpar.backends.transport.runtime import FunctionalRuntime
+from fxpar.backends.transport.runtime import FunctionalRuntime, beside_products
 from fxpar.ops.runtime import use_runtime
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
@@ -223,7 +223,9 @@ def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[
     """
     inputs: list[Input | None] = [*_inputs(program).values()]
     module, plan = program.module, program.plan
-    with use_runtime(_Shapes(program.mesh)), compat.memory_budget(plan.memory_budget):
+    shapes = _Shapes(program.mesh)
+    transport = beside_products(shapes, program.mesh, plan)
+    with use_runtime(shapes), compat.memory_budget(plan.memory_budget):
         if program.training and plan.microbatches > 1:
             module, more = _last_microbatch(program, [i.value for i in inputs if i is not None and i.part == "parameters"])
             inputs += more
@@ -231,10 +233,10 @@ def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[
         taken = [i for i in inputs if i is not None]
         with torch.set_grad_enabled(program.training):
             if briefly:
-                made = brief.lowered(_plain(module, values), taken, plan)
+                made = brief.lowered(_plain(module, values), taken, plan, transport)
                 if made is not None:
                     return made
-            settings = inductor.settings(plan, as_on_gpu=True)
+            settings = inductor.settings(plan, transport, as_on_gpu=True)
             lowered = compat.lowered_graphs(_plain(module, values), [i.value for i in taken], settings)
     return [m.graph for m in lowered], taken
 
