@@ -106,13 +106,12 @@ def _products_of_parts(graph: fx.Graph, gather: fx.Node, wait: fx.Node, ring: _R
     for lower, target in ((compat.lower_as_collective, GATHER_PARTS), (compat.lower_as_wait, NEXT_PART),
                           (compat.lower_as_concatenation, WRITTEN)):
         lower(target)
-    own, value = gather.all_input_nodes[0], wait.meta["val"]
-    parts.made[wait, ring.rank] = own
-    rows: dict[fx.Node, dict[int, fx.Node]] = {n: {ring.rank: parts.of(n, ring.rank, 0)} for n in products}
+    value, rows = wait.meta["val"], {n: {} for n in products}
     with graph.inserting_before(gather):
-        whole = _node(graph, gather, value, GATHER_PARTS, own, ring.ranks, ring.group)
-    for rank in arrivals(ring.rank, ring.ranks):
-        whole = _node(graph, wait, value, NEXT_PART, whole)
+        whole = _node(graph, gather, value, GATHER_PARTS, gather.args[0], ring.ranks, ring.group)
+    for rank in (ring.rank, *arrivals(ring.rank, ring.ranks)):
+        if rank != ring.rank:
+            whole = _node(graph, wait, value, NEXT_PART, whole)
         parts.made[wait, rank] = parts.slice_of(whole, 0, rank)
         for product in products:
             rows[product][rank] = parts.of(product, rank, 0)

@@ -397,13 +397,15 @@ def lower_as_concatenation(operator: Any) -> None:
 
 @functools.cache
 def lower_as_collective(operator: Any) -> None:
-    """Have Inductor keep the first operand of an operator, which starts a collective, until its result is waited for."""
+    """Have Inductor keep the first operand of an operator, which starts a collective, until its result is waited for, and make
+    that operand contiguous where it is computed."""
     from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
 
     @register_lowering(operator, type_promotion_kind=None)
-    def lower(*args: Any) -> Any:
-        started: Any = ir._CollectiveKernel.create_out_of_place(operator, *args)
+    def lower(first: Any, *args: Any) -> Any:
+        first = ir.ExternKernel.require_contiguous(first)
+        started: Any = ir._CollectiveKernel.create_out_of_place(operator, first, *args)
         return ir.TensorBox.create(started)
 
 
