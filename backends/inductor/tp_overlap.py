@@ -59,7 +59,7 @@ def overlap_tensor_parallel(graph: fx.Graph, transport: Transport = NCCL) -> Non
     for node in list(graph.nodes):
         if node.target not in (GATHER, SCATTER) or node.args[-1] not in transport.places or not _is_waited_for(node):
             continue
-        ring = _Ring(int(node.args[-2]), transport.places[node.args[-1]], transport.group(node.args[-1]))
+        ring = _Ring(int(node.args[-2]), transport.places[node.args[-1]], transport.part_group(node.args[-1]))
         if node.target is GATHER and UNSHARD not in node.meta.get("custom", {}):
             _split_gather(graph, node, ring)
         elif node.target is SCATTER and node.args[1] == "sum" and not leaves_graph(node):
