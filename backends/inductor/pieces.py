@@ -282,7 +282,8 @@ class _Cut:
     def _check_writes(self, bounds: list[int], forms: list[_Form]) -> None:
         """Raise `Uncuttable` if a piece writes to memory that it is given twice: Inductor takes what it is given for apart."""
         for form, a, b in zip(forms, bounds, bounds[1:], strict=False):
-            written = {self.memory[r] for n in self.nodes[a:b] if compat.mutates(n.target) for r in n.all_input_nodes}
+            written = {self.memory[r] for n in self.nodes[a:b]
+                       if compat.mutates(n.target) and n.target not in WAITS for r in n.all_input_nodes}
             given = Counter(self.memory[n] for n in form.takes)
             if any(given[m] > 1 for m in written):
                 raise Uncuttable

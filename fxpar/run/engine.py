@@ -436,9 +436,9 @@ class Engine:
         return schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=plan.microbatches,
                         unshard=plan.dp * plan.cp > 1)
 
-    def overlap_told(self) -> str | None:
+    def overlap_told(self, program: Program) -> str | None:
         """See `fxpar.run.transport.overlap_told`."""
-        return overlap_told(self.plan, self._backend is not eager, self.store.runtime.transport)
+        return overlap_told(self.plan, self._backend is not eager, self.store.runtime.transport, program)
 
     # ---- outputs ----
 

@@ -34,7 +34,7 @@ def choose_transport(store: ParameterStore, plan: Plan, wanted: str, program: Pr
     return chosen
 
 
-def overlap_told(plan: Plan, compiled: bool, transport: Transport) -> str | None:
+def overlap_told(plan: Plan, compiled: bool, transport: Transport, program: Program) -> str | None:
     """Whether what tensor parallelism gathers and scatters is hidden behind products, by what, and why not; None under a plan that
     has no tensor parallelism and asks for nothing."""
     if plan.tp == 1:
@@ -45,6 +45,8 @@ def overlap_told(plan: Plan, compiled: bool, transport: Transport) -> str | None
         return "off: without sequence_parallel activations are summed, and neither gathered nor scattered"
     if not plan.overlaps_tp:
         return 'off: "auto" turns it on where it was measured faster, so far nowhere'
+    if not largest_part(program):
+        return "off: nothing of this model is gathered or scattered along tp"
     if not compiled:
         return "off: the eager backend runs one operator after the other"
     return f"on: parts go by {'copy engines' if transport.part_groups else 'the process group'}"
