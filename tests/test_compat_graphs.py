@@ -363,3 +363,34 @@ def test_the_operand_of_a_collective_is_kept_until_it_has_arrived():
     graph = fx.symbolic_trace(lambda x: (WAIT(ROWS(x * 2, splits, numbers, numbers, False, LONE)) + 1,))
     x = torch.tensor([[1.0], [5.0]])
     torch.testing.assert_close(compat.compile_graph(graph, [x])(x)[0], torch.full((2, 1), 3.0))
+
+
+@pytest.mark.slow
+def test_parts_of_a_collective_are_waited_for_one_by_one():
+    """`compat.lower_as_wait`: of each wait the operand is another value, and what the collective reads is kept until the last."""
+    from fxpar.backends.inductor.products import WRITTEN
+    from fxpar.backends.transport.threads import Threads
+    from fxpar.ops.parts import GATHER_PARTS, NEXT_PART
+    from fxpar.sharding.mesh import Mesh
+
+    compat.lower_as_collective(GATHER_PARTS)
+    compat.lower_as_wait(NEXT_PART)
+    compat.lower_as_concatenation(WRITTEN)
+    threads = Threads(Mesh(("a",), (3,)))
+    name, weight = threads.name(("a",)), torch.randn(4, 2)
+
+    def gathered(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = GATHER_PARTS(x * 2, 3, name)
+        first = NEXT_PART(made)
+        one = first[2:4] @ weight
+        whole = NEXT_PART(first)
+        return WRITTEN([made[0:2] @ weight, one, whole[4:6] @ weight], 0), whole + 1
+
+    xs = [torch.randn(2, 4) for _ in range(3)]
+    module = fx.symbolic_trace(gathered)
+    with torch.no_grad():
+        run = compat.compile_graph(module, [xs[0]])
+        found = threads.run(lambda rank: run(xs[rank]))[0]  # parts come to rank 0 in the order of ranks
+    want = 2 * torch.cat(xs)
+    torch.testing.assert_close(found[0], want @ weight)
+    torch.testing.assert_close(found[1], want + 1)
