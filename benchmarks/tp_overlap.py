@@ -96,7 +96,8 @@ def main():
         row = found[name]
         first = found[args.variants[0]]["losses"]
         apart[name] = max(abs(a - b) / abs(b) for a, b in zip(row["losses"], first, strict=True))
-        line = dict(variant=name, plan=str(args.plan), step_ms=round(bench.slowest(statistics.median(row["seconds"]), device) * 1e3, 3),
+        median = bench.slowest(statistics.median(row["seconds"]), device)
+        line = dict(variant=name, plan=str(args.plan), step_ms=round(median * 1e3, 3),
                     step_ms_min=round(min(row["seconds"]) * 1e3, 3), step_ms_max=round(max(row["seconds"]) * 1e3, 3),
                     held_gib=round(bench.slowest(row["held"], device) / 2**30, 3), loss=row["losses"][-1],
                     losses_apart=apart[name], told=module.report().tp_comm_overlap,

@@ -68,8 +68,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back by the GPU, which
     no longer waits for its host: "auto" (of one rank, where it did wait, and recordings take no more memory), True (of several
     ranks, too, with their communication) or False; what cannot be recorded runs as ever, and the report says why.
-    tp_comm_overlap: whether compiled programs hide what tensor parallelism gathers and scatters behind the products beside it, part
-    by part: True, False, or "auto": as the plan says; where it says nothing, on where it was measured faster, so far nowhere.
+    tp_comm_overlap: whether compiled programs hide what tensor parallelism gathers and scatters behind the products beside it,
+    part by part: True, False, or "auto": as the plan says; if it says nothing, on where it was measured faster, so far nowhere.
     `module.report().tp_comm_overlap` says whether, and why not.
     timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
     that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in

@@ -40,8 +40,8 @@ GraphPass = tuple[ModuleType, functools.partial[None]]
 def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = False, by_block: bool = False) -> list[GraphPass]:
     """The passes over the forward and over the backward graph, in order.
 
-    transport: by which parameters and gradients go, and where activations go beside products. as_on_gpu: for graphs that are not run by Inductor. by_block: buckets end
-    with blocks.
+    transport: by which parameters and gradients go, and where activations go beside products. as_on_gpu: for graphs that are not
+    run by Inductor. by_block: buckets end with blocks.
     """
     bind = functools.partial
     more: dict[str, Any] = {"transport": transport} | ({"by_block": True} if by_block else {})

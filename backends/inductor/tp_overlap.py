@@ -36,7 +36,7 @@ from fxpar.ops.parts import GATHER_PARTS, NEXT_PART, arrivals, shift_splits
 from fxpar.ops.vocabulary import GATHER, RESHAPES, SCATTER, WAIT, is_view
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
-LEFT = {aten.mm.default: 0, aten.mm.dtype: 0, aten.addmm.default: 1}
+LEFT: dict[Any, int] = {aten.mm.default: 0, aten.mm.dtype: 0, aten.addmm.default: 1}
 """Products of matrices, and which of their operands has the rows."""
 ADD, CLONE, SLICE = aten.add.Tensor, aten.clone.default, aten.slice.Tensor
 EXCHANGE = c10d.all_to_all_single.default
@@ -48,10 +48,10 @@ def overlap_tensor_parallel(graph: fx.Graph, transport: Transport = NCCL) -> Non
     """Compute products in parts beside the gathers and scatters of activations, in place.
 
     Takes: a functional graph with its values in ``meta["val"]``, before its operators are put into their final order. Afterwards:
-    of a gather along dim 0 over a group that the `transport` has a place in, each product that takes the gathered rows as its left
-    operand (views, and operators on each element, may stand between) is one product for each rank's part, concatenated; those of
-    one part stand together, behind its arrival; whatever else reads what was gathered reads it once all has arrived. Of a
-    scatter along dim 0 whose operand is a product, or is made of products by such operators, each rank's part is computed by
+    of a gather along dim 0 over a group that the `transport` has a place in, each product that takes the gathered rows as its
+    left operand (views, and operators on each element, may stand between) is one product for each rank's part, concatenated;
+    those of one part stand together, behind its arrival; whatever else reads what was gathered reads it once all has arrived. Of
+    a scatter along dim 0 whose operand is a product, or is made of products by such operators, each rank's part is computed by
     itself and sent to it, and what arrives is added up in the order of the ranks. Products of the same left operands that the
     scattered sum does not need (the gradients of weights) come before what waits for it. Gathers of parameters, sums that only
     leave the graph, products of other blocks and whatever has another order of rows stay as they are.
@@ -59,7 +59,7 @@ def overlap_tensor_parallel(graph: fx.Graph, transport: Transport = NCCL) -> Non
     for node in list(graph.nodes):
         if node.target not in (GATHER, SCATTER) or node.args[-1] not in transport.places or not _is_waited_for(node):
             continue
-        ring = _Ring(int(node.args[-2]), transport.places[node.args[-1]], transport.part_group(node.args[-1]))
+        ring = _Ring(node.args[-2], transport.places[node.args[-1]], transport.part_group(node.args[-1]))
         if node.target is GATHER and UNSHARD not in node.meta.get("custom", {}):
             _split_gather(graph, node, ring)
         elif node.target is SCATTER and node.args[1] == "sum" and not leaves_graph(node):
@@ -106,7 +106,8 @@ def _products_of_parts(graph: fx.Graph, gather: fx.Node, wait: fx.Node, ring: _R
     for lower, target in ((compat.lower_as_collective, GATHER_PARTS), (compat.lower_as_wait, NEXT_PART),
                           (compat.lower_as_concatenation, WRITTEN)):
         lower(target)
-    value, rows = wait.meta["val"], {n: {} for n in products}
+    value = wait.meta["val"]
+    rows: dict[fx.Node, dict[int, fx.Node]] = {n: {} for n in products}
     with graph.inserting_before(gather):
         whole = _node(graph, gather, value, GATHER_PARTS, gather.args[0], ring.ranks, ring.group)
     for rank in (ring.rank, *arrivals(ring.rank, ring.ranks)):

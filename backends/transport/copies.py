@@ -180,7 +180,7 @@ class CopyGroup(PartsGroup):
         return [*self._gather([[p.view(-1) for p in parts]], [x])[1].values()]
 
     def _gather(self, full: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[_CopyWork, dict[int, _CopyWork]]:
-        """full[i][r], flat, becomes rank r's inputs[i]. What is to be waited for: for all, and for the part of each other rank."""
+        """full[i][r], flat, becomes rank r's inputs[i]. Returns what to wait for: for all, and for each other rank's part."""
         me, arrived = self.slots.rank, {}
         mine = [y[me] for y in full]
         turns = _layout(mine, self.slots.of(me, GATHERS[0]).numel())

@@ -162,7 +162,7 @@ class Report:
                           self.step.line(),
                           *([f"to the first step: {self.timings}"] if self.timings.ran else []),
                           *([f"CUDA graphs: {self.cuda_graphs}"] if self.cuda_graphs is not None else []),
-                          *([f"overlap of tensor parallelism: {self.tp_comm_overlap}"] if self.tp_comm_overlap is not None else []),
+                          *([f"overlap of tensor parallelism: {self.tp_comm_overlap}"] if self.tp_comm_overlap else []),
                           *(f"note: {n}" for n in self.notes)])
 
     def grouped(self) -> list[tuple[str, int, ParameterRow]]:

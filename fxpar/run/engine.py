@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from fxpar import compat
 from fxpar.backends import eager
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.control import Outcome

@@ -15,7 +15,7 @@ from fxpar.sharding.facts import local_value
 
 
 def choose_transport(store: ParameterStore, plan: Plan, wanted: str, program: Program) -> Transport:
-    """Copies between GPUs for what copy engines can move and may, by the plan and by what the user `wanted` (one of `TRANSPORTS`):
+    """Copies between GPUs for what copy engines can and may move, by the plan and what the user `wanted` (one of `TRANSPORTS`):
     parameters and gradients over the axes along which the plan stores parts, and the parts of activations that go beside
     products. program: the first one, for sizes. To be called on all ranks."""
     bound, mesh = store.bound, store.mesh
@@ -35,7 +35,7 @@ def choose_transport(store: ParameterStore, plan: Plan, wanted: str, program: Pr
 
 
 def overlap_told(plan: Plan, compiled: bool, transport: Transport, program: Program) -> str | None:
-    """Whether what tensor parallelism gathers and scatters is hidden behind products, by what, and why not; None under a plan that
+    """Whether what tensor parallelism gathers and scatters is hidden behind products, by what, or why not; None of a plan that
     has no tensor parallelism and asks for nothing."""
     if plan.tp == 1:
         return "off: without tensor parallelism (tp=1) there is nothing to hide" if plan.tp_comm_overlap else None
@@ -53,7 +53,7 @@ def overlap_told(plan: Plan, compiled: bool, transport: Transport, program: Prog
 
 
 def largest_part(program: Program) -> int:
-    """Bytes of the largest part that a rank sends when an activation is gathered or scattered along axes of tensor parallelism."""
+    """Bytes of the largest part that a rank sends when a value is gathered or scattered along axes of tensor parallelism."""
     found, axes = [0], set(program.mesh.axes("tp"))
     for node in program.graph.nodes:
         made = typed(node)

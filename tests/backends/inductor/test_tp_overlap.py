@@ -114,8 +114,9 @@ def count(graph: fx.Graph, *targets: Any) -> int:
 
 @dataclass
 class Case:
-    """Rows are [sequence, batch, width]. projections: how wide each product of what was gathered is, or "spoilt"; between: operators
-    behind the gather; biased: whether products add a bias; back: what is before the scatter."""
+    """Rows are [sequence, batch, width]. projections: how wide each product of what was gathered is; between: operators behind
+    the gather; biased: which bias products add; back: what is before the scatter; whole: whether what was gathered is returned, too;
+    gradient: whether the product's left operand has another product."""
 
     ranks: int
     rows: int
@@ -192,7 +193,7 @@ def case_of(case: Case) -> tuple[Ranks, int]:
     return made, len(results)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(RANDOM)
 def test_any_graph(r: Random):
     case = some_case(r)
@@ -373,7 +374,7 @@ PLANS = ["tp=2", "tp=4", "dp=2,tp=2,zero=3", "dp=2,tp=2,zero=1", "tp=2,recompute
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(RANDOM)
 def test_models_under_plans(r: Random):
     plan = fxpar.Plan.parse(r.choice(PLANS) + ON)
@@ -399,7 +400,8 @@ def test_a_compiled_model(plan: str):
     assert_equivalent(net(bias=False), plan + ON, batch(4), backend="inductor")
 
 
-@pytest.mark.parametrize("plan", ["tp=2", "tp=4,param_dtype=bf16", "tp=2,recompute=full"])
+@pytest.mark.parametrize("plan", ["tp=4,param_dtype=bf16", *(pytest.param(p, marks=pytest.mark.slow) for p in (
+    "tp=2", "tp=2,recompute=full"))])
 def test_the_peak_grows_by_less_than_what_is_gathered(plan: str):
     with torch.device("meta"):
         model, tokens = Net(32, 2, False, 2), torch.zeros(2, 512, dtype=torch.long)
@@ -446,7 +448,8 @@ def trained(rank: int, backend: str, options: dict[str, Any]) -> list[Any]:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        found.append((losses, {n: p.full_tensor().detach() for n, p in module.named_parameters()}, module.report().tp_comm_overlap))
+        weights = {n: p.full_tensor().detach() for n, p in module.named_parameters()}
+        found.append((losses, weights, module.report().tp_comm_overlap))
     return found
 
 
