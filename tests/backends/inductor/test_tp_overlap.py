@@ -115,8 +115,8 @@ def count(graph: fx.Graph, *targets: Any) -> int:
 @dataclass
 class Case:
     """Rows are [sequence, batch, width]. projections: how wide each product of what was gathered is; between: operators behind
-    the gather; biased: which bias products add; back: what is before the scatter; whole: whether what was gathered is returned, too;
-    gradient: whether the product's left operand has another product."""
+    the gather; biased: which bias products add; back: what is before the scatter; whole: whether what was gathered is returned,
+    too; gradient: whether the last product's left operand has another one."""
 
     ranks: int
     rows: int
