@@ -114,7 +114,7 @@ def of_parts_on_gpu(group: dist.ProcessGroup, part: int) -> CopyGroup:
 
     Raises: as `on_gpu`.
     """
-    return _on_gpu(group, [_aligned(part) if which in GATHERS else SLACK for which in (*GATHERS, *SCATTERS)])
+    return _on_gpu(group, [_aligned(part) + SLACK if which in GATHERS else SLACK for which in (*GATHERS, *SCATTERS)])
 
 
 def _on_gpu(group: dist.ProcessGroup, sizes: list[int]) -> CopyGroup:
