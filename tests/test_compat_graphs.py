@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -368,29 +370,28 @@ def test_the_operand_of_a_collective_is_kept_until_it_has_arrived():
 @pytest.mark.slow
 def test_parts_of_a_collective_are_waited_for_one_by_one():
     """`compat.lower_as_wait`: of each wait the operand is another value, and what the collective reads is kept until the last."""
-    from fxpar.backends.inductor.products import WRITTEN
+    from fxpar.backends.inductor.tp_overlap import overlap_tensor_parallel
+    from fxpar.backends.transport.base import Transport
     from fxpar.backends.transport.threads import Threads
-    from fxpar.ops.parts import GATHER_PARTS, NEXT_PART
     from fxpar.sharding.mesh import Mesh
 
-    compat.lower_as_collective(GATHER_PARTS)
-    compat.lower_as_wait(NEXT_PART)
-    compat.lower_as_concatenation(WRITTEN)
     threads = Threads(Mesh(("a",), (3,)))
-    name, weight = threads.name(("a",)), torch.randn(4, 2)
+    name, weight, xs = threads.name(("a",)), torch.randn(4, 2), [torch.randn(2, 4) for _ in range(3)]
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
 
-    def gathered(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        made = GATHER_PARTS(x * 2, 3, name)
-        first = NEXT_PART(made)
-        one = first[2:4] @ weight
-        whole = NEXT_PART(first)
-        return WRITTEN([made[0:2] @ weight, one, whole[4:6] @ weight], 0), whole + 1
+    def product(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = WAIT(gather(x * 2, 3, name))
+        return torch.mm(whole, w), whole + 1
 
-    xs = [torch.randn(2, 4) for _ in range(3)]
-    module = fx.symbolic_trace(gathered)
+    def compiled(rank: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+        in_parts = compat.graph_pass(lambda graph: overlap_tensor_parallel(graph, Transport(places={name: rank})), key=str(rank))
+        config = {"post_grad_custom_post_pass": in_parts, "reorder_for_peak_memory": False}
+        return compat.compile_graph(fx.symbolic_trace(product), [xs[0], weight], config)
+
     with torch.no_grad():
-        run = compat.compile_graph(module, [xs[0]])
-        found = threads.run(lambda rank: run(xs[rank]))[0]  # parts come to rank 0 in the order of ranks
+        made = [compiled(rank) for rank in range(3)]
+        found = threads.run(lambda rank: made[rank](xs[rank], weight))
     want = 2 * torch.cat(xs)
-    torch.testing.assert_close(found[0], want @ weight)
-    torch.testing.assert_close(found[1], want + 1)
+    for first, second in found:
+        torch.testing.assert_close(first, want @ weight)
+        torch.testing.assert_close(second, want + 1)

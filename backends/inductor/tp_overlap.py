@@ -32,7 +32,7 @@ from fxpar.backends.inductor.casts import CAST, CAT, PERMUTE, erase_unused
 from fxpar.backends.inductor.products import WRITTEN
 from fxpar.backends.remat import UNSHARD, block_of
 from fxpar.backends.transport.base import NCCL, Transport
-from fxpar.ops.parts import GATHER_PARTS, NEXT_PART, arrivals, shift_splits
+from fxpar.ops.parts import AWAIT_PART, GATHER_PARTS, NEXT_PART, arrivals, shift_splits
 from fxpar.ops.vocabulary import GATHER, RESHAPES, SCATTER, WAIT, is_view
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -103,9 +103,9 @@ def _split_gather(graph: fx.Graph, gather: fx.Node, ring: _Ring) -> None:
 def _products_of_parts(graph: fx.Graph, gather: fx.Node, wait: fx.Node, ring: _Ring, parts: _Parts,
                        products: list[fx.Node]) -> fx.Node:
     """Start to gather where that was started, and compute the products here; the gathered value, all of which has arrived."""
-    for lower, target in ((compat.lower_as_collective, GATHER_PARTS), (compat.lower_as_wait, NEXT_PART),
-                          (compat.lower_as_concatenation, WRITTEN)):
-        lower(target)
+    compat.lower_as_collective(GATHER_PARTS)
+    compat.lower_as_wait(NEXT_PART, AWAIT_PART)
+    compat.lower_as_concatenation(WRITTEN)
     value = wait.meta["val"]
     rows: dict[fx.Node, dict[int, fx.Node]] = {n: {} for n in products}
     with graph.inserting_before(gather):

@@ -410,15 +410,15 @@ def lower_as_collective(operator: Any) -> None:
 
 
 @functools.cache
-def lower_as_wait(operator: Any) -> None:
+def lower_as_wait(operator: Any, called: Any) -> None:
     """Have Inductor take an operator of one operand, which returns it, for a wait: the operand is another value from then on, and
-    what the collective that made it reads is kept until then."""
+    what the collective that made it reads is kept until then. called: what code calls in its place; it returns nothing."""
     from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
 
     @register_lowering(operator, type_promotion_kind=None)
     def lower(started: Any) -> Any:
-        ir._WaitKernel.create_wait(operator, started)
+        ir._WaitKernel.create_wait(called, started)
         return started
 
 

@@ -23,8 +23,11 @@ from fxpar import compat
 _library = torch.library.Library("fxpar", "FRAGMENT")  # operators exist as long as this does
 _library.define("gather_parts(Tensor x, int ranks, str group) -> Tensor")
 _library.define("next_part(Tensor(a!) started) -> Tensor(a!)")
+_library.define("await_part(Tensor started) -> ()")
 GATHER_PARTS = torch.ops.fxpar.gather_parts.default
 NEXT_PART = torch.ops.fxpar.next_part.default
+AWAIT_PART = torch.ops.fxpar.await_part.default
+"""What `NEXT_PART` does before it returns its operand: how compiled code calls it."""
 
 _under_way: dict[int, deque[Any]] = {}
 """Address of a tensor whose parts are under way -> what is to be waited for, in order."""
@@ -73,11 +76,16 @@ def _gather_parts(x: Tensor, ranks: int, group: str) -> Tensor:
 
 @torch.library.impl(_library, "next_part", "CompositeExplicitAutograd")
 def _next_part(started: Tensor) -> Tensor:
+    _await_part(started)
+    return started
+
+
+@torch.library.impl(_library, "await_part", "CompositeExplicitAutograd")
+def _await_part(started: Tensor) -> None:
     works = _under_way[started.data_ptr()]
     works.popleft().wait()
     if not works:
         del _under_way[started.data_ptr()]
-    return started
 
 
 @torch.library.register_fake("fxpar::gather_parts", lib=_library)
@@ -88,3 +96,8 @@ def _fake_gather(x: Tensor, ranks: int, group: str) -> Tensor:
 @torch.library.register_fake("fxpar::next_part", lib=_library)
 def _fake_next(started: Tensor) -> Tensor:
     return started
+
+
+@torch.library.register_fake("fxpar::await_part", lib=_library)
+def _fake_await(started: Tensor) -> None:
+    return None
