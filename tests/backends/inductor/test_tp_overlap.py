@@ -20,12 +20,13 @@ from fxpar.backends.inductor.lowered import Lowered
 from fxpar.backends.inductor.overlap import overlap_communication
 from fxpar.backends.inductor.products import WRITTEN
 from fxpar.backends.remat import BLOCK, UNSHARD
-from fxpar.backends.transport.base import Transport
+from fxpar.backends.transport.base import NCCL, Transport
 from fxpar.backends.transport.threads import Threads
 from fxpar.ops.parts import GATHER_PARTS, NEXT_PART
 from fxpar.ops.vocabulary import GATHER, SCATTER, WAIT
 from fxpar.plan import plan as plans
 from fxpar.report import memory
+from fxpar.run.transport import largest_part, overlap_told
 from fxpar.sharding.mesh import Mesh
 from fxpar.testing import assert_equivalent
 from fxpar.verify.step import SimulatedStep
@@ -419,6 +420,28 @@ def test_where_it_is_on():
     assert not fxpar.Plan(tp_comm_overlap=True).overlaps_tp
     on, off = ([m.__name__.split(".")[-1] for m, _ in inductor.graph_passes(fxpar.Plan.parse(p))] for p in ("tp=2" + ON, "tp=2"))
     assert [n for n in on if n != "tp_overlap"] == off and on.index("tp_overlap") == on.index("overlap") - 1
+
+
+TOLD = {
+    "tp=2": 'off: "auto"', "tp=2,tp_comm_overlap=false": "off: tp_comm_overlap=False",
+    "tp=2,tp_comm_overlap=true": "on: parts go by",
+    "tp=2,sequence_parallel=false,tp_comm_overlap=true": "off: without sequence_parallel", "dp=2": None,
+    "dp=2,tp_comm_overlap=true": "off: without tensor parallelism"}
+
+
+def test_a_report_says_why_not():
+    captured = fxpar.capture(net(), batch())
+    for plan, want in TOLD.items():
+        program = captured.partition(plan)
+        told = overlap_told(program.plan, True, NCCL, program)
+        assert (told is None) if want is None else told.startswith(want)
+    assert overlap_told(fxpar.Plan.parse("tp=2" + ON), False, NCCL, captured.partition("tp=2")).startswith("off: the eager")
+    by_copies = overlap_told(fxpar.Plan.parse("tp=2" + ON), True, Transport(part_groups={"a": "b"}), captured.partition("tp=2"))
+    assert by_copies == "on: parts go by copy engines"
+    assert largest_part(captured.partition("tp=2")) == 2 * 8 * 16 * 4 // 2
+    alone = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    program = fxpar.compile_program(alone, "tp=2" + ON, (torch.ones(2, 4),))
+    assert overlap_told(program.plan, True, NCCL, program) == "off: nothing of this model is gathered or scattered along tp"
 
 
 @pytest.mark.slow
