@@ -23,7 +23,7 @@ from fxpar.backends.inductor import casts
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.base import BUCKET_BYTES, REDUCTION_BYTES
 from fxpar.backends.transport.copies import ALIGNED, SCATTERS, CopyGroup, rounds, slot_sizes
-from fxpar.ops.parts import arrivals, shift_splits
+from fxpar.ops.parts import GATHER_PARTS, arrivals, shift_splits
 from tests.processes import launch
 from tests.slots import Alone, SharedSlots
 
@@ -166,6 +166,16 @@ def in_turn(rank: int, folder: str) -> int:
 def test_an_operation_takes_one_barrier():
     with tempfile.TemporaryDirectory() as folder:
         assert launch(2, in_turn, folder) == [40, 40]
+
+
+def test_parts_are_gathered_by_what_copies():
+    """The operator finds the group by its name, and has it gather in its own way."""
+    group, x = CopyGroup(Alone()), torch.randn(3, 4)
+    compat.register_group(group, "in parts")
+    try:
+        assert torch.equal(GATHER_PARTS(x, 1, "in parts"), x) and group._seen
+    finally:
+        compat.unregister_group("in parts")
 
 
 def test_a_gather_casts_and_concatenates():
