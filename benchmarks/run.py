@@ -73,6 +73,7 @@ def hf_case(compile_what):
 SUITES = {
     "tp": lambda n: [
         fxpar_case(f"tp={n}"),
+        fxpar_case(f"tp={n},tp_comm_overlap=true"),
         torch_case("DTensor TP+SP, compile", f"--tp {n} --dp 1 --fsdp --compile"),
         mcore_case("Megatron Core TP+SP (no TE/apex)", f"--tp {n} --sp"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -46,7 +47,8 @@ _MODULES = {"eager": eager, "inductor": inductor}
 
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
-                transport: str = "auto", blocks: str = "auto", cuda_graphs: bool | str = AUTO, timeout: float = TIMEOUT,
+                transport: str = "auto", blocks: str = "auto", cuda_graphs: bool | str = AUTO,
+                tp_comm_overlap: bool | str = AUTO, timeout: float = TIMEOUT,
                 check_batches: int = CHECKED_EVERY, pad: Padding | Mapping[str, Any] | int | None = None,
                 quiet: bool | None = None, dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
@@ -67,6 +69,9 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back by the GPU, which
     no longer waits for its host: "auto" (of one rank, where it did wait, and recordings take no more memory), True (of several
     ranks, too, with their communication) or False; what cannot be recorded runs as ever, and the report says why.
+    tp_comm_overlap: whether compiled programs hide what tensor parallelism gathers and scatters behind the products beside it,
+    part by part: True, False, or "auto": as the plan says; if it says nothing, on where it was measured faster, so far nowhere.
+    `module.report().tp_comm_overlap` says whether, and why not.
     timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
     that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
     the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of
@@ -85,8 +90,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         device = _join()
     with stage("parallelizing the model"), watch(timeout if _is_seconds(timeout) else None).call("parallelize"):
         control = Control()
-        options = {"backend": backend, "transport": transport, "blocks": blocks, "cuda_graphs": cuda_graphs, "timeout": timeout,
-                   "check_batches": check_batches, "pad": pad}
+        options = {"backend": backend, "transport": transport, "blocks": blocks, "cuda_graphs": cuda_graphs,
+                   "tp_comm_overlap": tp_comm_overlap, "timeout": timeout, "check_batches": check_batches, "pad": pad}
         plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, device, options, dump_dir))
         padding = None if pad is None else Padding.of(pad)
         if padding is not None:
@@ -115,11 +120,14 @@ def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, device: t
     """What can be checked of the arguments by this rank alone."""
     _check_model(model)
     plan = _best(model, calls.example_call(model, example_inputs), device) if given == AUTO else Plan.of(given)
+    for name in ("cuda_graphs", "tp_comm_overlap"):
+        if options[name] != AUTO and not isinstance(options[name], bool):
+            raise PlanError(name, options[name], 'must be "auto", True or False', f'{name}="auto"')
+    if options["tp_comm_overlap"] != AUTO:
+        plan = dataclasses.replace(plan, tp_comm_overlap=options["tp_comm_overlap"])
     require_one_of("backend", options["backend"], BACKENDS)
     require_one_of("transport", options["transport"], TRANSPORTS)
     require_one_of("blocks", options["blocks"], BLOCKS)
-    if options["cuda_graphs"] != AUTO and not isinstance(options["cuda_graphs"], bool):
-        raise PlanError("cuda_graphs", options["cuda_graphs"], 'must be "auto", True or False', 'cuda_graphs="auto"')
     if not _is_seconds(options["timeout"]):
         raise PlanError("timeout", options["timeout"], "must be a positive number of seconds", f"timeout={TIMEOUT:g}")
     every = options["check_batches"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -363,3 +365,33 @@ def test_the_operand_of_a_collective_is_kept_until_it_has_arrived():
     graph = fx.symbolic_trace(lambda x: (WAIT(ROWS(x * 2, splits, numbers, numbers, False, LONE)) + 1,))
     x = torch.tensor([[1.0], [5.0]])
     torch.testing.assert_close(compat.compile_graph(graph, [x])(x)[0], torch.full((2, 1), 3.0))
+
+
+@pytest.mark.slow
+def test_parts_of_a_collective_are_waited_for_one_by_one():
+    """`compat.lower_as_wait`: of each wait the operand is another value, and what the collective reads is kept until the last."""
+    from fxpar.backends.inductor.tp_overlap import overlap_tensor_parallel
+    from fxpar.backends.transport.base import Transport
+    from fxpar.backends.transport.threads import Threads
+    from fxpar.sharding.mesh import Mesh
+
+    threads = Threads(Mesh(("a",), (3,)))
+    name, weight, xs = threads.name(("a",)), torch.randn(4, 2), [torch.randn(2, 4) for _ in range(3)]
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+
+    def product(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        whole = WAIT(gather(x * 2, 3, name))
+        return torch.mm(whole, w), whole + 1
+
+    def compiled(rank: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+        in_parts = compat.graph_pass(lambda graph: overlap_tensor_parallel(graph, Transport(places={name: rank})), key=str(rank))
+        config = {"post_grad_custom_post_pass": in_parts, "reorder_for_peak_memory": False}
+        return compat.compile_graph(fx.symbolic_trace(product), [xs[0], weight], config)
+
+    with torch.no_grad():
+        made = [compiled(rank) for rank in range(3)]
+        found = threads.run(lambda rank: made[rank](xs[rank], weight))
+    want = 2 * torch.cat(xs)
+    for first, second in found:
+        torch.testing.assert_close(first, want @ weight)
+        torch.testing.assert_close(second, want + 1)

@@ -22,9 +22,10 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.ops.dropout_attention import attend_backward
 from fxpar.ops.exchange import ROWS
+from fxpar.ops.parts import GATHER_PARTS, NEXT_PART
 from fxpar.ops.ring import chunks
 from fxpar.ops.ring import costs as ring
-from fxpar.ops.vocabulary import WAIT, is_attention_kernel, is_view
+from fxpar.ops.vocabulary import WAITS, is_attention_kernel, is_view
 
 MANY_READS, TOO_MANY_READS, MANY_OPERATORS, TOO_MANY_OPERATORS = 4, 8, 30, 100
 """Inductor's thresholds. A value is stored that reads more buffers, or is made by more operators; "many" for one with several
@@ -136,7 +137,7 @@ class Lowering:
         if name == "getitem":
             made, index = self.values[node.all_input_nodes[0]], node.args[1]
             return made[index]
-        if node.target is WAIT:
+        if node.target in WAITS:
             return self._wait(node)
         if _is_view(node, name):
             return self._view(node, name)
@@ -220,7 +221,7 @@ class Lowering:
         buffer = self._find(value)
         step = self._add(node, dict.fromkeys([buffer] if value.sent is None else [buffer, value.sent], False), [])
         self.writer[buffer] = step
-        return _Located(value.storage, value.straight)
+        return _Located(value.storage, value.straight, value.sent if node.target is NEXT_PART else None)
 
     # ---- buffers ----
 
@@ -283,7 +284,7 @@ def _has_own_kernel(node: fx.Node) -> bool:
 
 
 def _is_collective(node: fx.Node) -> bool:
-    return getattr(node.target, "namespace", "") == "_c10d_functional" or node.target is ROWS
+    return getattr(node.target, "namespace", "") == "_c10d_functional" or node.target in (ROWS, GATHER_PARTS)
 
 
 def _workspace(node: fx.Node) -> int:

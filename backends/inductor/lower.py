@@ -21,13 +21,23 @@ from torch import Tensor, fx
 import fxpar
 from fxpar import compat
 from fxpar.backends import remat
-from fxpar.backends.inductor import buckets, fp32_products, named, overlap, pieces, prefetch, products, reductions
+from fxpar.backends.inductor import (
+    buckets,
+    fp32_products,
+    named,
+    overlap,
+    pieces,
+    prefetch,
+    products,
+    reductions,
+    tp_overlap,
+)
 from fxpar.backends.inductor.few import Generate, MadeFromFew, made_from_few
 from fxpar.backends.inductor.key import key_of, python_functions
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
-from fxpar.backends.transport.runtime import GroupRuntime
+from fxpar.backends.transport.runtime import GroupRuntime, beside_products
 from fxpar.ops.exchange import counts_rows
 from fxpar.ops.runtime import use_runtime
 from fxpar.plan import Plan
@@ -41,8 +51,8 @@ GraphPass = tuple[ModuleType, functools.partial[None]]
 def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = False, by_block: bool = False) -> list[GraphPass]:
     """The passes over the forward and over the backward graph, in order.
 
-    transport: by which parameters and gradients go. as_on_gpu: for graphs that are not run by Inductor. by_block: buckets end
-    with blocks.
+    transport: by which parameters and gradients go, and where activations go beside products. as_on_gpu: for graphs that are not
+    run by Inductor. by_block: buckets end with blocks.
     """
     bind = functools.partial
     more: dict[str, Any] = {"transport": transport} | ({"by_block": True} if by_block else {})
@@ -50,6 +60,7 @@ def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = Fals
         (reductions, bind(reductions.drop_kept_dims)),
         (fp32_products, bind(fp32_products.accumulate_in_fp32, as_on_gpu=as_on_gpu)),
         (products, bind(products.join_products, transport=transport)),
+        *([(tp_overlap, bind(tp_overlap.overlap_tensor_parallel, transport=transport))] if plan.overlaps_tp else []),
         (overlap, bind(overlap.overlap_communication)),
         *([(prefetch, bind(prefetch.prefetch_parameters, **more))] if plan.overlap_param_gather else []),
         *([(buckets, bind(buckets.bucket_reductions, **more))] if plan.overlap_grad_reduce else []),
@@ -103,7 +114,8 @@ def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, 
     key = key_of(graph, inputs, runtime.facts(), plan)
     functions = python_functions(graph) if key is not None else ()
     groups = {name: "+".join(axes) for _, axes, name in runtime.mesh.group_names()}
-    return settings(plan, runtime.transport, key=key, functions=functions, by_block=by_block, groups=groups), key
+    transport = beside_products(runtime, runtime.mesh.mesh, plan, runtime.transport)
+    return settings(plan, transport, key=key, functions=functions, by_block=by_block, groups=groups), key
 
 
 def _as_one(passes: Sequence[GraphPass], key: str | None) -> Any:

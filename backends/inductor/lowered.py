@@ -20,6 +20,7 @@ from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import BLOCKS, copied_axes
+from fxpar.backends.transport.runtime import beside_products
 from fxpar.backends.transport.threads import Threads
 from fxpar.ops.collectives import differs_along
 from fxpar.ops.exchange import counts_rows
@@ -72,20 +73,24 @@ class Lowered:
         return [alike[kind] for kind in kinds]
 
     def _kinds(self, module: fx.GraphModule) -> list[tuple[int, ...]]:
-        """Equal for ranks whose graphs are the same: for all along whose axes nothing in the program differs."""
+        """Equal for ranks whose graphs are the same: for all along whose axes nothing in the program differs, nor the order in
+        which parts are computed."""
         axes = {a: None for n in module.graph.nodes if (a := differs_along(n)) is not None}
         mesh = self.threads.mesh
+        if self.plan.overlaps_tp:
+            axes[mesh.axes("tp")] = None
         return [tuple(mesh.index(rank, a) for a in axes) for rank in range(mesh.world_size)]
 
-    def _settings(self, by_block: bool) -> dict[str, Any]:
-        return inductor.settings(self.plan, self._transport, as_on_gpu=not self.compiled, passes=self.passes, by_block=by_block)
+    def _settings(self, rank: int, by_block: bool) -> dict[str, Any]:
+        transport = beside_products(self.threads.runtime(rank), self.threads.mesh, self.plan, self._transport)
+        return inductor.settings(self.plan, transport, as_on_gpu=not self.compiled, passes=self.passes, by_block=by_block)
 
     def _lower(self, module: fx.GraphModule, example: list[Any], rank: int) -> Callable[..., Any]:
         plain, keep = tensor_inputs_only(module, example, fused=True)
         given, counts = [example[i] for i in keep], counts_rows(plain.graph)
         with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
             cut = inductor.cutting(plain.graph, self.blocks)
-            config = self._settings(cut is not None)
+            config = self._settings(rank, cut is not None)
             generate = compat.code_of(cut) if self.compiled else functools.partial(compat.interpret_final, _OnCPU, cut)
             made = inductor.from_few(plain, given, config, self.plan, self.blocks, generate)
             if made is not None:
@@ -102,7 +107,7 @@ class Lowered:
         def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
             with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
                 into = inductor.cutting(plain.graph, self.blocks)
-                config, counts = self._settings(into is not None), counts_rows(plain.graph)
+                config, counts = self._settings(rank, into is not None), counts_rows(plain.graph)
                 if self.compiled:
                     return compat.compile_steps(plain, given, config, cut, counts, into)
                 return compat.interpret_steps(plain, given, config, _OnCPU, cut, counts, into)

@@ -4,9 +4,9 @@ A pass over the graphs that Inductor is about to lower (forward and backward); I
 GPU a collective runs on a stream of its own, from the operator that starts it to the `wait_tensor` before its first
 use. The order follows from the graph alone, so every rank issues the same collectives in the same order.
 
-What was tried and is not here, because it gained nothing: holding weight gradients back to run them beside the
-gathers and scatters of tensor parallelism. Matrix products that fill the GPU lose as much time to the
-collective's blocks as they hide (benchmarks/RESULTS.md).
+What was tried and is not here, because it gained nothing: holding weight gradients back to run them beside what NCCL
+gathers and scatters for tensor parallelism. Matrix products that fill the GPU lose as much time to the
+collective's blocks as they hide (benchmarks/RESULTS.md). `tp_overlap` does so where it is asked to, by copy engines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import fx
 from fxpar import compat
 from fxpar.backends.remat import block_of
 from fxpar.ops.exchange import ROWS
-from fxpar.ops.vocabulary import WAIT
+from fxpar.ops.vocabulary import WAITS
 
 
 def overlap_communication(graph: fx.Graph) -> None:
@@ -32,7 +32,7 @@ def overlap_communication(graph: fx.Graph) -> None:
     nodes = _beside_exchanges(graph)
     late: set[fx.Node] = set()
     for node in nodes:
-        if node.target is WAIT or (_rearranges(node) and set(node.all_input_nodes) & late):
+        if node.target in WAITS or (_rearranges(node) and set(node.all_input_nodes) & late):
             late.add(node)
     placed: dict[fx.Node, None] = {}
     for node in nodes:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from fxpar import compat
 from fxpar.backends.remat import BLOCK, PRODUCTS
 from fxpar.backends.repeats import frozen, periods_of, references_of
-from fxpar.ops.vocabulary import ALL_REDUCE, WAIT, is_attention_kernel, is_view
+from fxpar.ops.vocabulary import ALL_REDUCE, WAITS, is_attention_kernel, is_view
 
 LEAST = 3
 """How many equal stretches, one behind the other, are worth a cut."""
@@ -270,7 +270,7 @@ class _Cut:
         return node in self.visible or read >= high
 
     def _under_way(self, node: fx.Node) -> bool:
-        return node in self.at and any(u.target is WAIT for u in node.users)
+        return node in self.at and any(u.target in WAITS for u in node.users)
 
     def _overwritten(self, takes: list[fx.Node], high: int) -> set[fx.Node]:
         """Inputs of the graph that a piece may overwrite: nothing else has their memory, and nothing after it reads that."""
@@ -282,7 +282,8 @@ class _Cut:
     def _check_writes(self, bounds: list[int], forms: list[_Form]) -> None:
         """Raise `Uncuttable` if a piece writes to memory that it is given twice: Inductor takes what it is given for apart."""
         for form, a, b in zip(forms, bounds, bounds[1:], strict=False):
-            written = {self.memory[r] for n in self.nodes[a:b] if compat.mutates(n.target) for r in n.all_input_nodes}
+            written = {self.memory[r] for n in self.nodes[a:b]
+                       if compat.mutates(n.target) and n.target not in WAITS for r in n.all_input_nodes}
             given = Counter(self.memory[n] for n in form.takes)
             if any(given[m] > 1 for m in written):
                 raise Uncuttable
@@ -364,10 +365,11 @@ def _most_alike(keys: list[Hashable]) -> tuple[int, int]:
 
 
 def _waits(start: fx.Node) -> Iterator[fx.Node]:
-    """What waits for a collective, or for one of its results."""
+    """What waits for a collective, for one of its results, or for parts of one."""
     for user in start.users:
-        if user.target is WAIT:
+        if user.target in WAITS:
             yield user
+            yield from _waits(user)
         elif user.target is operator.getitem:
             yield from _waits(user)
 
@@ -391,7 +393,7 @@ def _memory(inputs: list[fx.Node], nodes: list[fx.Node]) -> dict[fx.Node, fx.Nod
 def _shared(node: fx.Node) -> list[fx.Node]:
     """The operands of which an operator's results may be parts, or which it may write to and return."""
     target: Any = node.target
-    if target is WAIT:
+    if target in WAITS:
         return node.all_input_nodes
     if target is not operator.getitem:
         return [] if node.args and isinstance(node.args[0], list | tuple) else _aliased(node)

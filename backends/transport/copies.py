@@ -10,6 +10,7 @@ The bytes go through *slots*: buffers of a fixed size that all ranks of a group 
 
 - Gather: the shards are cast and written, by one kernel of the caller's stream, to this rank's slot and to its part of the
   results. A barrier; then everyone copies the others' shards out of their slots.
+- Gather in parts, shift: as a gather; what is shifted is copied to one other rank alone. Each part can be waited for by itself.
 - Scatter: everyone copies to the others' slots what they are to sum up. A barrier. Where the sum is waited for, one kernel reads
   this rank's own part and its slot.
 
@@ -37,6 +38,7 @@ from fxpar.backends.transport.base import BUCKET_BYTES, NCCL, REDUCTION_BYTES, T
 from fxpar.backends.transport.control import Control
 from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.ops.elementwise import add, spread
+from fxpar.ops.parts import PartsGroup
 from fxpar.sharding.mesh import Axes, BoundMesh
 
 GATHERS, SCATTERS = range(3), range(3, 6)
@@ -66,10 +68,10 @@ def register(group: dist.ProcessGroup, copies: CopyGroup) -> str:
 
 def begin_anew(runtime: GroupRuntime, broken: bool = False) -> None:
     """Have what copies for a runtime begin anew, on all ranks at the same place among their collectives: see `CopyGroup.anew`."""
-    if runtime.transport.copy_groups:
-        for _, copies, name in _made.values():
-            if name in runtime.transport.copy_groups.values():
-                copies.anew(broken)
+    used = {*runtime.transport.copy_groups.values(), *runtime.transport.part_groups.values()}
+    for _, copies, name in _made.values():
+        if name in used:
+            copies.anew(broken)
 
 
 def available(device: torch.device) -> bool:
@@ -104,7 +106,18 @@ def on_gpu(group: dist.ProcessGroup, parameter: int = 0, gradient: int = 0) -> C
 
     Raises: RuntimeError where the GPUs cannot see each other's memory.
     """
-    sizes = slot_sizes(group.size(), parameter, gradient)
+    return _on_gpu(group, slot_sizes(group.size(), parameter, gradient))
+
+
+def of_parts_on_gpu(group: dist.ProcessGroup, part: int) -> CopyGroup:
+    """A `CopyGroup` of the current GPU that moves parts of activations, of at most so many bytes; in several rounds, if larger.
+
+    Raises: as `on_gpu`.
+    """
+    return _on_gpu(group, [_aligned(part) + SLACK if which in GATHERS else SLACK for which in (*GATHERS, *SCATTERS)])
+
+
+def _on_gpu(group: dist.ProcessGroup, sizes: list[int]) -> CopyGroup:
     slots = compat.SymmetricSlots(group, sizes, torch.device("cuda", torch.cuda.current_device()))
     return CopyGroup(slots, torch.cuda.Stream(priority=-1))
 
@@ -113,7 +126,11 @@ def slot_sizes(ranks: int, parameter: int = 0, gradient: int = 0) -> list[int]:
     """Bytes of every slot: a bucket goes through one."""
     gather = max(BUCKET_BYTES, parameter) // ranks
     scatter = max(REDUCTION_BYTES, gradient) * (ranks - 1) // ranks
-    return [-(-size // ALIGNED) * ALIGNED + SLACK for size in [gather] * len(GATHERS) + [scatter] * len(SCATTERS)]
+    return [_aligned(size) + SLACK for size in [gather] * len(GATHERS) + [scatter] * len(SCATTERS)]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
 class SlotSpan(NamedTuple):
@@ -139,8 +156,8 @@ class Slots(Protocol):
         """What was written before it, on any rank, is seen after it; in the order of the current stream."""
 
 
-class CopyGroup(dist.ProcessGroup):
-    """A process group that gathers tensors and scatters sums, and does nothing else.
+class CopyGroup(PartsGroup):
+    """A process group that gathers tensors, scatters sums and shifts tensors from rank to rank, and does nothing else.
 
     stream: on which it copies between ranks; None: at once (on CPUs). Results are there once the `Work` is waited for; until
     then it holds the operands.
@@ -157,8 +174,14 @@ class CopyGroup(dist.ProcessGroup):
 
     def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """outputs[i], contiguous, becomes every rank's inputs[i], one after the other, in the dtype of outputs[i]."""
-        me, n = self.slots.rank, self.slots.size
-        full = [y.view(n, -1).unbind() for y in outputs]
+        return self._gather([y.view(self.slots.size, -1).unbind() for y in outputs], inputs)[0]
+
+    def gather_parts(self, parts: Sequence[Tensor], x: Tensor) -> list[dist.Work]:
+        return [*self._gather([[p.view(-1) for p in parts]], [x])[1].values()]
+
+    def _gather(self, full: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[_CopyWork, dict[int, _CopyWork]]:
+        """full[i][r], flat, becomes rank r's inputs[i]. Returns what to wait for: for all, and for each other rank's part."""
+        me, arrived = self.slots.rank, {}
         mine = [y[me] for y in full]
         turns = _layout(mine, self.slots.of(me, GATHERS[0]).numel())
         done = _CopyWork(self)
@@ -176,6 +199,29 @@ class CopyGroup(dist.ProcessGroup):
                 self._barrier()
                 for peer in self._others():
                     _copy(_cut([y[peer] for y in full], parts), self._windows(peer, which, 0, parts))
+                    arrived[peer] = _CopyWork(self).started()
+        return done.started(), arrived
+
+    def alltoall_base(self, output: Tensor, given: Tensor, received: list[int], sent: list[int], _: Any = None) -> dist.Work:
+        """output, contiguous, becomes what another rank gives: all of it comes from one rank, and all that is given goes to one,
+        at the same distance on all ranks."""
+        peers, others = ([r for r, size in enumerate(sizes) if size] for sizes in (received, sent))
+        if len(peers) != 1 or len(others) != 1 or (peers[0] + others[0] - 2 * self.slots.rank) % self.slots.size:
+            raise ValueError(f"copies move a tensor from one rank to one other, not {sent} and {received} rows")
+        flat = given.reshape(-1)
+        turns = _layout([flat], self.slots.of(self.slots.rank, GATHERS[0]).numel())
+        done = _CopyWork(self, [flat])
+        for parts in turns:
+            which, free = self._take(GATHERS, done)
+            slot = self._windows(self.slots.rank, which, 0, parts)
+            if len(turns) == 1:
+                self._wait_for_barrier(free)
+                _copy(slot, [flat])
+            with self._running():
+                if len(turns) > 1:
+                    _copy(slot, _cut([flat], parts))
+                self._barrier()
+                _copy(_cut([output.view(-1)], parts), self._windows(peers[0], which, 0, parts))
         return done.started()
 
     def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +14,8 @@ from fxpar.backends.transport.control import told
 from fxpar.ops.collectives import typed
 from fxpar.ops.exchange import exchanged_along
 from fxpar.ops.ring.operator import axes_of
-from fxpar.sharding.mesh import Axes, BoundMesh
+from fxpar.plan import Plan
+from fxpar.sharding.mesh import Axes, BoundMesh, Mesh
 
 c10d = torch.ops._c10d_functional
 
@@ -38,6 +41,15 @@ class FunctionalRuntime(ABC):
         """The name of the group over `axes` by which rows go to their experts."""
         return self.name(axes)
 
+    def has_group(self, axes: Axes) -> bool:
+        """Whether there is a group over `axes`, or can be one at any time."""
+        return True
+
+    def places(self, axes: Axes) -> dict[str, int]:
+        """Name of a group over some of `axes` -> this rank's number in it, for all such groups that there are."""
+        some = [part for count in range(1, len(axes) + 1) for part in itertools.combinations(axes, count)]
+        return {self.name(part): self.index(part) for part in some if self.has_group(part)}
+
     def all_reduce(self, x: Tensor, axes: Axes, op: str = "sum") -> Tensor:
         return c10d.wait_tensor(c10d.all_reduce(x, op, self.name(axes)))
 
@@ -50,6 +62,12 @@ class FunctionalRuntime(ABC):
     def all_to_all(self, x: Tensor, axes: Axes) -> Tensor:
         ones = [1] * self.size(axes)
         return c10d.wait_tensor(c10d.all_to_all_single(x, ones, ones, self.name(axes)))
+
+
+def beside_products(runtime: FunctionalRuntime, mesh: Mesh, plan: Plan, transport: Transport = NCCL) -> Transport:
+    """The `transport` as graph passes are told of it: with this rank's places in the groups over which activations go beside
+    products, where the plan has them do so."""
+    return replace(transport, places=runtime.places(mesh.axes("tp"))) if plan.overlaps_tp else transport
 
 
 class GroupRuntime(FunctionalRuntime):
@@ -79,6 +97,9 @@ class GroupRuntime(FunctionalRuntime):
         mesh, names = self.mesh.mesh, self.mesh.group_names()
         return (type(self).__name__, self.balanced, mesh.names, mesh.sizes, sorted(mesh.strategies.items()), self.mesh.rank,
                 self.mesh.kind, self.mesh.kinds, names, self.transport, self.blocks)
+
+    def has_group(self, axes: Axes) -> bool:
+        return any(kind == "group" and made == axes for kind, made, _ in self.mesh.group_names())
 
     def size(self, axes: Axes) -> int:
         return self.mesh.mesh.size(*axes)

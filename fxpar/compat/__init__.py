@@ -410,14 +410,29 @@ def lower_as_concatenation(operator: Any) -> None:
 
 @functools.cache
 def lower_as_collective(operator: Any) -> None:
-    """Have Inductor keep the first operand of an operator, which starts a collective, until its result is waited for."""
+    """Have Inductor keep the first operand of an operator, which starts a collective, until its result is waited for, and make
+    that operand contiguous where it is computed."""
     from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
 
     @register_lowering(operator, type_promotion_kind=None)
-    def lower(*args: Any) -> Any:
-        started: Any = ir._CollectiveKernel.create_out_of_place(operator, *args)
+    def lower(first: Any, *args: Any) -> Any:
+        first = ir.ExternKernel.require_contiguous(first)
+        started: Any = ir._CollectiveKernel.create_out_of_place(operator, first, *args)
         return ir.TensorBox.create(started)
+
+
+@functools.cache
+def lower_as_wait(operator: Any, called: Any) -> None:
+    """Have Inductor take an operator of one operand, which returns it, for a wait: the operand is another value from then on, and
+    what the collective that made it reads is kept until then. called: what code calls in its place; it returns nothing."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lower(started: Any) -> Any:
+        ir._WaitKernel.create_wait(called, started)
+        return started
 
 
 def in_backward(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxpar.ops.attention import windowed_attention
 from fxpar.ops.dropout_attention import attend, attend_backward, dropout_attention
+from fxpar.ops.parts import NEXT_PART
 from fxpar.ops.random import drawn
 from fxpar.ops.rng import dropout_mask
 
@@ -24,6 +25,8 @@ RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 GATHER, SCATTER = c10d.all_gather_into_tensor.default, c10d.reduce_scatter_tensor.default
 ALL_REDUCE, WAIT = c10d.all_reduce.default, c10d.wait_tensor.default
 """What the typed collectives are in what Inductor compiles: each is started, and waited for."""
+WAITS = (WAIT, NEXT_PART)
+"""What waits for a collective, or for a part of its result, and returns its operand."""
 
 
 def is_view(node: fx.Node) -> bool:

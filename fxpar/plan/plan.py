@@ -24,10 +24,10 @@ from fxpar.plan.files import fields_of
 from fxpar.plan.megatron import LIMIT, ZERO_NAMES, plan_fields
 
 # Field -> the one value of it that this version can run. Fields that are not here are available in full.
-_ONLY_YET: dict[str, object] = {
-    "tp_comm_overlap": False,
-}
-"""Fields that can have one value yet, because nothing would read another."""
+_ONLY_YET: dict[str, object] = {}
+"""Fields that can have one value yet, because nothing would read another: none at present."""
+AUTO_TP_OVERLAP = False
+"""What `tp_comm_overlap` is where nobody says it: on where it was measured faster, so far nowhere."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,7 +53,9 @@ class Plan:
     ep_dispatch: how tokens reach their experts: "alltoall" sends each to the ranks of its own, "allgather" all to all.
     recompute: "none", "selective", "full", or the memory budget as a fraction in (0, 1].
     param_dtype, reduce_dtype: of compute and of gradient reduction; None: the model's [or a name: "bf16"].
-    overlap_grad_reduce, overlap_param_gather, tp_comm_overlap: hide that communication behind compute.
+    overlap_grad_reduce, overlap_param_gather: hide that communication behind compute.
+    tp_comm_overlap: hide what tensor parallelism gathers and scatters behind the products beside it; None: where it was measured
+        faster. Kept as given; read `overlaps_tp` for the answer.
     outputs: "all" (what tp or cp splits comes as DTensors), "whole" (it is gathered: plain tensors on every rank), or "loss" to
         make nothing else.
     batch_dims: pairs (input name, its batch dim, from 0, or None for none), sorted [or a mapping].
@@ -81,7 +83,7 @@ class Plan:
     reduce_dtype: torch.dtype | None = None
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
-    tp_comm_overlap: bool = False
+    tp_comm_overlap: bool | None = None
     outputs: str = "all"
     batch_dims: Mapping[str, int | None] | tuple[tuple[str, int | None], ...] = ()
     roles: Mapping[str, str | None] | tuple[tuple[str, str | None], ...] = ()
@@ -105,6 +107,12 @@ class Plan:
     def shards_sequence(self) -> bool:
         """Whether the residual stream's sequence is sharded over tp: `sequence_parallel`, resolved."""
         return self.tp > 1 and self.sequence_parallel is not False
+
+    @property
+    def overlaps_tp(self) -> bool:
+        """Whether what tensor parallelism gathers and scatters is hidden behind products: `tp_comm_overlap`, resolved. Only
+        where the sequence is sharded does it gather and scatter."""
+        return self.shards_sequence and (AUTO_TP_OVERLAP if self.tp_comm_overlap is None else self.tp_comm_overlap)
 
     @property
     def stores_parts(self) -> bool:
@@ -418,7 +426,7 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "reduce_dtype": _dtype,
     "overlap_grad_reduce": _switch,
     "overlap_param_gather": _switch,
-    "tp_comm_overlap": _switch,
+    "tp_comm_overlap": _optional_switch,
     "outputs": _one_of("all", "whole", "loss"),
     "batch_dims": _batch_dims,
     "roles": _roles,

@@ -32,6 +32,7 @@ def as_dict(report: Report) -> dict[str, Any]:
         "step": _step(report),
         "timings": {"parts": dict(report.timings.parts), "passes": dict(report.timings.passes)},
         "cuda_graphs": report.cuda_graphs,
+        "tp_comm_overlap": report.tp_comm_overlap,
         "attention": _rows(report.attention),
         "experts": _rows(report.experts),
         "notes": list(report.notes),

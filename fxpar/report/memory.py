@@ -25,7 +25,7 @@ from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.brief import Input
 from fxpar.backends.inductor.liveness import Buffer, Kernel, Lowering, size_of, timeline
 from fxpar.backends.trace import tensor_inputs_only
-from fxpar.backends.transport.runtime import FunctionalRuntime
+from fxpar.backends.transport.runtime import FunctionalRuntime, beside_products
 from fxpar.ops.runtime import use_runtime
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.partition.phases import split_phases
@@ -223,14 +223,16 @@ def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[
     """
     inputs: list[Input | None] = [*_inputs(program).values()]
     module, plan = program.module, program.plan
-    with use_runtime(_Shapes(program.mesh)), compat.memory_budget(plan.memory_budget):
+    shapes = _Shapes(program.mesh)
+    transport = beside_products(shapes, program.mesh, plan)
+    with use_runtime(shapes), compat.memory_budget(plan.memory_budget):
         if program.training and plan.microbatches > 1:
             module, more = _last_microbatch(program, [i.value for i in inputs if i is not None and i.part == "parameters"])
             inputs += more
         values = [None if i is None else i.value for i in inputs]
         taken = [i for i in inputs if i is not None]
         with torch.set_grad_enabled(program.training):
-            settings = inductor.settings(plan, as_on_gpu=True)
+            settings = inductor.settings(plan, transport, as_on_gpu=True)
             if briefly:
                 made = brief.lowered(_plain(module, values), taken, plan, settings)
                 if made is not None:

@@ -67,7 +67,8 @@ class Report:
     takes, and its cluster. limit: bytes of a device, where `inspect` was told them, for `verdict`. timings: where the time
     went on the way to the first step. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed)
     and `peak` are each those of the pipeline rank that has most. predicted: what predicts `peak`; peak_of: the same of another
-    plan. cuda_graphs: of a module that runs, whether its forward and backward are played back, or why not.
+    plan. cuda_graphs: of a module that runs, whether its forward and backward are played back, or why not. tp_comm_overlap: the
+    same of what tensor parallelism gathers and scatters: whether it is hidden behind products.
     """
 
     plan: Plan
@@ -86,6 +87,7 @@ class Report:
     limit: int | None = field(default=None, kw_only=True)
     peak_of: Callable[[Plan], int] | None = field(default=None, kw_only=True, repr=False, compare=False)
     cuda_graphs: str | None = field(default=None, kw_only=True, compare=False)
+    tp_comm_overlap: str | None = field(default=None, kw_only=True, compare=False)
 
     @functools.cached_property
     def peak(self) -> Peak:
@@ -160,6 +162,7 @@ class Report:
                           self.step.line(),
                           *([f"to the first step: {self.timings}"] if self.timings.ran else []),
                           *([f"CUDA graphs: {self.cuda_graphs}"] if self.cuda_graphs is not None else []),
+                          *([f"overlap of tensor parallelism: {self.tp_comm_overlap}"] if self.tp_comm_overlap else []),
                           *(f"note: {n}" for n in self.notes)])
 
     def grouped(self) -> list[tuple[str, int, ParameterRow]]:

@@ -101,6 +101,8 @@ def _lines(report: Report) -> Iterator[tuple[str, str]]:
         yield "to first step", str(report.timings)
     if report.cuda_graphs is not None:
         yield "CUDA graphs", report.cuda_graphs
+    if report.tp_comm_overlap is not None:
+        yield "overlap of tensor parallelism", report.tp_comm_overlap
     yield from (("note", note) for note in report.notes)
 
 

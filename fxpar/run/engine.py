@@ -18,10 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from fxpar import compat
 from fxpar.backends import eager
 from fxpar.backends.transport import copies
-from fxpar.backends.transport.base import copied_axes
 from fxpar.backends.transport.control import Outcome
 from fxpar.errors import CaptureError, InputError, MismatchError, UnsupportedOperator
 from fxpar.model import inputs as calls
@@ -52,6 +50,7 @@ from fxpar.run.scales import ScaleChecks
 from fxpar.run.start import Start
 from fxpar.run.steps import Steps
 from fxpar.run.store import ParameterStore
+from fxpar.run.transport import choose_transport, overlap_told
 from fxpar.run.updates import OptimizerSteps
 from fxpar.sharding.facts import local_value, sharding_at
 from fxpar.sharding.layout import Sharding
@@ -151,7 +150,7 @@ class Engine:
         of_kinds = agree_on_call(self._control, "parallelize", (*key, True, *self._circumstances({}, True)), self._names)()
         self._left.add(program, _of_all(key, of_kinds)[:-1])
         self.programs[_of_all(self._captured(named, count), of_kinds)] = program
-        self._use_copy_engines()
+        self.store.runtime.transport = choose_transport(self.store, self.plan, self._transport, program)
         self.seeds.base = self.store.control.exchange(torch.initial_seed() & 0x7FFFFFFF)[0]
 
     def run(self, args: tuple, kwargs: Mapping[str, Any], last: bool) -> Any:
@@ -437,17 +436,9 @@ class Engine:
         return schedule(plan.schedule, ranks=plan.pp, virtual_stages=plan.virtual_stages, microbatches=plan.microbatches,
                         unshard=plan.dp * plan.cp > 1)
 
-    def _use_copy_engines(self) -> None:
-        """Have parameters gathered and gradients scattered by copies between GPUs, where that can and may be."""
-        plan, mesh, bound = self.plan, self.store.mesh, self.store.bound
-        stored = copied_axes(self._transport, plan, mesh)
-        if not stored or not copies.available(self.device) or bound.kinds > 1:
-            return
-        sizes = [(count * (plan.param_dtype or p.dtype).itemsize, count * (plan.reduce_dtype or p.dtype).itemsize)
-                 for p in self.store.model.parameters() for count in [mesh.size(*stored) * compat.local_part(p).numel()]]
-        parameter, gradient = max((s for s in sizes if s[1] <= copies.LARGEST), key=lambda s: s[1], default=(0, 0))
-        self.store.runtime.transport = copies.transport_over(
-            bound, stored, self.store.control, lambda group: copies.on_gpu(group, parameter, gradient))
+    def overlap_told(self, program: Program) -> str | None:
+        """See `fxpar.run.transport.overlap_told`."""
+        return overlap_told(self.plan, self._backend is not eager, self.store.runtime.transport, program)
 
     # ---- outputs ----
 

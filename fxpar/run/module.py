@@ -327,7 +327,8 @@ class ParallelModule(nn.Module):
         program = self._engine.newest()
         with self.parameter_store.control.watch.busy("making a report"):
             made = report_of(program, self._engine.stages(program))
-        return dataclasses.replace(made, cuda_graphs=self._engine.recordings.told(program))
+        return dataclasses.replace(made, cuda_graphs=self._engine.recordings.told(program),
+                                   tp_comm_overlap=self._engine.overlap_told(program))
 
     def newest_program(self) -> Program:
         """The program that `report` describes: another one when the module was called in a new way."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fxpar.errors import CaptureError, FxparError, PlanError, UnsupportedOperator
 from fxpar.plan import Plan
+from fxpar.plan import plan as plans_
 from fxpar.sharding import mesh as meshes
 
 # model: GPUs, tp, pp, cp, ep, dp
@@ -182,19 +183,18 @@ def test_require_supported():
         Plan(dp=2, cp=4, cp_comm=comm, zero=3).require_supported()
 
 
-@pytest.mark.parametrize(
-    "text, suggestion",
-    [
-        ("tp=2,tp_comm_overlap=true", "tp_comm_overlap=false"),
-    ],
-)
-def test_require_supported_refuses(text, suggestion):
-    refused(
-        Plan.parse(text).require_supported,
-        suggestion.split("=")[0],
-        suggestion,
-        "not available in this version yet",
-    )
+def test_require_supported_refuses(monkeypatch):
+    monkeypatch.setitem(plans_._ONLY_YET, "dp_replicate", 1)
+    refused(Plan(dp=2, dp_replicate=2).require_supported, "dp_replicate", "dp_replicate=1", "not available in this version yet")
+
+
+def test_who_says_nothing_of_the_overlap_of_tensor_parallelism(monkeypatch):
+    for auto in (False, True):
+        monkeypatch.setattr(plans_, "AUTO_TP_OVERLAP", auto)
+        told = ("tp=2", "tp=2,tp_comm_overlap=true", "tp=2,tp_comm_overlap=false", "dp=2", "tp=2,sequence_parallel=false",
+                "tp=2,sequence_parallel=false,tp_comm_overlap=true")
+        assert [Plan.parse(t).overlaps_tp for t in told] == [auto, True, False, False, False, False]
+        assert [str(Plan.parse(t)) for t in told] == list(told)
 
 
 # ---- text ----
@@ -210,8 +210,8 @@ def plans(draw):
     ep = draw(st.sampled_from(divisors))
     sequence = [None, True] if ep > 1 and tp > 1 else [None, True, False]
     switches = {
-        name: draw(st.booleans()) for name in ("overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap")
-    }
+        name: draw(st.booleans()) for name in ("overlap_grad_reduce", "overlap_param_gather")
+    } | {"tp_comm_overlap": draw(st.sampled_from([None, True, False]))}
     budget = st.floats(0, 1, exclude_min=True)
     params = st.tuples(names, st.integers(0, 3)).map(lambda pair: f"{pair[0]}[{pair[1]}]")
     pp = draw(st.integers(1, 9))

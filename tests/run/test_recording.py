@@ -430,4 +430,6 @@ def test_several_ranks_record_when_asked_and_compare_what_is_held(loops, monkeyp
 def test_choices_are_checked():
     with pytest.raises(PlanError, match='"auto", True or False'):
         fxpar.parallelize(Blocks(11, 8, 8, 1), "dp=1", small(0, 3), cuda_graphs="yes")
+    with pytest.raises(PlanError, match=r'tp_comm_overlap.*"auto", True or False'):
+        fxpar.parallelize(Blocks(11, 8, 8, 1), "dp=1", small(0, 3), tp_comm_overlap="yes")
     assert ModuleLoop("auto").told().startswith("off: code that is compiled for a GPU")

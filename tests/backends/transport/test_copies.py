@@ -23,6 +23,7 @@ from fxpar.backends.inductor import casts
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.base import BUCKET_BYTES, REDUCTION_BYTES
 from fxpar.backends.transport.copies import ALIGNED, SCATTERS, CopyGroup, rounds, slot_sizes
+from fxpar.ops.parts import GATHER_PARTS, arrivals, shift_splits
 from tests.processes import launch
 from tests.slots import Alone, SharedSlots
 
@@ -52,6 +53,17 @@ def exchange(rank: int, folder: str, nbytes: int) -> int:
             want = sum(x[i].double().chunk(n)[rank] for x in wide)
             torch.testing.assert_close(c10d.wait_tensor(y).double(), want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6,
                                        atol=1e-6 if dtype != torch.bfloat16 else 1e-1)
+        full = every[0][0].new_empty(n, *SHAPES[3])
+        works = group.gather_parts(full.unbind(), every[rank][3])
+        for peer, work in zip(arrivals(rank, n), works, strict=True):
+            work.wait()
+            assert torch.equal(full[peer], every[peer][3]) and torch.equal(full[rank], every[rank][3])
+        for distance in range(1, n):
+            received, sent = shift_splits(rank, n, distance, SHAPES[3][0])
+            made = c10d.all_to_all_single(every[rank][3], received, sent, "copies")
+            assert torch.equal(c10d.wait_tensor(made), every[(rank + distance) % n][3])
+        with pytest.raises(ValueError, match="from one rank to one other"):
+            group.alltoall_base(made, made, [1] * n, [1] * n)
         turned, full = every[rank][3].t(), torch.cat([x[3].t() for x in every])
         made = torch.empty_like(full)
         group.allgather_into_tensor_coalesced([made], [turned]).wait()
@@ -67,6 +79,17 @@ def test_results_are_those_of_the_collectives(world: int, nbytes: int):
         turns = launch(world, exchange, folder, nbytes)
         assert os.listdir(folder)
     assert len(set(turns)) == 1 and (turns[0] > 4) == (nbytes < 2**20)
+
+
+class _All:
+    """Several things to wait for."""
+
+    def __init__(self, works: list[dist.Work]):
+        self.works = works
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 def in_any_order(rank: int, folder: str, nbytes: int, seeds: list[int]) -> list[tuple[int, int]]:
@@ -87,7 +110,18 @@ def in_any_order(rank: int, folder: str, nbytes: int, seeds: list[int]) -> list[
             shapes = random.sample(SHAPES, random.randint(1, 4))
             every = [[value(r, s, torch.float32, 1000 * seed + turn) for s in shapes] for r in range(n)]
             operations += 1
-            if random.random() < 0.5:
+            kind, to = random.random(), (rank + 1) % n
+            if kind < 0.2:
+                x = every[rank][0]
+                got, want = [torch.empty_like(x)], [every[(rank - 1) % n][0]]
+                rows = x.shape[0]
+                sizes = [[rows * (r == peer) for r in range(n)] for peer in ((rank - 1) % n, to)]
+                work = group.alltoall_base(got[0], x, *sizes)
+            elif kind < 0.4:
+                full = torch.empty(n, *shapes[0])
+                got, want = [full], [torch.stack([x[0] for x in every])]
+                work = _All(group.gather_parts(full.unbind(), every[rank][0]))
+            elif kind < 0.7:
                 dtype = random.choice([torch.float32, torch.bfloat16])
                 got = [torch.empty(n * s[0], *s[1:], dtype=dtype) for s in shapes]
                 want = [torch.cat([x[i] for x in every]).to(dtype) for i in range(len(shapes))]
@@ -132,6 +166,16 @@ def in_turn(rank: int, folder: str) -> int:
 def test_an_operation_takes_one_barrier():
     with tempfile.TemporaryDirectory() as folder:
         assert launch(2, in_turn, folder) == [40, 40]
+
+
+def test_parts_are_gathered_by_what_copies():
+    """The operator finds the group by its name, and has it gather in its own way."""
+    group, x = CopyGroup(Alone()), torch.randn(3, 4)
+    compat.register_group(group, "in parts")
+    try:
+        assert torch.equal(GATHER_PARTS(x, 1, "in parts"), x) and group._seen
+    finally:
+        compat.unregister_group("in parts")
 
 
 def test_a_gather_casts_and_concatenates():
