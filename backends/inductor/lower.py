@@ -104,7 +104,8 @@ def from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any],
     """
     if blocks == "flat" or counts_rows(plain.graph):
         return None
-    whole = None if key is None else f"{key} {blocks} {_digest(tuple(_sources()))}"
+    passes = [config[name].uuid() for name in ("joint_custom_pre_pass", "post_grad_custom_post_pass")]
+    whole = None if key is None else f"{key} {blocks} {passes}"
     return made_from_few(plain, given, config, plan, generate, whole)
 
 
