@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxpar import compat
 from fxpar.backends.inductor import pieces
 from fxpar.compat import interpret_pieces, stages
+from fxpar.compat.bundles import _path
 from fxpar.compat.cut import one_piece
 
 COUNT, WIDTH = 6, 8
@@ -135,6 +137,8 @@ def test_a_graph_behind_all_passes_is_compiled_or_run(cut, cutting):
         assert compat.cache_counts()["saved"] == before + 1
         found, more = compat.kept_bundle(key, given)
         assert more == {"more": 1}
+        Path(_path(key)).write_bytes(b"damaged")
+        assert compat.kept_bundle(key, given) is None
         for forward, backward in (found, *zip(*codes, strict=True)):
             with compat.as_traced():
                 made = list(forward([x.detach() for x in given]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import os
 import pickle
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+log = logging.getLogger("fxpar")
 
 
 def bundle_key(text: str) -> str | None:
@@ -60,7 +63,10 @@ def kept_bundle(key: str, given: Sequence[Tensor]) -> tuple[list[Any], Any] | No
                 options: Any = {"cudagraphs": BoxedBool(False), "is_backward": number > 0,
                                 "boxed_forward_device_index": BoxedDeviceIndex(None)}
                 code.post_compile(given, CompiledFxGraphConstants(), options)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, ImportError):
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever is wrong with what others may have written is no reason not to compile anew
+        log.info("compiled code on disk could not be used (%s: %s)", type(error).__name__, error)
         return None
     counters["aot_autograd"]["autograd_cache_hit"] += 1
     return codes, more
