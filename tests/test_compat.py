@@ -463,7 +463,9 @@ def test_a_profiler_that_listens_is_seen():
     assert not compat.profiling()
 
 
-def test_distributions_are_unchecked_for_a_while():
+def test_distributions_are_unchecked_for_a_while(monkeypatch):
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # torch.compile turns it off for a process
+
     def make():
         return torch.distributions.Normal(torch.zeros(2), -torch.ones(2))
 
