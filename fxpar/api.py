@@ -64,7 +64,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
     blocks: how the inductor backend compiles the equal blocks of a deep model: "once" (cut out of the graph, each class of equal
     ones is compiled once; buckets of parameters and gradients end with blocks), "flat" (all in one graph, and all is traced), or
-    "auto" (once where at most a fifth of the operators is left to compile: from some 24 equal layers on). But for "flat", of
+    "auto" (once where at most 40 % of the operators are left to compile: from some 12 equal layers on). But for "flat", of
     eight and more equal blocks five are traced.
     cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back by the GPU, which
     no longer waits for its host: "auto" (of one rank, where it did wait, and recordings take no more memory), True (of several

@@ -42,7 +42,7 @@ from fxpar.ops.exchange import counts_rows
 from fxpar.ops.runtime import use_runtime
 from fxpar.plan import Plan
 
-SHARES = {"auto": 0.2, "once": 1.0}
+SHARES = {"auto": 0.4, "once": 1.0}
 """How much of a graph may be left to compile, for its equal blocks to be compiled once."""
 GraphPass = tuple[ModuleType, functools.partial[None]]
 """The module that a pass is in, and the pass with its options: to be called with a graph."""
