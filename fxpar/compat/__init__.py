@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 import torch.utils.checkpoint
 from torch import fx
-from torch._guards import TracingContext, detect_fake_mode
+from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -37,6 +37,7 @@ from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, inter
 from fxpar.compat.data import assign_data_by, share_memory_by
 from fxpar.compat.generators import generators_watched
 from fxpar.compat.groups import default_store, process_groups
+from fxpar.compat.handed import interpret_graph, lowered_graphs
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import (
     before_norms,
@@ -63,12 +64,10 @@ from fxpar.compat.steps import (
     NotInSteps,
     SharedOutputs,
     TracedForward,
-    after_graph_passes,
     as_traced,
     compile_steps,
     faked,
     interpret_steps,
-    output_code,
     sizes_of_values,
     sizes_to_compile,
     storage_of,
@@ -118,6 +117,7 @@ __all__ = [
     "in_full",
     "inside_of_transform",
     "interpret_final",
+    "interpret_graph",
     "interpret_pieces",
     "interpret_steps",
     "is_grouped_product",
@@ -128,6 +128,7 @@ __all__ = [
     "keep_bundle",
     "keeps_graph",
     "kept_bundle",
+    "lowered_graphs",
     "mend_searches_for_nan",
     "mend_sums_of_norms",
     "mend_writes_to_plain_tensors",
@@ -481,43 +482,3 @@ def unregister_group(name: str) -> None:
     """Undo `register_group`."""
     c10d: Any = torch._C._distributed_c10d
     c10d._unregister_process_group(name)
-
-
-def lowered_graphs(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any]) -> list[fx.GraphModule]:
-    """The graphs that `compile_graph` would generate code for, after all graph passes: the forward and, if there is one, the
-    backward. Nothing is compiled or run; `inputs` may be fake."""
-    found: list[fx.GraphModule] = []
-    _through_graph_passes(gm, inputs, config, lambda module, *_: found.append(module))
-    return found
-
-
-def interpret_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
-                    interpreter: type[fx.Interpreter], counts: bool = False, cutting: Cutting | None = None) -> Callable:
-    """As `compile_graph`, but `interpreter` runs the graphs of `lowered_graphs`, or their pieces, where code would have been
-    generated."""
-    def run(module: fx.GraphModule, static: Sequence[int] = (), donated: Sequence[int] = ()) -> Any:
-        pieces = None if cutting is None else cutting(module, static, donated)
-        if pieces is not None:
-            return interpret_pieces(pieces, interpreter)
-        return lambda given: interpreter(module).boxed_run(given)
-
-    with sizes_of_values(inputs, counts) as inputs:
-        return _through_graph_passes(gm, inputs, config, run)
-
-
-def _through_graph_passes(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
-                          run: Callable[..., Any]) -> Callable:
-    """`compile_fx` with ``run(module, static, donated)``, a callable over a list of inputs, in the place of generated code; for
-    static and donated see `Cutting`."""
-    from torch._functorch import config as aot
-    from torch._inductor.compile_fx import compile_fx
-
-    def keep(module: fx.GraphModule, example: Any, is_inference: bool = False, **options: Any) -> Any:
-        after_graph_passes(module, example, is_inference)
-        metadata: Any = TracingContext.get().fw_metadata
-        donated = metadata.bw_donated_idxs if options.get("is_backward") else None
-        return output_code(run(module, options.get("static_input_idxs", ()), donated or ()))
-
-    with aot.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
-        compiled: Any = compile_fx(gm, inputs, inner_compile=keep, config_patches=config)
-    return compiled

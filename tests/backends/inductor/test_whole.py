@@ -300,5 +300,5 @@ def test_transformers(make, plan):
     model, ids = make(), torch.randint(0, 64, (4, 16))
     mine, theirs, made = steps(model, plan, dict(input_ids=ids, labels=ids))
     assert_same(mine, theirs)
-    if make in (llama, qwen3):
+    if make in (llama, qwen3) and "selective" not in plan:  # what selective recomputation keeps is not proved of more blocks
         assert made and all(made)
