@@ -18,6 +18,7 @@ from fxpar.backends.inductor.lowered import Lowered
 from fxpar.backends.split import Halves, Unsplittable, split_backward
 from fxpar.backends.stepped import SavedForBackward, SavedForWeightGradients, Stepped
 from fxpar.backends.transport.threads import Threads
+from fxpar.compat import steps
 from fxpar.errors import InputError, PlanError
 from fxpar.plan import Plan
 from fxpar.sharding.mesh import Mesh
@@ -343,7 +344,7 @@ def test_what_was_compiled_is_found_by_what_it_may_overwrite(monkeypatch):
     def inner(graph: fx.GraphModule, example: Any, **options: Any) -> Any:
         mark = torch._inductor.config.post_grad_custom_pre_pass
         keys.append(mark and mark.uuid())
-        return compat.output_code(len)
+        return steps.output_code(len)
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", inner)
     for early in ((), [0], [0]):
