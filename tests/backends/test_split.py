@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, fx, nn
 
-from fxpar import compat
 from fxpar.backends import eager, stepped
 from fxpar.backends.inductor.lowered import Lowered
 from fxpar.backends.split import Halves, Unsplittable, split_backward
