@@ -23,7 +23,7 @@ from fxpar.progress import stage
 ALIGNED = 16
 """In bytes: where a tensor in the middle of others has to begin for code to be the same as for one by itself."""
 Generate = Callable[..., tuple[compat.Code, list[Any]]]
-"""As `compat.compile_final`, but for what cuts graphs, which it has."""
+"""As `fxpar.compat.pieces.compile_final`, but for what cuts graphs, which it has."""
 
 
 @dataclass
