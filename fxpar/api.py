@@ -48,9 +48,9 @@ _MODULES = {"eager": eager, "inductor": inductor}
 
 def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, *, backend: str = "auto",
                 transport: str = "auto", blocks: str = "auto", cuda_graphs: bool | str = AUTO,
-                tp_comm_overlap: bool | str = AUTO, timeout: float = TIMEOUT,
-                check_batches: int = CHECKED_EVERY, pad: Padding | Mapping[str, Any] | int | None = None,
-                quiet: bool | None = None, dump_dir: str | Path | None = None) -> ParallelModule:
+                tp_comm_overlap: bool | str = AUTO, timeout: float = TIMEOUT, check_batches: int = CHECKED_EVERY,
+                pad: Padding | Mapping[str, Any] | int | None = None, quiet: bool | None = None,
+                dump_dir: str | Path | None = None) -> ParallelModule:
     """Return `model` running on every rank under `plan`.
 
     model: real or on the meta device, on all ranks alike; DTensors take the place of its parameters, wherever those are held (in
@@ -64,23 +64,21 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
     blocks: how the inductor backend compiles the equal blocks of a deep model: "once" (cut out of the graph, each class of equal
     ones is compiled once; buckets of parameters and gradients end with blocks), "flat" (all in one graph, and all is traced), or
-    "auto" (once where at most 40 % of the operators are left to compile: from some 12 equal layers on). But for "flat", of
-    eight and more equal blocks five are traced.
-    cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back by the GPU, which
-    no longer waits for its host: "auto" (of one rank, where it did wait, and recordings take no more memory), True (of several
-    ranks, too, with their communication) or False; what cannot be recorded runs as ever, and the report says why.
+    "auto" (once where at most 40 % of the operators are left to compile: from some 12 equal layers on). But for "flat", of eight
+    and more equal blocks five are traced. cuda_graphs: whether forward and backward are recorded once they have run a few times,
+    and then played back by the GPU, which no longer waits for its host: "auto" (of one rank, where it did wait, and recordings
+    take no more memory), True (of several ranks, too) or False; what cannot be recorded runs as ever, and the report says why.
     tp_comm_overlap: whether compiled programs hide what tensor parallelism gathers and scatters behind the products beside it,
     part by part: True, False, or "auto": as the plan says; if it says nothing, on where it was measured faster, so far nowhere.
-    `module.report().tp_comm_overlap` says whether, and why not.
-    timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks
-    that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were given in
-    the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the longest of
-    all replicas, to the next multiple of this number (or a dict of arguments of `fxpar.pad`); what a model returns is as long,
-    too. quiet: whether this process says nothing, here and later, while it captures, compiles, saves or loads for more than two
-    seconds; None: as before, at first as FXPAR_QUIET of the environment says (see `fxpar.progress`). dump_dir: where the program
-    after every pass is written, numbered, as readable Python (rank 0 only).
-    Several modules may be parallelized and fed into each other, if their plans have the same replicas (see `ParallelModule`).
-    Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
+    The report says whether, and why not. timeout: seconds without a sign of life of a rank after which those that wait for it
+    raise an error, of all modules; ranks that compile, save or load give signs of life. check_batches: ranks of one replica
+    compare the values that they were given in the first calls and in every so many-th (1: always, 0: never). pad: every call's
+    sequences are made as long as the longest of all replicas, to the next multiple of this number (or a dict of arguments of
+    `fxpar.pad`); what a model returns is as long, too. quiet: whether this process says nothing, here and later, while it
+    captures, compiles, saves or loads for more than two seconds; None: as before, at first as FXPAR_QUIET of the environment says
+    (see `fxpar.progress`). dump_dir: where the program after every pass is written, numbered, as readable Python (rank 0 only).
+    Modules may be fed into each other, if their plans have the same replicas. Started by torchrun, it joins the process group if
+    you have not (NCCL on GPUs, gloo on CPUs).
     Raises: `PlanError` (under "auto", also where no plan fits), `InputError`, `CaptureError`, `UnsupportedOperator`,
     `MismatchError`; on all ranks alike. What one rank alone cannot do is an `FxparError` on the others.
     """
@@ -93,10 +91,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         options = {"backend": backend, "transport": transport, "blocks": blocks, "cuda_graphs": cuda_graphs,
                    "tp_comm_overlap": tp_comm_overlap, "timeout": timeout, "check_batches": check_batches, "pad": pad}
         plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, device, options, dump_dir))
-        padding = None if pad is None else Padding.of(pad)
-        if padding is not None:
-            lengths = control.longest("parallelize", control.together(lambda: padding.lengths(example[1])))
-            example = control.together(lambda: calls.canonical(model, (), padding.padded(example[1], lengths)))
+        padding, example = _padded(model, example, pad, control)
         chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
         control.agree("parallelize", {"plan": plan, **options, "backend": chosen, **facts(model, example)})
         control = Control(plan.pp)
@@ -106,13 +101,21 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
             made.append(compile_call(example, None, plan.microbatches if plan.pp > 1 else 1))
         begin = time.perf_counter()
         with stage("taking over parameters"):
-            bound = BoundMesh(made[0].mesh, device.type, plan.pp)
-            store = ParameterStore(model, bound, control, device)
+            store = ParameterStore(model, BoundMesh(made[0].mesh, device.type, plan.pp), control, device)
             store.runtime.blocks = blocks
             engine = Engine(store, plan, compile_call, _MODULES[chosen], transport, check_batches, padding, cuda_graphs)
             engine.adopt(made[0], example)
         made[0].timings[PARAMETERS] = time.perf_counter() - begin
         return ParallelModule(store, engine)
+
+
+def _padded(model: nn.Module, example: Call, pad: Any, control: Control) -> tuple[Padding | None, Call]:
+    """What `pad` asks for, and the example with sequences as long as the longest of all replicas' examples."""
+    if pad is None:
+        return None, example
+    padding = Padding.of(pad)
+    lengths = control.longest("parallelize", control.together(lambda: padding.lengths(example[1])))
+    return padding, control.together(lambda: calls.canonical(model, (), padding.padded(example[1], lengths)))
 
 
 def _checked(model: nn.Module, given: Plan | str, example_inputs: Any, device: torch.device, options: Mapping[str, Any],
