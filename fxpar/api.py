@@ -54,31 +54,30 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     """Return `model` running on every rank under `plan`.
 
     model: real or on the meta device, on all ranks alike; DTensors take the place of its parameters, wherever those are held (in
-    an optimizer that was made before, too), with their hooks, attributes and gradients. plan: a `Plan` or its text
-    ("dp=2,tp=2"), or "auto": the best that `fxpar.suggest` finds for these ranks and their memory, each replica being passed
-    `example_inputs`, among plans that any training loop can run (without pipelines and accumulation), in the model's own dtypes;
-    rank 0 logs the table (logger "fxpar", level INFO). example_inputs: what one rank will pass to forward (a dict of keyword
-    arguments or a tuple), for its shapes; may be left out for Hugging Face models. backend: "inductor", "eager", or "auto"
-    (inductor on CUDA, eager on CPU). transport: what moves parameters and gradients in compiled programs; "auto" (the copy
-    engines of GPUs of one host that see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or
-    "nccl" (never copy engines, whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both.
-    blocks: how the inductor backend compiles the equal blocks of a deep model: "once" (cut out of the graph, each class of equal
-    ones is compiled once; buckets of parameters and gradients end with blocks), "flat" (all in one graph, and all is traced), or
-    "auto" (once where at most 40 % of the operators are left to compile: from some 12 equal layers on). But for "flat", of eight
-    and more equal blocks five are traced. cuda_graphs: whether forward and backward are recorded once they have run a few times,
-    and then played back by the GPU, which no longer waits for its host: "auto" (of one rank, where it did wait, and recordings
-    take no more memory), True (of several ranks, too) or False; what cannot be recorded runs as ever, and the report says why.
-    tp_comm_overlap: whether compiled programs hide what tensor parallelism gathers and scatters behind the products beside it,
-    part by part: True, False, or "auto": as the plan says; if it says nothing, on where it was measured faster, so far nowhere.
-    The report says whether, and why not. timeout: seconds without a sign of life of a rank after which those that wait for it
-    raise an error, of all modules; ranks that compile, save or load give signs of life. check_batches: ranks of one replica
-    compare the values that they were given in the first calls and in every so many-th (1: always, 0: never). pad: every call's
-    sequences are made as long as the longest of all replicas, to the next multiple of this number (or a dict of arguments of
-    `fxpar.pad`); what a model returns is as long, too. quiet: whether this process says nothing, here and later, while it
-    captures, compiles, saves or loads for more than two seconds; None: as before, at first as FXPAR_QUIET of the environment says
-    (see `fxpar.progress`). dump_dir: where the program after every pass is written, numbered, as readable Python (rank 0 only).
-    Modules may be fed into each other, if their plans have the same replicas. Started by torchrun, it joins the process group if
-    you have not (NCCL on GPUs, gloo on CPUs).
+    an optimizer that was made before, too), with their hooks, attributes and gradients. plan: a `Plan` or its text ("dp=2,tp=2"),
+    or "auto": the best that `fxpar.suggest` finds for these ranks and their memory, each replica being passed `example_inputs`,
+    among plans that any training loop can run (without pipelines and accumulation), in the model's own dtypes; rank 0 logs the
+    table (logger "fxpar", level INFO). example_inputs: what one rank will pass to forward (a dict of keyword arguments or a
+    tuple), for its shapes; may be left out for Hugging Face models. backend: "inductor", "eager", or "auto" (inductor on CUDA,
+    eager on CPU). transport: what moves parameters and gradients in compiled programs; "auto" (the copy engines of GPUs of one
+    host that see each other's memory, where the plan stores parameters in parts, otherwise NCCL), or "nccl" (never copy engines,
+    whose buffers take memory). A group that is not NCCL's (gloo on CPUs) takes its place in both. blocks: how the inductor
+    backend compiles the equal blocks of a deep model: "once" (cut out of the graph, each class of equal ones is compiled once;
+    buckets of parameters and gradients end with blocks), "flat" (all in one graph, and all is traced), or "auto" (once where at
+    most 40 % of the operators are left to compile: from some 12 equal layers on). But for "flat", of eight and more equal blocks
+    five are traced. cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back
+    by the GPU, which no longer waits for its host: "auto" (of one rank, where it did wait, and recordings take no more memory),
+    True (of several ranks, too) or False; what cannot be recorded runs as ever, and the report says why. tp_comm_overlap: whether
+    compiled programs hide what tensor parallelism gathers and scatters behind the products beside it, part by part: True, False,
+    or "auto": as the plan says; if it says nothing, on where it was measured faster, so far nowhere. The report says whether, and
+    why not. timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules;
+    ranks that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were
+    given in the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the
+    longest of all replicas, to the next multiple of this number (or a dict of arguments of `fxpar.pad`); what a model returns is
+    as long, too. quiet: whether this process says nothing, here and later, while it captures, compiles, saves or loads for more
+    than two seconds; None: as before, at first as FXPAR_QUIET of the environment says (see `fxpar.progress`). dump_dir: where the
+    program after every pass is written, numbered, as readable Python (rank 0 only). Modules may be fed into each other, if their
+    plans have the same replicas. Started by torchrun, it joins the process group if you have not (NCCL on GPUs, gloo on CPUs).
     Raises: `PlanError` (under "auto", also where no plan fits), `InputError`, `CaptureError`, `UnsupportedOperator`,
     `MismatchError`; on all ranks alike. What one rank alone cannot do is an `FxparError` on the others.
     """
