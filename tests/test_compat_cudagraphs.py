@@ -127,6 +127,25 @@ def test_a_gpu_records_and_plays_back():
 
 
 @pytest.mark.gpu
+def test_memory_for_another_stream_is_taken_while_one_is_recorded():
+    graphs = compat.CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+    made: list[Tensor] = []
+
+    def code(inputs: list[Tensor]) -> list[Tensor]:
+        for _ in range(3):  # none of which is at hand
+            with compat.unrecorded(torch.cuda.Stream()):
+                made.append(torch.empty(2**22, device="cuda"))
+        return [inputs[0] + 1]
+
+    x = torch.ones(8, device="cuda")
+    (y,), play = graphs.record(code, [x])
+    for t in made:
+        t.zero_()
+    play()
+    assert torch.equal(y, x + 1) and all(not t.any() for t in made)
+
+
+@pytest.mark.gpu
 def test_a_recording_that_breaks_off_leaves_nothing():
     device = torch.device("cuda", torch.cuda.current_device())
     graphs, stream = compat.CudaGraphs(device), torch.cuda.current_stream()

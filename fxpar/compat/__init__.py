@@ -32,6 +32,7 @@ from fxpar.compat.cudagraphs import (
     storage_at,
     storage_number,
     tensor_in,
+    unrecorded,
 )
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces
 from fxpar.compat.data import assign_data_by, share_memory_by
@@ -155,6 +156,7 @@ __all__ = [
     "tensor_in",
     "trace_steps",
     "unchecked_distributions",
+    "unrecorded",
     "untraced",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -119,6 +120,26 @@ def saves_elsewhere() -> bool:
 
 
 # ---- the device ----
+
+_RELAXED = 2
+"""CU_STREAM_CAPTURE_MODE_RELAXED."""
+
+
+@contextlib.contextmanager
+def unrecorded(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Inside, `stream` is the current one, and memory can be taken from the device for it while another one is recorded.
+
+    PyTorch asks CUDA's driver for this by itself where it takes memory for the stream that is recorded, and for no other one.
+    """
+    exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    mode = ctypes.c_int(_RELAXED)  # what it was before is written here
+    exchange(ctypes.byref(mode))
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        exchange(ctypes.byref(mode))
+
 
 
 class CudaGraphs:

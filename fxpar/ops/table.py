@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fxpar import compat
 from fxpar.ops.kernels import has_triton
 
 CHUNK, BLOCK, ALIGNED = 32768, 2048, 16
@@ -44,7 +45,7 @@ class _Later:
 
     def table(self, columns: _Columns, device: torch.device) -> Tensor:
         count = sum(-(-size // CHUNK) for _, size, *_ in columns[0])
-        with torch.cuda.stream(self.stream):  # which is not recorded, so that its memory is no recording's
+        with compat.unrecorded(self.stream):  # which is not recorded, so that its memory is no recording's
             made = torch.empty(count, 1 + len(columns), dtype=torch.int64, device=device)
         self.tables.append((made, columns))
         return made

@@ -362,6 +362,7 @@ class RecordedProgram:
         try:
             made = Recording(self._device, code, inputs, fixed, self._all.anew, pooled)
         except Exception as error:
+            _log.debug("CUDA graphs: what could not be recorded", exc_info=True)
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         broken = why is not None
         if (why := _first(self._vote(why))) is None:
