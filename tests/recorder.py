@@ -12,7 +12,7 @@ from fxpar import compat
 
 
 class Pretended:
-    """A `fxpar.run.pool.Device`. plays, records: how often. fails: what the next recording raises. seconds: of host and GPU, as
+    """A `fxpar.run.pool.Device`. plays, records: how often. forgotten: whether all was. fails: what the next recording raises. seconds: of host and GPU, as
     they are told. taken: bytes, before and now."""
 
     beside = None
@@ -20,6 +20,7 @@ class Pretended:
     def __init__(self, seconds: tuple[float, float] = (1.0, 1.0), taken: tuple[int, int] = (100, 100)):
         self.device = torch.device("cpu")
         self.plays = self.records = 0
+        self.forgotten = False
         self.fails: Exception | None = None
         self._seconds, self._taken = seconds, taken
         self._memory: list[list[Tensor]] = []
@@ -53,6 +54,9 @@ class Pretended:
                 to.copy_(result)
 
         return outs, play
+
+    def forget(self) -> None:
+        self.forgotten = True
 
     def timed(self, run: Callable[[], Any]) -> tuple[Any, float, Callable[[], float]]:
         return run(), self._seconds[0], lambda: self._seconds[1]

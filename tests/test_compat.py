@@ -55,6 +55,19 @@ def test_process_groups_are_found_whoever_made_them():
     assert made in compat.process_groups() and dist.group.WORLD in compat.process_groups()
 
 
+def test_ends_of_process_groups_are_told_before_they_come(monkeypatch):
+    for name in ("shutdown", "abort"):
+        monkeypatch.setattr(dist.ProcessGroup, name, getattr(dist.ProcessGroup, name))  # as it was, afterwards
+    seen = []
+    compat.before_groups_end(seen.append)
+    one_rank_mesh()
+    made = dist.new_group([0])
+    dist.destroy_process_group(made)
+    assert seen == [made]
+    dist.destroy_process_group()
+    assert seen[1:] and made not in seen[1:]
+
+
 def test_fake_mode_computes_shapes_and_is_found_again():
     with compat.FakeTensorMode() as mode:
         x = torch.empty(1 << 40, dtype=torch.bfloat16)

@@ -37,7 +37,7 @@ from fxpar.compat.cudagraphs import (
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces
 from fxpar.compat.data import assign_data_by, share_memory_by
 from fxpar.compat.generators import generators_watched
-from fxpar.compat.groups import default_store, process_groups
+from fxpar.compat.groups import before_groups_end, default_store, process_groups
 from fxpar.compat.handed import interpret_graph, lowered_graphs
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import (
@@ -98,6 +98,7 @@ __all__ = [
     "assign_data_by",
     "attention_priority",
     "autocast_region",
+    "before_groups_end",
     "before_norms",
     "bundle_key",
     "cache_counts",

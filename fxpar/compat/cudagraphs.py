@@ -9,6 +9,7 @@ import functools
 import gc
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 from unittest import mock
@@ -142,10 +143,18 @@ def unrecorded(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 
+def _play(graph: torch.cuda.CUDAGraph, _: Any) -> None:
+    """With what holds the memory of the graph."""
+    graph.replay()
+
+
 class CudaGraphs:
     """Records what is run on one GPU. All recordings have one pool of memory, of which no two are to be in use at once.
 
     beside: a stream that is never recorded.
+
+    A communicator of NCCL that was recorded ends only when the graph is gone: until then `destroy_process_group` waits. So
+    `forget` gives all graphs up. The memory of the pool stays as long as there is a recording: a graph of its own holds it.
     """
 
     def __init__(self, device: torch.device):
@@ -154,6 +163,8 @@ class CudaGraphs:
         self.beside: torch.cuda.Stream | None = torch.cuda.Stream(device)
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._holds: torch.cuda.CUDAGraph | None = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def record(self, code: Code, inputs: list[Tensor]) -> tuple[list[Any], Callable[[], None]]:
         """What `code` makes of `inputs`, a list that is emptied, as memory to which the function that is returned writes it.
@@ -163,6 +174,9 @@ class CudaGraphs:
         """
         if self._pool is None:
             self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+            self._holds = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._holds, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                torch.zeros(1, device=self.device)
         graph, before, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device), gc.isenabled()
         gc.collect()
         gc.disable()  # what a collection frees might do what cannot be recorded
@@ -183,7 +197,14 @@ class CudaGraphs:
         finally:
             if collects:
                 gc.enable()
-        return made, graph.replay
+        self._graphs.add(graph)
+        return made, functools.partial(_play, graph, self._holds)
+
+    def forget(self) -> None:
+        """Give up all graphs that were recorded: none is played back any more. What lies in their memory stays."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
     def timed(self, run: Callable[[], Any]) -> tuple[Any, float, Callable[[], float]]:
         """What ``run()`` returns, its seconds on the host, and what waits for those on the GPU."""

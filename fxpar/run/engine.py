@@ -124,7 +124,7 @@ class Engine:
         elif plan.pp > 1:
             off = "what a rank of a pipeline runs is not recorded"
         self.recordings = Recordings(cuda_graphs, graphs, store.control, functools.partial(gradients_of, store.model),
-                                     functools.partial(copies.begin_anew, store.runtime), off)
+                                     functools.partial(copies.begin_anew, store.runtime), off, store.bound.communicates_over)
 
     def copied(self, store: ParameterStore) -> Engine:
         """An engine that runs the model of another store as this one runs its own; it has captured nothing yet."""

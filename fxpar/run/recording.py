@@ -19,13 +19,16 @@ code runs as it is, in memory from elsewhere.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -50,6 +53,23 @@ MOVED = "parameters or buffers have moved"
 _log = logging.getLogger("fxpar")
 _kept: list[Pool] = []
 """Pools of modules that are gone, as long as something is lent out of them."""
+
+
+_over_groups: weakref.WeakSet[Recordings] = weakref.WeakSet()
+"""Those of several ranks."""
+
+
+def _end_over(group: dist.ProcessGroup) -> None:
+    """A group is about to end. NCCL waits, for ever, for recordings that communicate over it to be given up."""
+    for recordings in list(_over_groups):
+        if recordings._over(group):
+            recordings.end()
+
+
+@atexit.register
+def _end_all() -> None:
+    for recordings in list(_over_groups):
+        recordings.end()
 
 
 def device_of(device: torch.device) -> Device | None:
@@ -83,16 +103,19 @@ class Recordings:
 
     wanted: "auto", True or False. gradients: all tensors that are in a ``.grad``. anew: has the transport begin anew, before and
     behind everything that is recorded; given True, where a recording broke off in the middle. off: why there are none at all.
+    over: whether anything that is recorded communicates over a process group.
     """
 
     def __init__(self, wanted: bool | str, device: Device | None, control: Control, gradients: Callable[[], Iterable[Tensor]],
-                 anew: Callable[[bool], None], off: str | None = None):
+                 anew: Callable[[bool], None], off: str | None = None,
+                 over: Callable[[dist.ProcessGroup], bool] = lambda group: False):
         self.wanted, self.device, self.control, self._anew = wanted, device, control, anew
         self.off = "cuda_graphs=False" if wanted is False else off
-        if self.off is None and wanted == "auto" and control.world > 1:
-            self.off = "what communicates is recorded under cuda_graphs=True alone"
-        self.pool = Pool(gradients)
+        self.pool, self._over = Pool(gradients), over
         self._made: dict[int, tuple[Program, dict[bool, RecordedProgram]]] = {}
+        if self.off is None and control.world > 1:
+            compat.before_groups_end(_end_over)
+            _over_groups.add(self)
 
     def __del__(self) -> None:
         if sys.is_finalizing():
@@ -102,6 +125,8 @@ class Recordings:
             self._give_up(number)
         if self.pool.is_lent():
             _kept.append(self.pool)
+            if self.device is not None:
+                self.device.forget()
 
     def anew(self, broken: bool = False) -> None:
         self._anew(broken)
@@ -130,6 +155,15 @@ class Recordings:
     def _give_up(self, number: int) -> None:
         for each in self._made.pop(number, (None, {}))[1].values():
             each.give_up()
+
+    def end(self) -> None:
+        """Give up all recordings: there are none from now on."""
+        self.off = "a process group over which it was recorded has ended"
+        for _, made in self._made.values():
+            for each in made.values():
+                each.end(self.off)
+        if self.device is not None:
+            self.device.forget()
 
     def told(self, program: Program) -> str:
         """Whether a program's forward and backward are played back, and why not."""
@@ -400,6 +434,11 @@ class RecordedProgram:
         self._wants_backward = False
         if why:
             self._postpone(why)
+
+    def end(self, why: str) -> None:
+        """Run the codes as they are from now on."""
+        self.give_up()
+        self._off = why
 
     def _say(self, told: str) -> None:
         if told != self.told and self._all.control.rank == 0:

@@ -218,6 +218,12 @@ class BoundMesh:
                     groups, group_desc=f"fxpar {'+'.join(axes)}")
         return self._groups[axes]
 
+    def communicates_over(self, group: torch.distributed.ProcessGroup) -> bool:
+        """Whether this is one of the groups that were made for the mesh."""
+        made = [*self.device_mesh.get_all_groups(), *self._groups.values(), *self._exchange_groups.values(),
+                *self._among.values(), self.across]
+        return any(group is g for g in made)
+
     def among(self, kinds: tuple[int, ...]) -> torch.distributed.ProcessGroup:
         """The ranks at this one's place in the meshes of these kinds; to be called on all ranks, in the same order."""
         if kinds not in self._among:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -406,11 +407,7 @@ def test_what_is_off(loops):
     assert told(Pretended(), actions=1) == "off: not yet, a program is recorded after 1 runs"
 
 
-def test_several_ranks_record_when_asked_and_compare_what_is_held(loops, monkeypatch):
-    monkeypatch.setattr(Alone, "world", 2)
-    made = {wanted: Recordings(wanted, Pretended(), Alone(), list, lambda broken: None) for wanted in ("auto", True)}
-    assert made["auto"].off == "what communicates is recorded under cuda_graphs=True alone" and made[True].off is None
-    monkeypatch.setattr(Alone, "world", 1)
+def test_several_ranks_compare_what_is_held(loops, monkeypatch):
     loop = loops[0]
     loop.begin(Pretended())
     loop.loop()
@@ -433,3 +430,28 @@ def test_choices_are_checked():
     with pytest.raises(PlanError, match=r'tp_comm_overlap.*"auto", True or False'):
         fxpar.parallelize(Blocks(11, 8, 8, 1), "dp=1", small(0, 3), tp_comm_overlap="yes")
     assert ModuleLoop("auto").told().startswith("off: code that is compiled for a GPU")
+
+
+def test_recordings_over_a_group_that_ends_are_given_up(loops, monkeypatch):
+    """NCCL waits for them, for ever."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mine, other = dist.new_group([0]), dist.new_group([0])
+    monkeypatch.setattr(Alone, "world", 2)
+    device = Pretended()
+    recordings = Recordings(True, device, Alone(), list, lambda broken: None, over=lambda group: group is mine)
+    loop = loops[0]
+    monkeypatch.setattr(Alone, "world", 1)
+    loop.begin(Pretended())
+    loop.recordings = recordings
+    for each in loop.handed.values():
+        each.begin(recordings)
+    for _ in range(12):
+        loop.loop()
+    assert device.plays and not device.forgotten
+    dist.destroy_process_group(other)
+    assert not device.forgotten and recordings.off is None
+    dist.destroy_process_group()
+    plays = device.plays
+    assert device.forgotten and recordings.off == "a process group over which it was recorded has ended"
+    loop.loop()
+    assert device.plays == plays, "codes run as they are"
