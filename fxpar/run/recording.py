@@ -43,8 +43,11 @@ TRIED = 3
 """Times that a recording is played back before ranks decide whether to keep it."""
 EVERY = 64
 """After so many runs, at most, ranks decide again."""
-HOST_BOUND = 1.3
-"""Of the host's seconds: a GPU that takes longer does not wait for it."""
+HOST_BOUND = 2.0
+"""Of the host's seconds: a GPU that takes longer does not wait for it. One that does takes longer than its host, too: what it waits
+for is a part of its time, and so is what another rank's host has not started yet."""
+GAIN = 0.97
+"""Of the GPU's seconds without recordings: more than this is not worth their memory."""
 MORE_MEMORY = 1.05
 """Of what was taken without recordings: more than this is too much."""
 
@@ -194,7 +197,7 @@ class RecordedProgram:
         self._trains = self._wants_backward = self._tried = False
         self._times: list[tuple[float, Callable[[], float]]] = []
         self._draws = False
-        self._most, self._alive, self._host = 0, 0, 0.0
+        self._most, self._alive, self._gpu = 0, 0, 0.0
 
     # ---- what AOTAutograd's function calls ----
 
@@ -339,7 +342,7 @@ class RecordedProgram:
         elif self._all.wanted == "auto" and gpu >= HOST_BOUND * host:
             self._postpone(f"the GPU takes {gpu * 1e3:.0f} ms, the host that starts its work {host * 1e3:.0f} ms", True)
         else:
-            self._host = host
+            self._gpu = gpu
             self._forward = self._record(code, list(inputs), self._fixed)
             self._wants_backward = self._trains and self._forward is not None
             self._tried = False
@@ -384,7 +387,12 @@ class RecordedProgram:
                 self.give_up("")
                 self._postpone(f"recordings take {100 * (more - 1):.0f} % more memory", True)
                 return
-            self._say(f"on (host {self._host * 1e3:.0f} ms, GPU {gpu * 1e3:.0f} ms)")
+            told = f"the GPU takes {gpu * 1e3:.0f} ms, and {self._gpu * 1e3:.0f} ms without"
+            if self._all.wanted == "auto" and gpu > GAIN * self._gpu:
+                self.give_up("")
+                self._postpone(f"with recordings {told}", True)
+                return
+            self._say(f"on ({told})")
         self._decides = self._runs - 1 + EVERY
 
     def _record(self, code: compat.Code, inputs: list[Any], fixed: Sequence[bool],

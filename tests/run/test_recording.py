@@ -367,7 +367,7 @@ def of_modules(actions: list[str], backend: str = "eager") -> ModuleLoop:
 
 def test_a_module_is_recorded():
     loop = of_modules(["loop"])
-    assert loop.told() == "on (host 2000 ms, GPU 2000 ms)" and loop.device.plays == 8
+    assert loop.told() == "on (the GPU takes 1000 ms, and 2000 ms without)" and loop.device.plays == 8
     assert str(loop.module.report()).count("CUDA graphs: on") == 1
 
 
@@ -397,8 +397,9 @@ def test_what_is_off(loops):
             loop.loop()
         return next(iter(loop.recordings._made.values()))[1][True].told
 
-    assert told(Pretended(seconds=(1.0, 1.4))) == "off: the GPU takes 2800 ms, the host that starts its work 2000 ms"
-    assert told(Pretended(seconds=(1.0, 1.4)), True).startswith("on (host 2000 ms, GPU 2800 ms)")
+    assert told(Pretended(seconds=(1.0, 2.1, 1.0))) == "off: the GPU takes 4200 ms, the host that starts its work 2000 ms"
+    assert told(Pretended(seconds=(1.0, 2.1, 2.1)), True) == "on (the GPU takes 4200 ms, and 4200 ms without)"
+    assert told(Pretended(seconds=(1.0, 1.1, 1.08))) == "off: with recordings the GPU takes 2160 ms, and 2200 ms without"
     assert told(Pretended(taken=(100, 106))) == "off: recordings take 6 % more memory"
     assert told(Pretended(taken=(100, 106)), True).startswith("on ")
     broken = Pretended()
