@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
-from fxpar.ops.exchange import PLAN
+from fxpar.ops.exchange import COUNTS, PLANS
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.ring.chunks import FORWARD as CHUNKS
 from fxpar.ops.ring.operator import FORWARD as RING
@@ -32,8 +32,6 @@ PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten.
 CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.kthvalue, aten.multinomial)
 """Operators that choose among elements. What they chose is kept: made again, rounded otherwise, they may choose otherwise
 (another expert), and what the forward pass kept would no longer fit."""
-PLANS = PLAN.overloadpacket
-"""Which rows go to which expert's rank is kept in any case: it is small, and says how large other values are."""
 BLOCK, UNSHARD, DRAWN = "fxpar_block", "fxpar_unshard", "fxpar_drawn"
 """Keys of ``meta["custom"]``, which reaches the joint graph: the block a value belongs to; that it is a parameter gathered
 from where it is stored; that it is a part of drawing a dropout mask."""
@@ -60,7 +58,8 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
     - "full": what leaves a block is kept, all that is inside is made again;
     - "none", or a memory budget: nothing more is decided here;
 
-    but for what `CHOICES` and `PLANS` made, which is kept, and for dropout masks, which are always drawn again: that reads
+    but for what `CHOICES` made and the plans of exchanges (which rows go to which expert's rank: they are small, and say how
+    large other values are), which are kept, and for dropout masks, which are always drawn again: that reads
     nothing.
     """
     forward = _forward(graph)
@@ -69,7 +68,7 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
     for node in forward:
         policy = decide(node, forward)
         decides = policy is not None or plan.memory_budget is not None
-        if _packet(node) is PLANS or (decides and _packet(node) in CHOICES):
+        if _plans(node) or (decides and _packet(node) in CHOICES):
             policy = SAVE
         if node.meta.get("custom", {}).get(DRAWN):
             policy = AGAIN
@@ -121,6 +120,12 @@ def _made_by(node: fx.Node) -> fx.Node:
 
 def _packet(node: fx.Node) -> Any:
     return getattr(_made_by(node).target, "overloadpacket", None)
+
+
+def _plans(node: fx.Node) -> bool:
+    """Whether a value is a part of a plan of an exchange of rows."""
+    made = _made_by(node)
+    return made.target in PLANS or (made.target is WAIT and _made_by(made.all_input_nodes[0]).target is COUNTS)
 
 
 def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:

@@ -12,8 +12,8 @@ from fxpar import compat
 
 
 class Pretended:
-    """A `fxpar.run.pool.Device`. plays, records: how often. forgotten: whether all was. fails: what the next recording raises. seconds: of host and GPU, and of
-    the GPU that plays back, as they are told. taken: bytes, before and now."""
+    """A `fxpar.run.pool.Device`. plays, records: how often. forgotten: whether all was. fails: what the next recording raises.
+    seconds: of host and GPU, and of the GPU that plays back, as they are told. taken: bytes, before and now."""
 
     beside = None
 

@@ -11,12 +11,14 @@ collective's blocks as they hide (benchmarks/RESULTS.md). `tp_overlap` does so w
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from fxpar import compat
 from fxpar.backends.remat import block_of
-from fxpar.ops.exchange import ROWS
+from fxpar.ops.exchange import COUNTS, ORDER, ROOM, ROWS
 from fxpar.ops.vocabulary import WAITS
 
 
@@ -27,12 +29,12 @@ def overlap_communication(graph: fx.Graph) -> None:
     A collective starts where it did; the wait for it, and what only rearranges its result, comes right before the
     first operator that computes with it (for a gradient: at the end), so that everything between runs beside it. While rows
     are on their way to experts and back, what does not wait for them and belongs to the same block (an expert that all
-    tokens share) is computed.
+    tokens share) is computed, and what says where they belong; the host asks how many they are right before they start.
     """
     nodes = _beside_exchanges(graph)
     late: set[fx.Node] = set()
     for node in nodes:
-        if node.target in WAITS or (_rearranges(node) and set(node.all_input_nodes) & late):
+        if node.target in (*WAITS, ROOM, ORDER) or (_rearranges(node) and set(node.all_input_nodes) & late):
             late.add(node)
     placed: dict[fx.Node, None] = {}
     for node in nodes:
@@ -49,21 +51,43 @@ def overlap_communication(graph: fx.Graph) -> None:
 
 
 def _beside_exchanges(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes in an order in which those of its block that do not wait for an exchange of rows come right behind its start."""
+    """The nodes in an order in which those of its block that do not wait for an exchange of rows come right behind its start, and
+    first of them those that say where what arrives belongs; counts of rows set out as early as can be."""
     nodes = list(graph.nodes)
+    for counts in graph.find_nodes(op="call_function", target=COUNTS):
+        nodes.remove(counts)
+        nodes.insert(max(map(nodes.index, counts.all_input_nodes)) + 1, counts)
     for start in graph.find_nodes(op="call_function", target=ROWS):
         compat.lower_as_collective(ROWS)
+        at = nodes.index(start)
+        told = _told_of_rows(start, nodes[:at])
         waiting = {start}
-        at = nodes.index(start) + 1
         moved: list[fx.Node] = []
         kept: list[fx.Node] = []
-        for node in nodes[at:]:
+        for node in nodes[at + 1 :]:
             if any(n in waiting for n in node.all_input_nodes):
                 waiting.add(node)
             free = node not in waiting and node.op == "call_function" and block_of(node) == block_of(start) != ""
             (moved if free else kept).append(node)
-        nodes[at:] = [*moved, *kept]
+        nodes = [*(n for n in nodes[:at] if n not in told), start, *told, *moved, *kept]
     return nodes
+
+
+def _told_of_rows(start: fx.Node, before: list[fx.Node]) -> dict[fx.Node, None]:
+    """What says where the rows of an exchange belong, and what follows from it, unless its start needs any of that."""
+    needed, open_nodes = {start}, [start]
+    while open_nodes:
+        more = [n for n in open_nodes.pop().all_input_nodes if n not in needed]
+        needed.update(more)
+        open_nodes += more
+    found: dict[fx.Node, None] = {}
+    for node in before:
+        of_plan = node.target is ORDER and node.args[1] is start.args[3]
+        if of_plan or any(n in found for n in node.all_input_nodes):
+            if node in needed:
+                return {}
+            found[node] = None
+    return found
 
 
 VIEWS = (
@@ -82,18 +106,20 @@ VIEWS = (
 
 
 def _rearranges(node: fx.Node) -> bool:
-    """A view: it costs nothing wherever it stands."""
+    """A view, or one of several results: it costs nothing wherever it stands."""
+    if node.target is operator.getitem:
+        return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket.__name__ in VIEWS
 
 
 def _place(node: fx.Node, placed: dict[fx.Node, None]) -> None:
-    """Place a node after everything that it needs."""
+    """Place a node after everything that it needs, of which waits come last."""
     stack = [node]
     while stack:
         top = stack[-1]
         missing = [m for m in top.all_input_nodes if m not in placed]
         if missing and top not in placed:
-            stack.extend(missing)
+            stack.extend(sorted(missing, key=lambda m: m.target not in WAITS))
             continue
         stack.pop()
         placed.setdefault(top)

@@ -1,20 +1,28 @@
 """Rows go to the ranks of their experts, and come back: an all-to-all whose parts are as long as a router makes them.
 
     arrival = exchange_plan(experts, axes, count)      which rows go where; how many arrive is known from here on
-    order, arrived, splits = arrival
-    rows = to_experts(rows, axes, order, splits, experts)
-    rows = to_tokens(rows, axes, order, splits, experts)
+    order, arrived, splits, room = arrival
+    rows = to_experts(rows, axes, order, splits, experts, room)
+    rows = to_tokens(rows, axes, order, splits, experts, room)
 
 Of `count` experts, each rank along `axes` has as many, in order. Its own rows lie in the order of their experts [n]; those that
 arrive are brought into it [m]: first by expert, then by the rank they come from. Rows of no expert go to the last rank, behind
 all others. `to_experts` and `to_tokens` are inverse to each other, and each is the other's gradient.
 
 To compilers the plan and the exchange are opaque operators, of which m is the one size that depends on values: every exchange
-of a plan has the same. Without other ranks (see `Runtime.balanced`) m is n.
+of a plan has the same. Without other ranks (see `Runtime.balanced`) m is n. A plan is made in steps, so that the host, which has
+to wait for the GPU once to know m, does so as late as it can, and what says where rows that arrive belong is made while they
+are on their way (`overlap` puts them there):
+
+    counts, coming = COUNTS(experts, ...)              counts are exchanged, and on their way to the host
+    splits = WAIT(coming)                              the one time that the host waits for the GPU
+    room = ROOM(splits, ...)                           of m rows; holds nothing
+    order, arrived = ORDER(counts, room, ...)
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,36 +36,49 @@ from fxpar.ops.runtime import LONE, active
 from fxpar.ops.vocabulary import WAIT
 from fxpar.sharding.mesh import Axes
 
-Arrival = tuple[Tensor, Tensor, Tensor]
+Arrival = tuple[Tensor, Tensor, Tensor, Tensor]
 """order [m]: which of the rows, as they arrive, is in each place; experts [m]: of the rows in these places; splits [2, ranks], on
-the host: how many rows go to each rank, and come from it."""
+the host: how many rows go to each rank, and come from it; room [m]: is there for its size."""
 
 _library = torch.library.Library("fxpar", "FRAGMENT")  # operators exist as long as this does
-_library.define("exchange_plan(Tensor experts, int count, str group, int ranks, bool balanced) -> (Tensor, Tensor, Tensor)")
-_library.define("exchange_rows(Tensor rows, Tensor splits, Tensor tokens, Tensor arrived, bool back, str group) -> Tensor")
-PLAN = torch.ops.fxpar.exchange_plan.default
-"""experts [n], sorted -> an `Arrival`."""
+_library.define("exchange_counts(Tensor experts, int count, str group, int ranks) -> (Tensor, Tensor)")
+_library.define("exchange_room(Tensor splits, Tensor experts, bool balanced) -> Tensor")
+_library.define("exchange_order(Tensor counts, Tensor room, Tensor experts, int count, str group) -> (Tensor, Tensor)")
+_library.define("exchange_rows(Tensor rows, Tensor splits, Tensor tokens, Tensor room, bool back, str group) -> Tensor")
+COUNTS = torch.ops.fxpar.exchange_counts.default
+"""experts [n], sorted -> counts [ranks, count / ranks + 1]: how many rows come from each rank for each expert here, and of none;
+and the splits of an `Arrival`, to be waited for by `wait_tensor`."""
+ROOM = torch.ops.fxpar.exchange_room.default
+"""splits, experts [n] -> the room of an `Arrival`."""
+ORDER = torch.ops.fxpar.exchange_order.default
+"""counts, room, experts [n] -> order and experts of an `Arrival`."""
 ROWS = torch.ops.fxpar.exchange_rows.default
-"""rows [n, ...] -> [m, ...], or `back`: started, and to be waited for by `wait_tensor`. tokens [n] and arrived [m] are there for
+"""rows [n, ...] -> [m, ...], or `back`: started, and to be waited for by `wait_tensor`. tokens [n] and room [m] are there for
 their sizes."""
+PLANS = (COUNTS, ROOM, ORDER)
+"""The steps of a plan, beside a wait."""
 
 
 def exchange_plan(experts: Tensor, axes: Axes, count: int) -> Arrival:
     """See the module's docstring. experts [n]: of this rank's rows, sorted."""
     run = active()
-    order, arrived, splits = PLAN(experts, count, run.exchange_name(axes), run.size(axes), run.balanced)
-    return order, arrived, splits
+    name, ranks = run.exchange_name(axes), run.size(axes)
+    counts, coming = COUNTS(experts, count, name, ranks)
+    splits: Tensor = WAIT(coming)
+    room: Tensor = ROOM(splits, experts, run.balanced)
+    order, arrived = ORDER(counts, room, experts, count, name)
+    return order, arrived, splits, room
 
 
-def to_experts(rows: Tensor, axes: Axes, order: Tensor, splits: Tensor, tokens: Tensor) -> Tensor:
-    """rows [n, ...] -> [m, ...]; order, splits: of the plan, tokens [n]: what it was made from."""
-    made: Tensor = _Exchange.apply(rows, splits, tokens, order, False, active().exchange_name(axes))
+def to_experts(rows: Tensor, axes: Axes, order: Tensor, splits: Tensor, tokens: Tensor, room: Tensor) -> Tensor:
+    """rows [n, ...] -> [m, ...]; order, splits, room: of the plan, tokens [n]: what it was made from."""
+    made: Tensor = _Exchange.apply(rows, splits, tokens, room, False, active().exchange_name(axes))
     return take_rows(made, order, 1)
 
 
-def to_tokens(rows: Tensor, axes: Axes, order: Tensor, splits: Tensor, tokens: Tensor) -> Tensor:
+def to_tokens(rows: Tensor, axes: Axes, order: Tensor, splits: Tensor, tokens: Tensor, room: Tensor) -> Tensor:
     """The inverse."""
-    made: Tensor = _Exchange.apply(put_back(rows, order), splits, tokens, order, True, active().exchange_name(axes))
+    made: Tensor = _Exchange.apply(put_back(rows, order), splits, tokens, room, True, active().exchange_name(axes))
     return made
 
 
@@ -65,10 +86,10 @@ class _Exchange(torch.autograd.Function):
     """Started, and waited for."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, splits: Tensor, tokens: Tensor, arrived: Tensor, back: bool, group: str) -> Tensor:
-        ctx.save_for_backward(splits, tokens, arrived)
+    def forward(ctx: Any, rows: Tensor, splits: Tensor, tokens: Tensor, room: Tensor, back: bool, group: str) -> Tensor:
+        ctx.save_for_backward(splits, tokens, room)
         ctx.back, ctx.group = back, group
-        made: Tensor = WAIT(ROWS(rows, splits, tokens, arrived, back, group))
+        made: Tensor = WAIT(ROWS(rows, splits, tokens, room, back, group))
         return made
 
     @staticmethod
@@ -126,23 +147,51 @@ def arriving(counts: Tensor, rows: int, first: int, dtype: torch.dtype) -> tuple
     return order, (first + run // counts.shape[0]).to(dtype)
 
 
-@torch.library.impl(_library, "exchange_plan", "CompositeExplicitAutograd")
-def _plan(experts: Tensor, count: int, group: str, ranks: int, balanced: bool) -> Arrival:
+class _Copied(dist.Work):
+    """A copy to the host, for which the host itself waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self._event.synchronize()
+        return True
+
+
+@torch.library.impl(_library, "exchange_counts", "CompositeExplicitAutograd")
+def _counts(experts: Tensor, count: int, group: str, ranks: int) -> tuple[Tensor, Tensor]:
     mine = leaving(experts, count, ranks)
     if group == LONE:
-        rank, theirs = 0, mine[:1].repeat(ranks, 1)
+        theirs = mine[:1].repeat(ranks, 1)
     else:
         found = compat.collective_group(group)
         if found.size() != ranks:
             raise ValueError(f"an exchange over {ranks} ranks in a group of {found.size()}")
-        rank, theirs = found.rank(), torch.empty_like(mine)
+        theirs = torch.empty_like(mine)
         dist.all_to_all_single(theirs, mine, group=found)
-    splits = torch.stack([mine.sum(1), theirs.sum(1)]).cpu()  # the one time that the host waits for the GPU
-    return *arriving(theirs, sum(splits[1].tolist()), count // ranks * rank, experts.dtype), splits
+    splits = torch.stack([mine.sum(1), theirs.sum(1)])
+    if not splits.is_cuda:
+        return theirs, splits
+    coming = torch.empty(splits.shape, dtype=splits.dtype, pin_memory=True).copy_(splits, non_blocking=True)
+    compat.register_work(coming, _Copied())
+    return theirs, coming
+
+
+@torch.library.impl(_library, "exchange_room", "CompositeExplicitAutograd")
+def _room(splits: Tensor, experts: Tensor, balanced: bool) -> Tensor:
+    return experts.new_empty(int(splits[1].sum()), dtype=torch.uint8)
+
+
+@torch.library.impl(_library, "exchange_order", "CompositeExplicitAutograd")
+def _order(counts: Tensor, room: Tensor, experts: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
+    rank = 0 if group == LONE else compat.collective_group(group).rank()
+    return arriving(counts, room.shape[0], count // counts.shape[0] * rank, experts.dtype)
 
 
 @torch.library.impl(_library, "exchange_rows", "CompositeExplicitAutograd")
-def _rows(rows: Tensor, splits: Tensor, tokens: Tensor, arrived: Tensor, back: bool, group: str) -> Tensor:
+def _rows(rows: Tensor, splits: Tensor, tokens: Tensor, room: Tensor, back: bool, group: str) -> Tensor:
     sent, received = splits.tolist()
     if back:
         sent, received = received, sent
@@ -154,15 +203,22 @@ def _rows(rows: Tensor, splits: Tensor, tokens: Tensor, arrived: Tensor, back: b
     return out
 
 
-@torch.library.register_fake("fxpar::exchange_plan", lib=_library)
-def _fake_plan(experts: Tensor, count: int, group: str, ranks: int, balanced: bool) -> Arrival:
-    rows = experts.shape[0] if balanced else torch.library.get_ctx().new_dynamic_size()
-    return (experts.new_empty(rows, dtype=torch.int64), experts.new_empty(rows),
+@torch.library.register_fake("fxpar::exchange_counts", lib=_library)
+def _fake_counts(experts: Tensor, count: int, group: str, ranks: int) -> tuple[Tensor, Tensor]:
+    return (experts.new_empty(ranks, count // ranks + 1, dtype=torch.int64),
             torch.empty(2, ranks, dtype=torch.int64, device=experts.device if experts.is_meta else "cpu"))
 
 
+@torch.library.register_fake("fxpar::exchange_room", lib=_library)
+def _fake_room(splits: Tensor, experts: Tensor, balanced: bool) -> Tensor:
+    return experts.new_empty(experts.shape[0] if balanced else torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fxpar::exchange_order", lib=_library)
+def _fake_order(counts: Tensor, room: Tensor, experts: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
+    return experts.new_empty(room.shape[0], dtype=torch.int64), experts.new_empty(room.shape[0])
+
+
 @torch.library.register_fake("fxpar::exchange_rows", lib=_library)
-def _fake_rows(rows: Tensor, splits: Tensor, tokens: Tensor, arrived: Tensor, back: bool, group: str) -> Tensor:
-    return rows.new_empty((tokens if back else arrived).shape[0], *rows.shape[1:])
-
-
+def _fake_rows(rows: Tensor, splits: Tensor, tokens: Tensor, room: Tensor, back: bool, group: str) -> Tensor:
+    return rows.new_empty((tokens if back else room).shape[0], *rows.shape[1:])

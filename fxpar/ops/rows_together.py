@@ -21,7 +21,9 @@ def plan_together(mesh: Mesh, experts: Sequence[Tensor], axes: Axes, count: int)
         mine = torch.stack([leaving(experts[r], count, ranks) for r in group])
         for i, r in enumerate(group):
             splits = torch.stack([mine[i].sum(1), mine[:, i].sum(1)])
-            out[r] = (*arriving(mine[:, i], int(mine[:, i].sum()), count // ranks * i, experts[r].dtype), splits)
+            rows = int(mine[:, i].sum())
+            order, arrived = arriving(mine[:, i], rows, count // ranks * i, experts[r].dtype)
+            out[r] = order, arrived, splits, order.new_empty(rows, dtype=torch.uint8)
     return out
 
 
@@ -48,7 +50,7 @@ def _sent(mesh: Mesh, axes: Axes, splits: Sequence[Tensor], back: bool, rows: Se
 
 def exchange_together(target: Callable[..., Tensor], mesh: Mesh, arguments: Sequence[Any]) -> list[Tensor]:
     """What `to_experts` or `to_tokens` returns on each rank, from its arguments there."""
-    rows, axes, orders, splits, _ = zip(*arguments, strict=True)
+    rows, axes, orders, splits, *_ = zip(*arguments, strict=True)
     if target is to_experts:
         made = _RowsTogether.apply(mesh, axes[0], splits, False, *rows)
         return [take_rows(x, order, 1) for x, order in zip(made, orders, strict=True)]

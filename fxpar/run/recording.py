@@ -44,8 +44,8 @@ TRIED = 3
 EVERY = 64
 """After so many runs, at most, ranks decide again."""
 HOST_BOUND = 2.0
-"""Of the host's seconds: a GPU that takes longer does not wait for it. One that does takes longer than its host, too: what it waits
-for is a part of its time, and so is what another rank's host has not started yet."""
+"""Of the host's seconds: a GPU that takes longer does not wait for it. One that does takes longer than its host, too: what it
+waits for is a part of its time, and so is what another rank's host has not started yet."""
 GAIN = 0.97
 """Of the GPU's seconds without recordings: more than this is not worth their memory."""
 MORE_MEMORY = 1.05

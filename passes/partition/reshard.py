@@ -86,13 +86,13 @@ class Resharder:
         assert set(axes) == set(goes) == set(self.mesh.axes("ep")), f"{value} is in an order of its own, over {axes}"
         layout.update(goes)
         experts = self._experts[share]
-        order, arrived, splits = self._plan(experts, axes, share.of, user)
+        order, arrived, splits, room = self._plan(experts, axes, share.of, user)
         if value is experts:
             return arrived
         target = to_experts if there else to_tokens
         key = (value, target, axes)
         if key not in self._made:
-            new = self._made[key] = self.graph.call_function(target, (value, axes, order, splits, experts))
+            new = self._made[key] = self.graph.call_function(target, (value, axes, order, splits, experts, room))
             copy_provenance(new, user)
             known = local_value(value)
             describe_local(new, full=known.full, dtype=known.dtype, needs_grad=known.needs_grad, made_for=user.name,
@@ -101,17 +101,17 @@ class Resharder:
         return self._made[key]
 
     def _plan(self, experts: fx.Node, axes: Axes, count: int, user: fx.Node) -> list[fx.Node]:
-        """Which rows go where, and come from where: the three results."""
+        """Which rows go where, and come from where: an `Arrival`."""
         key = (experts, exchange_plan, axes)
         if key not in self._made:
             self._made[key] = self.graph.call_function(exchange_plan, (experts, axes, count))
             copy_provenance(self._made[key], user)
         found = []
-        for i in range(3):
+        for i, dtype in enumerate((torch.int64, local_value(experts).dtype, torch.int64, torch.uint8)):
             if (*key, i) not in self._made:
                 new = self._made[(*key, i)] = self.graph.call_function(operator.getitem, (self._made[key], i))
                 copy_provenance(new, user)
-                describe_local(new, dtype=torch.int64 if i != 1 else local_value(experts).dtype)
+                describe_local(new, dtype=dtype)
             found.append(self._made[(*key, i)])
         return found
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import fxpar
 from fxpar.errors import CaptureError, PlanError
 from fxpar.ops.collectives import typed
-from fxpar.ops.exchange import exchange_plan, to_experts, to_tokens
+from fxpar.ops.exchange import COUNTS, ORDER, ROOM, ROWS, exchange_plan, to_experts, to_tokens
+from fxpar.ops.vocabulary import WAIT
+from fxpar.report.memory import trace
 from fxpar.sharding.facts import sharding_at
 from fxpar.testing import assert_equivalent
 from tests.matrix import pairwise
@@ -219,6 +221,18 @@ def test_rows_are_exchanged_together():
     gathered = fxpar.compile_program(Routed(grouped), "dp=2,tp=2,ep=4,ep_dispatch=allgather", batch(4, 8))
     kinds = {c.kind for n in gathered.graph.nodes if n.op == "call_function" and (c := typed(n)) is not None}
     assert not kinds & {"to_experts", "to_tokens"} and {"all_gather_varying", "reduce_scatter"} <= kinds
+
+
+def test_the_host_waits_for_counts_as_late_as_it_can():
+    """Rows are sorted meanwhile; and what says where they belong is made while they travel."""
+    forward = trace(fxpar.compile_program(Routed(grouped), "dp=2,ep=2,outputs=loss", batch(4, 8)))[0][0]
+    nodes = [n for n in forward.nodes if n.op == "call_function"]
+    at = {target: next(i for i, n in enumerate(nodes) if n.target is target) for target in (COUNTS, ROOM, ROWS, ORDER)}
+    rows = nodes[at[ROWS]]
+    wait = next(n for n in rows.users if n.target is WAIT)
+    assert at[COUNTS] < nodes.index(rows.args[0]) < at[ROOM] < at[ROWS] < at[ORDER] < nodes.index(wait)
+    reads = {n.target for n in nodes[at[ROOM] : at[ROWS]]}
+    assert reads <= {ROOM, torch.ops.aten.sym_size.int}, "nothing else comes between what the host learns and their start"
 
 
 def test_a_report_counts_rows_and_says_how_they_go():

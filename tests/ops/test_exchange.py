@@ -47,10 +47,10 @@ def alone(given: list[tuple[Tensor, Tensor]]) -> list[Any]:
         experts, rows = given[rank]
         rows = rows.clone().requires_grad_()
         with use_runtime(threads.runtime(rank)):
-            order, arrived, splits = exchange_plan(experts, AXES, EXPERTS)
-            there = to_experts(rows, AXES, order, splits, experts)
+            order, arrived, splits, room = exchange_plan(experts, AXES, EXPERTS)
+            there = to_experts(rows, AXES, order, splits, experts, room)
             (there * arrived[:, None]).sum().backward()
-            return arrived, there.detach(), to_tokens(there.detach(), AXES, order, splits, experts), rows.grad
+            return arrived, there.detach(), to_tokens(there.detach(), AXES, order, splits, experts, room), rows.grad
 
     return threads.run(body)
 
@@ -73,9 +73,10 @@ def test_rows_go_to_their_experts_and_come_back(rows, none):
 def test_all_ranks_at_once_do_what_each_does():
     given = routed(7)
     plans = plan_together(MESH, [e for e, _ in given], AXES, EXPERTS)
-    arguments = [(rows, AXES, order, splits, experts) for (experts, rows), (order, _, splits) in zip(given, plans, strict=True)]
+    arguments = [(rows, AXES, order, splits, experts, room)
+                 for (experts, rows), (order, _, splits, room) in zip(given, plans, strict=True)]
     there = exchange_together(to_experts, MESH, arguments)
-    for (arrived, rows, _, _), (_, experts, _), mine in zip(alone(given), plans, there, strict=True):
+    for (arrived, rows, _, _), (_, experts, *_), mine in zip(alone(given), plans, there, strict=True):
         assert torch.equal(arrived, experts) and torch.equal(rows, mine)
     back = exchange_together(to_tokens, MESH, [(x, *rest) for x, (_, *rest) in zip(there, arguments, strict=True)])
     assert all(torch.equal(x, rows) for x, (_, rows) in zip(back, given, strict=True))
