@@ -4,8 +4,10 @@
 
 A case is [model of the zoo, recompute, more of the plan ("param_dtype=bf16"), microbatches]. All share one process group, one
 after the other. Each is compiled by Inductor and speaks over NCCL: loss, gradients, their clipped norm, one step of AdamW, the
-parameters after it as full tensors, a checkpoint saved and loaded. What the stages of a pipeline
-hold is put together first. Rank 0 prints a line of JSON per case: {"model", "plan", "error" (empty if all is right), "seconds"}.
+parameters after it as full tensors, a checkpoint saved and loaded. Before that the same step is made again until forward and
+backward are recorded as CUDA graphs and played back, or it is known why not. What the stages of a pipeline hold is put together
+first. Rank 0 prints a line of JSON per case: {"model", "plan", "error" (empty if all is right), "seconds", "graphs": see
+`Report.cuda_graphs`}.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxpar
+from fxpar.run.recording import TRIED, WARM
 from fxpar.verify.equivalence import DRAWS, GRADIENT_TOLERANCE, LOSS_TOLERANCE, NOISE, distances, moved, too_far
 from fxpar.verify.step import scalar_of
 from tests import zoo
@@ -47,10 +50,11 @@ def main(plan: str, cases: list[list]) -> None:
     for name, recompute, more, microbatches in cases:
         start = time.perf_counter()
         text = ",".join(filter(None, [plan, more, f"recompute={recompute}", f"microbatches={microbatches}"]))
-        worst = run(name, fxpar.Plan.parse(text), functools.partial(of_all_ranks, side))
+        told: list[str] = []
+        worst = run(name, fxpar.Plan.parse(text), functools.partial(of_all_ranks, side), told)
         if dist.get_rank() == 0:
-            print(json.dumps({"model": name, "plan": text, "error": worst, "seconds": round(time.perf_counter() - start, 1)}),
-                  flush=True)
+            print(json.dumps({"model": name, "plan": text, "error": worst, "seconds": round(time.perf_counter() - start, 1),
+                              "graphs": "".join(told)}), flush=True)
         torch._dynamo.reset()
     dist.destroy_process_group()
 
@@ -66,14 +70,15 @@ def of_all_ranks(group: dist.ProcessGroup, check: Callable[[], str | None]) -> s
     return next((f"rank {r}: {e}" for r, e in enumerate(errors) if e), "")
 
 
-def run(name: str, plan: fxpar.Plan, everywhere: Callable[[Callable[[], str | None]], str]) -> str:
-    """What is wrong with a model under a plan; an empty text if nothing is. everywhere: see `of_all_ranks`."""
+def run(name: str, plan: fxpar.Plan, everywhere: Callable[[Callable[[], str | None]], str], told: list[str]) -> str:
+    """What is wrong with a model under a plan; an empty text if nothing is. everywhere: see `of_all_ranks`. told: gets what the
+    report says of recordings."""
     apart: list[tuple[float, float]] = []
     rest: list[Callable[[], str]] = []
 
     def first() -> str:
-        want, have, narrow, after_it = steps(name, plan)
-        rest.append(after_it)
+        want, have, narrow, module, mine, after_it = steps(name, plan)
+        rest.append(lambda: recorded(module, mine, have, told) or after_it())
         apart.append(distances(want[1], have[1], narrow[1]))
         return difference(want, have) if plan.param_dtype is None else missing(want, have)
 
@@ -87,8 +92,9 @@ def run(name: str, plan: fxpar.Plan, everywhere: Callable[[Callable[[], str | No
     return wrong or everywhere(rest[0])
 
 
-def steps(name: str, plan: fxpar.Plan, draw: int = 0) -> tuple[Step, Step, Step, Callable[[], str]]:
-    """One GPU's step, the plan's, one GPU's in the plan's dtypes; and a function that checks the rest of the step.
+def steps(name: str, plan: fxpar.Plan, draw: int = 0) -> tuple[Step, Step, Step, fxpar.ParallelModule, Any, Callable[[], str]]:
+    """One GPU's step, the plan's, one GPU's in the plan's dtypes; the module, its inputs; and a function that checks the rest of
+    the step.
 
     draw: see `fxpar.verify.equivalence.moved`.
     """
@@ -97,14 +103,31 @@ def steps(name: str, plan: fxpar.Plan, draw: int = 0) -> tuple[Step, Step, Step,
         model = copy.deepcopy(model)
     model, inputs = without_dropout(model).cuda(), on_gpu(enough(inputs, plan))
     exact = copy.deepcopy(model)
-    module = fxpar.parallelize(copy.deepcopy(model), plan, part(inputs, plan, 0))
+    module = fxpar.parallelize(copy.deepcopy(model), plan, part(inputs, plan, 0), cuda_graphs=True)
     mine = part(inputs, plan, module.replica)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=LEARNING_RATE, fused=True) for m in (exact, module)]
     whole = microbatches(inputs, plan) if name in ESTIMATED else [inputs]
     want, have = step(exact, whole), parallel_step(module, mine)
     dtype = plan.param_dtype
     narrow = want if dtype is None else step(copy.deepcopy(model).to(dtype), floats(whole, dtype))
-    return want, have, narrow, functools.partial(after, exact, module, optimizers, plan)
+    return want, have, narrow, module, mine, functools.partial(after, exact, module, optimizers, plan)
+
+
+def recorded(module: fxpar.ParallelModule, inputs: Any, have: Step, told: list[str]) -> str:
+    """What is wrong where the same step is made again, recorded and played back; the gradients are those of the last time."""
+    precise = LOSS_TOLERANCE if module.plan.param_dtype is None else 1e-2
+    for _ in range(WARM + TRIED + 2):
+        module.zero_grad()
+        loss, grads = parallel_step(module, inputs)
+        if not abs(loss - have[0]) <= precise * abs(have[0]):
+            return f"made again, the loss is {loss.item():.9g} instead of {have[0].item():.9g}"
+        largest = max(g.norm().item() for g in grads.values())
+        for name, grad in grads.items():
+            error = (grad - have[1][name]).norm().item()
+            if not error <= max(precise, GRADIENT_TOLERANCE) * grad.norm().item() + NOISE * largest:
+                return f"made again, the gradient of {name} is off by {error / max(grad.norm().item(), 1e-30):.2g} of its norm"
+    told.append(module.report().cuda_graphs)
+    return ""
 
 
 def after(exact: nn.Module, module: Any, optimizers: list[torch.optim.Optimizer], plan: fxpar.Plan) -> str:
