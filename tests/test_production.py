@@ -64,6 +64,22 @@ def test_bytes_of_collectives_are_those_of_a_rank():
     assert production.per_axis(report, least=0)["dp"] == max(on_rank) / 2**30
 
 
+def test_all_are_told_of_where_none_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(production, "NAMES", ["small"])
+    monkeypatch.setattr(production, "read", lambda name: SMALL)
+    monkeypatch.setattr(production, "report_of", lambda config, of=production.report_of: replace(
+        of(config), predicted=lambda: Peak(3 * 2**30, "forward", "", {}, 0)))
+    monkeypatch.setattr("sys.argv", ["run.py", "--table"])
+    production.main()
+    head, _, line = capsys.readouterr().out.splitlines()
+    assert head.count("|") == line.count("|") == len(production.HEAD) + 1 and "a small one" in line
+    for arguments, error in ((["large"], "there is no large: small"), ([], "name a configuration")):
+        monkeypatch.setattr("sys.argv", ["run.py", *arguments])
+        with pytest.raises(SystemExit):
+            production.main()
+        assert error in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_configuration_at_its_full_size(name):

@@ -113,11 +113,13 @@ def row(config, report, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--table", action="store_true", help="one line for each configuration, and no reports")
     parser.add_argument("--suggest", action="store_true", help="which plan would be better, and why")
     parser.add_argument("--html", metavar="FILE.html", help="write the report of one configuration as a page, too")
     args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in NAMES]:
+        parser.error(f"there is no {unknown[0]}: {', '.join(NAMES)}")
     if args.html and len(args.names) != 1:
         parser.error("--html is for one configuration")
     if not args.names and not args.table and not args.suggest:
