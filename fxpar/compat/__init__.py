@@ -73,12 +73,14 @@ from fxpar.compat.steps import (
     storage_of,
     trace_steps,
 )
+from fxpar.compat.streams import AtOnce, Move, SideStream, empty_like_code
 from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
 
 __all__ = [
     "CALLED",
     "WRAPPERS",
+    "AtOnce",
     "Code",
     "CodeRecorder",
     "CudaGraphs",
@@ -88,9 +90,11 @@ __all__ = [
     "FakeTensorMode",
     "GraphPiece",
     "Make",
+    "Move",
     "NotInSteps",
     "Pieces",
     "SharedOutputs",
+    "SideStream",
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
@@ -109,6 +113,7 @@ __all__ = [
     "compile_steps",
     "default_store",
     "detect_fake_mode",
+    "empty_like_code",
     "fake_like",
     "faked",
     "follow_profiler",

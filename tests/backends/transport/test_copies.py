@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import tempfile
 from collections import deque
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 import fxpar
 from fxpar import compat
 from fxpar.backends.inductor import casts
-from fxpar.backends.transport import copies
+from fxpar.backends.transport import addresses, copies
+from fxpar.backends.transport.addresses import ALIGNED, rounds
 from fxpar.backends.transport.base import BUCKET_BYTES, REDUCTION_BYTES
-from fxpar.backends.transport.copies import ALIGNED, SCATTERS, CopyGroup, rounds, slot_sizes
+from fxpar.backends.transport.copies import SCATTERS, CopyGroup, slot_sizes
+from fxpar.ops import table
+from fxpar.ops.elementwise import Launch
 from fxpar.ops.parts import GATHER_PARTS, arrivals, shift_splits
 from tests.processes import launch
 from tests.slots import Alone, SharedSlots
@@ -37,8 +41,40 @@ def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> T
 SHAPES: list[tuple[int, ...]] = [(6, 5), (300,), (1, 1), (40, 33), (2, 3, 4)]
 
 
-def exchange(rank: int, folder: str, nbytes: int) -> int:
+def tensor_at(address: int, count: int, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype)
+
+
+class Interpreted(Launch):
+    """A kernel over a table, done on the CPU: by the addresses that a GPU would be told."""
+
+    started = 0
+
+    def __call__(self) -> None:
+        read, written = self.dtypes * (2 if self.kind == "add" else 1)
+        Interpreted.started += 1
+        for count, first, *others in self.rows.tolist():
+            if self.kind == "spread":
+                for place in others:
+                    tensor_at(place, count, written).copy_(tensor_at(first, count, read))
+            else:
+                torch.add(*(tensor_at(place, count, read) for place in others), out=tensor_at(first, count, read))
+
+
+def launch_as_on_gpu() -> None:
+    """Have this process go by tables and kernels as on GPUs."""
+
+    def table_at(columns: list[list[table.Place]], device: torch.device) -> Tensor | None:
+        fit = all(len({place[2] for place in column}) == 1 and all(map(table._fits, column)) for column in columns)
+        return table.rows(columns, device) if fit else None
+
+    addresses.Launch, addresses.table_at = Interpreted, table_at
+
+
+def exchange(rank: int, folder: str, nbytes: int, as_on_gpu: bool) -> int:
     """Several operations after one another, each checked; how many rounds they took."""
+    if as_on_gpu:
+        launch_as_on_gpu()
     group = CopyGroup(SharedSlots(folder, nbytes))
     compat.register_group(group, "copies")
     n, turns = dist.get_world_size(), 0
@@ -69,14 +105,15 @@ def exchange(rank: int, folder: str, nbytes: int) -> int:
         group.allgather_into_tensor_coalesced([made], [turned]).wait()
         assert torch.equal(made, full)
         turns += len(rounds(tuple((x.numel(), x.dtype) for x in every[rank]), nbytes))
+    assert (Interpreted.started > 0) == as_on_gpu or turns > 4
     return turns
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("world, nbytes", [(2, 4096), (3, 4608), (2, 2**20)])
-def test_results_are_those_of_the_collectives(world: int, nbytes: int):
+@pytest.mark.parametrize("world, nbytes, as_on_gpu", [(2, 4096, False), (3, 4608, True), (2, 2**20, False), (3, 2**20, True)])
+def test_results_are_those_of_the_collectives(world: int, nbytes: int, as_on_gpu: bool):
     with tempfile.TemporaryDirectory() as folder:
-        turns = launch(world, exchange, folder, nbytes)
+        turns = launch(world, exchange, folder, nbytes, as_on_gpu)
         assert os.listdir(folder)
     assert len(set(turns)) == 1 and (turns[0] > 4) == (nbytes < 2**20)
 
@@ -93,9 +130,14 @@ class _All:
 
 
 def in_any_order(rank: int, folder: str, nbytes: int, seeds: list[int]) -> list[tuple[int, int]]:
-    """Programs of random operations, some waited for late and in another order; how many operations and barriers each had."""
+    """Programs of random operations, some waited for late and in another order; how many operations and barriers each had. Every
+    other one goes by tables and kernels as on GPUs."""
     n, counts = dist.get_world_size(), []
+    as_it_is = addresses.Launch, addresses.table_at
     for seed in seeds:
+        addresses.Launch, addresses.table_at = as_it_is
+        if seed % 2:
+            launch_as_on_gpu()
         place = Path(folder) / f"{nbytes}-{seed}"
         place.mkdir(exist_ok=True)
         slots = SharedSlots(str(place), nbytes)
