@@ -90,7 +90,8 @@ def test_copies_on_a_side_stream_are_in_order():
         x.fill_(turn)
         with beside:
             assert torch.cuda.current_stream() != current
-            beside.copy([(y.data_ptr(), x.data_ptr(), x.nbytes // 2), (y.data_ptr() + x.nbytes // 2, x.data_ptr(), x.nbytes // 2)])
+            half = x.nbytes // 2
+            beside.copy([(y.data_ptr(), x.data_ptr(), half), (y.data_ptr() + half, x.data_ptr(), half)])
         assert torch.cuda.current_stream() == current
         beside.wait(beside.record())
         assert (y == turn).all()

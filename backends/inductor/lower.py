@@ -23,6 +23,7 @@ from fxpar import compat
 from fxpar.backends import remat
 from fxpar.backends.inductor import (
     buckets,
+    direct,
     fp32_products,
     named,
     overlap,
@@ -203,4 +204,5 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*often)
 
 
+direct.register()
 _digest(tuple(_sources()))

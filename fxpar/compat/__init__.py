@@ -48,6 +48,7 @@ from fxpar.compat.numbers import (
     read_numbers_of,
 )
 from fxpar.compat.profiles import comments_on_cpus, follow_profiler, name_in_code, profiling, renamed
+from fxpar.compat.quick import below_autograd, call_directly, when_finished
 from fxpar.compat.quiet import (
     WRAPPERS,
     inside_of_transform,
@@ -102,10 +103,12 @@ __all__ = [
     "attention_priority",
     "autocast_region",
     "before_norms",
+    "below_autograd",
     "bundle_key",
     "cache_counts",
     "cache_settings",
     "call_by",
+    "call_directly",
     "call_plainly",
     "code_of",
     "comments_on_cpus",
@@ -161,6 +164,7 @@ __all__ = [
     "trace_steps",
     "unchecked_distributions",
     "untraced",
+    "when_finished",
 ]
 
 

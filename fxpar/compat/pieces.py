@@ -24,6 +24,7 @@ from torch._inductor.output_code import CompiledFxGraphConstants, OutputCode
 
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, Step, one_piece, run_pieces, schedule
 from fxpar.compat.profiles import profiling, renamed
+from fxpar.compat.quick import Entrance, may_be_quick, quick, run_quickly
 from fxpar.compat.stages import values_stay
 from fxpar.compat.steps import after_graph_passes
 
@@ -39,14 +40,21 @@ class CodeOfPieces(OutputCode):
         self.codes = codes
         self.steps, self.empty, self.results = schedule(pieces, of)
         self.names = [piece.names for piece in pieces.pieces]
-        self._run: Callable[[list[Any]], list[Any]] | None = None
+        self._quick: tuple[Entrance, Callable[[list[Any]], list[Any]]] | None = None
 
     def __call__(self, inputs: Any) -> Any:
         if profiling():
             return self._run_named(inputs)
-        if self._run is None:
-            self._run = functools.partial(run_pieces, self.codes, self.steps, self.empty, self.results)
-        return self._run(inputs)
+        if self._quick is not None and may_be_quick():
+            enter, run = self._quick
+            enter(inputs)
+            return run_quickly(run, inputs)
+        entrance = Entrance(inputs) if self._quick is None else None
+        made = run_pieces(self.codes, self.steps, self.empty, self.results, inputs)
+        if entrance is not None:
+            codes = [quick(code) for code in self.codes]
+            self._quick = entrance, functools.partial(run_pieces, codes, self.steps, self.empty, self.results)
+        return made
 
     def _run_named(self, inputs: Any) -> Any:
         """Run it with ranges that have the names of each piece's own blocks."""
@@ -67,7 +75,7 @@ class CodeOfPieces(OutputCode):
                 self.codes[i] = loaded
 
     def prepare_for_serialization(self) -> None:
-        self._run = None
+        self._quick = None
         self.codes = [copy.copy(code) for code in self.codes]
         for code in self.codes:
             code.prepare_for_serialization()

@@ -29,7 +29,7 @@ from fxpar.ops import table
 from fxpar.ops.elementwise import Launch
 from fxpar.ops.parts import GATHER_PARTS, arrivals, shift_splits
 from tests.processes import launch
-from tests.slots import Alone, SharedSlots
+from tests.slots import Alone, SharedSlots, use_files
 
 c10d = torch.ops._c10d_functional
 
@@ -280,20 +280,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(self.down(F.gelu(self.up(x))), target)
-
-
-def use_files(folder: str) -> list[tuple[int, int]]:
-    """Have this process copy through files instead of between GPUs. Returns what was asked to fit into slots, group by group."""
-    asked: list[tuple[int, int]] = []
-
-    def in_files(group: dist.ProcessGroup, parameter: int = 0, gradient: int = 0) -> CopyGroup:
-        place = Path(folder) / str(len(asked))
-        place.mkdir(exist_ok=True)
-        asked.append((parameter, gradient))
-        return CopyGroup(SharedSlots(str(place), 2**16, group))
-
-    copies.available, copies.on_gpu = (lambda device: True), in_files
-    return asked
 
 
 def one_after_another(rank: int, folder: str, plans: list[str]) -> list[tuple[list[str], list[float]]]:

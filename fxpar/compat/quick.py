@@ -1,0 +1,143 @@
+"""quick: code that Inductor generated, as it runs from its second time on.
+
+What generated code asserts of the tensors that it makes, and of those that another piece of the same graph hands to it, follows
+from the graph: the first run has proved it, and a quick body leaves it out. What comes from outside is looked at where it enters
+(see `Entrance`). Operators that were registered with `call_directly` are called as Python functions, one for each place in the
+code, without PyTorch's dispatcher, which takes lists apart and puts them together again on the way.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ASSERTIONS = ("assert_size_stride", "assert_alignment")
+"""What generated code calls to find that a tensor is as the graph says."""
+
+_direct: dict[str, Callable[[], Callable[..., Any]]] = {}
+"""Name of an operator ("fxpar.gather_casts") -> what makes a function in its place."""
+_finished: list[Callable[[bool], None]] = []
+
+
+def call_directly(name: str, make: Callable[[], Callable[..., Any]]) -> None:
+    """Have quick bodies call ``make()``, one for each place in the code, where that calls the operator `name`, as "c10d.wait"."""
+    _direct[name] = make
+
+
+def when_finished(check: Callable[[bool], None]) -> None:
+    """Call ``check(failed)`` at the end of every run of quick bodies. failed: it broke off."""
+    if check not in _finished:
+        _finished.append(check)
+
+
+class Entrance:
+    """What the inputs of a code are like: it was generated, and proved, for these.
+
+    Raises: AssertionError, where it is called with others.
+    """
+
+    def __init__(self, inputs: Sequence[Any]):
+        self._like = [(tuple(x.shape), x.stride()) if isinstance(x, Tensor) else None for x in inputs]
+
+    def __call__(self, inputs: Sequence[Any]) -> None:
+        check = torch._C._dynamo.guards.assert_size_stride
+        for x, like in zip(inputs, self._like, strict=True):
+            if like is not None:
+                check(x, *like, "input")
+
+
+def may_be_quick() -> bool:
+    """Whether nobody looks at the operators that are called."""
+    return torch._C._len_torch_dispatch_stack() == 0
+
+
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Inside, operators do not look whether a gradient is wanted; some would do so in Python."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def run_quickly(run: Callable[[list[Any]], Any], inputs: list[Any]) -> Any:
+    """``run(inputs)``, of quick bodies."""
+    failed = True
+    try:
+        made = run(inputs)
+        failed = False
+        return made
+    finally:
+        for check in _finished:
+            check(failed)
+
+
+def quick(code: Any) -> Callable[[list[Any]], Any]:
+    """What runs a piece of generated code that ran before; that itself, where its form is not known."""
+    call, again = _generated(code)
+    function = call.__func__ if isinstance(call, MethodType) else None
+    body = _quick_body(function) if isinstance(function, FunctionType) else None
+    return code if body is None else again(MethodType(body, call.__self__))
+
+
+def _generated(code: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The method that was generated, and what puts around another one what Inductor put around it: it copies what is not
+    aligned."""
+    from torch._inductor.utils import align_inputs_from_check_idxs
+
+    call = getattr(code, "current_callable", None)
+    held = dict(zip(call.__code__.co_freevars, call.__closure__ or (), strict=True)) if isinstance(call, FunctionType) else {}
+    if held.keys() != {"inputs_to_check", "model", "mutated_input_idxs"}:
+        return call, lambda other: other
+    return held["model"].cell_contents, lambda other: align_inputs_from_check_idxs(
+        other, held["inputs_to_check"].cell_contents, held["mutated_input_idxs"].cell_contents)
+
+
+def _quick_body(function: FunctionType) -> FunctionType | None:
+    definition = _definitions(function.__code__.co_filename).get((function.__name__, function.__code__.co_firstlineno))
+    if definition is None or function.__closure__:
+        return None
+    names = dict(function.__globals__)
+    changed = _Quick(names).visit(ast.parse(ast.unparse(definition)))
+    exec(compile(ast.fix_missing_locations(changed), f"<quick form of {function.__code__.co_filename}>", "exec"), names)
+    return names[function.__name__]
+
+
+@functools.lru_cache(maxsize=64)
+def _definitions(file: str) -> Mapping[tuple[str, int], ast.FunctionDef]:
+    """The functions of a file, by name and line."""
+    text = Path(file).read_text() if Path(file).exists() else ""
+    return {(n.name, n.lineno): n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)}
+
+
+class _Quick(ast.NodeTransformer):
+    """Makes a quick body, whose functions are found in `names`."""
+
+    def __init__(self, names: dict[str, Any]):
+        self.names = names
+
+    def visit_Expr(self, statement: ast.Expr) -> ast.Expr | None:
+        made = statement.value
+        if isinstance(made, ast.Call) and isinstance(made.func, ast.Name) and made.func.id in ASSERTIONS:
+            return None
+        self.generic_visit(statement)
+        return statement
+
+    def visit_Call(self, made: ast.Call) -> ast.Call:
+        self.generic_visit(made)
+        operator = _operator(made.func)
+        if operator in _direct:
+            name = f"_fxpar_{len(self.names)}"
+            self.names[name] = _direct[operator]()
+            made.func = ast.Name(name, ast.Load())
+        return made
+
+
+def _operator(function: ast.expr) -> str:
+    """ "fxpar.gather_casts" for ``torch.ops.fxpar.gather_casts.default``; nothing for what is no operator."""
+    text = ast.unparse(function) if isinstance(function, ast.Attribute) else ""
+    return text.removeprefix("torch.ops.").removesuffix(".default") if text.startswith("torch.ops.") else ""
