@@ -35,6 +35,7 @@ from fxpar.compat.cudagraphs import (
 )
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces
 from fxpar.compat.data import assign_data_by, share_memory_by
+from fxpar.compat.fused import step_parts_directly
 from fxpar.compat.generators import generators_watched
 from fxpar.compat.groups import default_store, process_groups
 from fxpar.compat.handed import interpret_graph, lowered_graphs
@@ -156,6 +157,7 @@ __all__ = [
     "share_memory_by",
     "sizes_of_values",
     "sizes_to_compile",
+    "step_parts_directly",
     "storage_at",
     "storage_number",
     "storage_of",
