@@ -13,6 +13,7 @@ from fxpar.compat import streams
 
 
 def test_copies_at_once_go_by_address():
+    """`compat.AtOnce`, `compat.Move`"""
     x, y = torch.arange(12.0), torch.zeros(12)
     compat.AtOnce().copy([(y.data_ptr() + 8, x.data_ptr() + 4, 12), (y.data_ptr(), x.data_ptr(), 4)])
     assert y.tolist() == [0, 0, 1, 2, 3, *[0] * 7]

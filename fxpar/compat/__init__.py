@@ -314,6 +314,12 @@ def memory(tensor: Any) -> torch.Tensor:
     return tensor._local_tensor
 
 
+def gradients(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """``grad`` of each, as `want_gradients`."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [t.grad for t in tensors]
+
+
 def want_gradients(tensors: Sequence[torch.Tensor]) -> list[bool]:
     """``requires_grad`` of each, without what a property of a DTensor costs."""
     with torch._C.DisableTorchFunctionSubclass():
