@@ -133,13 +133,12 @@ def test_code_is_quick_from_its_second_run_on(monkeypatch):
         with Seen() as seen, torch.device("cpu"):
             code([x, w])
         assert len([op for op in seen.operators if op.startswith("aten.mm")]) == 2 and len(finished) == 2
-        ready = code._quick
-        code._quick = ready[0], lambda inputs: 1 / 0
+        code._quick[False] = lambda inputs: 1 / 0
         with pytest.raises(ZeroDivisionError):
             code([x, w])
         assert finished[-1] is True
         code.prepare_for_serialization()
-        assert code._quick is None
+        assert code._entrance is None and not code._quick
 
 
 def test_below_autograd_nothing_is_recorded():

@@ -48,7 +48,7 @@ from fxpar.compat.numbers import (
     mend_writes_to_plain_tensors,
     read_numbers_of,
 )
-from fxpar.compat.profiles import comments_on_cpus, follow_profiler, name_in_code, profiling, renamed
+from fxpar.compat.profiles import comments_on_cpus, follow_profiler, name_in_code, profiling, ranged, renamed
 from fxpar.compat.quick import below_autograd, call_directly, when_finished
 from fxpar.compat.quiet import (
     WRAPPERS,
@@ -150,6 +150,7 @@ __all__ = [
     "process_groups",
     "profiling",
     "quiet_traces",
+    "ranged",
     "read_metadata",
     "read_numbers_of",
     "renamed",

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fxpar.compat.profiles import RANGE, range_of, with_ranges
 
 ASSERTIONS = ("assert_size_stride", "assert_alignment")
 """What generated code calls to find that a tensor is as the graph says."""
@@ -76,11 +77,12 @@ def run_quickly(run: Callable[[list[Any]], Any], inputs: list[Any]) -> Any:
             check(failed)
 
 
-def quick(code: Any) -> Callable[[list[Any]], Any]:
-    """What runs a piece of generated code that ran before; that itself, where its form is not known."""
+def quick(code: Any, ranges: bool = False) -> Callable[[list[Any]], Any]:
+    """What runs a piece of generated code that ran before; that itself, where its form is not known. ranges: with those that a
+    profiler sees (see `fxpar.compat.profiles`)."""
     call, again = _generated(code)
     function = call.__func__ if isinstance(call, MethodType) else None
-    body = _quick_body(function) if isinstance(function, FunctionType) else None
+    body = _quick_body(function, ranges) if isinstance(function, FunctionType) else None
     return code if body is None else again(MethodType(body, call.__self__))
 
 
@@ -97,21 +99,20 @@ def _generated(code: Any) -> tuple[Any, Callable[[Any], Any]]:
         other, held["inputs_to_check"].cell_contents, held["mutated_input_idxs"].cell_contents)
 
 
-def _quick_body(function: FunctionType) -> FunctionType | None:
-    definition = _definitions(function.__code__.co_filename).get((function.__name__, function.__code__.co_firstlineno))
+def _quick_body(function: FunctionType, ranges: bool) -> FunctionType | None:
+    file = Path(function.__code__.co_filename)
+    text = file.read_text() if file.exists() else ""
+    where = function.__name__, function.__code__.co_firstlineno
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    definition = next((f for f in functions if (f.name, f.lineno) == where), None)
     if definition is None or function.__closure__:
         return None
-    names = dict(function.__globals__)
-    changed = _Quick(names).visit(ast.parse(ast.unparse(definition)))
-    exec(compile(ast.fix_missing_locations(changed), f"<quick form of {function.__code__.co_filename}>", "exec"), names)
+    names = function.__globals__ | {RANGE: range_of}
+    if ranges:
+        definition.body = with_ranges(definition.body, text.splitlines(), definition.lineno)
+    changed = ast.fix_missing_locations(ast.Module([_Quick(names).visit(definition)], []))
+    exec(compile(changed, f"<quick form of {file}>", "exec"), names)
     return names[function.__name__]
-
-
-@functools.lru_cache(maxsize=64)
-def _definitions(file: str) -> Mapping[tuple[str, int], ast.FunctionDef]:
-    """The functions of a file, by name and line."""
-    text = Path(file).read_text() if Path(file).exists() else ""
-    return {(n.name, n.lineno): n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)}
 
 
 class _Quick(ast.NodeTransformer):

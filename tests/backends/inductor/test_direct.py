@@ -147,7 +147,7 @@ def several_steps(rank: int, folder: str) -> tuple[float, float, int, list[bool]
             with torch.no_grad():
                 for p in module.parameters():
                     p.data = p.data.clone()
-    quickly = [code._quick is not None for code in gc.get_objects() if isinstance(code, CodeOfPieces)]
+    quickly = [False in code._quick for code in gc.get_objects() if isinstance(code, CodeOfPieces)]
     return max(far), max(apart), len(started), quickly
 
 
