@@ -4,9 +4,9 @@
     python benchmarks/host.py --kinds                and what it does in them, by kind, from a profile
     python benchmarks/host.py --transport nccl       by the operators of a process group instead of copies
 
-The model is so small that computing takes little, and communication is pretended: what would be copied from another GPU is copied in
-this process, and kernels that go by tables of addresses are not run. So losses mean nothing here, and what CUDA's own calls take
-is missing.
+The model is so small that computing takes little, and communication is pretended: what would be copied from another GPU is copied
+in this process, and kernels that go by tables of addresses are not run. So losses mean nothing here, and what CUDA's own calls
+take is missing.
 """
 
 import argparse

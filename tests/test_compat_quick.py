@@ -83,6 +83,49 @@ def test_copies_of_what_is_not_aligned_stay(generated, monkeypatch):
     assert seen == [4, 0]
 
 
+LAUNCHES = """
+class Runner:
+    def call(self, args):
+        x, = args
+        one.run(x, 3, stream=7)
+        two.run(x, 4, stream=7)
+        other.run(x, 5, stream=7)
+"""
+
+
+class CachingAutotuner:
+    """As PyTorch's: how many starts it could choose from, and what its own way was called with."""
+
+    def __init__(self, launchers: int, static: bool = True):
+        self.called: list[tuple] = []
+        self.launchers = [self._launcher(static) for _ in range(launchers)]
+
+    def _launcher(self, static: bool):
+        def launch(*args: object, stream: int) -> None:
+            self.called.append(("directly", *args, stream))
+
+        launch._is_static = static
+        return launch
+
+    def run(self, *args: object, stream: int) -> None:
+        self.called.append(("by its own way", *args, stream))
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_kernels_are_started_by_what_was_chosen(tmp_path, ranges):
+    file = tmp_path / "launches.py"
+    file.write_text(LAUNCHES)
+    names = {"one": CachingAutotuner(1), "two": CachingAutotuner(2), "other": CachingAutotuner(1, static=False)}
+    exec(compile(LAUNCHES, str(file), "exec"), names)
+    quick.quick(SimpleNamespace(current_callable=names["Runner"]().call), ranges)(["x"])
+    how = "by its own way" if ranges else "directly"
+    assert [names[name].called for name in ("one", "two", "other")] == [
+        [(how, "x", 3, 7)], [("by its own way", "x", 4, 7)], [("by its own way", "x", 5, 7)]]
+    names["one"]._cached_launcher = None  # PyTorch 2.13
+    quick.quick(SimpleNamespace(current_callable=names["Runner"]().call))(["x"])
+    assert names["one"].called[-1][0] == "by its own way"
+
+
 def test_code_of_another_form_runs_as_it_is():
     def code(inputs: list[Tensor]) -> list[Tensor]:
         return inputs

@@ -199,7 +199,7 @@ class CopyGroup(PartsGroup):
         done = _CopyWork(self)
         which, free = self._take(GATHERS, done)
         key = which, kinds, given[0].dtype, *to, *[x.data_ptr() for x in given]
-        started = self._known.get(key) or self._remembered(key, gathering(self._lie(which), parts, kinds, to, given))
+        started = self._started(key, lambda: gathering(self._lie(which), parts, kinds, to, given))
         self._wait_for_barrier(free)
         if started.kernels:
             started()
@@ -275,8 +275,7 @@ class CopyGroup(PartsGroup):
         which, _ = self._take(SCATTERS, done)
         to, source = [y.data_ptr() for y in outputs], [x.data_ptr() for x in inputs]
         key = which, kinds, *to, *source
-        started = self._known.get(key) or self._remembered(
-            key, scattering(self._lie(which), parts, kinds, to, source, self._region, inputs[0].device))
+        started = self._started(key, lambda: scattering(self._lie(which), parts, kinds, to, source, self._region, inputs[0].device))
         with self.beside:
             self.beside.copy(started.moves)
             self._barrier()
@@ -373,13 +372,16 @@ class CopyGroup(PartsGroup):
         addresses = [self.slots.of(rank, which).data_ptr() for rank in range(self.slots.size)]
         return SlotsAt(self.slots.rank, addresses, list(self._others()))
 
-    def _remembered(self, key: tuple, started: BucketMoves) -> BucketMoves:
-        """For the next operation on the same memory; what is recorded has tables of its own."""
-        if not are_for_a_recording():
+    def _started(self, key: tuple, make: Callable[[], BucketMoves]) -> BucketMoves:
+        """What an operation starts, made once for the same memory; what is recorded has tables of its own, which it keeps."""
+        if are_for_a_recording():
+            return make()
+        found = self._known.get(key)
+        if found is None:
             if len(self._known) >= MOST:
                 self._known.clear()
-            self._known[key] = started
-        return started
+            found = self._known[key] = make()
+        return found
 
 
 class _CopyWork(dist.Work):

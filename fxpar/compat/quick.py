@@ -3,7 +3,8 @@
 What generated code asserts of the tensors that it makes, and of those that another piece of the same graph hands to it, follows
 from the graph: the first run has proved it, and a quick body leaves it out. What comes from outside is looked at where it enters
 (see `Entrance`). Operators that were registered with `call_directly` are called as Python functions, one for each place in the
-code, without PyTorch's dispatcher, which takes lists apart and puts them together again on the way.
+code, without PyTorch's dispatcher, which takes lists apart and puts them together again on the way. Kernels of Triton are started
+by what their first start has chosen.
 """
 
 from __future__ import annotations
@@ -110,16 +111,16 @@ def _quick_body(function: FunctionType, ranges: bool) -> FunctionType | None:
     names = function.__globals__ | {RANGE: range_of}
     if ranges:
         definition.body = with_ranges(definition.body, text.splitlines(), definition.lineno)
-    changed = ast.fix_missing_locations(ast.Module([_Quick(names).visit(definition)], []))
+    changed = ast.fix_missing_locations(ast.Module([_Quick(names, launches=not ranges).visit(definition)], []))
     exec(compile(changed, f"<quick form of {file}>", "exec"), names)
     return names[function.__name__]
 
 
 class _Quick(ast.NodeTransformer):
-    """Makes a quick body, whose functions are found in `names`."""
+    """Makes a quick body, whose functions are found in `names`. launches: a profiler need not see kernels of Triton by name."""
 
-    def __init__(self, names: dict[str, Any]):
-        self.names = names
+    def __init__(self, names: dict[str, Any], launches: bool):
+        self.names, self.launches = names, launches
 
     def visit_Expr(self, statement: ast.Expr) -> ast.Expr | None:
         made = statement.value
@@ -131,11 +132,23 @@ class _Quick(ast.NodeTransformer):
     def visit_Call(self, made: ast.Call) -> ast.Call:
         self.generic_visit(made)
         operator = _operator(made.func)
-        if operator in _direct:
+        found = _direct[operator]() if operator in _direct else self._launcher(made.func) if self.launches else None
+        if found is not None:
             name = f"_fxpar_{len(self.names)}"
-            self.names[name] = _direct[operator]()
+            self.names[name] = found
             made.func = ast.Name(name, ast.Load())
         return made
+
+    def _launcher(self, function: ast.expr) -> Callable[..., Any] | None:
+        """What starts a kernel, for ``kernel.run``, if there is one thing that does. PyTorch 2.13 finds it by itself."""
+        if not isinstance(function, ast.Attribute) or function.attr != "run" or not isinstance(function.value, ast.Name):
+            return None
+        kernel = self.names.get(function.value.id)
+        if type(kernel).__name__ != "CachingAutotuner" or hasattr(kernel, "_cached_launcher") or any(
+                getattr(kernel, name, False) for name in ("triton_interpret", "dump_launch_params", "dump_launch_tensors")):
+            return None
+        launchers = kernel.launchers
+        return launchers[0] if len(launchers) == 1 and getattr(launchers[0], "_is_static", False) else None
 
 
 def _operator(function: ast.expr) -> str:

@@ -229,6 +229,26 @@ def test_a_gather_casts_and_concatenates():
     assert torch.equal(c10d.wait_tensor(both), torch.cat([x, 2 * x]).bfloat16())
 
 
+def test_what_is_recorded_shares_no_table(monkeypatch):
+    """Nothing but the recording keeps its tables, and it keeps no other."""
+    group, x, made = CopyGroup(Alone()), torch.randn(8), []
+    monkeypatch.setattr(addresses, "Launch", Interpreted)
+    monkeypatch.setattr(addresses, "table_at", lambda columns, device: made.append(table.rows(columns, device)) or made[-1])
+    full = torch.empty(8)
+
+    def operate() -> int:
+        group.allgather_into_tensor_coalesced([full], [x]).wait()
+        group._turn = dict.fromkeys(group._turn, 0)
+        assert torch.equal(full, x)
+        return len(made)
+
+    assert [operate(), operate()] == [1, 1]
+    monkeypatch.setattr(copies, "are_for_a_recording", lambda: True)
+    assert [operate(), operate()] == [2, 3]
+    monkeypatch.setattr(copies, "are_for_a_recording", lambda: False)
+    assert operate() == 3
+
+
 def anew(rank: int, folder: str) -> tuple[list[Tensor], int]:
     """What is gathered and summed where copies begin anew in between, once without what was started before; and how many barriers
     that takes."""
