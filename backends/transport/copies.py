@@ -275,7 +275,8 @@ class CopyGroup(PartsGroup):
         which, _ = self._take(SCATTERS, done)
         to, source = [y.data_ptr() for y in outputs], [x.data_ptr() for x in inputs]
         key = which, kinds, *to, *source
-        started = self._started(key, lambda: scattering(self._lie(which), parts, kinds, to, source, self._region, inputs[0].device))
+        started = self._started(key, lambda: scattering(
+            self._lie(which), parts, kinds, to, source, self._region, inputs[0].device))
         with self.beside:
             self.beside.copy(started.moves)
             self._barrier()
