@@ -8,6 +8,7 @@ capture         a model traced once, for many plans
 simulate        every rank of a plan in this process
 inspect         what a plan does to a model, without running it
 suggest         which plan to take for a number of GPUs, and why
+host_time       what the host does in a step, from a profile
 Meter           throughput, MFU and memory of a run
 testing         `assert_equivalent`: a plan against the plain model
 save_checkpoint, load_checkpoint        model and optimizer, under any plan or none
@@ -38,6 +39,7 @@ from fxpar.errors import (
 )
 from fxpar.model.padding import pad
 from fxpar.plan import Plan
+from fxpar.report.host import HostTime, host_time
 from fxpar.report.report import Report, inspect
 from fxpar.run.meter import Meter
 from fxpar.run.module import ParallelModule
@@ -46,8 +48,8 @@ from fxpar.verify import equivalence as testing
 from fxpar.verify.simulation import Simulation, simulate
 
 __version__ = "0.1.0"
-__all__ = ["CaptureError", "Captured", "CheckpointError", "CheckpointManager", "EquivalenceError", "FxparError", "InputError",
-           "Meter", "MismatchError", "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
-           "Suggestions", "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "inspect", "load_checkpoint",
-           "load_safetensors", "pad", "parallelize", "sampler", "save_checkpoint", "simulate", "suggest",
+__all__ = ["CaptureError", "Captured", "CheckpointError", "CheckpointManager", "EquivalenceError", "FxparError", "HostTime",
+           "InputError", "Meter", "MismatchError", "ParallelModule", "Plan", "PlanError", "Report", "SaveHandle", "Simulation",
+           "Suggestions", "UnsupportedOperator", "capture", "compile_program", "export_safetensors", "host_time", "inspect",
+           "load_checkpoint", "load_safetensors", "pad", "parallelize", "sampler", "save_checkpoint", "simulate", "suggest",
            "testing"]

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fxpar.backends.transport.copies import GATHERS, SCATTERS
+from fxpar.backends.transport import copies
+from fxpar.backends.transport.copies import GATHERS, SCATTERS, CopyGroup
 
 
 class SharedSlots:
@@ -43,3 +44,17 @@ class Alone:
         return self.memory[which]
 
     def barrier(self) -> None: ...
+
+
+def use_files(folder: str) -> list[tuple[int, int]]:
+    """Have this process copy through files instead of between GPUs. Returns what was asked to fit into slots, group by group."""
+    asked: list[tuple[int, int]] = []
+
+    def in_files(group: dist.ProcessGroup, parameter: int = 0, gradient: int = 0) -> CopyGroup:
+        place = Path(folder) / str(len(asked))
+        place.mkdir(exist_ok=True)
+        asked.append((parameter, gradient))
+        return CopyGroup(SharedSlots(str(place), 2**16, group))
+
+    copies.available, copies.on_gpu = (lambda device: True), in_files
+    return asked

@@ -203,12 +203,14 @@ def test_checkpoints_of_torch_refuse_parts_of_several_pieces(tmp_path):
 
 
 
-def test_memory_and_want_gradients():
+def test_memory_want_gradients_and_gradients():
     mesh = one_rank_mesh()
     p = nn.Parameter(DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)]))
     assert compat.memory(p) is compat.memory(p) and compat.memory(p).data_ptr() == p.to_local().data_ptr()
     frozen = DTensor.from_local(torch.ones(1), mesh, [Replicate()])
     assert compat.want_gradients([p, frozen, torch.ones(1, requires_grad=True)]) == [True, False, True]
+    p.grad = torch.zeros_like(p)
+    assert compat.gradients([p, frozen]) == [p.grad, None]
 
 
 

@@ -62,6 +62,14 @@ def test_generated_code_has_ranges_while_a_profiler_listens():
             assert not [e.name for e in profile.events() if e.name.startswith("layers.")]
 
 
+def test_a_range_is_there_while_a_profiler_listens():
+    """`compat.ranged`"""
+    with compat.ranged("before"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with compat.ranged("inside"):
+            torch.ones(1)
+    assert {e.name for e in profile.events()} & {"before", "inside"} == {"inside"}
+
+
 def test_code_for_cpus_has_comments_inside_alone():
     from torch._inductor.codegen.cpp import CppScheduling
 

@@ -23,6 +23,7 @@ from fxpar import compat
 from fxpar.backends import remat
 from fxpar.backends.inductor import (
     buckets,
+    direct,
     fp32_products,
     named,
     overlap,
@@ -115,6 +116,8 @@ def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, 
     key = key_of(graph, inputs, runtime.facts(), plan)
     functions = python_functions(graph) if key is not None else ()
     groups = {name: "+".join(axes) for _, axes, name in runtime.mesh.group_names()}
+    groups |= {runtime.transport.group(name): axes for name, axes in groups.items()}
+    groups |= {runtime.transport.part_group(name): axes for name, axes in groups.items()}
     transport = beside_products(runtime, runtime.mesh.mesh, plan, runtime.transport)
     return settings(plan, transport, key=key, functions=functions, by_block=by_block, groups=groups), key
 
@@ -203,4 +206,5 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*often)
 
 
+direct.register()
 _digest(tuple(_sources()))

@@ -44,8 +44,8 @@ def _name(node: fx.Node, groups: Mapping[str, str]) -> str:
 
 
 def _kind(what: str) -> str:
-    """ "all_gather" for "all_gather_into_tensor_coalesced"."""
-    return re.sub(r"(_into_tensor|_tensor|_coalesced|_single|_out)+_?$", "", what)
+    """ "all_gather" for "all_gather_into_tensor_coalesced", and for "gather_casts"."""
+    return "all_gather" if what == "gather_casts" else re.sub(r"(_into_tensor|_tensor|_coalesced|_single|_out)+_?$", "", what)
 
 
 def _started(wait: fx.Node) -> fx.Node | None:

@@ -6,6 +6,9 @@ matrix product, if it takes many kernels. Copies between the GPUs of one host ta
 collectives" in PyTorch's symmetric memory), but for the barriers beside them, kernels of one block. Copies within a GPU do:
 there are none, but for operations larger than a slot.
 
+What is moved is told by addresses: copies and tables of kernels are made once for the same memory, so that the host has little to
+do to start a bucket.
+
 The bytes go through *slots*: buffers of a fixed size that all ranks of a group can read and write.
 
 - Gather: the shards are cast and written, by one kernel of the caller's stream, to this rank's slot and to its part of the
@@ -20,30 +23,43 @@ as operations are under way, so that this barrier is one that another operation 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fxpar import compat
+from fxpar.backends.transport.addresses import (
+    ALIGNED,
+    BucketMoves,
+    Kinds,
+    SlotsAt,
+    SlotSpan,
+    gathering,
+    place,
+    rounds,
+    scattering,
+)
 from fxpar.backends.transport.base import BUCKET_BYTES, NCCL, REDUCTION_BYTES, Transport
 from fxpar.backends.transport.control import Control
 from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.ops.elementwise import add, spread
 from fxpar.ops.parts import PartsGroup
+from fxpar.ops.table import are_for_a_recording
 from fxpar.sharding.mesh import Axes, BoundMesh
 
 GATHERS, SCATTERS = range(3), range(3, 6)
 """The slots of each kind, as many as operations are under way (see `prefetch.LEAD`, and `buckets`)."""
-ALIGNED, SLACK = 256, 2**16
+SLACK = 2**16
+MOST = 4096
+"""Operations on other memory that are remembered."""
 LARGEST = 512 * 2**20
 """Bytes of a gradient for which slots are made large enough; a larger one goes through them in several rounds."""
 
@@ -133,16 +149,6 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-class SlotSpan(NamedTuple):
-    """Elements of one tensor, and where they lie in the slot, in bytes."""
-
-    tensor: int
-    begin: int
-    stop: int
-    at: int
-    dtype: torch.dtype
-
-
 class Slots(Protocol):
     """Buffers on every one of `size` ranks, those of `GATHERS` and `SCATTERS`, each visible to all."""
 
@@ -165,25 +171,55 @@ class CopyGroup(PartsGroup):
 
     def __init__(self, slots: Slots, stream: torch.cuda.Stream | None = None):
         super().__init__(slots.rank, slots.size)  # type: ignore[call-arg]
-        self.slots, self.stream = slots, stream
+        self.slots = slots
+        self.beside = compat.AtOnce() if stream is None else compat.SideStream(stream)
         self._turn = {GATHERS: 0, SCATTERS: 0}
         self._users: dict[int, _CopyWork] = {}
         self._barriers = 0
-        self._passed: deque[tuple[int, torch.cuda.Event]] = deque(maxlen=8)
+        self._passed: deque[tuple[int, Any]] = deque(maxlen=8)
         self._seen: dict[tuple, list[Tensor]] = {}
+        self._known: dict[tuple, BucketMoves] = {}
+        self._room = slots.of(slots.rank, GATHERS[0]).numel()
+        self._region = slots.of(slots.rank, SCATTERS[0]).numel() // max(slots.size - 1, 1) // ALIGNED * ALIGNED
 
     def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """outputs[i], contiguous, becomes every rank's inputs[i], one after the other, in the dtype of outputs[i]."""
-        return self._gather([y.view(self.slots.size, -1).unbind() for y in outputs], inputs)[0]
+        n = self.slots.size
+        kinds = tuple([(y.numel() // n, y.dtype) for y in outputs])
+        return self.gather_at(kinds, [y.data_ptr() for y in outputs], inputs, lambda: [y.view(n, -1) for y in outputs])
+
+    def gather_at(self, kinds: Kinds, to: Sequence[int], inputs: Sequence[Tensor], rows: Callable[[], list[Tensor]]) -> _CopyWork:
+        """What lies at the address to[i] becomes every rank's inputs[i], one after the other: kinds[i] says how many elements of
+        which dtype each rank's part has. ``rows()[i]``: the tensor that lies there, a row for each rank."""
+        turns = rounds(kinds, self._room)
+        if len(turns) != 1:
+            return self._gather([[*y] for y in rows()], inputs, turns)[0]
+        (parts,) = turns
+        given = [x.contiguous() for x in inputs]
+        done = _CopyWork(self)
+        which, free = self._take(GATHERS, done)
+        key = which, kinds, given[0].dtype, *to, *[x.data_ptr() for x in given]
+        started = self._started(key, lambda: gathering(self._lie(which), parts, kinds, to, given))
+        self._wait_for_barrier(free)
+        if started.kernels:
+            started()
+        else:
+            spread(given, self._windows(self.slots.rank, which, 0, parts), [y[self.slots.rank] for y in rows()])
+        with self.beside:
+            self._barrier()
+            self.beside.copy(started.moves)
+        return done.started()
 
     def gather_parts(self, parts: Sequence[Tensor], x: Tensor) -> list[dist.Work]:
-        return [*self._gather([[p.view(-1) for p in parts]], [x])[1].values()]
+        full = [[p.view(-1) for p in parts]]
+        turns = _layout([full[0][self.slots.rank]], self._room)
+        return [*self._gather(full, [x], turns)[1].values()]
 
-    def _gather(self, full: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[_CopyWork, dict[int, _CopyWork]]:
+    def _gather(self, full: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], turns: tuple[tuple[SlotSpan, ...], ...]
+                ) -> tuple[_CopyWork, dict[int, _CopyWork]]:
         """full[i][r], flat, becomes rank r's inputs[i]. Returns what to wait for: for all, and for each other rank's part."""
         me, arrived = self.slots.rank, {}
         mine = [y[me] for y in full]
-        turns = _layout(mine, self.slots.of(me, GATHERS[0]).numel())
         done = _CopyWork(self)
         if len(turns) > 1:
             torch._foreach_copy_(mine, [x.reshape(-1) for x in inputs])
@@ -193,7 +229,7 @@ class CopyGroup(PartsGroup):
             if len(turns) == 1:
                 self._wait_for_barrier(free)
                 spread(inputs, slot, mine)
-            with self._running():
+            with self.beside:
                 if len(turns) > 1:
                     _copy(slot, _cut(mine, parts))
                 self._barrier()
@@ -209,7 +245,7 @@ class CopyGroup(PartsGroup):
         if len(peers) != 1 or len(others) != 1 or (peers[0] + others[0] - 2 * self.slots.rank) % self.slots.size:
             raise ValueError(f"copies move a tensor from one rank to one other, not {sent} and {received} rows")
         flat = given.reshape(-1)
-        turns = _layout([flat], self.slots.of(self.slots.rank, GATHERS[0]).numel())
+        turns = _layout([flat], self._room)
         done = _CopyWork(self, [flat])
         for parts in turns:
             which, free = self._take(GATHERS, done)
@@ -217,7 +253,7 @@ class CopyGroup(PartsGroup):
             if len(turns) == 1:
                 self._wait_for_barrier(free)
                 _copy(slot, [flat])
-            with self._running():
+            with self.beside:
                 if len(turns) > 1:
                     _copy(slot, _cut([flat], parts))
                 self._barrier()
@@ -226,32 +262,53 @@ class CopyGroup(PartsGroup):
 
     def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> dist.Work:
         """outputs[i], contiguous, becomes this rank's part of the sum of every rank's inputs[i]."""
-        me, n = self.slots.rank, self.slots.size
+        return self.scatter_at(tuple([(y.numel(), y.dtype) for y in outputs]), outputs, inputs)
+
+    def scatter_at(self, kinds: Kinds, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> _CopyWork:
+        """As `reduce_scatter_tensor_coalesced`; kinds[i]: how many elements of which dtype outputs[i] has."""
         inputs = [x.contiguous() for x in inputs]
+        turns = rounds(kinds, self._region)
+        if len(turns) != 1:
+            return self._scatter(outputs, inputs, turns)
+        (parts,) = turns
+        done = _CopyWork(self, [*inputs, *outputs])
+        which, _ = self._take(SCATTERS, done)
+        to, source = [y.data_ptr() for y in outputs], [x.data_ptr() for x in inputs]
+        key = which, kinds, *to, *source
+        started = self._started(key, lambda: scattering(
+            self._lie(which), parts, kinds, to, source, self._region, inputs[0].device))
+        with self.beside:
+            self.beside.copy(started.moves)
+            self._barrier()
+        done.sum = started if started.kernels else functools.partial(self._sum_up, outputs, inputs, which, parts)
+        done.in_slots = True
+        return done.started()
+
+    def _sum_up(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], which: int, parts: tuple[SlotSpan, ...]) -> None:
+        me = self.slots.rank
+        arrived = [self._windows(me, which, place(me, peer, self.slots.size) * self._region, parts) for peer in self._others()]
+        _sum([y.view(-1) for y in outputs], [x.view(self.slots.size, -1)[me] for x in inputs], arrived)
+
+    def _scatter(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], turns: tuple[tuple[SlotSpan, ...], ...]) -> _CopyWork:
+        me, n, region = self.slots.rank, self.slots.size, self._region
         flat, full = [y.view(-1) for y in outputs], [x.view(n, -1).unbind() for x in inputs]
-        region = self.slots.of(me, SCATTERS[0]).numel() // max(n - 1, 1) // ALIGNED * ALIGNED
-        turns = _layout(outputs, region)
         done = _CopyWork(self, inputs)
-        arrived: list[list[Tensor]] = []
         for first in range(0, len(turns), len(SCATTERS)):
             now = [(self._take(SCATTERS, done)[0], parts) for parts in turns[first : first + len(SCATTERS)]]
-            with self._running():
+            with self.beside:
                 if first:
                     self._barrier()
                 for which, parts in now:
                     for peer in self._others():
-                        there = self._windows(peer, which, self._place(peer, me) * region, parts)
+                        there = self._windows(peer, which, place(peer, me, n) * region, parts)
                         _copy(there, _cut([x[peer] for x in full], parts))
                 self._barrier()
                 for which, parts in now:
-                    arrived = [self._windows(me, which, self._place(me, peer) * region, parts) for peer in self._others()]
-                    if len(turns) > 1:
-                        into = _cut(flat, parts)
-                        for k, more in enumerate(arrived):
-                            add(into, into, more) if k else _copy(into, more)
-        own = [x[me] for x in full]
-        done.in_slots = len(turns) == 1
-        done.sum = functools.partial(_sum, flat, own, arrived if done.in_slots else [flat])
+                    into = _cut(flat, parts)
+                    for k, peer in enumerate(self._others()):
+                        more = self._windows(me, which, place(me, peer, n) * region, parts)
+                        add(into, into, more) if k else _copy(into, more)
+        done.sum = functools.partial(_sum, flat, [x[me] for x in full], [flat])
         return done.started()
 
     def anew(self, broken: bool = False) -> None:
@@ -262,10 +319,9 @@ class CopyGroup(PartsGroup):
         """
         for user in () if broken else self._users.values():
             user.finish()
-        with self._running():
+        with self.beside:
             self._barrier()
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
+        self.beside.wait(self.beside.record())
         self._turn = dict.fromkeys(self._turn, 0)
         self._users.clear()
         self._passed.clear()
@@ -281,21 +337,21 @@ class CopyGroup(PartsGroup):
         if before.in_slots:
             before.finish()
         if before.used == self._barriers:
-            with self._running():
+            with self.beside:
                 self._barrier()
         return which, before.used + 1
 
     def _barrier(self) -> None:
         self.slots.barrier()
         self._barriers += 1
-        if self.stream is not None:
-            self._passed.append((self._barriers, self.stream.record_event()))
+        full = len(self._passed) == self._passed.maxlen
+        self._passed.append((self._barriers, self.beside.record(self._passed.popleft()[1] if full else None)))
 
     def _wait_for_barrier(self, number: int) -> None:
         """Have the current stream wait until a barrier, or one after it, is passed."""
         event = next((event for count, event in self._passed if count >= number), None)
         if number and event is not None:
-            event.wait()
+            self.beside.wait(event)
 
     def _windows(self, rank: int, which: int, start: int, parts: tuple[SlotSpan, ...]) -> list[Tensor]:
         """Where the parts of a round lie in a rank's slot, from byte `start`."""
@@ -313,18 +369,20 @@ class CopyGroup(PartsGroup):
         """Every other rank, each rank starting with another."""
         return ((self.slots.rank + k) % self.slots.size for k in range(1, self.slots.size))
 
-    def _place(self, rank: int, sender: int) -> int:
-        """Which region of a slot of `rank` is that of `sender`."""
-        return (sender - rank) % self.slots.size - 1
+    def _lie(self, which: int) -> SlotsAt:
+        addresses = [self.slots.of(rank, which).data_ptr() for rank in range(self.slots.size)]
+        return SlotsAt(self.slots.rank, addresses, list(self._others()))
 
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
+    def _started(self, key: tuple, make: Callable[[], BucketMoves]) -> BucketMoves:
+        """What an operation starts, made once for the same memory; what is recorded has tables of its own, which it keeps."""
+        if are_for_a_recording():
+            return make()
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= MOST:
+                self._known.clear()
+            found = self._known[key] = make()
+        return found
 
 
 class _CopyWork(dist.Work):
@@ -344,7 +402,7 @@ class _CopyWork(dist.Work):
 
     def started(self) -> _CopyWork:
         self.used = self.group._barriers
-        self.event = self.group.stream.record_event() if self.group.stream is not None else None
+        self.event = self.group.beside.record()
         return self
 
     def finish(self) -> None:
@@ -353,8 +411,7 @@ class _CopyWork(dist.Work):
             self._wait()
             self.sum()
             self.sum, self.operands, self.used = None, (), self.group._barriers
-            if self.group.stream is not None:
-                self.group.stream.wait_stream(torch.cuda.current_stream())
+            self.group.beside.behind()
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         if self.sum is not None:
@@ -365,31 +422,11 @@ class _CopyWork(dist.Work):
 
     def _wait(self) -> None:
         if self.event is not None:
-            self.event.wait()
+            self.group.beside.wait(self.event)
 
 
 def _layout(tensors: Sequence[Tensor], nbytes: int) -> tuple[tuple[SlotSpan, ...], ...]:
     return rounds(tuple((x.numel(), x.dtype) for x in tensors), nbytes)
-
-
-@functools.cache
-def rounds(tensors: tuple[tuple[int, torch.dtype], ...], nbytes: int) -> tuple[tuple[SlotSpan, ...], ...]:
-    """The elements of tensors of these sizes, cut into rounds of at most `nbytes`."""
-    out: list[list[SlotSpan]] = [[]]
-    at = 0
-    for i, (size, dtype) in enumerate(tensors):
-        begin = 0
-        while begin < size:
-            room = (nbytes - at) // dtype.itemsize
-            if room <= 0:
-                out.append([])
-                at = 0
-                continue
-            stop = min(size, begin + room)
-            out[-1].append(SlotSpan(i, begin, stop, at, dtype))
-            at = -(-(at + (stop - begin) * dtype.itemsize) // ALIGNED) * ALIGNED
-            begin = stop
-    return tuple(tuple(r) for r in out if r)
 
 
 def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:

@@ -36,6 +36,7 @@ from fxpar.compat.cudagraphs import (
 )
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces
 from fxpar.compat.data import assign_data_by, share_memory_by
+from fxpar.compat.fused import step_parts_directly
 from fxpar.compat.generators import generators_watched
 from fxpar.compat.groups import before_groups_end, default_store, process_groups
 from fxpar.compat.handed import interpret_graph, lowered_graphs
@@ -48,7 +49,8 @@ from fxpar.compat.numbers import (
     mend_writes_to_plain_tensors,
     read_numbers_of,
 )
-from fxpar.compat.profiles import comments_on_cpus, follow_profiler, name_in_code, profiling, renamed
+from fxpar.compat.profiles import comments_on_cpus, follow_profiler, name_in_code, profiling, ranged, renamed
+from fxpar.compat.quick import below_autograd, call_directly, when_finished
 from fxpar.compat.quiet import (
     WRAPPERS,
     inside_of_transform,
@@ -74,12 +76,14 @@ from fxpar.compat.steps import (
     storage_of,
     trace_steps,
 )
+from fxpar.compat.streams import AtOnce, Move, SideStream, empty_like_code
 from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
 
 __all__ = [
     "CALLED",
     "WRAPPERS",
+    "AtOnce",
     "Code",
     "CodeRecorder",
     "CudaGraphs",
@@ -89,9 +93,11 @@ __all__ = [
     "FakeTensorMode",
     "GraphPiece",
     "Make",
+    "Move",
     "NotInSteps",
     "Pieces",
     "SharedOutputs",
+    "SideStream",
     "SymmetricSlots",
     "TracedForward",
     "as_traced",
@@ -100,10 +106,12 @@ __all__ = [
     "autocast_region",
     "before_groups_end",
     "before_norms",
+    "below_autograd",
     "bundle_key",
     "cache_counts",
     "cache_settings",
     "call_by",
+    "call_directly",
     "call_plainly",
     "code_of",
     "comments_on_cpus",
@@ -111,6 +119,7 @@ __all__ = [
     "compile_steps",
     "default_store",
     "detect_fake_mode",
+    "empty_like_code",
     "fake_like",
     "faked",
     "follow_profiler",
@@ -143,6 +152,7 @@ __all__ = [
     "process_groups",
     "profiling",
     "quiet_traces",
+    "ranged",
     "read_metadata",
     "read_numbers_of",
     "renamed",
@@ -150,6 +160,7 @@ __all__ = [
     "share_memory_by",
     "sizes_of_values",
     "sizes_to_compile",
+    "step_parts_directly",
     "storage_at",
     "storage_number",
     "storage_of",
@@ -159,6 +170,7 @@ __all__ = [
     "unchecked_distributions",
     "unrecorded",
     "untraced",
+    "when_finished",
 ]
 
 
@@ -304,6 +316,12 @@ def trace_modes() -> tuple:
 def memory(tensor: Any) -> torch.Tensor:
     """The tensor that a DTensor keeps its rank's part in, itself."""
     return tensor._local_tensor
+
+
+def gradients(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """``grad`` of each, as `want_gradients`."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [t.grad for t in tensors]
 
 
 def want_gradients(tensors: Sequence[torch.Tensor]) -> list[bool]:

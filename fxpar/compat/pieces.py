@@ -24,6 +24,7 @@ from torch._inductor.output_code import CompiledFxGraphConstants, OutputCode
 
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, Step, one_piece, run_pieces, schedule
 from fxpar.compat.profiles import profiling, renamed
+from fxpar.compat.quick import Entrance, may_be_quick, quick, run_quickly
 from fxpar.compat.stages import values_stay
 from fxpar.compat.steps import after_graph_passes
 
@@ -39,21 +40,31 @@ class CodeOfPieces(OutputCode):
         self.codes = codes
         self.steps, self.empty, self.results = schedule(pieces, of)
         self.names = [piece.names for piece in pieces.pieces]
-        self._run: Callable[[list[Any]], list[Any]] | None = None
+        self._entrance: Entrance | None = None
+        self._quick: dict[bool, Callable[[list[Any]], list[Any]]] = {}
 
     def __call__(self, inputs: Any) -> Any:
-        if profiling():
-            return self._run_named(inputs)
-        if self._run is None:
-            self._run = functools.partial(run_pieces, self.codes, self.steps, self.empty, self.results)
-        return self._run(inputs)
+        named = profiling()
+        if self._entrance is None or not may_be_quick():
+            entrance = Entrance(inputs)
+            made = (self._run_named if named else self._run_as_it_is)(self.codes, inputs)
+            self._entrance = self._entrance or entrance
+            return made
+        self._entrance(inputs)
+        if named not in self._quick:
+            run = self._run_named if named else self._run_as_it_is
+            self._quick[named] = functools.partial(run, [quick(code, named) for code in self.codes])
+        return run_quickly(self._quick[named], inputs)
 
-    def _run_named(self, inputs: Any) -> Any:
+    def _run_as_it_is(self, codes: Sequence[Callable[[list[Any]], Any]], inputs: Any) -> Any:
+        return run_pieces(codes, self.steps, self.empty, self.results, inputs)
+
+    def _run_named(self, codes: Sequence[Callable[[list[Any]], Any]], inputs: Any) -> Any:
         """Run it with ranges that have the names of each piece's own blocks."""
         named = zip(self.names, self.steps, strict=True)
-        codes = [functools.partial(_named, names, self.codes[step[0]]) for names, step in named]
+        each = [functools.partial(_named, names, codes[step[0]]) for names, step in named]
         steps: list[Step] = [(i, *step[1:]) for i, step in enumerate(self.steps)]
-        return run_pieces(codes, steps, self.empty, self.results, inputs)
+        return run_pieces(each, steps, self.empty, self.results, inputs)
 
     def post_compile(self, example_inputs: Any, constants: CompiledFxGraphConstants, graph_kwargs: Any) -> None:
         """Make ready what was kept on disk."""
@@ -67,7 +78,7 @@ class CodeOfPieces(OutputCode):
                 self.codes[i] = loaded
 
     def prepare_for_serialization(self) -> None:
-        self._run = None
+        self._entrance, self._quick = None, {}
         self.codes = [copy.copy(code) for code in self.codes]
         for code in self.codes:
             code.prepare_for_serialization()

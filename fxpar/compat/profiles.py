@@ -40,6 +40,14 @@ def profiling() -> bool:
     return bool(profiler._is_profiler_enabled)
 
 
+def ranged(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A range that a profiler sees, if one listens."""
+    return profiler.record_function(name) if profiler._is_profiler_enabled else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 def name_in_code(node: fx.Node, name: str, alone: bool = False) -> None:
     """Have the comments of generated code call an operator by a name, without ``<``, ``>`` and line breaks. alone: whether the
     operator is called as such, and not computed in a kernel with others."""
@@ -100,7 +108,7 @@ def _new_modules() -> list[ModuleType]:
     return [m for m in PyCodeCache.modules if id(m) not in _read]
 
 
-def _range(text: str) -> Any:
+def range_of(text: str) -> Any:
     names = getattr(_renamed, "names", {})
     if names:
         one = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
@@ -120,9 +128,9 @@ def _second_bodies(module: ModuleType) -> dict[FunctionType, tuple[CodeType, Cod
     functions = {d: getattr(holder, d.name, None) for holder, body in holders for d in body if isinstance(d, ast.FunctionDef)}
     found = {d: f for d, f in functions.items() if isinstance(f, FunctionType) and f.__code__.co_firstlineno == d.lineno}
     for definition in found:
-        definition.body = _with_ranges(definition.body, lines, definition.lineno)
+        definition.body = with_ranges(definition.body, lines, definition.lineno)
     made = {(c.co_name, c.co_firstlineno): c for c in _codes(compile(ast.fix_missing_locations(tree), str(file), "exec"))}
-    setattr(module, RANGE, _range)
+    setattr(module, RANGE, range_of)
     return {f: (f.__code__, made[d.name, d.lineno]) for d, f in found.items()}
 
 
@@ -133,7 +141,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(inner)
 
 
-def _with_ranges(body: list[ast.stmt], lines: list[str], line: int) -> list[ast.stmt]:
+def with_ranges(body: list[ast.stmt], lines: list[str], line: int) -> list[ast.stmt]:
     """Statements, with a range around each that runs what a comment before it names. line: of what is before the first."""
     made: list[ast.stmt] = []
     waiting: list[tuple[str, str]] = []
@@ -142,7 +150,7 @@ def _with_ranges(body: list[ast.stmt], lines: list[str], line: int) -> list[ast.
         waiting = MARK.findall(comments[-1]) if comments else waiting
         line = statement.end_lineno or statement.lineno
         if isinstance(statement, ast.With):
-            statement.body = _with_ranges(statement.body, lines, statement.lineno)
+            statement.body = with_ranges(statement.body, lines, statement.lineno)
         elif waiting and _runs(statement):
             name = ast.Call(ast.Name(RANGE, ast.Load()), [ast.Constant(_label(waiting, _called(statement)))], [])
             statement = ast.copy_location(ast.With([ast.withitem(name)], [statement]), statement)

@@ -1,10 +1,13 @@
-"""Elementwise work on many tensors by one kernel each: `scale_` in place, `spread` to two places, `add` of two lists."""
+"""Elementwise work on many tensors by one kernel each: `scale_` in place, `spread` to two places, `add` of two lists.
+
+A `Launch` is that work on the same memory again and again.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +70,51 @@ def _kernels() -> Any:
         tl.store(to + at, tl.load(one + at, mask=at < count) + tl.load(other + at, mask=at < count), mask=at < count)
 
     return SimpleNamespace(scale=scale, spread=spread, add=add)
+
+
+class Launch:
+    """A kernel over one table, to be started any number of times.
+
+    kind: "spread" or "add". dtypes: of what "spread" reads and writes; the one of "add". The first of a kind is started by
+    Triton, which looks at every argument; the others start what that compiled.
+    """
+
+    def __init__(self, kind: str, rows: Tensor, dtypes: tuple[torch.dtype, ...]):
+        self.kind, self.rows, self.dtypes = kind, rows, dtypes
+        self._start: Callable[[], Any] | None = None
+
+    def __call__(self) -> None:
+        if self._start is None:
+            self._start = self._first()
+        else:
+            self._start()
+
+    def _first(self) -> Callable[[], Any]:
+        """Start it now; how to start it next time."""
+        grid = len(self.rows), 1, 1
+        examples = [_example(dtype, self.rows.device) for dtype in self.dtypes]
+        key = self.kind, self.dtypes, self.rows.device
+        compiled = _compiled.get(key)
+        if compiled is None:
+            general = functools.partial(getattr(_kernels(), self.kind)[grid], self.rows, *examples, BLOCK)
+            compiled = general()
+            if not hasattr(compiled, "packed_metadata"):  # Triton interprets kernels
+                return general
+            _compiled[key] = compiled
+            return functools.partial(compiled[grid], self.rows.data_ptr(), *(x.data_ptr() for x in examples), BLOCK)
+        start = functools.partial(compiled[grid], self.rows.data_ptr(), *(x.data_ptr() for x in examples), BLOCK)
+        start()
+        return start
+
+
+_compiled: dict[tuple[str, tuple[torch.dtype, ...], torch.device], Any] = {}
+"""What Triton compiled of a kernel for these dtypes."""
+
+
+@functools.cache
+def _example(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """By which a kernel knows a dtype; it is not read."""
+    return torch.empty(ALIGNED, dtype=dtype, device=device)
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:

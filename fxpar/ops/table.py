@@ -25,12 +25,27 @@ def table(*columns: Sequence[Tensor]) -> Tensor | None:
     """
     if not all(columns) or not columns[0][0].is_cuda:
         return None
-    key = tuple((t.data_ptr(), t.numel(), t.dtype, t.is_contiguous()) for column in columns for t in column)
-    return (_table if _later is None else _table.__wrapped__)(key, len(columns), columns[0][0].device)
+    places = [[(t.data_ptr(), t.numel(), t.dtype, t.is_contiguous()) for t in column] for column in columns]
+    return table_at(places, columns[0][0].device)
 
 
-_Columns = Sequence[Sequence[tuple[int, int, torch.dtype, bool]]]
+Place = tuple[int, int, torch.dtype, bool]
+"""Of a tensor its address, how many elements it has, of which dtype, and whether it is contiguous."""
+_Columns = Sequence[Sequence[Place]]
 _later: _Later | None = None
+
+
+def table_at(columns: _Columns, device: torch.device) -> Tensor | None:
+    """As `table`, of tensors at these places."""
+    if device.type != "cuda":
+        return None
+    key = tuple(place for column in columns for place in column)
+    return (_table if _later is None else _table.__wrapped__)(key, len(columns), device)
+
+
+def are_for_a_recording() -> bool:
+    """Whether tables that are made now are for a recording alone, and not to be kept for anything else."""
+    return _later is not None
 
 
 class _Later:

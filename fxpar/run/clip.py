@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import defaultdict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from fxpar import compat
 from fxpar.backends.transport.runtime import GroupRuntime
@@ -21,19 +23,18 @@ def clip_grad_norm(parameters: dict[nn.Parameter, bool], max_norm: float, norm_t
 
     parameters: this rank's, and whether its kind is the one that counts it, where several hold it.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    groups: dict[Axes, list[Tensor]] = {}
-    for grad in [p.grad for p, counts in parameters.items() if counts and p.grad is not None]:
-        axes: Axes = ()
-        local = grad
-        if isinstance(grad, DTensor):
-            axes = tuple(a for a, p in zip(bound.mesh.names, grad.placements, strict=True) if not p.is_replicate())
-            local = compat.local_part(grad)
-        groups.setdefault(axes, []).append(local)
+    grads, groups, axes_of = [], defaultdict[Axes, list[Tensor]](list), functools.cache(functools.partial(_split_over, bound))
+    for grad, counts in zip(compat.gradients(list(parameters)), parameters.values(), strict=True):
+        if grad is None:
+            continue
+        grads.append(compat.memory(grad) if isinstance(grad, DTensor) else grad)
+        if counts:
+            groups[axes_of(grad.placements) if isinstance(grad, DTensor) else ()].append(grads[-1])
     device = grads[0].device if grads else torch.device(bound.device_mesh.device_type)
     parts = []
     for axes in sorted(groups):
-        norms = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(groups[axes], norm_type)])
+        norms = torch.stack([n if n.dtype == torch.float32 else n.to(torch.float32)
+                             for n in torch._foreach_norm(groups[axes], norm_type)])
         part = norms.max() if math.isinf(norm_type) else (norms**norm_type).sum()
         axes = tuple(a for a in axes if bound.mesh.size(a) > 1)
         parts.append(runtime.all_reduce(part, axes, "max" if math.isinf(norm_type) else "sum") if axes else part)
@@ -44,5 +45,9 @@ def clip_grad_norm(parameters: dict[nn.Parameter, bool], max_norm: float, norm_t
     total = joined if math.isinf(norm_type) else joined ** (1 / norm_type)
     if grads:
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        scale_([compat.local_part(g) if isinstance(g, DTensor) else g for g in grads], scale.to(device))
+        scale_(grads, scale.to(device))
     return total
+
+
+def _split_over(bound: BoundMesh, placements: tuple[Placement, ...]) -> Axes:
+    return tuple(a for a, p in zip(bound.mesh.names, placements, strict=True) if not p.is_replicate())

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from fxpar import compat
 from fxpar.backends import eager
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.control import Outcome
@@ -158,7 +159,8 @@ class Engine:
         with self._watch.call("forward"):
             if self.plan.pp > 1:
                 return self._run_stages(*self._found("forward", args, kwargs, self.plan.microbatches, last))
-            named, compiled, await_agreement = self._found("forward", args, kwargs, 1, last)
+            with compat.ranged("fxpar: call"):
+                named, compiled, await_agreement = self._found("forward", args, kwargs, 1, last)
             seed = self.seeds.next()
             if compiled.recorded is not None and compiled.recorded.decides_now():
                 await_agreement()
@@ -167,8 +169,9 @@ class Engine:
                 outs = self._run(compiled, named, seed, last)
             finally:  # if this rank was called with other things, that is why it failed
                 await_agreement()
-            self.store.update_buffers(compiled.program, outs)
-            return self._outputs(compiled.program, outs)
+            with compat.ranged("fxpar: outputs"):
+                self.store.update_buffers(compiled.program, outs)
+                return self._outputs(compiled.program, outs)
 
     def _run_stages(self, named: dict[str, Any], compiled: Compiled, await_agreement: Callable[[], Any]) -> Any:
         """`run` under a plan with pipeline stages: forward and backward of the step's microbatches, or the forward alone."""
@@ -232,8 +235,10 @@ class Engine:
         if torch.is_grad_enabled():
             microbatch = self._steps.microbatch(program, last, lambda: compiled.feed(named))
         run = compiled.run if microbatch is None else microbatch.run
-        given = compiled.feed(named, microbatch, seed)
-        outs = compiled.start.run(lambda: self._edges.leave(program, run(*given), crossing))
+        with compat.ranged("fxpar: inputs"):
+            given = compiled.feed(named, microbatch, seed)
+        with compat.ranged("fxpar: forward"):
+            outs = compiled.start.run(lambda: self._edges.leave(program, run(*given), crossing))
         self._tell_of_backward(outs)
         return outs
 

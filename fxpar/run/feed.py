@@ -38,9 +38,10 @@ class _ToLocal(torch.autograd.Function):
                              "hold parts of; derive with respect to inputs, or on the plain model, inside of "
                              "`with module.gathered()`")
         n = len(ctx.parameters)
-        ctx.receipt(grads[n:])
-        pairs = zip(ctx.parameters, grads[:n], strict=True)
-        like = [None if g is None else compat.like_dtensor(g, p) for p, g in pairs]
+        with compat.ranged("fxpar: gradients"):
+            ctx.receipt(grads[n:])
+            pairs = zip(ctx.parameters, grads[:n], strict=True)
+            like = [None if g is None else compat.like_dtensor(g, p) for p, g in pairs]
         return (None, None, *like, *[None] * (len(grads) - n))
 
 

@@ -223,7 +223,7 @@ class ParallelModule(nn.Module):
         Every element of every parameter counts once, however it is sharded or replicated. norm_type: 2, any p > 0, or inf.
         """
         store = self.parameter_store
-        with store.control.watch.call("clip_grad_norm_"):
+        with store.control.watch.call("clip_grad_norm_"), compat.ranged("fxpar: clip_grad_norm_"):
             store.control.watch.note(f"clip_grad_norm_({float(max_norm)}, {float(norm_type)})")
             return clip_grad_norm(store.counted(), max_norm, norm_type, store.bound, store.runtime)
 

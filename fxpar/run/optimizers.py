@@ -1,4 +1,4 @@
-"""optimizers: those that would compute something else of parts of parameters are refused."""
+"""optimizers: those that would compute something else of parts of parameters are refused; fused ones step the parts at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Adafactor, Rprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fxpar import compat
 from fxpar.errors import InputError
 
 NEEDS = {Adafactor: "norms of whole rows and columns", LBFGS: "all gradients in one vector",
@@ -18,8 +19,10 @@ NEEDS = {Adafactor: "norms of whole rows and columns", LBFGS: "all gradients in 
 
 @functools.cache
 def watch() -> None:
-    """From now on, the optimizers of this process refuse parameters that they cannot step. Once is enough."""
+    """From now on, the optimizers of this process refuse parameters that they cannot step, and fused ones step parts at once.
+    Once is enough."""
     register_optimizer_step_pre_hook(_check)
+    compat.step_parts_directly()
 
 
 def _check(optimizer: Any, *_: Any) -> None:

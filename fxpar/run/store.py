@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -46,6 +48,9 @@ class ParameterStore:
         self._absent: list[tuple[dict[str, Any], str, str]] = []
         self._standing_in: dict[str, nn.Parameter] = {}
         self.shared: dict[str, dist.ProcessGroup] = {}
+        self._tables: list[dict[str, Any]] = [{"not counted yet": None}]
+        self._parts: tuple[list[str], list[Any]] = [], []
+        self._counted: dict[nn.Parameter, bool] = {}
         self._unfilled: list[str] = []
         """Names of what was on the meta device, until a call finds it filled."""
 
@@ -111,7 +116,16 @@ class ParameterStore:
 
     def counted(self) -> dict[nn.Parameter, bool]:
         """The parameters that this rank holds parts of, and whether they count for ranks of its kind: each does for one."""
-        return {p: self.owners.get(name, 0) == self.bound.kind for name, p in self.model.named_parameters()}
+        names, values = self._parts_now()
+        if names != self._parts[0] or not all(map(is_, values, self._parts[1])):
+            self._tables = [t for m in self.model.modules() for t in (m._modules, m._parameters)]
+            self._parts = self._parts_now()
+            self._counted = {p: self.owners.get(name, 0) == self.bound.kind for name, p in self.model.named_parameters()}
+        return self._counted
+
+    def _parts_now(self) -> tuple[list[str], list[Any]]:
+        """Names and values in the tables of all modules that there were when parameters were counted last."""
+        return list(chain.from_iterable(self._tables)), list(chain.from_iterable(map(dict.values, self._tables)))
 
     @contextlib.contextmanager
     def all_parameters(self) -> Iterator[None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from fxpar.ops.elementwise import add, scale_, spread
+from fxpar.ops import elementwise
+from fxpar.ops.elementwise import Launch, add, scale_, spread
 from fxpar.ops.table import BLOCK, CHUNK, rows
 
 SIZES = [1, 17, BLOCK, BLOCK + 8, CHUNK - 1, CHUNK, 3 * CHUNK + 5]
@@ -46,6 +49,47 @@ def test_rows_say_where_every_chunk_begins():
             [CHUNK, 2**42, 2**43], [CHUNK, 2**42 + 4 * CHUNK, 2**43 + 2 * CHUNK], [5, 2**42 + 8 * CHUNK, 2**43 + 4 * CHUNK],
             [3, 64, 128],
         ]  # fmt: skip
+
+
+class Jitted:
+    """A kernel of Triton's, and what it compiled of it. starts: with which arguments it was started, by which way."""
+
+    packed_metadata = None
+
+    def __init__(self) -> None:
+        self.starts: list[tuple] = []
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def start(*args: object) -> Jitted:
+            self.starts.append((grid, args))
+            return self
+
+        return start
+
+
+def test_a_kernel_on_the_same_memory_is_started_by_addresses(monkeypatch):
+    kernel = Jitted()
+    monkeypatch.setattr(elementwise, "_kernels", lambda: SimpleNamespace(add=kernel))
+    monkeypatch.setattr(elementwise, "_compiled", {})
+    tables = [torch.zeros(n, 4, dtype=torch.int64) for n in (3, 5)]
+    for each in tables:
+        launch = Launch("add", each, (torch.float32,))
+        for _ in range(2):
+            launch()
+    (first, (by_tensor, *_)), *others = kernel.starts
+    assert first == (3, 1, 1) and by_tensor is tables[0]  # Triton compiles it for what it is given
+    assert [(grid, args[0]) for grid, args in others] == [((len(t), 1, 1), t.data_ptr()) for t in (tables[0], *[tables[1]] * 2)]
+    assert all(isinstance(args[1], int) and args[2] == BLOCK for _, args in others)
+
+
+def test_an_interpreted_kernel_is_started_by_triton(monkeypatch):
+    seen: list[Tensor] = []
+    monkeypatch.setattr(elementwise, "_kernels", lambda: SimpleNamespace(add={(3, 1, 1): lambda rows, *rest: seen.append(rows)}))
+    monkeypatch.setattr(elementwise, "_compiled", {})
+    launch = Launch("add", torch.zeros(3, 4, dtype=torch.int64), (torch.float32,))
+    launch()
+    launch()
+    assert [x is launch.rows for x in seen] == [True, True]
 
 
 def check_scale(device: str, dtype: torch.dtype, factor: float) -> None:

@@ -156,3 +156,22 @@ def test_a_module_does_not_keep_itself():
     before = full_tensor(bias.grad).clone()
     loss.backward()
     torch.testing.assert_close(full_tensor(bias.grad), 2 * before)
+
+
+def test_what_is_clipped_is_looked_up_again_when_parts_of_the_model_change():
+    _, module = made()
+    store = module.parameter_store
+    first = store.counted()
+    assert store.counted() is first and [*first] == [*module.parameters()] and all(first.values())
+    module.out.bias = nn.Parameter(module.out.bias.detach().clone())
+    second = store.counted()
+    assert [*second] == [*module.parameters()] and any(p is module.out.bias for p in second)
+    module._model.more = nn.Linear(2, 2)
+    assert len(store.counted()) == len(first) + 2
+    module._model.more = nn.Linear(3, 3)
+    for p in module.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    norm = module.clip_grad_norm_(1.0)
+    count = sum(p.numel() for p in module.parameters())
+    torch.testing.assert_close(full_tensor(norm), torch.tensor(4.0 * count).sqrt())
+    assert all((full_tensor(p.grad) < 2).all() for p in module.parameters())

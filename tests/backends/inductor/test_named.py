@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxpar
 from fxpar import compat
+from fxpar.backends.inductor.casts import GATHER_CASTS
 from fxpar.backends.inductor.named import name_operators
 from tests.processes import launch
 
@@ -52,8 +53,10 @@ def test_what_communicates_is_called_after_its_axes_and_whom_it_serves(names):
     wait = graph.call_function(c10d.wait_tensor.default, (graph.call_function(operator.getitem, (gather, 0)),))
     scatter = of(graph.call_function(c10d.reduce_scatter_tensor.default, (wait, "sum", 2, "8")), "layers.1.down", back=True)
     other = of(graph.call_function(c10d.all_reduce.default, (scatter, "sum", "9")), "layers.1.down")
-    graph.output((other, first))
+    cast = of(graph.call_function(GATHER_CASTS, (parts, torch.bfloat16, 2, "8", [2])), "layers.0.up")
+    graph.output((other, first, cast))
     name_operators(graph, {"7": "dp", "8": "dp+cp"})
+    assert names[cast.name] == "all_gather over dp+cp for layers.0.up and 1 more"
     assert names[gather.name] == "all_gather over dp for layers.0.up and 1 more"
     assert names[wait.name] == "wait for all_gather over dp for layers.0.up and 1 more"
     assert names[scatter.name] == "reduce_scatter over dp+cp for layers.1.down"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import tempfile
 from collections import deque
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 import fxpar
 from fxpar import compat
 from fxpar.backends.inductor import casts
-from fxpar.backends.transport import copies
+from fxpar.backends.transport import addresses, copies
+from fxpar.backends.transport.addresses import ALIGNED, rounds
 from fxpar.backends.transport.base import BUCKET_BYTES, REDUCTION_BYTES
-from fxpar.backends.transport.copies import ALIGNED, SCATTERS, CopyGroup, rounds, slot_sizes
+from fxpar.backends.transport.copies import SCATTERS, CopyGroup, slot_sizes
+from fxpar.ops import table
+from fxpar.ops.elementwise import Launch
 from fxpar.ops.parts import GATHER_PARTS, arrivals, shift_splits
 from tests.processes import launch
-from tests.slots import Alone, SharedSlots
+from tests.slots import Alone, SharedSlots, use_files
 
 c10d = torch.ops._c10d_functional
 
@@ -37,8 +41,40 @@ def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> T
 SHAPES: list[tuple[int, ...]] = [(6, 5), (300,), (1, 1), (40, 33), (2, 3, 4)]
 
 
-def exchange(rank: int, folder: str, nbytes: int) -> int:
+def tensor_at(address: int, count: int, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype)
+
+
+class Interpreted(Launch):
+    """A kernel over a table, done on the CPU: by the addresses that a GPU would be told."""
+
+    started = 0
+
+    def __call__(self) -> None:
+        read, written = self.dtypes * (2 if self.kind == "add" else 1)
+        Interpreted.started += 1
+        for count, first, *others in self.rows.tolist():
+            if self.kind == "spread":
+                for place in others:
+                    tensor_at(place, count, written).copy_(tensor_at(first, count, read))
+            else:
+                torch.add(*(tensor_at(place, count, read) for place in others), out=tensor_at(first, count, read))
+
+
+def launch_as_on_gpu() -> None:
+    """Have this process go by tables and kernels as on GPUs."""
+
+    def table_at(columns: list[list[table.Place]], device: torch.device) -> Tensor | None:
+        fit = all(len({place[2] for place in column}) == 1 and all(map(table._fits, column)) for column in columns)
+        return table.rows(columns, device) if fit else None
+
+    addresses.Launch, addresses.table_at = Interpreted, table_at
+
+
+def exchange(rank: int, folder: str, nbytes: int, as_on_gpu: bool) -> int:
     """Several operations after one another, each checked; how many rounds they took."""
+    if as_on_gpu:
+        launch_as_on_gpu()
     group = CopyGroup(SharedSlots(folder, nbytes))
     compat.register_group(group, "copies")
     n, turns = dist.get_world_size(), 0
@@ -69,14 +105,15 @@ def exchange(rank: int, folder: str, nbytes: int) -> int:
         group.allgather_into_tensor_coalesced([made], [turned]).wait()
         assert torch.equal(made, full)
         turns += len(rounds(tuple((x.numel(), x.dtype) for x in every[rank]), nbytes))
+    assert (Interpreted.started > 0) == as_on_gpu or turns > 4
     return turns
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("world, nbytes", [(2, 4096), (3, 4608), (2, 2**20)])
-def test_results_are_those_of_the_collectives(world: int, nbytes: int):
+@pytest.mark.parametrize("world, nbytes, as_on_gpu", [(2, 4096, False), (3, 4608, True), (2, 2**20, False), (3, 2**20, True)])
+def test_results_are_those_of_the_collectives(world: int, nbytes: int, as_on_gpu: bool):
     with tempfile.TemporaryDirectory() as folder:
-        turns = launch(world, exchange, folder, nbytes)
+        turns = launch(world, exchange, folder, nbytes, as_on_gpu)
         assert os.listdir(folder)
     assert len(set(turns)) == 1 and (turns[0] > 4) == (nbytes < 2**20)
 
@@ -93,9 +130,14 @@ class _All:
 
 
 def in_any_order(rank: int, folder: str, nbytes: int, seeds: list[int]) -> list[tuple[int, int]]:
-    """Programs of random operations, some waited for late and in another order; how many operations and barriers each had."""
+    """Programs of random operations, some waited for late and in another order; how many operations and barriers each had. Every
+    other one goes by tables and kernels as on GPUs."""
     n, counts = dist.get_world_size(), []
+    as_it_is = addresses.Launch, addresses.table_at
     for seed in seeds:
+        addresses.Launch, addresses.table_at = as_it_is
+        if seed % 2:
+            launch_as_on_gpu()
         place = Path(folder) / f"{nbytes}-{seed}"
         place.mkdir(exist_ok=True)
         slots = SharedSlots(str(place), nbytes)
@@ -187,6 +229,26 @@ def test_a_gather_casts_and_concatenates():
     assert torch.equal(c10d.wait_tensor(both), torch.cat([x, 2 * x]).bfloat16())
 
 
+def test_what_is_recorded_shares_no_table(monkeypatch):
+    """Nothing but the recording keeps its tables, and it keeps no other."""
+    group, x, made = CopyGroup(Alone()), torch.randn(8), []
+    monkeypatch.setattr(addresses, "Launch", Interpreted)
+    monkeypatch.setattr(addresses, "table_at", lambda columns, device: made.append(table.rows(columns, device)) or made[-1])
+    full = torch.empty(8)
+
+    def operate() -> int:
+        group.allgather_into_tensor_coalesced([full], [x]).wait()
+        group._turn = dict.fromkeys(group._turn, 0)
+        assert torch.equal(full, x)
+        return len(made)
+
+    assert [operate(), operate()] == [1, 1]
+    monkeypatch.setattr(copies, "are_for_a_recording", lambda: True)
+    assert [operate(), operate()] == [2, 3]
+    monkeypatch.setattr(copies, "are_for_a_recording", lambda: False)
+    assert operate() == 3
+
+
 def anew(rank: int, folder: str) -> tuple[list[Tensor], int]:
     """What is gathered and summed where copies begin anew in between, once without what was started before; and how many barriers
     that takes."""
@@ -238,20 +300,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(self.down(F.gelu(self.up(x))), target)
-
-
-def use_files(folder: str) -> list[tuple[int, int]]:
-    """Have this process copy through files instead of between GPUs. Returns what was asked to fit into slots, group by group."""
-    asked: list[tuple[int, int]] = []
-
-    def in_files(group: dist.ProcessGroup, parameter: int = 0, gradient: int = 0) -> CopyGroup:
-        place = Path(folder) / str(len(asked))
-        place.mkdir(exist_ok=True)
-        asked.append((parameter, gradient))
-        return CopyGroup(SharedSlots(str(place), 2**16, group))
-
-    copies.available, copies.on_gpu = (lambda device: True), in_files
-    return asked
 
 
 def one_after_another(rank: int, folder: str, plans: list[str]) -> list[tuple[list[str], list[float]]]:
