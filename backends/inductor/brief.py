@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -216,6 +217,9 @@ def lengthen(traced: TracedInPart, missing: int
             raise repeats.NotEqual
         repeats.align(forward, backward, kept)
     bases = {n: base for module in graphs for n, base in _bases(module.graph).items()}
+    for run in (forward, backward):
+        if run is not None:
+            _check_sharing(run)
     made = repeats.lengthen(forward, missing)
     bases |= {new: bases[old] for (old, _), new in made.items()}
     fills |= {new: fills[old] for (old, _), new in made.items() if old in fills}
@@ -234,7 +238,7 @@ def lengthen(traced: TracedInPart, missing: int
         module.graph.lint()
         _number(module.graph)
         with compat.no_modes():
-            _own_values(module.graph, bases, {*copies.values()})
+            _own_values(module.graph, bases, {new: copied for copied, new in copies.items()})
     traced.inputs = [fills[n] for n in graphs[0].graph.find_nodes(op="placeholder")]
     return forward, backward, copies
 
@@ -252,7 +256,7 @@ Bases = list[int | None]
 
 
 def _bases(graph: fx.Graph) -> dict[fx.Node, Bases]:
-    """Raises `NotEqual` if a value shares memory with another that it is not made from."""
+    """Raises `NotEqual` if a value shares memory with another that it is not made from, inputs apart."""
     seen: set[int] = set()
     out = {}
     for node in graph.nodes:
@@ -260,7 +264,7 @@ def _bases(graph: fx.Graph) -> dict[fx.Node, Bases]:
         own = [_memory(v) for v in _tensors(node)]
         out[node] = [next((i for i, held in enumerate(inputs) if m in held), None) for m in own]
         fresh = [m for m, base in zip(own, out[node], strict=True) if base is None]
-        if len({*fresh}) < len(fresh) or seen & {*fresh}:
+        if len({*fresh}) < len(fresh) or (node.op != "placeholder" and seen & {*fresh}):
             raise repeats.NotEqual
         seen |= {*fresh}
     return out
@@ -277,10 +281,40 @@ def _memory(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases], new: set[fx.Node]) -> None:
+def _check_sharing(run: repeats.Repeats) -> None:
+    """Raise `NotEqual` unless the inputs of each block share memory with each other as those of the block where copies are put in
+    do: a backward takes queries, keys and values that are parts of one tensor."""
+    further = {n: q - run.split(f) for n, (f, q) in run.place.items()}
+    together: dict[int, list[fx.Node]] = {}
+    for node in run.graph.find_nodes(op="placeholder"):
+        for memory in map(_memory, _tensors(node)):
+            together.setdefault(memory, []).append(node)
+    partners: dict[int, set[frozenset[int]]] = {}
+    for nodes in together.values():
+        if len({further.get(n) for n in nodes}) > 1:
+            raise repeats.NotEqual
+        families = frozenset(run.place[n][0] for n in nodes if n in run.place)
+        for family in families:
+            partners.setdefault(family, set()).add(families)
+    if any(len(found) > 1 for found in partners.values()):
+        raise repeats.NotEqual
+
+
+def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases], new: dict[fx.Node, tuple[fx.Node, int]]) -> None:
     """Give every new node a value of its own in ``meta``, or a view of its input's: Inductor reads from shared memory what may be
-    written in place, and a copied node has the memory of what it was copied from. So have others that are views of a new one."""
+    written in place, and a copied node has the memory of what it was copied from. So have others that are views of a new one.
+
+    new: which node each is a copy of, and how much further on.
+    """
+    memory: dict[Hashable, Tensor] = {}
     for node in graph.nodes:
+        if node.op == "placeholder" and node in new:
+            old, further = new[node]
+            value = old.meta["val"]
+            if isinstance(value, Tensor):
+                held = memory.setdefault((_memory(value), further), _same_size(value))
+                node.meta["val"] = stages.fake_view(value, held)
+                continue
         if node.target is operator.getitem:
             node.meta["val"] = node.args[0].meta["val"][node.args[1]]
             continue
@@ -292,6 +326,13 @@ def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases], new: set[fx.Node])
             continue
         feed = iter(bases[node])
         node.meta["val"] = pytree.tree_map_only(Tensor, lambda v: _anew(v, node, next(feed)), node.meta["val"])  # noqa: B023
+
+
+def _same_size(value: Tensor) -> Tensor:
+    """Memory of its own, as much as a value is in."""
+    if not isinstance(value, compat.FakeTensor):
+        raise repeats.NotEqual
+    return compat.fake_like(value.fake_mode, value, value.device, torch.uint8, (value.untyped_storage().nbytes(),))
 
 
 def _is_in(value: Tensor, node: fx.Node, base: int | None) -> bool:

@@ -34,6 +34,7 @@ from fxpar.backends.inductor import (
 )
 from fxpar.backends.inductor.few import Generate, MadeFromFew, made_from_few
 from fxpar.backends.inductor.key import key_of, python_functions
+from fxpar.backends.inductor.sites import sites_as_inputs
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
@@ -154,8 +155,10 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
     """
     plain, keep = tensor_inputs_only(module, example, fused=True)
     given = [example[i] for i in keep]
+    sites = sites_as_inputs(plain, given)
+    given += sites
     if recorder is not None:
-        recorder.takes(keep)
+        recorder.takes(keep, len(sites))
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
         cut = cutting(plain.graph, runtime.blocks)
         config, key = _settings(plain.graph, given, runtime, plan, cut is not None)
@@ -165,7 +168,7 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
 
     def run(*inputs: Any) -> Any:
         with _running(runtime):
-            return compiled(*[inputs[i] for i in keep])
+            return compiled(*[inputs[i] for i in keep], *sites)
 
     return run
 
@@ -174,6 +177,7 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
             early: Collection[int] = ()) -> Stepped:
     """As `lower`, in steps: the gradients of the inputs at the positions `early` come first. All is compiled at once."""
     plain, keep = tensor_inputs_only(module, example, fused=True)
+    sites = sites_as_inputs(plain, [example[i] for i in keep])
 
     def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
@@ -181,7 +185,7 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
             config, _ = _settings(plain.graph, given, runtime, plan, into is not None)
             return compat.compile_steps(plain, given, config, cut, counts_rows(plain.graph), into)
 
-    return in_steps(plain, example, keep, early, trace, lambda: _running(runtime), plan)
+    return in_steps(plain, example, keep, early, trace, lambda: _running(runtime), plan, sites)
 
 
 def _running(runtime: GroupRuntime) -> contextlib.AbstractContextManager[None]:

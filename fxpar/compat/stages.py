@@ -165,7 +165,7 @@ def values_stay() -> Any:
 
 
 def fake_view(value: FakeTensor, base: torch.Tensor) -> torch.Tensor:
-    """A fake tensor as `value`, in the memory of `base`, which has its dtype."""
+    """A fake tensor as `value`, in the memory of `base`."""
     inner = torch.empty(0, dtype=value.dtype, device="meta")
     inner.set_(base.untyped_storage(), value.storage_offset(), value.shape, value.stride())
     return FakeTensor(value.fake_mode, inner, value.device)

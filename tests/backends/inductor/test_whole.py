@@ -29,6 +29,7 @@ from fxpar.backends import repeats
 from fxpar.backends.inductor import brief, few, whole
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.lowered import Lowered
+from fxpar.backends.inductor.sites import sites_as_inputs
 from fxpar.backends.remat import BLOCK
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.ops.runtime import use_runtime
@@ -41,23 +42,26 @@ BLOCKS = 9
 
 
 class Block(nn.Module):
-    """residual: what it computes is added to what it takes. biased, normed: it has a bias, and a norm. twice: two products."""
+    """residual: what it computes is added to what it takes. biased, normed: it has a bias, and a norm. twice: two products.
+    drops: of what it computes, some is dropped, and noise is added."""
 
-    def __init__(self, width: int, residual: bool, biased: bool, normed: bool, twice: bool) -> None:
+    def __init__(self, width: int, residual: bool, biased: bool, normed: bool, twice: bool, drops: bool) -> None:
         super().__init__()
+        self.drop = nn.Dropout(0.25 if drops else 0.0)
         self.norm = nn.LayerNorm(width) if normed else nn.Identity()
         self.up, self.residual = nn.Linear(width, width * (2 if twice else 1), bias=biased), residual
         self.down = nn.Linear(2 * width, width, bias=False) if twice else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.down(torch.tanh(self.up(self.norm(x))))
+        y = self.drop(self.down(torch.tanh(self.up(self.norm(x)))))
+        y = y + 0.1 * torch.randn_like(y) if self.drop.p else y
         return x + y if self.residual else y
 
 
 class Stack(nn.Module):
     def __init__(self, count: int = BLOCKS, width: int = 8, **block: bool) -> None:
         super().__init__()
-        block = dict(residual=True, biased=True, normed=True, twice=True) | block
+        block = dict(residual=True, biased=True, normed=True, twice=True, drops=False) | block
         self.first = nn.Linear(width, width)
         self.blocks = nn.ModuleList(Block(width, **block) for _ in range(count))
         self.last = nn.Linear(width, 4)
@@ -96,6 +100,14 @@ class Collects(Stack):
             x = block(x)
             made.append(x.sum())
         return (self.last(x).square().mean(), *made)
+
+
+class DropsMore(Stack):
+    """One block drops more than the others."""
+
+    def __init__(self) -> None:
+        super().__init__(drops=True)
+        self.blocks[4].drop.p = 0.5
 
 
 class Tied(Stack):
@@ -157,6 +169,7 @@ def whole_graphs(model: nn.Module, plan: str, batch) -> tuple[list, list]:
                for x, s, n in zip(example, simulation.program.sources, simulation.program.source_of(), strict=True)]
     plain, keep = tensor_inputs_only(simulation.program.module, example, fused=True)
     taken, found = [example[i] for i in keep], []
+    taken += sites_as_inputs(plain, taken)
     with use_runtime(ranks.threads.runtime(0)):
         config = inductor.settings(simulation.plan, as_on_gpu=True)
         with compat.faked(taken) as fakes:
@@ -193,7 +206,7 @@ PLANS = ["dp=1", "dp=2", "dp=2,zero=3", "tp=2", "dp=2,tp=2,zero=1", "dp=2,zero=3
 
 @pytest.mark.slow
 @settings(max_examples=40)
-@given(st.integers(8, 11), st.fixed_dictionaries(dict.fromkeys(["residual", "biased", "normed", "twice"], st.booleans())),
+@given(st.integers(8, 11), st.fixed_dictionaries(dict.fromkeys(["residual", "biased", "normed", "twice", "drops"], st.booleans())),
        st.sampled_from(PLANS))
 def test_graphs_from_few_blocks_are_those_of_all(count, block, plan):
     mine, theirs = graphs_of(Stack(count, **block), plan, (X,))
@@ -204,6 +217,25 @@ def test_graphs_from_few_blocks_are_those_of_all(count, block, plan):
 def test_a_trace_of_few_blocks_is_enough(plan):
     mine, theirs = graphs_of(Stack(), plan, (X,))
     assert mine and mine == theirs
+
+
+@pytest.mark.parametrize("plan", ["dp=2,zero=3", pytest.param("dp=2,tp=2,zero=1", marks=pytest.mark.slow)])
+def test_a_trace_of_few_blocks_with_dropout_is_enough(plan):
+    """Each block has its own masks: the numbers of its dropouts are inputs of the graphs, as parameters are."""
+    mine, theirs = graphs_of(Stack(drops=True), plan, (X,))
+    assert mine and mine == theirs
+
+
+@pytest.mark.parametrize("plan", ["dp=2,zero=3", pytest.param("tp=2", marks=pytest.mark.slow)])
+def test_every_block_draws_its_own_numbers(plan):
+    model = Stack(drops=True)
+    mine, theirs, made = steps(model, plan, (X,))
+    assert made and all(made)
+    assert_same(mine, theirs)
+    reference = fxpar.simulate(model, "dp=1", (X,)).step(X)
+    torch.testing.assert_close(mine.loss, reference.loss, rtol=1e-6, atol=0)
+    for name, grad in reference.grads.items():
+        torch.testing.assert_close(mine.grads[name], grad, rtol=1e-5, atol=1e-5 * float(grad.abs().max()))
 
 
 def test_operators_know_their_blocks():
@@ -230,7 +262,8 @@ def test_every_parameter_gets_its_own_gradient(plan):
     (Uneven, False),
     (Collects, False),
     (lambda: Stack(7), False),
-], ids=["another order", "one is wider", "outputs of blocks", "few blocks"])
+    (DropsMore, False),
+], ids=["another order", "one is wider", "outputs of blocks", "few blocks", "one drops more"])
 def test_what_is_not_proved_is_traced_whole(make, from_few):
     torch.manual_seed(0)
     mine, theirs, made = steps(make(), "dp=2", (X,))
