@@ -32,7 +32,7 @@ from fxpar.backends.inductor import (
     reductions,
     tp_overlap,
 )
-from fxpar.backends.inductor.few import Generate, MadeFromFew, made_from_few
+from fxpar.backends.inductor.few import Generate, MadeFromFew, made_from_few, steps_from_few
 from fxpar.backends.inductor.key import key_of, python_functions
 from fxpar.backends.inductor.sites import sites_as_inputs
 from fxpar.backends.stepped import Stepped, in_steps
@@ -110,6 +110,17 @@ def from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any],
     return made_from_few(plain, given, config, plan, generate, whole)
 
 
+def few_steps(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any], plan: Plan, blocks: str, cut: compat.Cut,
+                     making: compat.Making) -> compat.TracedForward | None:
+    """The steps of a program of which few of many equal blocks are traced; None: all are to be traced. See `steps_from_few`.
+
+    blocks: one of `BLOCKS`.
+    """
+    if blocks == "flat" or counts_rows(plain.graph):
+        return None
+    return steps_from_few(plain, given, config, plan, cut, making)
+
+
 def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, plan: Plan, by_block: bool
               ) -> tuple[dict[str, Any], str | None]:
     """`settings` of a graph that is about to be compiled for inputs like these, and the key under which it is kept."""
@@ -183,7 +194,8 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
             into = cutting(plain.graph, runtime.blocks)
             config, _ = _settings(plain.graph, given, runtime, plan, into is not None)
-            return compat.compile_steps(plain, given, config, cut, counts_rows(plain.graph), into)
+            made = few_steps(plain, given, config, plan, runtime.blocks, cut, compat.compiling(into))
+            return made or compat.compile_steps(plain, given, config, cut, counts_rows(plain.graph), into)
 
     return in_steps(plain, example, keep, early, trace, lambda: _running(runtime), plan, sites)
 

@@ -112,6 +112,10 @@ class Lowered:
             with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
                 into = inductor.cutting(plain.graph, self.blocks)
                 config, counts = self._settings(rank, into is not None), counts_rows(plain.graph)
+                making = compat.compiling(into) if self.compiled else compat.interpreting(_OnCPU, into)
+                made = inductor.few_steps(plain, given, config, self.plan, self.blocks, cut, making)
+                if made is not None:
+                    return made
                 if self.compiled:
                     return compat.compile_steps(plain, given, config, cut, counts, into)
                 return compat.interpret_steps(plain, given, config, _OnCPU, cut, counts, into)
