@@ -52,20 +52,21 @@ class Repeats:
 
 
 def find(graph: fx.Graph, facts: Facts, least: int) -> Repeats | None:
-    """The run of at least `least` equal periods that has most operators beyond the first of those, if there is one.
+    """The first of `runs`, if there is one."""
+    return next(iter(runs(graph, facts, least)), None)
 
-    facts: what has to be equal, beside target and arguments, for two nodes to be.
+
+def runs(graph: fx.Graph, facts: Facts, least: int) -> list[Repeats]:
+    """Runs of at least `least` equal periods, of each period the longest; first the one that has most operators beyond the first
+    of those. facts: what has to be equal, beside target and arguments, for two nodes to be.
     """
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     tokens = _tokens(graph, facts)
-    best: tuple[int, Repeats] | None = None
+    found = []
     for period in periods_of([tokens[n] for n in nodes]):
-        if period * least > len(nodes):
-            continue
-        made = _Search(graph, nodes, tokens, period).run(least)
-        if made is not None and (best is None or (made.count - least + 1) * period > best[0]):
-            best = ((made.count - least + 1) * period, made)
-    return best[1] if best is not None else None
+        if period * least <= len(nodes) and (made := _Search(graph, nodes, tokens, period).run(least)) is not None:
+            found.append(made)
+    return sorted(found, key=lambda run: (run.count - least + 1) * run.region, reverse=True)
 
 
 def _tokens(graph: fx.Graph, facts: Facts) -> dict[fx.Node, int]:

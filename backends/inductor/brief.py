@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import Counter
 from collections.abc import Hashable
@@ -210,12 +211,7 @@ def lengthen(traced: TracedInPart, missing: int
         raise repeats.NotEqual
     repeats.add_inputs(forward, [{q: places[i] for q, i in members.items()} for members in traced.equal])
     results, kept = traced.saved()
-    backward = None
-    if len(graphs) > 1:
-        backward = repeats.find(graphs[1].graph, shapes, STEADY)
-        if backward is None:
-            raise repeats.NotEqual
-        repeats.align(forward, backward, kept)
+    backward = _aligned(forward, graphs[1].graph, kept) if len(graphs) > 1 else None
     bases = {n: base for module in graphs for n, base in _bases(module.graph).items()}
     for run in (forward, backward):
         if run is not None:
@@ -241,6 +237,15 @@ def lengthen(traced: TracedInPart, missing: int
             _own_values(module.graph, bases, {new: copied for copied, new in copies.items()})
     traced.inputs = [fills[n] for n in graphs[0].graph.find_nodes(op="placeholder")]
     return forward, backward, copies
+
+
+def _aligned(forward: repeats.Repeats, graph: fx.Graph, kept: dict[fx.Node, fx.Node]) -> repeats.Repeats:
+    """The run of a backward graph that is that of the forward graph's blocks: what is made again may be a run of its own."""
+    for run in repeats.runs(graph, shapes, STEADY):
+        with contextlib.suppress(repeats.NotEqual):
+            repeats.align(forward, run, kept)
+            return run
+    raise repeats.NotEqual
 
 
 def _number(graph: fx.Graph) -> None:
