@@ -236,14 +236,17 @@ class _Search:
         return Repeats(self.graph, count, self.period, families, place, (count - 1) // 2)
 
     def _first_used(self) -> dict[fx.Node, int]:
+        """Of what is outside of the stretch: the first period that takes it, or else that of what is made of it."""
         first: dict[fx.Node, int] = {}
         for i in range(self.start, self.end):
-            pending = references_of(self.nodes[i])
-            while pending:
-                x = pending.pop()
-                if not self._in_region(x) and x not in first:
-                    first[x] = (i - self.start) // self.period
-                    pending += references_of(x)
+            for x in references_of(self.nodes[i]):
+                if not self._in_region(x):
+                    first.setdefault(x, (i - self.start) // self.period)
+        pending = list(first)
+        for x in pending:
+            more = [y for y in references_of(x) if not self._in_region(y) and y not in first]
+            first |= dict.fromkeys(more, first[x])
+            pending += dict.fromkeys(more)
         return first
 
     def _add(self, chain: list[fx.Node], first: dict[fx.Node, int], families: list[dict[int, fx.Node]],

@@ -124,26 +124,27 @@ X = torch.linspace(-1, 1, 64).view(8, 8)
 
 
 @contextlib.contextmanager
-def spied():
-    """Inside, yields a list: of each program that was made, whether it was made from few blocks."""
+def spied(name: str = "from_few"):
+    """Inside, yields a list: of each program that was made, whether it was made from few blocks. name: of what makes it."""
     made: list[bool] = []
-    original = inductor.from_few
+    original = getattr(inductor, name)
 
     def seen(*args):
         found = original(*args)
         made.append(found is not None)
         return found
 
-    with mock.patch.object(inductor, "from_few", seen):
+    with mock.patch.object(inductor, name, seen):
         yield made
 
 
 def steps(model: nn.Module, plan: str, batch, backend: str = "eager"):
     """A step of the program from few blocks, one of the program that is traced whole, and which of its graphs came from few."""
-    with spied() as made:
+    name = "few_steps" if "pp" in plan else "from_few"
+    with spied(name) as made:
         mine = fxpar.simulate(model, plan, batch, lowered=True, backend=backend)
         mine = mine.step(**batch) if isinstance(batch, dict) else mine.step(*batch)
-    with mock.patch.object(inductor, "from_few", lambda *args: None):
+    with mock.patch.object(inductor, name, lambda *args: None):
         theirs = fxpar.simulate(model, plan, batch, lowered=True, backend=backend)
         theirs = theirs.step(**batch) if isinstance(batch, dict) else theirs.step(*batch)
     return mine, theirs, made
@@ -262,11 +263,25 @@ def test_every_parameter_gets_its_own_gradient(plan):
     assert_same(mine, theirs)
 
 
+@pytest.mark.parametrize("plan, count, block, from_few", [
+    ("pp=2,microbatches=2,stage_boundaries=blocks.1", 10, dict(biased=False, normed=False, twice=False), [False, True]),
+    pytest.param("pp=2,microbatches=2,schedule=zb1p", 20, DROPPING, [True, True], marks=pytest.mark.slow),
+    pytest.param("pp=2,dp=2,zero=3,microbatches=2", 20, {}, [True, True], marks=pytest.mark.slow),
+    pytest.param("pp=2,tp=2,microbatches=2,schedule=zbv,virtual_stages=2", 36, {}, [True] * 4, marks=pytest.mark.slow),
+])
+def test_stages_from_few_blocks(plan, count, block, from_few):
+    torch.manual_seed(0)
+    mine, theirs, made = steps(Stack(count, **block), plan, (X,))
+    assert made == from_few
+    assert_same(mine, theirs)
+
+
 def trained(rank: int, blocks: str, folder: str) -> tuple[list[float], dict[str, Tensor], list[bool]]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    whole.FEWER = 1
     torch.manual_seed(0)
     with spied() as made:
-        module = fxpar.parallelize(Stack(**DROPPING), "dp=2,zero=3", (X.chunk(2)[rank],), backend="inductor", blocks=blocks)
+        module = fxpar.parallelize(Stack(7, **DROPPING), "dp=2,zero=3", (X.chunk(2)[rank],), backend="inductor", blocks=blocks)
         losses = []
         for _ in range(2):
             loss = module(X.chunk(2)[rank])
