@@ -180,8 +180,8 @@ class _Search:
         return best[0], best[1] + self.period if best[1] else 0
 
     def _follow(self) -> None:
-        """For what is outside of the stretch and referred to from inside: what follows it. The first or the last of such may refer
-        to something that the others do not."""
+        """For what is outside of the stretch and referred to from inside: what follows it. The first of such, or the last, may
+        refer to something that the others do not."""
         for i in range(self.start, self.end - self.period):
             for x, y in zip(references_of(self.nodes[i]), references_of(self.nodes[i + self.period]), strict=True):
                 if x is not y:

@@ -167,8 +167,8 @@ def in_steps(plain: fx.GraphModule, example: list[Any], keep: list[int], early: 
 
     plain, keep: of `tensor_inputs_only`. example: all local inputs. early: the positions of those whose gradients come first.
     trace: has AOTAutograd make the graphs, and the backend what runs them. running: around every step. plan: its schedule says
-    whether the backward has to be split; where it does not, and cannot be, it is whole. more: what `plain` takes besides, the same
-    in every step, and without a gradient.
+    whether the backward has to be split; where it does not, and cannot be, it is whole. more: what `plain` takes besides, the
+    same in every step, and without a gradient.
     Raises: `PlanError` for a backward that has to be split and cannot be, and for a program that writes to its inputs.
     """
     if not {*early} <= {*range(len(example))}:

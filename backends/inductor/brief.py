@@ -261,7 +261,7 @@ Bases = list[int | None]
 
 
 def _bases(graph: fx.Graph) -> dict[fx.Node, Bases]:
-    """Raises `NotEqual` if a value shares memory with another that it is not made from, inputs apart."""
+    """Raises `NotEqual` if what an operator makes shares memory with a value that it is not made from."""
     seen: set[int] = set()
     out = {}
     for node in graph.nodes:
@@ -316,7 +316,7 @@ def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases], new: dict[fx.Node,
         if node.op == "placeholder" and node in new:
             old, further = new[node]
             value = old.meta["val"]
-            if isinstance(value, Tensor):
+            if isinstance(value, compat.FakeTensor):
                 held = memory.setdefault((_memory(value), further), _same_size(value))
                 node.meta["val"] = stages.fake_view(value, held)
                 continue
@@ -333,10 +333,8 @@ def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases], new: dict[fx.Node,
         node.meta["val"] = pytree.tree_map_only(Tensor, lambda v: _anew(v, node, next(feed)), node.meta["val"])  # noqa: B023
 
 
-def _same_size(value: Tensor) -> Tensor:
+def _same_size(value: compat.FakeTensor) -> Tensor:
     """Memory of its own, as much as a value is in."""
-    if not isinstance(value, compat.FakeTensor):
-        raise repeats.NotEqual
     return compat.fake_like(value.fake_mode, value, value.device, torch.uint8, (value.untyped_storage().nbytes(),))
 
 

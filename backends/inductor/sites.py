@@ -31,10 +31,10 @@ def sites_as_inputs(plain: fx.GraphModule, given: Sequence[Tensor]) -> list[Tens
     found = [n for n in graph.nodes if n.target in SEED and n.args[SEED[n.target]] in like]
     sites = []
     for node in found:
-        number: int = node.kwargs["site"]  # type: ignore[assignment]
+        number: int = node.kwargs["site"]
         with graph.inserting_after(places[-1]):
             places.append(graph.placeholder(f"site_of_{node.name}"))
         node.kwargs = {**node.kwargs, "site": places[-1]}
-        sites.append(like[node.args[SEED[node.target]]].new_full((), number))  # type: ignore[index]
+        sites.append(like[node.args[SEED[node.target]]].new_full((), number))
     plain.recompile()
     return sites

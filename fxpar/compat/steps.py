@@ -132,8 +132,8 @@ def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Gr
 class Making:
     """How the graphs of steps are made ready to run.
 
-    forward: ``forward(module, example, options)`` gives code. part: ``part(options, module, example, donated, gradients)`` makes a
-    part of a backward ready, see `Make`. options: those that Inductor has for the graph.
+    forward: ``forward(module, example, options)`` gives code. part: ``part(options, module, example, donated, gradients)`` makes
+    a part of a backward ready, see `Make`. options: those that Inductor has for the graph.
     """
 
     forward: Callable[[fx.GraphModule, Any, dict[str, Any]], Any]

@@ -242,7 +242,7 @@ def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[
 
 
 def _plain(module: fx.GraphModule, inputs: list[Input | None]) -> tuple[fx.GraphModule, list[Input]]:
-    """The graph that the backend would compile, and what it takes. inputs: one for each placeholder; None for what is no tensor."""
+    """The graph that the backend would compile, and what it takes. inputs: of each placeholder; None for what is no tensor."""
     plain, _ = tensor_inputs_only(module, [None if i is None else i.value for i in inputs], fused=True)
     taken = [i for i in inputs if i is not None]
     taken += [Input(x, "inputs") for x in sites_as_inputs(plain, [i.value for i in taken])]
