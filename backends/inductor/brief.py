@@ -231,6 +231,7 @@ def lengthen(traced: TracedInPart, missing: int
         places = [n for n in graphs[1].graph.find_nodes(op="placeholder") if not _is_tangent(n)]
         graphs[0].graph.output_node().args = ((*results, *(kept[n] for n in places)),)
     for module in graphs:
+        _check_defined(module.graph)
         module.graph.lint()
         _number(module.graph)
         with compat.no_modes():
@@ -246,6 +247,15 @@ def _aligned(forward: repeats.Repeats, graph: fx.Graph, kept: dict[fx.Node, fx.N
             repeats.align(forward, run, kept)
             return run
     raise repeats.NotEqual
+
+
+def _check_defined(graph: fx.Graph) -> None:
+    """Raise `NotEqual` where a value is used before it is made: what was put in stands in the place of more than one run."""
+    made: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not made.issuperset(node.all_input_nodes):
+            raise repeats.NotEqual
+        made.add(node)
 
 
 def _number(graph: fx.Graph) -> None:
