@@ -52,20 +52,21 @@ class Repeats:
 
 
 def find(graph: fx.Graph, facts: Facts, least: int) -> Repeats | None:
-    """The run of at least `least` equal periods that has most operators beyond the first of those, if there is one.
+    """The first of `runs`, if there is one."""
+    return next(iter(runs(graph, facts, least)), None)
 
-    facts: what has to be equal, beside target and arguments, for two nodes to be.
+
+def runs(graph: fx.Graph, facts: Facts, least: int) -> list[Repeats]:
+    """Runs of at least `least` equal periods, of each period the longest; first the one that has most operators beyond the first
+    of those. facts: what has to be equal, beside target and arguments, for two nodes to be.
     """
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     tokens = _tokens(graph, facts)
-    best: tuple[int, Repeats] | None = None
+    found = []
     for period in periods_of([tokens[n] for n in nodes]):
-        if period * least > len(nodes):
-            continue
-        made = _Search(graph, nodes, tokens, period).run(least)
-        if made is not None and (best is None or (made.count - least + 1) * period > best[0]):
-            best = ((made.count - least + 1) * period, made)
-    return best[1] if best is not None else None
+        if period * least <= len(nodes) and (made := _Search(graph, nodes, tokens, period).run(least)) is not None:
+            found.append(made)
+    return sorted(found, key=lambda run: (run.count - least + 1) * run.region, reverse=True)
 
 
 def _tokens(graph: fx.Graph, facts: Facts) -> dict[fx.Node, int]:
@@ -132,6 +133,7 @@ class _Search:
         self.graph, self.nodes, self.tokens, self.period = graph, nodes, tokens, period
         self.index = {n: i for i, n in enumerate(nodes)}
         self.follows: dict[fx.Node, fx.Node] = {}
+        self.ends: list[tuple[fx.Node, fx.Node]] = []
 
     def run(self, least: int) -> Repeats | None:
         start, end = self._longest()
@@ -178,11 +180,15 @@ class _Search:
         return best[0], best[1] + self.period if best[1] else 0
 
     def _follow(self) -> None:
-        """For what is outside of the stretch and referred to from inside: what follows it."""
+        """For what is outside of the stretch and referred to from inside: what follows it. The first of such, or the last, may
+        refer to something that the others do not."""
         for i in range(self.start, self.end - self.period):
             for x, y in zip(references_of(self.nodes[i]), references_of(self.nodes[i + self.period]), strict=True):
                 if x is not y:
                     self._match(x, y)
+        after = {*self.follows.values()}
+        if any(x in after and y in self.follows for x, y in self.ends):
+            raise NotEqual
 
     def _in_region(self, node: fx.Node) -> bool:
         return self.start <= self.index.get(node, -1) < self.end
@@ -202,7 +208,11 @@ class _Search:
             raise NotEqual
         self.follows[x] = y
         for a, b in zip(references_of(x), references_of(y), strict=True):
-            if a is not b:
+            if a is b:
+                continue
+            if self.tokens[a] != self.tokens[b] and not self._in_region(a) and not self._in_region(b):
+                self.ends.append((x, y))  # a sum over blocks begins with something else
+            else:
                 self._match(a, b)
 
     def _families(self, count: int) -> Repeats:
@@ -226,14 +236,17 @@ class _Search:
         return Repeats(self.graph, count, self.period, families, place, (count - 1) // 2)
 
     def _first_used(self) -> dict[fx.Node, int]:
+        """Of what is outside of the stretch: the first period that takes it, or else that of what is made of it."""
         first: dict[fx.Node, int] = {}
         for i in range(self.start, self.end):
-            pending = references_of(self.nodes[i])
-            while pending:
-                x = pending.pop()
-                if not self._in_region(x) and x not in first:
-                    first[x] = (i - self.start) // self.period
-                    pending += references_of(x)
+            for x in references_of(self.nodes[i]):
+                if not self._in_region(x):
+                    first.setdefault(x, (i - self.start) // self.period)
+        pending = list(first)
+        for x in pending:
+            more = [y for y in references_of(x) if not self._in_region(y) and y not in first]
+            first |= dict.fromkeys(more, first[x])
+            pending += dict.fromkeys(more)
         return first
 
     def _add(self, chain: list[fx.Node], first: dict[fx.Node, int], families: list[dict[int, fx.Node]],
@@ -354,12 +367,12 @@ def lengthen(repeats: Repeats, periods: int) -> dict[tuple[fx.Node, int], fx.Nod
 
 
 def align(forward: Repeats, backward: Repeats, kept: dict[fx.Node, fx.Node]) -> None:
-    """Have the backward graph's run be cut where the forward graph's is.
+    """Have the backward graph's run be cut where the forward graph's is: as near to its middle as both runs have it.
 
     kept: of each placeholder of the backward graph that the forward graph fills, which of its nodes does. The backward runs from
     the last block to the first, so that what a period takes is of one block before that of the period before.
     """
-    found = False
+    totals: dict[int, int] = {}
     for f, members in enumerate(backward.families):
         if next(iter(members.values())).op != "placeholder":
             continue
@@ -370,10 +383,13 @@ def align(forward: Repeats, backward: Repeats, kept: dict[fx.Node, fx.Node]) -> 
         family, total = next(iter(sums))
         if any(forward.families[family].get(total - q, x) is not x for q, x in fill.items()):
             raise NotEqual
-        backward.splits[f] = total - forward.split(family) - 1
-        found = True
-    if not found:
+        totals[f] = total
+    if not totals:
         raise NotEqual
+    cuts = [at for at in range(forward.count - 1)
+            if all({total - at - 1, total - at} <= {*backward.families[f]} for f, total in totals.items())]
+    forward.middle = min(cuts, key=lambda at: abs(at - forward.middle), default=forward.middle)
+    backward.splits |= {f: total - forward.middle - 1 for f, total in totals.items()}
 
 
 def _steps(periods: int, rising: bool) -> Iterable[int]:

@@ -98,14 +98,14 @@ class Stepped:
     """
 
     def __init__(self, early: Sequence[int], late: Sequence[int], keep: list[int], outputs: int, forward: compat.TracedForward,
-                 backward: _Backward, running: Running):
+                 backward: _Backward, running: Running, more: Sequence[Tensor] = ()):
         self.early, self.late, self.roots = tuple(early), tuple(late), tuple(forward.seeds)
-        self._keep, self._outputs, self._running = keep, outputs, running
+        self._keep, self._outputs, self._running, self._more = keep, outputs, running, more
         self._forward, self._backward = forward, backward
 
     def forward(self, *inputs: Any) -> tuple[list[Any], SavedForBackward]:
         """The outputs for the flat local inputs, and what the backward needs. Autograd records nothing of it."""
-        made = self._call(self._forward.run, [inputs[i] for i in self._keep])
+        made = self._call(self._forward.run, [*(inputs[i] for i in self._keep), *self._more])
         return made[: self._outputs], SavedForBackward(self, made[self._outputs :])
 
     def backward(self, saved: SavedForBackward, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -162,19 +162,20 @@ class Stepped:
 
 
 def in_steps(plain: fx.GraphModule, example: list[Any], keep: list[int], early: Collection[int], trace: Trace,
-             running: Running, plan: Plan) -> Stepped:
+             running: Running, plan: Plan, more: Sequence[Tensor] = ()) -> Stepped:
     """The steps of a program.
 
     plain, keep: of `tensor_inputs_only`. example: all local inputs. early: the positions of those whose gradients come first.
     trace: has AOTAutograd make the graphs, and the backend what runs them. running: around every step. plan: its schedule says
-    whether the backward has to be split; where it does not, and cannot be, it is whole.
+    whether the backward has to be split; where it does not, and cannot be, it is whole. more: what `plain` takes besides, the
+    same in every step, and without a gradient.
     Raises: `PlanError` for a backward that has to be split and cannot be, and for a program that writes to its inputs.
     """
     if not {*early} <= {*range(len(example))}:
         raise InputError(f"gradients of inputs {sorted(early)} come first, and there are {len(example)} inputs")
     backward = _Backward()
     first = {k for k, i in enumerate(keep) if i in early}
-    given = [example[i] for i in keep]
+    given = [*(example[i] for i in keep), *more]
 
     def cut(graph: fx.GraphModule, like: list[Tensor], saved: int, donated: list[int], make: compat.Make) -> None:
         try:
@@ -202,7 +203,7 @@ def in_steps(plain: fx.GraphModule, example: list[Any], keep: list[int], early: 
         forward = traced()
     outputs: Any = plain.graph.output_node().args[0]
     late = [i for i in range(len(example)) if i not in early]
-    return Stepped(list(dict.fromkeys(early)), late, keep, len(outputs), forward, backward, running)
+    return Stepped(list(dict.fromkeys(early)), late, keep, len(outputs), forward, backward, running, more)
 
 
 def _not_in_steps(graph: fx.Graph, plan: Plan) -> PlanError:

@@ -4,6 +4,7 @@
     python benchmarks/start.py --gpus 2 --model gpt2 bert-large --plan dp=2
     python benchmarks/start.py --gpus 2 --model llama1b --layers 16 --peer bench_hf.py      and a script that compiles per layer
     python benchmarks/start.py --gpus 2 --model tiny --layers 2                             on CPUs, over gloo
+    python benchmarks/start.py --gpus 2 --model tiny-bert tiny-gpt2 --layers 12             the same, with dropout in every layer
     python benchmarks/start.py --gpus 2 --model llama1b --layers 16 64 --blocks once flat
     torchrun --nproc-per-node=2 benchmarks/start.py --one --model llama1b --layers 16       one start; prints one JSON line
 
@@ -37,6 +38,10 @@ MODELS = {
     "tiny": (2, 64, 2, lambda n: LlamaForCausalLM(LlamaConfig(
         hidden_size=64, intermediate_size=160, num_hidden_layers=n, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=256, **LLAMA))),
+    "tiny-bert": (2, 64, 2, lambda n: BertForMaskedLM(BertConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=n, num_attention_heads=8, vocab_size=256))),
+    "tiny-gpt2": (2, 64, 2, lambda n: GPT2LMHeadModel(GPT2Config(
+        n_embd=64, n_head=8, n_layer=n, vocab_size=256, n_positions=64, use_cache=False))),
 }  # fmt: skip
 """Name -> layers, tokens of a row, rows of a replica, and the model with so many layers."""
 

@@ -17,7 +17,7 @@ class Noted:
     def __init__(self) -> None:
         self.notes: list[tuple] = []
 
-    def takes(self, inputs) -> None:
+    def takes(self, inputs, more=0) -> None:
         self.notes.append(("takes", tuple(inputs)))
 
     def forward(self, code: compat.Code, returned: int) -> compat.Code:

@@ -295,6 +295,35 @@ def test_steps_are_handed_over_ready_to_run(way):
     assert compat.storage_of(x) == compat.storage_of(x.t()[1:]) != compat.storage_of(x.clone())
 
 
+@pytest.mark.parametrize("way", ["interpret", "compile"])
+def test_steps_of_graphs_that_were_edited(way):
+    """`stages.graphs_before` in steps, `compat.steps_of`, `compat.compiling`, `compat.interpreting`: a `compat.Making`."""
+    inputs = [torch.randn(3, 4).requires_grad_(), torch.randn(4, 2).requires_grad_()]
+    made, parts = [], []
+    making: compat.Making = compat.compiling() if way == "compile" else compat.interpreting(fx.Interpreter)
+
+    def cut(module: fx.GraphModule, like: list, saved: int, donated: list[int], make: compat.Make) -> None:
+        parts.append(make(module, like, donated, 2)[0])
+
+    def edited(graphs: list[stages.HandedOver]) -> None:
+        forward, backward = graphs
+        (sine,) = forward.module.graph.find_nodes(op="call_function", target=aten.sin.default)
+        sine.target = aten.tanh.default
+        made.append(compat.steps_of(forward.module, backward.module, forward.outputs, forward.seeds, backward.donated,
+                                    [g.options for g in graphs], cut, making))
+
+    with compat.faked(inputs) as fakes:
+        graph = fx.symbolic_trace(lambda x, w: (torch.sin(x @ w),))
+        stages.graphs_before(graph, fakes, {"reorder_for_peak_memory": False}, then=edited, in_steps=True)
+    x, w = (i.detach() for i in inputs)
+    with compat.as_traced():
+        y, *saved = made[0].run([x, w])
+        grads = parts[0]([*saved, torch.ones(3, 2)])
+    assert made[0].seeds == [0] and made[0].saved == len(saved)
+    torch.testing.assert_close(y, torch.tanh(x @ w))
+    torch.testing.assert_close(grads, [torch.cos(x @ w) @ w.t(), x.t() @ torch.cos(x @ w)])
+
+
 
 def test_operands_are_computed_where_they_are_concatenated():
     """`compat.lower_as_concatenation`."""

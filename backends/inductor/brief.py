@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -209,13 +211,11 @@ def lengthen(traced: TracedInPart, missing: int
         raise repeats.NotEqual
     repeats.add_inputs(forward, [{q: places[i] for q, i in members.items()} for members in traced.equal])
     results, kept = traced.saved()
-    backward = None
-    if len(graphs) > 1:
-        backward = repeats.find(graphs[1].graph, shapes, STEADY)
-        if backward is None:
-            raise repeats.NotEqual
-        repeats.align(forward, backward, kept)
+    backward = _aligned(forward, graphs[1].graph, kept) if len(graphs) > 1 else None
     bases = {n: base for module in graphs for n, base in _bases(module.graph).items()}
+    for run in (forward, backward):
+        if run is not None:
+            _check_sharing(run)
     made = repeats.lengthen(forward, missing)
     bases |= {new: bases[old] for (old, _), new in made.items()}
     fills |= {new: fills[old] for (old, _), new in made.items() if old in fills}
@@ -231,12 +231,31 @@ def lengthen(traced: TracedInPart, missing: int
         places = [n for n in graphs[1].graph.find_nodes(op="placeholder") if not _is_tangent(n)]
         graphs[0].graph.output_node().args = ((*results, *(kept[n] for n in places)),)
     for module in graphs:
+        _check_defined(module.graph)
         module.graph.lint()
         _number(module.graph)
         with compat.no_modes():
-            _own_values(module.graph, bases, {*copies.values()})
+            _own_values(module.graph, bases, {new: copied for copied, new in copies.items()})
     traced.inputs = [fills[n] for n in graphs[0].graph.find_nodes(op="placeholder")]
     return forward, backward, copies
+
+
+def _aligned(forward: repeats.Repeats, graph: fx.Graph, kept: dict[fx.Node, fx.Node]) -> repeats.Repeats:
+    """The run of a backward graph that is that of the forward graph's blocks: what is made again may be a run of its own."""
+    for run in repeats.runs(graph, shapes, STEADY):
+        with contextlib.suppress(repeats.NotEqual):
+            repeats.align(forward, run, kept)
+            return run
+    raise repeats.NotEqual
+
+
+def _check_defined(graph: fx.Graph) -> None:
+    """Raise `NotEqual` where a value is used before it is made: what was put in stands in the place of more than one run."""
+    made: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not made.issuperset(node.all_input_nodes):
+            raise repeats.NotEqual
+        made.add(node)
 
 
 def _number(graph: fx.Graph) -> None:
@@ -252,7 +271,7 @@ Bases = list[int | None]
 
 
 def _bases(graph: fx.Graph) -> dict[fx.Node, Bases]:
-    """Raises `NotEqual` if a value shares memory with another that it is not made from."""
+    """Raises `NotEqual` if what an operator makes shares memory with a value that it is not made from."""
     seen: set[int] = set()
     out = {}
     for node in graph.nodes:
@@ -260,7 +279,7 @@ def _bases(graph: fx.Graph) -> dict[fx.Node, Bases]:
         own = [_memory(v) for v in _tensors(node)]
         out[node] = [next((i for i, held in enumerate(inputs) if m in held), None) for m in own]
         fresh = [m for m, base in zip(own, out[node], strict=True) if base is None]
-        if len({*fresh}) < len(fresh) or seen & {*fresh}:
+        if len({*fresh}) < len(fresh) or (node.op != "placeholder" and seen & {*fresh}):
             raise repeats.NotEqual
         seen |= {*fresh}
     return out
@@ -277,10 +296,40 @@ def _memory(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases], new: set[fx.Node]) -> None:
+def _check_sharing(run: repeats.Repeats) -> None:
+    """Raise `NotEqual` unless the inputs of each block share memory with each other as those of the block where copies are put in
+    do: a backward takes queries, keys and values that are parts of one tensor."""
+    further = {n: q - run.split(f) for n, (f, q) in run.place.items()}
+    together: dict[int, list[fx.Node]] = {}
+    for node in run.graph.find_nodes(op="placeholder"):
+        for memory in map(_memory, _tensors(node)):
+            together.setdefault(memory, []).append(node)
+    partners: dict[int, set[frozenset[int]]] = {}
+    for nodes in together.values():
+        if len({further.get(n) for n in nodes}) > 1:
+            raise repeats.NotEqual
+        families = frozenset(run.place[n][0] for n in nodes if n in run.place)
+        for family in families:
+            partners.setdefault(family, set()).add(families)
+    if any(len(found) > 1 for found in partners.values()):
+        raise repeats.NotEqual
+
+
+def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases], new: dict[fx.Node, tuple[fx.Node, int]]) -> None:
     """Give every new node a value of its own in ``meta``, or a view of its input's: Inductor reads from shared memory what may be
-    written in place, and a copied node has the memory of what it was copied from. So have others that are views of a new one."""
+    written in place, and a copied node has the memory of what it was copied from. So have others that are views of a new one.
+
+    new: which node each is a copy of, and how much further on.
+    """
+    memory: dict[Hashable, Tensor] = {}
     for node in graph.nodes:
+        if node.op == "placeholder" and node in new:
+            old, further = new[node]
+            value = old.meta["val"]
+            if isinstance(value, compat.FakeTensor):
+                held = memory.setdefault((_memory(value), further), _same_size(value))
+                node.meta["val"] = stages.fake_view(value, held)
+                continue
         if node.target is operator.getitem:
             node.meta["val"] = node.args[0].meta["val"][node.args[1]]
             continue
@@ -292,6 +341,11 @@ def _own_values(graph: fx.Graph, bases: dict[fx.Node, Bases], new: set[fx.Node])
             continue
         feed = iter(bases[node])
         node.meta["val"] = pytree.tree_map_only(Tensor, lambda v: _anew(v, node, next(feed)), node.meta["val"])  # noqa: B023
+
+
+def _same_size(value: compat.FakeTensor) -> Tensor:
+    """Memory of its own, as much as a value is in."""
+    return compat.fake_like(value.fake_mode, value, value.device, torch.uint8, (value.untyped_storage().nbytes(),))
 
 
 def _is_in(value: Tensor, node: fx.Node, base: int | None) -> bool:

@@ -82,6 +82,25 @@ def made_from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, 
     return made[0]
 
 
+def steps_from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any], plan: Plan, cut: compat.Cut,
+                   making: compat.Making) -> compat.TracedForward | None:
+    """The steps of a program of which few of many equal blocks are traced; None where that cannot be done.
+
+    plain, given, config: see `made_from_few`. cut, making: of `compile_steps`.
+    """
+    if not _apart(given):
+        return None
+    made: list[compat.TracedForward] = []
+
+    def then(whole: Whole) -> None:
+        made.append(compat.steps_of(whole.forward, whole.backward, whole.outputs, whole.seeds, whole.donated, whole.options, cut,
+                                    making))
+
+    with compat.faked(given) as fakes:
+        from_few_blocks(plain, [Input(x, "") for x in fakes], plan, config, then, in_steps=True)
+    return made[0] if made else None
+
+
 def _apart(given: list[Tensor]) -> bool:
     """Whether no two tensors share memory, and each begins where one by itself might, as a shorter program's inputs do."""
     return len({compat.storage_of(x) for x in given}) == len(given) and all(

@@ -33,8 +33,9 @@ from fxpar.backends.inductor import (
     reductions,
     tp_overlap,
 )
-from fxpar.backends.inductor.few import Generate, MadeFromFew, made_from_few
+from fxpar.backends.inductor.few import Generate, MadeFromFew, made_from_few, steps_from_few
 from fxpar.backends.inductor.key import key_of, python_functions
+from fxpar.backends.inductor.sites import sites_as_inputs
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
@@ -110,6 +111,17 @@ def from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any],
     return made_from_few(plain, given, config, plan, generate, whole)
 
 
+def few_steps(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any], plan: Plan, blocks: str, cut: compat.Cut,
+                     making: compat.Making) -> compat.TracedForward | None:
+    """The steps of a program of which few of many equal blocks are traced; None: all are to be traced. See `steps_from_few`.
+
+    blocks: one of `BLOCKS`.
+    """
+    if blocks == "flat" or counts_rows(plain.graph):
+        return None
+    return steps_from_few(plain, given, config, plan, cut, making)
+
+
 def _settings(graph: fx.Graph, inputs: Sequence[Tensor], runtime: GroupRuntime, plan: Plan, by_block: bool
               ) -> tuple[dict[str, Any], str | None]:
     """`settings` of a graph that is about to be compiled for inputs like these, and the key under which it is kept."""
@@ -157,8 +169,10 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
     """
     plain, keep = tensor_inputs_only(module, example, fused=True)
     given = [example[i] for i in keep]
+    sites = sites_as_inputs(plain, given)
+    given += sites
     if recorder is not None:
-        recorder.takes(keep)
+        recorder.takes(keep, len(sites))
     with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
         cut = cutting(plain.graph, runtime.blocks)
         config, key = _settings(plain.graph, given, runtime, plan, cut is not None)
@@ -168,7 +182,7 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
 
     def run(*inputs: Any) -> Any:
         with _running(runtime):
-            return compiled(*[inputs[i] for i in keep])
+            return compiled(*[inputs[i] for i in keep], *sites)
 
     return run
 
@@ -177,14 +191,16 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
             early: Collection[int] = ()) -> Stepped:
     """As `lower`, in steps: the gradients of the inputs at the positions `early` come first. All is compiled at once."""
     plain, keep = tensor_inputs_only(module, example, fused=True)
+    sites = sites_as_inputs(plain, [example[i] for i in keep])
 
     def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
         with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
             into = cutting(plain.graph, runtime.blocks)
             config, _ = _settings(plain.graph, given, runtime, plan, into is not None)
-            return compat.compile_steps(plain, given, config, cut, counts_rows(plain.graph), into)
+            made = few_steps(plain, given, config, plan, runtime.blocks, cut, compat.compiling(into))
+            return made or compat.compile_steps(plain, given, config, cut, counts_rows(plain.graph), into)
 
-    return in_steps(plain, example, keep, early, trace, lambda: _running(runtime), plan)
+    return in_steps(plain, example, keep, early, trace, lambda: _running(runtime), plan, sites)
 
 
 def _running(runtime: GroupRuntime) -> contextlib.AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxpar import compat
 from fxpar.backends.inductor import lower as inductor
+from fxpar.backends.inductor.sites import sites_as_inputs
 from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import BLOCKS, copied_axes
@@ -88,6 +89,8 @@ class Lowered:
     def _lower(self, module: fx.GraphModule, example: list[Any], rank: int) -> Callable[..., Any]:
         plain, keep = tensor_inputs_only(module, example, fused=True)
         given, counts = [example[i] for i in keep], counts_rows(plain.graph)
+        sites = sites_as_inputs(plain, given)
+        given += sites
         with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
             cut = inductor.cutting(plain.graph, self.blocks)
             config = self._settings(rank, cut is not None)
@@ -99,20 +102,25 @@ class Lowered:
                 run = compat.compile_graph(plain, given, config, backward_at_once=True, counts=counts, cutting=cut)
             else:
                 run = compat.interpret_graph(plain, given, config, _OnCPU, counts, cut)
-        return lambda *inputs: run(*[inputs[i] for i in keep])
+        return lambda *inputs: run(*[inputs[i] for i in keep], *sites)
 
     def _in_steps(self, module: fx.GraphModule, example: list[Any], rank: int, early: Collection[int]) -> Stepped:
         plain, keep = tensor_inputs_only(module, example, fused=True)
+        sites = sites_as_inputs(plain, [example[i] for i in keep])
 
         def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
             with use_runtime(self.threads.runtime(rank)), compat.memory_budget(self.plan.memory_budget):
                 into = inductor.cutting(plain.graph, self.blocks)
                 config, counts = self._settings(rank, into is not None), counts_rows(plain.graph)
+                making = compat.compiling(into) if self.compiled else compat.interpreting(_OnCPU, into)
+                made = inductor.few_steps(plain, given, config, self.plan, self.blocks, cut, making)
+                if made is not None:
+                    return made
                 if self.compiled:
                     return compat.compile_steps(plain, given, config, cut, counts, into)
                 return compat.interpret_steps(plain, given, config, _OnCPU, cut, counts, into)
 
-        return in_steps(plain, example, keep, early, trace, contextlib.nullcontext, self.plan)
+        return in_steps(plain, example, keep, early, trace, contextlib.nullcontext, self.plan, sites)
 
 
 class _OnCPU(fx.Interpreter):

@@ -28,7 +28,7 @@ FEWER = 3
 
 @dataclass
 class Whole:
-    """A program's graphs behind all passes.
+    """A program's graphs, behind all passes or, in steps, before Inductor's over each of them.
 
     forward: takes the program's inputs, and returns its outputs and behind them what the backward takes. backward: takes that and
     then the gradients of the outputs `seeds`, and returns a gradient, or None, for each input; None where there is no backward.
@@ -45,11 +45,12 @@ class Whole:
 
 
 def from_few_blocks(plain: fx.GraphModule, taken: list[Input], plan: Plan, settings: dict[str, Any],
-                    then: Callable[[Whole], None]) -> bool:
+                    then: Callable[[Whole], None], in_steps: bool = False) -> bool:
     """Call `then` with a program's graphs, of which few of many equal blocks were traced; whether that could be done.
 
     plain: a flat graph over the inputs `taken`, which is not changed. settings: of Inductor, with the passes over joint graph,
-    forward and backward. then: is called in the context in which Inductor generates code.
+    forward and backward. then: is called in the context in which Inductor generates code. in_steps: the graphs are to be those
+    before Inductor's passes over each of them, so that a backward can be split.
     Proved, by operators and their connections: that the blocks are equal; that their traces are, in the middle; that each block
     keeps what the partitioner would have it keep among all; that of equal inputs the first is the first block's in either graph,
     and so on. Not done where one of these cannot be proved, where outputs share memory, and under a memory budget.
@@ -74,9 +75,13 @@ def from_few_blocks(plain: fx.GraphModule, taken: list[Input], plan: Plan, setti
 
         def lengthened(handed: list[stages.HandedOver]) -> None:
             traced = TracedInPart([made.module for made in handed], inputs, decisions, equal)
-            then(_lengthened(traced, handed, missing, origin, plain, taken, settings))
+            whole = _lengthened(traced, handed, missing, origin, plain, taken)
+            if not in_steps:
+                for graph, h in zip(traced.graphs, handed, strict=True):
+                    stages.apply_graph_passes(graph, settings, h.options["is_inference"])
+            then(whole)
 
-        stages.graphs_before(short, [i.value for i in inputs], settings, decisions.append, lengthened)
+        stages.graphs_before(short, [i.value for i in inputs], settings, decisions.append, lengthened, in_steps)
     except (repeats.NotEqual, compat.SharedOutputs, compat.NotInSteps):
         return False
     return True
@@ -112,7 +117,7 @@ class _Shortened:
 
 
 def _lengthened(traced: TracedInPart, handed: list[stages.HandedOver], missing: int, origin: _Shortened, plain: fx.GraphModule,
-                taken: list[Input], settings: dict[str, Any]) -> Whole:
+                taken: list[Input]) -> Whole:
     graphs = traced.graphs
     places = graphs[0].graph.find_nodes(op="placeholder")
     short = {n: i for i, n in enumerate(places)}
@@ -134,9 +139,8 @@ def _lengthened(traced: TracedInPart, handed: list[stages.HandedOver], missing: 
     if backward is not None:
         grads = {i: n for n, i in _named(backward, made_for, traced.equal, origin).items()}
         graphs[1].graph.output_node().args = ([grads.get(i) for i in range(len(taken))],)
-    for graph, h in zip(graphs, handed, strict=True):
+    for graph in graphs:
         graph.graph.lint()
-        stages.apply_graph_passes(graph, settings, h.options["is_inference"])
     donated = [i for i, n in enumerate(graphs[1].graph.find_nodes(op="placeholder")) if n in free] if backward is not None else []
     return Whole(graphs[0], graphs[1] if backward is not None else None, handed[0].outputs, handed[0].seeds, donated,
                  [h.options for h in handed])

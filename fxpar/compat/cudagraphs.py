@@ -23,8 +23,8 @@ from fxpar.compat.steps import Code
 class CodeRecorder(Protocol):
     """What is put around the code of one compiled graph."""
 
-    def takes(self, inputs: Sequence[int]) -> None:
-        """Which of the program's inputs the code takes, in order."""
+    def takes(self, inputs: Sequence[int], more: int = 0) -> None:
+        """Which of the program's inputs the code takes, in order; behind them it takes so many more, always the same."""
 
     def forward(self, code: Code, returned: int) -> Code:
         """The code to be run for a forward, whose first `returned` outputs go to its caller, and the others to its backward."""

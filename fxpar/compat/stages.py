@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxpar.compat import graph_pass
-from fxpar.compat.steps import after_graph_passes, output_code, outputs_of
+from fxpar.compat.steps import after_graph_passes, at_once, output_code, outputs_of
 
 UNBOUNDED = ("pre_grad_custom_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass", "pre_grad_fusion_options",
              "post_grad_fusion_options", "b2b_gemm_pass", "_micro_pipeline_tp", "_fuse_ddp_communication")
@@ -68,12 +69,13 @@ class HandedOver:
 
 def graphs_before(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[str, Any],
                   decided: Callable[[Decision], None] = lambda decision: None,
-                  then: Callable[[list[HandedOver]], None] | None = None) -> list[fx.GraphModule]:
+                  then: Callable[[list[HandedOver]], None] | None = None, in_steps: bool = False) -> list[fx.GraphModule]:
     """As `lowered_graphs`, but as they are before the pass "post_grad_custom_post_pass" of `config`.
 
     decided: called with the partitioner's decision, if there is a backward pass; not where a `Decision` does not tell it all
     (of several networks, as for a memory budget; with operators of higher order). then: called with all graphs where Inductor
-    would generate code for the last of them, in its context and that of AOTAutograd.
+    would generate code for the last of them, in its context and that of AOTAutograd. in_steps: as they are before all passes of
+    Inductor over each of them, and traced as for `compile_steps`.
     Raises: `SharedOutputs`, `NotInSteps`, if `then` is given.
     """
     from torch._functorch import config as aot
@@ -89,7 +91,10 @@ def graphs_before(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
 
     def hand_over(module: fx.GraphModule, example: Any, is_inference: bool = False, **options: Any) -> Any:
         metadata: Any = TracingContext.get().fw_metadata
-        after_graph_passes(module, example, is_inference)
+        if in_steps:
+            keep(module.graph)
+        else:
+            after_graph_passes(module, example, is_inference)
         made = HandedOver(copies[-1], {**options, "is_inference": is_inference}, [], [], 0, list(example))
         if options.get("is_backward"):
             made.donated = list(metadata.bw_donated_idxs or [])
@@ -100,8 +105,9 @@ def graphs_before(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
             then(found)
         return output_code(lambda given: fx.Interpreter(module).boxed_run(given))
 
-    settings = {**config, "post_grad_custom_post_pass": graph_pass(keep, __file__)}
-    with _observed(decided), aot.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
+    settings = config if in_steps else {**config, "post_grad_custom_post_pass": graph_pass(keep, __file__)}
+    with (_observed(decided), at_once() if in_steps else contextlib.nullcontext(),
+          aot.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)):
         compile_fx(gm, inputs, inner_compile=hand_over, config_patches=settings)
     return [made.module for made in found]
 
@@ -165,7 +171,7 @@ def values_stay() -> Any:
 
 
 def fake_view(value: FakeTensor, base: torch.Tensor) -> torch.Tensor:
-    """A fake tensor as `value`, in the memory of `base`, which has its dtype."""
+    """A fake tensor as `value`, in the memory of `base`."""
     inner = torch.empty(0, dtype=value.dtype, device="meta")
     inner.set_(base.untyped_storage(), value.storage_offset(), value.shape, value.stride())
     return FakeTensor(value.fake_mode, inner, value.device)

@@ -123,17 +123,25 @@ def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Gr
         return make_boxed_func(gm)
 
     with (sizes_of_values(inputs, counts) as inputs,
-          tracing(TracingContext(detect_fake_mode(inputs) or FakeTensorMode())), _at_once()):
+          tracing(TracingContext(detect_fake_mode(inputs) or FakeTensorMode())), at_once()):
         aot_module_simplified(gm, _leaves(inputs), fw_compiler=forward, bw_compiler=backward, partition_fn=partition)
     return found[0]
 
 
-def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut,
-                  counts: bool = False, cutting: Cutting | None = None) -> TracedForward:
-    """As `compile_graph`, but what was compiled is handed over. Nothing is left to be compiled later.
+@dataclass
+class Making:
+    """How the graphs of steps are made ready to run.
 
-    Raises: `SharedOutputs`, `NotInSteps`.
+    forward: ``forward(module, example, options)`` gives code. part: ``part(options, module, example, donated, gradients)`` makes
+    a part of a backward ready, see `Make`. options: those that Inductor has for the graph.
     """
+
+    forward: Callable[[fx.GraphModule, Any, dict[str, Any]], Any]
+    part: Callable[[dict[str, Any], fx.GraphModule, Sequence[Tensor], Sequence[int], int], tuple[Code, list[Tensor]]]
+
+
+def compiling(cutting: Cutting | None = None) -> Making:
+    """Inductor generates code. cutting: what may cut a graph into pieces, of which equal ones are compiled once."""
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -142,8 +150,9 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
 
     compile_one = compile_fx_inner if cutting is None else functools.partial(compile_cut, cutting)
 
-    def compile_forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
-        return compile_one(module, example, **options)
+    def forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
+        with comments_on_cpus():
+            return compile_one(module, example, **options)
 
     def part(options: dict[str, Any], module: fx.GraphModule, example: Sequence[Tensor], donated: Sequence[int],
              gradients: int) -> tuple[Code, list[Tensor]]:
@@ -152,7 +161,7 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
         values, context = _values(module), TracingContext.get()
         # What is overwritten, and seen, is no part of the key by which Inductor finds what it compiled before: a pass is.
         mark = graph_pass(lambda graph: None, key=f"part of a backward, may overwrite {list(donated)}, visible {list(visible)}")
-        with (inductor_config.patch(post_grad_custom_pre_pass=mark),
+        with (inductor_config.patch(post_grad_custom_pre_pass=mark), comments_on_cpus(),
               mock.patch.object(context.fw_metadata, "bw_donated_idxs", list(donated)),
               TracingContext.report_output_strides() as strides):
             code: Any = compile_one(module, list(example), **options | {"static_input_idxs": ()})
@@ -160,18 +169,16 @@ def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, An
                       for x, stride in zip(values, strides or [None] * len(values), strict=True)]
 
     mend_reductions()
-    with sizes_to_compile(inputs, counts) as inputs, comments_on_cpus():
-        return _through_inductor(gm, inputs, config, cut, compile_forward, part, fixed=not counts)
+    return Making(forward, part)
 
 
-def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], interpreter: type[fx.Interpreter],
-                    cut: Cut, counts: bool = False, cutting: Cutting | None = None) -> TracedForward:
-    """As `compile_steps`, but `interpreter` runs the graphs for which code would have been generated, after all graph passes."""
+def interpreting(interpreter: type[fx.Interpreter], cutting: Cutting | None = None) -> Making:
+    """As `compiling`, but `interpreter` runs the graphs for which code would have been generated, after all graph passes."""
     def run(module: fx.GraphModule, donated: Sequence[int] = ()) -> Code:
         pieces = None if cutting is None else cutting(module, (), donated)
         return _interpreted(module, interpreter) if pieces is None else interpret_pieces(pieces, interpreter)
 
-    def compile_forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
+    def forward(module: fx.GraphModule, example: Any, options: dict[str, Any]) -> Any:
         after_graph_passes(module, example, options.get("is_inference", False))
         return output_code(run(module))
 
@@ -180,8 +187,46 @@ def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, 
         after_graph_passes(module, example)
         return run(module, donated), _values(module)
 
+    return Making(forward, part)
+
+
+def compile_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut,
+                  counts: bool = False, cutting: Cutting | None = None) -> TracedForward:
+    """As `compile_graph`, but what was compiled is handed over. Nothing is left to be compiled later.
+
+    Raises: `SharedOutputs`, `NotInSteps`.
+    """
+    with sizes_to_compile(inputs, counts) as inputs:
+        return _through_inductor(gm, inputs, config, cut, compiling(cutting), fixed=not counts)
+
+
+def interpret_steps(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], interpreter: type[fx.Interpreter],
+                    cut: Cut, counts: bool = False, cutting: Cutting | None = None) -> TracedForward:
+    """As `compile_steps`, but by `interpreting`."""
     with sizes_of_values(inputs, counts) as inputs:
-        return _through_inductor(gm, inputs, config, cut, compile_forward, part)
+        return _through_inductor(gm, inputs, config, cut, interpreting(interpreter, cutting))
+
+
+def steps_of(forward: fx.GraphModule, backward: fx.GraphModule | None, outputs: int, seeds: list[int], donated: Sequence[int],
+             options: Sequence[dict[str, Any]], cut: Cut, making: Making) -> TracedForward:
+    """The steps of a forward and a backward graph as AOTAutograd makes them, where it would hand over the last of the two.
+
+    outputs: how many of the forward's are the program's. seeds: see `TracedForward`. donated: positions of what the backward may
+    overwrite. options: those that Inductor has for each graph.
+    """
+    results: Any = forward.graph.output_node().args[0]
+    forward.graph.output_node().meta["user_visible_output_idxs"] = list(range(outputs))
+    given = [n.meta["val"] for n in forward.graph.find_nodes(op="placeholder")]
+    with TracingContext.report_output_strides() as reported:
+        code: Any = making.forward(forward, given, {**options[0], "static_input_idxs": ()})
+    saved = len(results) - outputs
+    if backward is not None:
+        values = [n.meta["val"] for n in backward.graph.find_nodes(op="placeholder")]
+        strides = list(reported or ())[outputs:] or [None] * saved
+        like = [x if stride is None or x.stride() == tuple(stride) else x.new_empty_strided(x.shape, tuple(stride))
+                for x, stride in zip(values[:saved], strides, strict=True)]
+        cut(backward, [*like, *values[saved:]], saved, list(donated), functools.partial(making.part, options[1]))
+    return TracedForward(lambda inputs: code(inputs), seeds, saved)
 
 
 def after_graph_passes(module: fx.GraphModule, example: Sequence[Any], is_inference: bool = False) -> None:
@@ -214,8 +259,7 @@ def output_code(run: Callable[[list[Any]], Any]) -> Any:
     return Code()
 
 
-def _through_inductor(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut,
-                      compile_forward: Callable[..., Any], part: Callable[..., tuple[Code, list[Tensor]]],
+def _through_inductor(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str, Any], cut: Cut, making: Making,
                       fixed: bool = False) -> TracedForward:
     """fixed: no size is a symbol, whatever environment of shapes there is."""
     from torch._inductor.compile_fx import compile_fx
@@ -225,14 +269,15 @@ def _through_inductor(gm: fx.GraphModule, inputs: list[Tensor], config: dict[str
     def inner(module: fx.GraphModule, example: Any, **options: Any) -> Any:
         if options.get("is_backward"):
             meta: Any = TracingContext.get().fw_metadata
-            cut(module, list(example), found[0].saved, list(meta.bw_donated_idxs or []), functools.partial(part, options))
+            cut(module, list(example), found[0].saved, list(meta.bw_donated_idxs or []),
+                functools.partial(making.part, options))
             return output_code(_never)
         made = _traced(module, len(inputs), lambda given: code(given))
-        code = compile_forward(module, example, options)
+        code = making.forward(module, example, options)
         found.append(made)
         return code
 
-    with _at_once():
+    with at_once():
         compile_fx(gm, _leaves(inputs), inner, config_patches={"fx_graph_cache": False, **config},
                    ignore_shape_env=fixed)
     return found[0]
@@ -243,7 +288,7 @@ def _never(inputs: list[Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _at_once() -> Iterator[None]:
+def at_once() -> Iterator[None]:
     """Both graphs are made now, as the program says and not autocast, and not taken from a cache; random state is kept as a
     tensor."""
     from torch._functorch import config

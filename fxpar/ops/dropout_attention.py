@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxpar.ops.kernels import has_triton
-from fxpar.ops.rng import Grid, global_index, kept
+from fxpar.ops.rng import Grid, global_index, kept, seed_of_site
 from fxpar.sharding.deal import dealt_from
 
 WIDEST = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
@@ -45,9 +45,9 @@ attend_backward = torch.ops.fxpar.attend_backward.default
 """(the gradient of out, the operands and results of `attend`, its options) -> the gradients of q, k and v."""
 
 
-def dropout_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *, p: float, site: int, attn_mask: Tensor | None = None,
-                      is_causal: bool = False, window: int | None = None, scale: float | None = None, enable_gqa: bool = False,
-                      grid: Grid | None = None) -> Tensor:  # fmt: skip
+def dropout_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *, p: float, site: int | Tensor,
+                      attn_mask: Tensor | None = None, is_causal: bool = False, window: int | None = None,
+                      scale: float | None = None, enable_gqa: bool = False, grid: Grid | None = None) -> Tensor:  # fmt: skip
     """``dropout(softmax(scale * q k^T + mask), p) v``, with the mask that `dropout_mask` draws for those weights.
 
     Takes: q [b, h, q, d], k [b, kv, k, d], v [b, kv, k, e]; kv is h, or divides it if `enable_gqa`. attn_mask: as
@@ -57,6 +57,8 @@ def dropout_attention(q: Tensor, k: Tensor, v: Tensor, seed: Tensor, *, p: float
 
     Queries that are dealt (see fxpar/sharding/deal.py) are chunks, each of which is a call of the operator.
     """
+    if isinstance(site, Tensor):
+        seed, site = seed_of_site(seed, site), 0
     (b, h, length, d), columns = q.shape, k.shape[2]
     places: Grid = tuple(grid)[:3] if grid else tuple(((int(n), 0, int(n)),) for n in (b, h, length))
     heads = global_index((b, h), places[:2], q.device).expand(b, h).contiguous()

@@ -24,12 +24,12 @@ _MASK, _GOLDEN = 0xFFFFFFFF, 0x9E3779B1
 _MULTIPLIERS = (0xED5AD4BB, 0xAC4C1B51, 0x31848BAB)
 
 
-def drawn(size: list[int], seed: Tensor, *, kind: Kind, site: int, dtype: torch.dtype, device: torch.device,
+def drawn(size: list[int], seed: Tensor, *, kind: Kind, site: int | Tensor, dtype: torch.dtype, device: torch.device,
           grid: Grid | None = None) -> Tensor:
     """A random tensor of that size, whatever part of the global one it is.
 
-    size: local. seed: int64 scalar. site: which random operator of the model this is. grid: where the local elements
-    lie in the global tensor (default: `size` is that of the full tensor).
+    size: local. seed: int64 scalar. site: which random operator of the model this is, a number or an int64 scalar. grid: where
+    the local elements lie in the global tensor (default: `size` is that of the full tensor).
     """
     index, seed = global_index(size, grid, device), seed.to(device)
 
@@ -68,7 +68,7 @@ def _inside(word: Callable[[int], Tensor], number: int, dtype: torch.dtype) -> T
     return _fraction(word, number, bits) + 0.5 * 2.0**-bits
 
 
-def _word(index: Tensor, seed: Tensor, site: int, number: int) -> Tensor:
+def _word(index: Tensor, seed: Tensor, site: int | Tensor, number: int) -> Tensor:
     """32 bits, as int32, for each global index (int64)."""
     key = _mix((seed ^ ((site * _GOLDEN + number) & _MASK)).to(torch.int32))
     other = _mix(key ^ (seed >> 32).to(torch.int32) ^ signed(_GOLDEN))

@@ -21,6 +21,8 @@ fxpar/sharding/deal.py) also has the number of ranks, and its offset among what 
 
 _MASK = 0xFFFFFFFF
 _INDEX, _SITE = 0x9E3779B1, 0x632BE5AB
+_PER_SITE = _SITE * pow(_INDEX, -1, 2**32) & _MASK
+"""What a seed has to grow by, to be mixed as if the site had grown by one."""
 
 
 def signed(n: int) -> int:
@@ -64,11 +66,12 @@ def global_index(shape, grid, device: torch.device, dtype: torch.dtype = torch.i
     return index
 
 
-def dropout_mask(x: Tensor, seed: Tensor, *, p: float, site: int, shape=None, grid=None) -> Tensor:
+def dropout_mask(x: Tensor, seed: Tensor, *, p: float, site: int | Tensor, shape=None, grid=None) -> Tensor:
     """A boolean tensor like `x`: True with probability ``1 - p``, the same whatever part of the tensor this is.
 
-    seed: int64 scalar; site: which random operator of the model this is. shape: the mask's shape, where it is not
-    `x`'s (dropout of whole channels). grid: where the local elements lie in the global tensor (default: x is the full tensor).
+    seed: int64 scalar; site: which random operator of the model this is, a number or an int64 scalar. shape: the mask's shape,
+    where it is not `x`'s (dropout of whole channels). grid: where the local elements lie in the global tensor (default: x is the
+    full tensor).
     """
     shape = x.shape if shape is None else shape
     total = math.prod(full for runs in grid for _, _, full, *_ in runs) if grid else math.prod(shape)
@@ -76,7 +79,7 @@ def dropout_mask(x: Tensor, seed: Tensor, *, p: float, site: int, shape=None, gr
     return kept(global_index(shape, grid, x.device, dtype), seed, p=p, site=site)
 
 
-def kept(index: Tensor, seed: Tensor, *, p: float, site: int) -> Tensor:
+def kept(index: Tensor, seed: Tensor, *, p: float, site: int | Tensor) -> Tensor:
     """The mask of the elements with these global indices (int64, or int32 if they fit)."""
     threshold = int(p * 2**32)
     h = _mix(index.to(torch.int32) ^ (seed * _INDEX + site * _SITE).to(torch.int32))
@@ -85,3 +88,9 @@ def kept(index: Tensor, seed: Tensor, *, p: float, site: int) -> Tensor:
         added = added + (index >> 32).to(torch.int32) * signed(_INDEX)
     h = _mix(h + added) ^ -(2**31)  # in the order of unsigned integers
     return h >= signed(threshold - 2**31) if threshold < 2**32 else torch.zeros_like(h, dtype=torch.bool)
+
+
+def seed_of_site(seed: Tensor, site: Tensor) -> Tensor:
+    """The seed of which site 0 has the masks that `site` has of `seed`."""
+    low = (seed + site * _PER_SITE) & _MASK
+    return ((seed >> 32) + site) << 32 | low

@@ -24,6 +24,7 @@ from fxpar.backends.inductor import brief
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.inductor.brief import Input
 from fxpar.backends.inductor.liveness import Buffer, Kernel, Lowering, size_of, timeline
+from fxpar.backends.inductor.sites import sites_as_inputs
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.runtime import FunctionalRuntime, beside_products
 from fxpar.ops.runtime import use_runtime
@@ -229,22 +230,24 @@ def trace(program: Program, briefly: bool = True) -> tuple[list[fx.Graph], list[
         if program.training and plan.microbatches > 1:
             module, more = _last_microbatch(program, [i.value for i in inputs if i is not None and i.part == "parameters"])
             inputs += more
-        values = [None if i is None else i.value for i in inputs]
-        taken = [i for i in inputs if i is not None]
         with torch.set_grad_enabled(program.training):
             settings = inductor.settings(plan, transport, as_on_gpu=True)
             if briefly:
-                made = brief.lowered(_plain(module, values), taken, plan, settings)
+                made = brief.lowered(*_plain(module, inputs), plan, settings)
                 if made is not None:
                     return made
-            lowered = compat.lowered_graphs(_plain(module, values), [i.value for i in taken], settings)
+            plain, taken = _plain(module, inputs)
+            lowered = compat.lowered_graphs(plain, [i.value for i in taken], settings)
     return [m.graph for m in lowered], taken
 
 
-def _plain(module: fx.GraphModule, values: list[Tensor | None]) -> fx.GraphModule:
-    plain, _ = tensor_inputs_only(module, values, fused=True)
+def _plain(module: fx.GraphModule, inputs: list[Input | None]) -> tuple[fx.GraphModule, list[Input]]:
+    """The graph that the backend would compile, and what it takes. inputs: of each placeholder; None for what is no tensor."""
+    plain, _ = tensor_inputs_only(module, [None if i is None else i.value for i in inputs], fused=True)
+    taken = [i for i in inputs if i is not None]
+    taken += [Input(x, "inputs") for x in sites_as_inputs(plain, [i.value for i in taken])]
     _as_on_gpu(plain)
-    return plain
+    return plain, taken
 
 
 def _inputs(program: Program) -> dict[fx.Node, Input | None]:

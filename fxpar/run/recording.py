@@ -201,8 +201,8 @@ class RecordedProgram:
 
     # ---- what AOTAutograd's function calls ----
 
-    def takes(self, inputs: Sequence[int]) -> None:
-        self._fixed = [i in self._program_inputs for i in inputs]
+    def takes(self, inputs: Sequence[int], more: int = 0) -> None:
+        self._fixed = [i in self._program_inputs for i in inputs] + [True] * more
 
     def forward(self, code: compat.Code, returned: int) -> compat.Code:
         self._returned = returned

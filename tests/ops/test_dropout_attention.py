@@ -61,6 +61,15 @@ MASKS = {
 }  # fmt: skip
 
 
+def test_a_site_may_be_a_tensor():
+    args = operands(2, 4, 2, 9, 9, 8, 5)
+    options = dict(p=0.3, enable_gqa=True, is_causal=True)
+    for seed in (SEED, torch.tensor(-1), torch.tensor(2**62 + 5)):
+        want = value_and_gradients(dropout_attention, args, seed, site=5, **options)
+        for a, b in zip(value_and_gradients(dropout_attention, args, seed, site=torch.tensor(5), **options), want, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_equals_its_formula(mask):
     args = operands(2, 4, 2, 9, 9, 8, 5, dtype=torch.float64)

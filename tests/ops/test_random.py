@@ -22,6 +22,15 @@ def test_a_part_is_a_part_of_the_whole(kind):
     assert torch.equal(part, whole[3:].reshape(3, 4, 2, 5)[..., 2:4].reshape(3, 4, 4))
 
 
+@pytest.mark.parametrize("kind", ["uniform", "normal", "exponential", "integer"])
+@pytest.mark.parametrize("seed", [7, -1, 2**62 + 5])
+def test_a_site_may_be_a_tensor(kind, seed):
+    dtype = torch.int64 if kind == "integer" else torch.float64
+    for site in (0, 3, 2**20):
+        want = draw(kind, 64, site, torch.tensor(seed), dtype)
+        assert torch.equal(draw(kind, 64, torch.tensor(site), torch.tensor(seed), dtype), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_uniform_numbers_have_the_dtypes_precision_and_are_below_one(dtype):
     u = draw("uniform", dtype=dtype)

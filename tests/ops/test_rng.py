@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxpar.ops.rng import dropout_mask
+from fxpar.ops.rng import dropout_mask, seed_of_site
 
 MASK = 0xFFFFFFFF
 
@@ -30,6 +30,9 @@ def test_draws_these_integers(seed, first):
         grid = (((128, first, first + 128),),)
         found = dropout_mask(torch.empty(128), torch.tensor(seed), p=p, site=site, grid=grid)
         assert found.tolist() == [drawn(first + i, seed, p, site) for i in range(128)]
+        as_tensor = dropout_mask(torch.empty(128), torch.tensor(seed), p=p, site=torch.tensor(site), grid=grid)
+        own_seed = dropout_mask(torch.empty(128), seed_of_site(torch.tensor(seed), torch.tensor(site)), p=p, site=0, grid=grid)
+        assert torch.equal(as_tensor, found) and torch.equal(own_seed, found)
 
 
 def test_keeps_what_it_promises_to_keep():

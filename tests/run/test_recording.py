@@ -36,13 +36,15 @@ def soon(monkeypatch):
 # ---- codes ----
 
 KINDS = (*["param"] * 6, "buffer", "input", "input")
+SITE = torch.tensor(3)
+"""What the codes take besides, always the same."""
 
 
 def program(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor, fifth: Tensor, sixth: Tensor, mean: Tensor, x: Tensor,
-            seed: Tensor) -> tuple[Tensor, ...]:
+            seed: Tensor, site: Tensor) -> tuple[Tensor, ...]:
     """A loss, logits, and what becomes of a buffer. Parameters, views of them, inputs and results are kept for the backward; the
     gradients of two parameters are parts of one tensor, and those of two others one tensor."""
-    y = torch.tanh(x @ first - mean) * torch.cos(seed) + (x @ torch.cat([third, fourth], 1)) + fifth + sixth
+    y = torch.tanh(x @ first - mean) * torch.cos(seed + site) + (x @ torch.cat([third, fourth], 1)) + fifth + sixth
     logits = y @ second.t() + x.sum() * second.sum() * second.new_ones(1)
     return torch.cos(logits).mean(), logits, mean * 0.9 + y.detach().mean() * 0.1
 
@@ -53,14 +55,14 @@ class Handed:
     def __init__(self, rows: int, grad: bool):
         self.grad = grad
         if grad:
-            example = [x.requires_grad_(i < 6) for i, x in enumerate([*fresh(), *batch(0, rows)])]
+            example = [x.requires_grad_(i < 6) for i, x in enumerate([*fresh(), *batch(0, rows), SITE])]
             with functorch_config.patch(donated_buffer=False):
                 self._run = compat.partition_eagerly(fx.symbolic_trace(program), example, lambda graph: None, recorder=self)
                 torch.autograd.grad(self._run(*example)[0], example[:6])  # its backward is traced
         else:
             self._forward: Any = lambda given: list(program(*given))
 
-    def takes(self, inputs: Any) -> None: ...
+    def takes(self, inputs: Any, more: int = 0) -> None: ...
 
     def forward(self, code: compat.Code, returned: int) -> compat.Code:
         self._forward, self._returned = code, returned
@@ -77,14 +79,14 @@ class Handed:
             return
         with torch.set_grad_enabled(self.grad):
             of = recordings.of(SimpleNamespace(sources=[SimpleNamespace(kind=kind, place=None) for kind in KINDS]))
-        of.takes(range(len(KINDS)))
+        of.takes(range(len(KINDS)), 1)
         if self.grad:
             self.now, self.then = of.forward(self._forward, self._returned), of.backward(self._backward)
         else:
             self.now = of.alone(self._forward)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        return list(self._run(*inputs) if self.grad else self.now([*inputs]))
+        return list(self._run(*inputs, SITE) if self.grad else self.now([*inputs, SITE]))
 
 
 def fresh() -> list[Tensor]:
