@@ -77,6 +77,17 @@ def test_what_is_split_otherwise_goes_the_way_of_dtensor(monkeypatch):
         assert fused._goes_with([part, torch.ones(())], [part, part]) and not fused._goes_with([whole], [part])
         assert not fused._goes_with([x], [part]) and not fused._goes_with([part], [part, part])
         assert fused._is_split(whole) and not fused._is_split(term) and not fused._is_split(x)
+        kinds = []
+
+        def operator(params: list[Tensor], scale: Tensor) -> None:
+            kinds.append((type(params[0]), type(scale)))
+
+        scale, total = (DTensor.from_local(torch.ones(()), mesh, [place]) for place in (Replicate(), Partial()))
+        monkeypatch.setattr(fused, "_handlers", lambda made={operator: fused._on_parts}: made)  # noqa: B006
+        for number in (scale, total):
+            fused._on_parts(operator, ([part],), {"scale": number})
+        assert kinds == [(Tensor, Tensor), (DTensor, DTensor)]
+        monkeypatch.undo()
         monkeypatch.setattr(fused, "_parts", lambda given: 1 / 0)
         before = dict(fused._handlers())
         p = torch.nn.Parameter(part)

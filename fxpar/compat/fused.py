@@ -32,8 +32,10 @@ def _handlers() -> dict[Any, Any]:
 
 
 def _on_parts(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    lists = [x for x in (*args, *kwargs.values()) if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
-    if lists and all(_is_split(x) for x in lists[0]) and all(_goes_with(x, lists[0]) for x in lists):
+    given = *args, *kwargs.values()
+    lists = [x for x in given if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
+    numbers = all(_is_split(x) for x in given if isinstance(x, DTensor))  # a rate, a scale: whole on each rank
+    if numbers and lists and all(_is_split(x) for x in lists[0]) and all(_goes_with(x, lists[0]) for x in lists):
         return operator(*map(_parts, args), **{name: _parts(x) for name, x in kwargs.items()})
     handlers = _handlers()
     del handlers[operator]
