@@ -83,7 +83,7 @@ def test_what_is_split_otherwise_goes_the_way_of_dtensor(monkeypatch):
             kinds.append((type(params[0]), type(scale)))
 
         scale, total = (DTensor.from_local(torch.ones(()), mesh, [place]) for place in (Replicate(), Partial()))
-        monkeypatch.setattr(fused, "_handlers", lambda made={operator: fused._on_parts}: made)  # noqa: B006
+        monkeypatch.setattr(fused, "_handlers", lambda made={operator: fused._on_parts}: made)
         for number in (scale, total):
             fused._on_parts(operator, ([part],), {"scale": number})
         assert kinds == [(Tensor, Tensor), (DTensor, DTensor)]
