@@ -32,7 +32,9 @@ def bucket_reductions(graph: fx.Graph, limit: int = REDUCTION_BYTES, transport: 
     `limit` bytes of operands (a larger one is a bucket by itself), are one coalesced operator (one launch, no copies), started
     where the last of them was.
     A bucket of reduce-scatters is waited for when the second after it starts, because its operands are kept until then; what
-    is reduced in place is waited for at the end. Reduce-scatters go by the `transport`. by_block: a bucket of `BLOCK_BYTES` has
+    is reduced in place is waited for at the end. All members of a bucket are waited for before anything is made of one of them:
+    gloo writes the results of all reduce-scatters of a bucket, again, whenever one is waited for (torch 2.11 to 2.13), whatever
+    has been made of them in place. Reduce-scatters go by the `transport`. by_block: a bucket of `BLOCK_BYTES` has
     gradients of one block alone, so that equal blocks have equal buckets.
     """
     for kind in REDUCTIONS:
@@ -58,8 +60,11 @@ def _bucket_kind(graph: fx.Graph, kind: Any, limit: int, transport: Transport, b
     output = graph.output_node()
     for k, start in enumerate(starts):
         until = starts[k + 2] if scatter and k + 2 < len(starts) else output
-        for wait in _waits(start):
-            _sink(wait, until)
+        waits = _waits(start)
+        for wait in waits:
+            until.prepend(wait)
+        for user in [u for wait in waits for u in wait.users if u.op != "output"]:
+            _sink(user, until)
 
 
 def ends_block(last: fx.Node, following: fx.Node, size: int) -> bool:
@@ -115,7 +120,7 @@ def _waits(start: fx.Node) -> list[fx.Node]:
 
 
 def _sink(node: fx.Node, until: fx.Node) -> None:
-    """Move a wait, and what follows it, to right before `until`."""
+    """Move what follows a wait, and what follows that, to right before `until`."""
     until.prepend(node)
     for user in list(node.users):
         if user.op != "output":

@@ -306,6 +306,17 @@ def test_scattered_gradients_are_summed_over_replicas_in_buckets_too(one_thread)
     assert all(name.startswith("wait_r") for name in made.names()[-5:])  # what is summed in place
 
 
+def test_all_of_a_bucket_are_waited_for_before_anything_is_made_of_one(one_thread):
+    """gloo writes all results of the bucket again when the last is waited for: over the sum that was made in place of the first."""
+    made = Made()
+    x = made.input("x")
+    a, b, c = (made.scattered(n, x, one_thread) for n in "abc")
+    made.graph.output((made.reduced("again", a, one_thread), b, c))
+    made = keeps_values(made, buckets.bucket_reductions)
+    assert joined(made, SCATTERS) == [3]
+    assert max(made.names().index(f"wait_{n}") for n in "abc") < made.names().index("start_again")
+
+
 def test_scatters_that_are_computed_with_are_left_alone(one_thread):
     made = Made()
     x = made.input("x")
