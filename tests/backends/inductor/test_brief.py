@@ -182,7 +182,8 @@ def of_ids(make):
 
 @pytest.mark.parametrize("blocks, plan, traced, brief_ones", [
     pytest.param(8, "pp=4,dp=2,zero=1,microbatches=4", 3, 0, id="the two in the middle are equal"),
-    pytest.param(12, "pp=2,dp=2,zero=1,microbatches=2,stage_boundaries=blocks.1", 2, 1, id="one of many blocks"),
+    pytest.param(12, "pp=2,dp=2,zero=1,microbatches=2,stage_boundaries=blocks.1", 2, 1, id="one of many blocks",
+                 marks=pytest.mark.slow),
 ])
 def test_peaks_of_a_pipeline_from_few_blocks_and_stages_are_those_of_all(blocks, plan, traced, brief_ones, monkeypatch):
     few, whole, *counts = both_of_stages(lambda: small(blocks), plan, monkeypatch)

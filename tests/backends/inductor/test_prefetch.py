@@ -307,7 +307,7 @@ def test_scattered_gradients_are_summed_over_replicas_in_buckets_too(one_thread)
 
 
 def test_all_of_a_bucket_are_waited_for_before_anything_is_made_of_one(one_thread):
-    """gloo writes all results of the bucket again when the last is waited for: over the sum that was made in place of the first."""
+    """gloo writes all results of the bucket again when the last is waited for: over a sum made in place of the first."""
     made = Made()
     x = made.input("x")
     a, b, c = (made.scattered(n, x, one_thread) for n in "abc")

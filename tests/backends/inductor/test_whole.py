@@ -305,16 +305,16 @@ def test_processes_draw_the_same_numbers(tmp_path):
             assert torch.equal(few_blocks[1][name], grad) and torch.equal(found[1][name], grad), name
 
 
-@pytest.mark.parametrize("make, from_few", [
-    (Crossed, False),
-    (Uneven, False),
-    (Collects, False),
-    (lambda: Stack(7), False),
-], ids=["another order", "one is wider", "outputs of blocks", "few blocks"])
-def test_what_is_not_proved_is_traced_whole(make, from_few):
+@pytest.mark.parametrize("make", [
+    pytest.param(Crossed, id="another order"),
+    pytest.param(Uneven, id="one is wider", marks=pytest.mark.slow),
+    pytest.param(Collects, id="outputs of blocks", marks=pytest.mark.slow),
+    pytest.param(lambda: Stack(7), id="few blocks"),
+])
+def test_what_is_not_proved_is_traced_whole(make):
     torch.manual_seed(0)
     mine, theirs, made = steps(make(), "dp=2", (X,))
-    assert made and set(made) == {from_few}
+    assert made and not any(made)
     assert_same(mine, theirs)
 
 

@@ -314,7 +314,7 @@ def test_the_backward_is_the_authors(kind, plan):
     assert_equivalent(net(kind), plan, batch())
 
 
-FAST = ("reverse", "rounded", "auxiliary", "weights")
+FAST = ("reverse", "auxiliary", "weights")
 
 
 @pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
