@@ -40,6 +40,7 @@ from fxpar.compat.fused import step_parts_directly
 from fxpar.compat.generators import generators_watched
 from fxpar.compat.groups import before_groups_end, default_store, process_groups
 from fxpar.compat.handed import interpret_graph, lowered_graphs
+from fxpar.compat.lowerings import lower_as_collective, lower_as_concatenation, lower_as_wait
 from fxpar.compat.metadata import read_metadata
 from fxpar.compat.numbers import (
     before_norms,
@@ -146,6 +147,9 @@ __all__ = [
     "keep_bundle",
     "keeps_graph",
     "kept_bundle",
+    "lower_as_collective",
+    "lower_as_concatenation",
+    "lower_as_wait",
     "lowered_graphs",
     "mend_searches_for_nan",
     "mend_sums_of_norms",
@@ -425,44 +429,6 @@ def graph_pass(function: Callable[[fx.Graph], None], *files: str, key: str = "")
             return get_hash_for_files(files, key)
 
     return Pass()
-
-
-@functools.cache
-def lower_as_concatenation(operator: Any) -> None:
-    """Have Inductor compute the operands of ``operator(tensors, dim)`` in their places of the result."""
-    from torch._inductor import ir
-    from torch._inductor.lowering import register_lowering
-
-    @register_lowering(operator, type_promotion_kind=None)
-    def lower(tensors: Any, dim: int) -> Any:
-        return ir.TensorBox(ir.ConcatKernel.create(tensors, dim))
-
-
-@functools.cache
-def lower_as_collective(operator: Any) -> None:
-    """Have Inductor keep the first operand of an operator, which starts a collective, until its result is waited for, and make
-    that operand contiguous where it is computed."""
-    from torch._inductor import ir
-    from torch._inductor.lowering import register_lowering
-
-    @register_lowering(operator, type_promotion_kind=None)
-    def lower(first: Any, *args: Any) -> Any:
-        first = ir.ExternKernel.require_contiguous(first)
-        started: Any = ir._CollectiveKernel.create_out_of_place(operator, first, *args)
-        return ir.TensorBox.create(started)
-
-
-@functools.cache
-def lower_as_wait(operator: Any, called: Any) -> None:
-    """Have Inductor take an operator of one operand, which returns it, for a wait: the operand is another value from then on, and
-    what the collective that made it reads is kept until then. called: what code calls in its place; it returns nothing."""
-    from torch._inductor import ir
-    from torch._inductor.lowering import register_lowering
-
-    @register_lowering(operator, type_promotion_kind=None)
-    def lower(started: Any) -> Any:
-        ir._WaitKernel.create_wait(called, started)
-        return started
 
 
 def in_backward(node: fx.Node) -> bool:
