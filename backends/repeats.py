@@ -10,16 +10,17 @@ whatever is special about the first blocks and the last ones remains as it is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
+from fxpar.backends.numbered import names, number
+
 ENDS = 1
 """How far from the first and from the last member of a family what is outside may refer to it."""
 CANDIDATES = 12
-STACKS = ("nn_module_stack", "fwd_nn_module_stack")
 
 Facts = Callable[[fx.Node], Hashable]
 Place = tuple[int, int]
@@ -355,7 +356,7 @@ def lengthen(repeats: Repeats, periods: int) -> dict[tuple[fx.Node, int], fx.Nod
                     full[f][repeats.split(f) + r] = new
     _connect(repeats, full)
     for members in full:
-        _name(members)
+        number(members)
     for nodes, rising in _groups(repeats, [n for n in returned if isinstance(n, fx.Node)]):
         more = [made[n, r] for r in _steps(periods, rising) for n in nodes]
         at = returned.index(nodes[-1]) + 1 if rising else returned.index(nodes[0])
@@ -479,34 +480,6 @@ def _at_an_end(repeats: Repeats, node: fx.Node) -> bool:
 def check_names(repeats: Repeats) -> None:
     """Raise `NotEqual` unless the modules that the periods stand for are numbered as `lengthen` would number them."""
     for members in repeats.families[: repeats.region]:
-        for q, key, stack in _names(members):
+        for q, key, stack in names(members):
             if [path for path, *_ in members[q].meta.get(key, {}).values()] != [path for path, *_ in stack.values()]:
                 raise NotEqual
-
-
-def _name(members: dict[int, fx.Node]) -> None:
-    """Number the modules that the members stand for from the first to the last, whose numbers are right."""
-    for q, key, stack in list(_names(members)):
-        members[q].meta[key] = stack
-
-
-def _names(members: dict[int, fx.Node]) -> Iterator[tuple[int, str, dict[str, tuple]]]:
-    low, high = min(members), max(members)
-    for key in STACKS:
-        first, last = members[low].meta.get(key), members[high].meta.get(key)
-        if not first or not last or len(first) != len(last):
-            continue
-        for q in members:
-            yield q, key, {k: (between(a[0], b[0], q - low, high - low), *a[1:])
-                           for (k, a), b in zip(first.items(), last.values(), strict=True)}
-
-
-def between(a: str, b: str, step: int, steps: int) -> str:
-    """The path that is `step` of `steps` on the way from one to another, which differs from it in numbers."""
-    parts, ends = a.split("."), b.split(".")
-    if len(parts) != len(ends):
-        return a
-    for i, (x, y) in enumerate(zip(parts, ends, strict=True)):
-        if x != y and x.isdigit() and y.isdigit():
-            parts[i] = str(int(x) + (int(y) - int(x)) * step // steps)
-    return ".".join(parts)

@@ -19,7 +19,8 @@ FLOORS = (
     {"passes.canonical", "passes.place"},
     {"passes.capture", "passes.strategies", "passes.partition"},
     {"passes.pipeline"},
-    {"backends.transport", "backends.simulate", "backends.tables", "backends.remat", "backends.repeats"},
+    {"backends.transport", "backends.simulate", "backends.tables", "backends.remat", "backends.numbered"},
+    {"backends.repeats"},
     {"backends.trace", "backends.split", "backends.like"},
     {"backends.stepped", "backends.differentiable"},
     {"backends.eager", "backends.inductor"},
@@ -122,7 +123,8 @@ def test_what_passes_know_of_nodes_is_kept_in_one_module():
     for _, file in files():
         inner = file.relative_to(ROOT).as_posix()
         mine = {"fxpar/sharding/facts.py": {"_GLOBAL", "_LOCAL"}, "backends/inductor/kept.py": {"_CHOICE"},
-                "fxpar/program.py": {"key"}, "backends/repeats.py": {"key"}}.get(inner, set())
+                "fxpar/program.py": {"key"}, "backends/repeats.py": {"key"},
+                "backends/numbered.py": {"key"}}.get(inner, set())
         for number, key in keys(ast.parse(file.read_text())):
             assert key in TORCHS | mine, f"{inner}:{number} uses node.meta[{key!r}]: make it a field in fxpar/sharding/facts.py"
 

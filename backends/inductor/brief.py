@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.backends import repeats
 from fxpar.backends.inductor import kept
+from fxpar.backends.numbered import STACKS
 from fxpar.backends.remat import BLOCK, UNSHARD
 from fxpar.compat import stages
 from fxpar.plan import Plan
@@ -262,7 +263,7 @@ def _number(graph: fx.Graph) -> None:
     """Have the nodes of a longer graph be in the blocks whose modules they are of, which `repeats` has numbered."""
     for node in graph.nodes:
         if _label(node):
-            made_in = next((b for key in repeats.STACKS if (b := block_path(node, key))), _label(node))
+            made_in = next((b for key in STACKS if (b := block_path(node, key))), _label(node))
             node.meta["custom"] = {**node.meta["custom"], BLOCK: made_in}
 
 

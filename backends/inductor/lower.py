@@ -112,7 +112,7 @@ def from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any],
 
 
 def few_steps(plain: fx.GraphModule, given: list[Tensor], config: dict[str, Any], plan: Plan, blocks: str, cut: compat.Cut,
-                     making: compat.Making) -> compat.TracedForward | None:
+              making: compat.Making) -> compat.TracedForward | None:
     """The steps of a program of which few of many equal blocks are traced; None: all are to be traced. See `steps_from_few`.
 
     blocks: one of `BLOCKS`.
