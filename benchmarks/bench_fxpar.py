@@ -221,11 +221,12 @@ def measure(args, device):
     memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if cuda else [0, 0]
     if args.trace:
         write_trace(step, synchronize, cuda, args.trace)
-    told = module.report().cuda_graphs
-    return build_seconds, warm_seconds[0], seconds, started, losses, memory, told
+    report = module.report()
+    parts = {part: round(spent, 2) for part, spent in report.timings.parts.items()}
+    return build_seconds, warm_seconds[0], seconds, started, losses, memory, report.cuda_graphs, parts
 
 
-def result(args, device, build_seconds, first_seconds, seconds, started, losses, memory, graphs):
+def result(args, device, build_seconds, first_seconds, seconds, started, losses, memory, graphs, parts):
     """The line that is printed; every rank must call this, as it takes the slowest rank's figures."""
     world, plan = dist.get_world_size(), args.plan
     median = slowest(statistics.median(seconds), device)
@@ -247,6 +248,7 @@ def result(args, device, build_seconds, first_seconds, seconds, started, losses,
         peak_mem_gib=round(memory[0], 3), peak_reserved_gib=round(memory[1], 3),
         parallelize_s=round(parallelize_s, 2), first_s=round(first_s, 2),
         compile_s=round(parallelize_s + first_s, 2),  # what a user waits for the end of the first step
+        parts=parts,
         loss=round(losses[-1], 6), first_loss=round(losses[0], 6), last_loss=round(losses[-1], 6),
     )  # fmt: skip
 

@@ -95,9 +95,9 @@ def measure(a):
         return loss.detach()
 
     synchronize = torch.cuda.synchronize if gpu else lambda: None
-    seconds, losses = run_steps(step, 1, synchronize)
+    seconds, _, _ = run_steps(step, 1, synchronize)
     first = time.perf_counter() - start
-    more, losses = run_steps(step, a.warmup - 1 + a.steps, synchronize)
+    more, started, losses = run_steps(step, a.warmup - 1 + a.steps, synchronize)
     seconds += more
     slowest = torch.tensor([statistics.median(seconds[a.warmup:]) * 1e3,
                             torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0], device=device)
@@ -107,8 +107,10 @@ def measure(a):
         name = f"transformers {transformers.__version__} + FSDP2, compile per layer" if a.impl == PEER else f"fxpar {a.impl}"
         print(json.dumps({
             "impl": name, "torch": torch.__version__, "world": dist.get_world_size(), "step_ms": round(step_ms, 1),
+            "host_ms": round(statistics.median(started[-a.steps:]) * 1e3, 1),
             "tokens_per_s_per_gpu": round(a.mbs * a.seq / step_ms * 1e3, 1), "peak_mem_gib": round(gib, 2),
             "first_s": round(first, 1), "loss": round(losses[-1], 4),
+            "cuda_graphs": "" if a.impl == PEER else module.report().cuda_graphs,
         }), flush=True)  # fmt: skip
     if a.trace:
         write_trace(step, synchronize, gpu, os.path.join(a.trace, re.sub(r"\W+", "_", a.impl) + f"_{dist.get_world_size()}.json"))

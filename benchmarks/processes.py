@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 
 import torch
 import torch.distributed as dist
@@ -21,13 +24,26 @@ def start_processes(cuda=None):
 
 
 def launched(processes, limit, script, *arguments, **variables):
-    """The line of JSON that a script prints last under torchrun, as a dict; {"error": why} without one, or after `limit` seconds.
+    """The line of JSON that rank 0 of a script prints last, as a dict; {"error": why} without one, or after `limit` seconds.
     variables: more of the environment."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script, *arguments]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "NCCL_NVLS_ENABLE": "0", **variables}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no result in {limit} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else {"error": done.stderr[-1500:]}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"OMP_NUM_THREADS": "1", **os.environ, "NCCL_NVLS_ENABLE": "0", **variables, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": port, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        ranks = [subprocess.Popen([sys.executable, script, *arguments], stdout=subprocess.DEVNULL if rank else out, stderr=errors,
+                                  env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+        end = time.monotonic() + limit
+        while time.monotonic() < end and any(r.poll() is None for r in ranks) and not any(r.returncode for r in ranks):
+            time.sleep(0.1)
+        late = all(not r.returncode for r in ranks) and any(r.poll() is None for r in ranks)
+        for r in ranks:
+            r.kill()
+            r.wait()
+        out.seek(0)
+        errors.seek(0)
+        lines = [line for line in out if line.startswith("{")]
+        if lines:
+            return json.loads(lines[-1])
+        return {"error": f"no result in {limit} s" if late else errors.read()[-1500:]}

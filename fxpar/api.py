@@ -66,7 +66,7 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     buckets of parameters and gradients end with blocks), "flat" (all in one graph, and all is traced), or "auto" (once where at
     most 40 % of the operators are left to compile: from some 12 equal layers on). But for "flat", of eight and more equal blocks
     five are traced. cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back
-    by the GPU, which no longer waits for its host: "auto" (where that is faster, and takes no more memory), True or False; what
+    by the GPU, which no longer waits for its host: "auto" (where that is faster, and there is memory for it), True or False; what
     cannot be recorded runs as ever, and the report says why. tp_comm_overlap: whether
     compiled programs hide what tensor parallelism gathers and scatters behind the products beside it, part by part: True, False,
     or "auto": as the plan says; if it says nothing, on where it was measured faster, so far nowhere. The report says whether, and

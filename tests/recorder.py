@@ -13,16 +13,19 @@ from fxpar import compat
 
 class Pretended:
     """A `fxpar.run.pool.Device`. plays, records: how often. forgotten: whether all was. fails: what the next recording raises.
-    seconds: of host and GPU, and of the GPU that plays back, as they are told. taken: bytes, before and now."""
+    seconds: of host and GPU, and of the GPU that plays back, as they are told. taken: bytes, before and now; size: all there are.
+    given_back: how often what is free was."""
 
     beside = None
 
-    def __init__(self, seconds: tuple[float, float, float] = (1.0, 1.0, 0.5), taken: tuple[int, int] = (100, 100)):
+    def __init__(self, seconds: tuple[float, float, float] = (1.0, 1.0, 0.5), taken: tuple[int, int] = (100, 100),
+                 size: int = 150):
         self.device = torch.device("cpu")
         self.plays = self.records = 0
         self.forgotten = False
         self.fails: Exception | None = None
-        self._seconds, self._taken = seconds, taken
+        self._seconds, self._taken, self._size = seconds, taken, size
+        self.given_back = 0
         self._memory: list[list[Tensor]] = []
 
     @torch.no_grad()
@@ -69,10 +72,14 @@ class Pretended:
     def taken(self) -> int:
         return self._taken[1]
 
+    def size(self) -> int:
+        return self._size
+
     def alive(self) -> int:
         return 0
 
-    def give_back(self) -> None: ...
+    def give_back(self) -> None:
+        self.given_back += 1
 
     def drawn(self) -> int:
         return torch.default_generator.get_state().sum().item()  # type: ignore[return-value]

@@ -154,7 +154,7 @@ class CudaGraphs:
     beside: a stream that is never recorded.
 
     A communicator of NCCL that was recorded ends only when the graph is gone: until then `destroy_process_group` waits. So
-    `forget` gives all graphs up. The memory of the pool stays as long as there is a recording: a graph of its own holds it.
+    `forget` gives all graphs up. The memory of the pool stays as long as there is a recording: each has a graph that holds it.
     """
 
     def __init__(self, device: torch.device):
@@ -163,7 +163,7 @@ class CudaGraphs:
         self.beside: torch.cuda.Stream | None = torch.cuda.Stream(device)
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
-        self._holds: torch.cuda.CUDAGraph | None = None
+        self._holds: weakref.ref[torch.cuda.CUDAGraph] | None = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def record(self, code: Code, inputs: list[Tensor]) -> tuple[list[Any], Callable[[], None]]:
@@ -172,11 +172,13 @@ class CudaGraphs:
 
         Raises what `code` raises, and RuntimeError where it does what cannot be recorded. Then nothing is left of it.
         """
-        if self._pool is None:
+        holds = self._holds() if self._holds is not None else None
+        if self._pool is None or holds is None:
             self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-            self._holds = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._holds, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            holds = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(holds, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 torch.zeros(1, device=self.device)
+            self._holds = weakref.ref(holds)
         graph, before, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device), gc.isenabled()
         gc.collect()
         gc.disable()  # what a collection frees might do what cannot be recorded
@@ -198,7 +200,7 @@ class CudaGraphs:
             if collects:
                 gc.enable()
         self._graphs.add(graph)
-        return made, functools.partial(_play, graph, self._holds)
+        return made, functools.partial(_play, graph, holds)
 
     def forget(self) -> None:
         """Give up all graphs that were recorded: none is played back any more. What lies in their memory stays."""
@@ -228,6 +230,10 @@ class CudaGraphs:
     def taken(self) -> int:
         """The bytes that it has now."""
         return torch.cuda.memory_reserved(self.device)
+
+    def size(self) -> int:
+        """The bytes that the device has."""
+        return torch.cuda.get_device_properties(self.device).total_memory
 
     def alive(self) -> int:
         """The bytes that tensors have now; what is lent of recordings does not count."""

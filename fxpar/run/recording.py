@@ -49,7 +49,9 @@ waits for is a part of its time, and so is what another rank's host has not star
 GAIN = 0.97
 """Of the GPU's seconds without recordings: more than this is not worth their memory."""
 MORE_MEMORY = 1.05
-"""Of what was taken without recordings: more than this is too much."""
+"""Of what was taken without recordings: more than this is too much, unless the device has plenty."""
+PLENTY = 0.5
+"""Of the device's memory: as long as no more than this is taken, it has plenty."""
 
 MOVED = "parameters or buffers have moved"
 
@@ -91,7 +93,7 @@ def gradients_of(model: nn.Module) -> Iterator[Tensor]:
 @dataclass(frozen=True)
 class Vote:
     """What a rank says when all decide. why: what speaks against it there; for ever: and always will. host, gpu: seconds of a
-    step's forward and backward; most, taken: bytes of memory, before it was recorded and now."""
+    step's forward and backward; most, taken: bytes of memory, before it was recorded and now; size: the device's."""
 
     why: str | None
     for_ever: bool
@@ -99,6 +101,7 @@ class Vote:
     gpu: float
     most: int
     taken: int
+    size: int
 
 
 class Recordings:
@@ -230,6 +233,8 @@ class RecordedProgram:
         given.clear()
         self._runs += 1
         if self._off is not None:
+            if self._pool.given_up and self._pool.let_go():
+                self._device.give_back()
             return code(inputs)
         if self._wants_backward:
             self.give_up("the backward did not follow the forward that was recorded")
@@ -326,7 +331,7 @@ class RecordedProgram:
         steps = max(len(times) / (1 + self._trains), 1)
         more = max(self._device.alive() - self._alive, 0)  # an optimizer's state, made since
         mine = Vote(why, for_ever, sum(h for h, _ in times) / steps, sum(g() for _, g in times) / steps, self._most,
-                    self._device.taken() - more)
+                    self._device.taken() - more, self._device.size())
         return self._all.control.exchange(mine)
 
     def _decide(self, code: compat.Code, inputs: list[Any], obstacle: str | None) -> None:
@@ -343,6 +348,7 @@ class RecordedProgram:
             self._postpone(f"the GPU takes {gpu * 1e3:.0f} ms, the host that starts its work {host * 1e3:.0f} ms", True)
         else:
             self._gpu = gpu
+            self._device.give_back()  # for the recordings, which find a place of their own
             self._forward = self._record(code, list(inputs), self._fixed)
             self._wants_backward = self._trains and self._forward is not None
             self._tried = False
@@ -383,7 +389,8 @@ class RecordedProgram:
         if not self._tried:
             self._tried = True
             gpu, more = max(v.gpu for v in votes), max(v.taken / max(v.most, 1) for v in votes)
-            if self._all.wanted == "auto" and more > MORE_MEMORY:
+            plenty = max(v.taken / v.size for v in votes) <= PLENTY
+            if self._all.wanted == "auto" and more > MORE_MEMORY and not plenty:
                 self.give_up("")
                 self._postpone(f"recordings take {100 * (more - 1):.0f} % more memory", True)
                 return

@@ -404,10 +404,28 @@ def test_what_is_off(loops):
     assert told(Pretended(seconds=(1.0, 1.1, 1.08))) == "off: with recordings the GPU takes 2160 ms, and 2200 ms without"
     assert told(Pretended(taken=(100, 106))) == "off: recordings take 6 % more memory"
     assert told(Pretended(taken=(100, 106)), True).startswith("on ")
+    assert told(Pretended(taken=(100, 106), size=212)).startswith("on ")
+    assert told(Pretended(taken=(100, 106), size=211)) == "off: recordings take 6 % more memory"
     broken = Pretended()
     broken.fails = RuntimeError("operation not permitted when stream is capturing\nmore")
     assert told(broken) == "off: it could not be recorded: RuntimeError: operation not permitted when stream is capturing"
     assert told(Pretended(), actions=1) == "off: not yet, a program is recorded after 1 runs"
+
+
+def test_memory_of_what_is_refused_is_given_back_when_nobody_has_any_of_it(loops):
+    loop, device = loops[0], Pretended(taken=(100, 106))
+    loop.begin(device)
+    held: list[Tensor] = []
+    while not loop.recordings.pool.given_up:
+        loop.loop()
+        held += loop.gradients()
+    given_back = device.given_back
+    loop.loop()
+    assert loop.recordings.pool.given_up and device.given_back == given_back
+    held.clear()
+    loop.loop()
+    loop.loop()
+    assert not loop.recordings.pool.given_up and device.given_back == given_back + 1
 
 
 def test_several_ranks_compare_what_is_held(loops, monkeypatch):

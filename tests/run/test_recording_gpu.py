@@ -57,3 +57,21 @@ def test_tables_of_addresses_are_written_when_a_recording_is_over():
         source[0].normal_()
         play()
         assert len(kept) == 1 and all(torch.equal(x, y * 2) for to in (first, second) for x, y in zip(to, source, strict=True))
+
+
+@pytest.mark.gpu
+def test_memory_is_given_back_with_the_last_recording():
+    graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+    graphs.give_back()
+    before = graphs.taken()
+
+    def code(given: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [given[0].expand(2**24) + 1]
+
+    for _ in range(2):
+        made, play = graphs.record(code, [torch.zeros(1, device="cuda")])
+        play()
+        assert made[0].sum() == 2**24 and before + 2**26 <= graphs.taken() <= graphs.size()
+        del made, play
+        graphs.give_back()
+        assert graphs.taken() <= before + 2**22
