@@ -11,25 +11,42 @@ from torch import Tensor
 from fxpar import compat
 
 
+class Played:
+    """A `fxpar.run.pool.Plays`. play: None when it is forgotten, with all that it would have played."""
+
+    def __init__(self, device: Pretended, play: Callable[[], None]):
+        self.device = device
+        self.play: Callable[[], None] | None = play
+        device.remembered += 1
+
+    def __call__(self) -> None:
+        assert self.play is not None, "it was forgotten"
+        self.play()
+
+    def forget(self) -> None:
+        if self.play is not None:
+            self.device.remembered -= 1
+        self.play = None
+
+
 class Pretended:
-    """A `fxpar.run.pool.Device`. plays, records: how often. forgotten: whether all was. fails: what the next recording raises.
-    seconds: of host and GPU, and of the GPU that plays back, as they are told. taken: bytes, before and now; size: all there are.
-    given_back: how often what is free was."""
+    """A `fxpar.run.pool.Device`. plays, records: how often. remembered: how many recordings were not forgotten. fails: what the
+    next one raises. seconds: of host and GPU, and of the GPU that plays back, as they are told. taken: bytes, before and now;
+    size: all there are. given_back: how often what is free was."""
 
     beside = None
 
     def __init__(self, seconds: tuple[float, float, float] = (1.0, 1.0, 0.5), taken: tuple[int, int] = (100, 100),
                  size: int = 150):
         self.device = torch.device("cpu")
-        self.plays = self.records = 0
-        self.forgotten = False
+        self.plays = self.records = self.remembered = 0
         self.fails: Exception | None = None
         self._seconds, self._taken, self._size = seconds, taken, size
         self.given_back = 0
         self._memory: list[list[Tensor]] = []
 
     @torch.no_grad()
-    def record(self, code: compat.Code, inputs: list[Tensor]) -> tuple[list[Any], Callable[[], None]]:
+    def record(self, code: compat.Code, inputs: list[Tensor]) -> tuple[list[Any], Played]:
         given = list(inputs)
         inputs.clear()
         if self.fails is not None:
@@ -56,10 +73,7 @@ class Pretended:
             for to, result in zip(memory, results, strict=True):
                 to.copy_(result)
 
-        return outs, play
-
-    def forget(self) -> None:
-        self.forgotten = True
+        return outs, Played(self, play)
 
     def timed(self, run: Callable[[], Any]) -> tuple[Any, float, Callable[[], float]]:
         plays = self.plays

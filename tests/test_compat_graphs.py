@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._inductor import config as inductor_config
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
 from fxpar.compat import stages
@@ -424,3 +426,25 @@ def test_parts_of_a_collective_are_waited_for_one_by_one():
     for first, second in found:
         torch.testing.assert_close(first, want @ weight)
         torch.testing.assert_close(second, want + 1)
+
+
+@pytest.mark.parametrize("draws, states", [(lambda q: F.scaled_dot_product_attention(q, q, q), 0),
+                                           (lambda q: q * torch.rand_like(q), 1)])
+def test_states_of_generators_are_kept_for_what_draws_again(draws, states):
+    """`compat.mend_states`: attention without dropout draws nothing."""
+    def again(graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.op == "call_function" and not compat.in_backward(node):
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+    q, kept = torch.randn(2, 2, 4, 8, requires_grad=True), []
+    run = compat.partition_eagerly(make_fx(lambda q: (draws(q).exp(),))(q), [q], again)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        (y,) = run(q)
+    assert kept.count(torch.uint8) == states
+    (mine,) = torch.autograd.grad(y.sum(), q)
+    if not states:
+        (theirs,) = torch.autograd.grad(draws(q).exp().sum(), q)
+        torch.testing.assert_close(mine, theirs)
+    else:
+        torch.testing.assert_close(mine * q, y * y.log())

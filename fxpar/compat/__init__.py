@@ -37,7 +37,7 @@ from fxpar.compat.cudagraphs import (
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces
 from fxpar.compat.data import assign_data_by, share_memory_by
 from fxpar.compat.fused import step_parts_directly
-from fxpar.compat.generators import generators_watched
+from fxpar.compat.generators import generators_watched, is_random, mend_states
 from fxpar.compat.groups import before_groups_end, default_store, process_groups
 from fxpar.compat.handed import interpret_graph, lowered_graphs
 from fxpar.compat.lowerings import lower_as_collective, lower_as_concatenation, lower_as_wait
@@ -152,6 +152,7 @@ __all__ = [
     "lower_as_wait",
     "lowered_graphs",
     "mend_searches_for_nan",
+    "mend_states",
     "mend_sums_of_norms",
     "mend_writes_to_plain_tensors",
     "mutates",
@@ -203,10 +204,6 @@ def is_pointwise(target: Any) -> bool:
     `leaky_relu` lacks."""
     return isinstance(target, torch._ops.OpOverload) and (
         torch.Tag.pointwise in target.tags or target is torch.ops.aten.leaky_relu.default)
-
-
-def is_random(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def is_of_vmap(target: Any) -> bool:

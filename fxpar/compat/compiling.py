@@ -14,6 +14,7 @@ from torch import fx
 from fxpar.compat.caches import cache_settings
 from fxpar.compat.cudagraphs import CodeRecorder, alone, boxed, recorded_by, recorded_output
 from fxpar.compat.cut import Cutting
+from fxpar.compat.generators import mend_states
 from fxpar.compat.profiles import comments_on_cpus
 from fxpar.compat.reductions import mend_reductions
 from fxpar.compat.steps import Code, sizes_of_values, sizes_to_compile
@@ -37,6 +38,7 @@ def compile_graph(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
     from fxpar.compat.pieces import compile_cut
 
     mend_reductions()
+    mend_states()
     graphs = 2 if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) else 1
     returned = False
 
@@ -94,5 +96,6 @@ def partition_eagerly(gm: fx.GraphModule, inputs: list[torch.Tensor], joint: Cal
         made = as_it_is(gm, example_inputs)
         return made if recorder is None else boxed(recorder.backward(made))
 
+    mend_states()
     with sizes_of_values(inputs, counts) as inputs, recorded_by(recorder):
         return aot_module_simplified(gm, inputs, fw_compiler=as_it_is, bw_compiler=backward, partition_fn=partition)

@@ -142,10 +142,18 @@ def unrecorded(stream: torch.cuda.Stream) -> Iterator[None]:
         exchange(ctypes.byref(mode))
 
 
+class Playback:
+    """A recorded graph, which is played back when this is called. holds: a graph that holds the memory of the pool."""
 
-def _play(graph: torch.cuda.CUDAGraph, _: Any) -> None:
-    """With what holds the memory of the graph."""
-    graph.replay()
+    def __init__(self, graph: torch.cuda.CUDAGraph, holds: torch.cuda.CUDAGraph):
+        self._graph, self._holds = graph, holds
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+    def forget(self) -> None:
+        """Give the graph up: it is not played back any more. What lies in its memory stays as long as this object does."""
+        self._graph.reset()
 
 
 class CudaGraphs:
@@ -154,7 +162,7 @@ class CudaGraphs:
     beside: a stream that is never recorded.
 
     A communicator of NCCL that was recorded ends only when the graph is gone: until then `destroy_process_group` waits. So
-    `forget` gives all graphs up. The memory of the pool stays as long as there is a recording: each has a graph that holds it.
+    whoever has a `Playback` must forget it before. The memory of the pool stays as long as there is one.
     """
 
     def __init__(self, device: torch.device):
@@ -164,11 +172,10 @@ class CudaGraphs:
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
         self._holds: weakref.ref[torch.cuda.CUDAGraph] | None = None
-        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
-    def record(self, code: Code, inputs: list[Tensor]) -> tuple[list[Any], Callable[[], None]]:
-        """What `code` makes of `inputs`, a list that is emptied, as memory to which the function that is returned writes it.
-        Nothing has run before that is called.
+    def record(self, code: Code, inputs: list[Tensor]) -> tuple[list[Any], Playback]:
+        """What `code` makes of `inputs`, a list that is emptied, as memory to which what is returned writes it. Nothing has run
+        before that is called.
 
         Raises what `code` raises, and RuntimeError where it does what cannot be recorded. Then nothing is left of it.
         """
@@ -199,14 +206,7 @@ class CudaGraphs:
         finally:
             if collects:
                 gc.enable()
-        self._graphs.add(graph)
-        return made, functools.partial(_play, graph, holds)
-
-    def forget(self) -> None:
-        """Give up all graphs that were recorded: none is played back any more. What lies in their memory stays."""
-        for graph in self._graphs:
-            graph.reset()
-        self._graphs.clear()
+        return made, Playback(graph, holds)
 
     def timed(self, run: Callable[[], Any]) -> tuple[Any, float, Callable[[], float]]:
         """What ``run()`` returns, its seconds on the host, and what waits for those on the GPU."""

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxpar.compat.cut import Cutting, interpret_pieces
+from fxpar.compat.generators import mend_states
 from fxpar.compat.profiles import comments_on_cpus
 from fxpar.compat.reductions import mend_reductions
 
@@ -108,6 +109,7 @@ def trace_steps(gm: fx.GraphModule, inputs: list[Tensor], joint: Callable[[fx.Gr
     from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+    mend_states()
     found: list[TracedForward] = []
 
     def partition(module: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:

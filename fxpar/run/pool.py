@@ -19,14 +19,20 @@ from fxpar import compat
 from fxpar.ops.table import written_later
 
 
+class Plays(Protocol):
+    """Plays a recording back when it is called: `fxpar.compat.cudagraphs.Playback`."""
+
+    def __call__(self) -> None: ...
+    def forget(self) -> None: ...
+
+
 class Device(Protocol):
     """What records: `fxpar.compat.CudaGraphs`. beside: a stream that is never recorded."""
 
     device: torch.device
     beside: torch.cuda.Stream | None
 
-    def record(self, code: compat.Code, inputs: list[Tensor]) -> tuple[list[Any], Callable[[], None]]: ...
-    def forget(self) -> None: ...
+    def record(self, code: compat.Code, inputs: list[Tensor]) -> tuple[list[Any], Plays]: ...
     def timed(self, run: Callable[[], Any]) -> tuple[Any, float, Callable[[], float]]: ...
     def most(self) -> int: ...
     def taken(self) -> int: ...
@@ -69,6 +75,13 @@ class Pool:
         self.loan = None
         self.given_up.clear()
         return None
+
+    def abandon(self) -> None:
+        """The module is gone: nothing is played back any more, and no gradient is looked for. To be called by whoever is
+        collected along with it, whose weak references are dead by then."""
+        for recording in self.given_up:
+            recording.forget()
+        self.gradients = tuple
 
     def let_go(self) -> bool:
         """Have the memory of what is not played back any more given back, if nobody has anything of it; whether that is so."""
@@ -178,6 +191,10 @@ class Recording:
     def fits(self, inputs: Sequence[Any]) -> bool:
         """Whether what is to stay where it is has done so."""
         return all(inputs[i].data_ptr() == address for i, address in self._addresses)
+
+    def forget(self) -> None:
+        """It is not played back any more; what lies in its memory stays."""
+        self.replay.forget()
 
     def play(self, inputs: Sequence[Tensor]) -> None:
         self._fill(inputs)

@@ -117,6 +117,7 @@ class Recordings:
                  over: Callable[[dist.ProcessGroup], bool] = lambda group: False):
         self.wanted, self.device, self.control, self._anew = wanted, device, control, anew
         self.off = "cuda_graphs=False" if wanted is False else off
+        _kept[:] = [pool for pool in _kept if pool.is_lent()]
         self.pool, self._over = Pool(gradients), over
         self._made: dict[int, tuple[Program, dict[bool, RecordedProgram]]] = {}
         if self.off is None and control.world > 1:
@@ -126,13 +127,10 @@ class Recordings:
     def __del__(self) -> None:
         if sys.is_finalizing():
             return
-        _kept[:] = [pool for pool in _kept if pool.is_lent()]
         for number in list(self._made):
             self._give_up(number)
-        if self.pool.is_lent():
-            _kept.append(self.pool)
-            if self.device is not None:
-                self.device.forget()
+        self.pool.abandon()
+        _kept[:] = [pool for pool in (*_kept, self.pool) if pool.is_lent()]
 
     def anew(self, broken: bool = False) -> None:
         self._anew(broken)
@@ -168,8 +166,8 @@ class Recordings:
         for _, made in self._made.values():
             for each in made.values():
                 each.end(self.off)
-        if self.device is not None:
-            self.device.forget()
+        for recording in self.pool.given_up:
+            recording.forget()
 
     def told(self, program: Program) -> str:
         """Whether a program's forward and backward are played back, and why not."""
