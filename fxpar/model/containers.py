@@ -1,7 +1,8 @@
 """containers: objects that hold a call's tensors, and that PyTorch does not know for containers until they are met.
 
 A dataclass is its attributes, as an object of it has them; a `UserDict` (a `BatchEncoding` of Hugging Face is one) or another
-mapping its items. Their classes are registered with PyTorch's trees, as `torch.export.register_dataclass` would.
+mapping its items, and a list of a class of its own its members. Their classes are registered with PyTorch's trees, as
+`torch.export.register_dataclass` would.
 """
 
 from __future__ import annotations
@@ -27,13 +28,11 @@ def know(tree: Any) -> None:
 
 
 def _is_container(leaf: Any) -> bool:
-    return (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)) or isinstance(leaf, Mapping)
+    return (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)) or isinstance(leaf, Mapping | list)
 
 
 def _register(kind: type) -> None:
-    parts: Callable[[Any], tuple[list[Any], list[Any], Any]] = _items if issubclass(kind, Mapping) else _attributes
-    made: Callable[..., Any] = _mapping if issubclass(kind, Mapping) else _object
-    key: Callable[[Any], Any] = pytree.MappingKey if issubclass(kind, Mapping) else pytree.GetAttrKey
+    parts, made, key = _how(kind)
 
     def flatten(x: Any) -> tuple[list[Any], Any]:
         names, values, rest = parts(x)
@@ -45,6 +44,25 @@ def _register(kind: type) -> None:
 
     pytree.register_pytree_node(kind, flatten, lambda values, context: made(kind, context[0], values, context[1]),
                                 serialized_type_name=f"{kind.__module__}.{kind.__qualname__}", flatten_with_keys_fn=with_keys)
+
+
+def _how(kind: type) -> tuple[Callable[[Any], tuple[list[Any], list[Any], Any]], Callable[..., Any], Callable[[Any], Any]]:
+    """What takes objects of a class apart, what puts them together again, and what names their parts."""
+    if issubclass(kind, Mapping):
+        return _items, _mapping, pytree.MappingKey
+    return (_members, _list, pytree.SequenceKey) if issubclass(kind, list) else (_attributes, _object, pytree.GetAttrKey)
+
+
+def _members(x: Any) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    return list(range(len(x))), list(x), dict(vars(x)) if hasattr(x, "__dict__") else {}
+
+
+def _list(kind: Any, names: list[Any], values: Any, rest: dict[str, Any]) -> Any:
+    new: Any = kind.__new__(kind)
+    list.extend(new, values)
+    if rest:
+        new.__dict__.update(rest)
+    return new
 
 
 def _attributes(x: Any) -> tuple[list[str], list[Any], None]:

@@ -32,6 +32,7 @@ def canonical(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
     if any(k in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY) and n in bound.arguments
            for n, k in kinds.items()):
         know((args, dict(kwargs)))
+        _require_dense({**dict(enumerate(args)), **kwargs})
         return tuple(args), dict(kwargs)
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -40,7 +41,20 @@ def canonical(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
         elif value is not None:
             named[name] = value
     know(named)
+    _require_dense(named)
     return (), named
+
+
+def _require_dense(named: Mapping[Any, Any]) -> None:
+    """Raises: `InputError` for numbers that no program takes: sparse and nested tensors, and those of numpy."""
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided:
+                raise InputError(f"input {name!r} is a tensor of the layout {value.layout}, of which ranks cannot take parts: "
+                                 "pass it dense (to_dense(), torch.nested.to_padded_tensor), or its indices and values")
+        elif type(value).__module__ == "numpy" and not isinstance(value, float):
+            raise InputError(f"input {name!r} is of numpy ({type(value).__name__}): pass torch.as_tensor(x), or float(x) or "
+                             "int(x) of a single number")
 
 
 _methods: weakref.WeakKeyDictionary[Callable, inspect.Signature] = weakref.WeakKeyDictionary()

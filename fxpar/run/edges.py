@@ -20,6 +20,7 @@ What the user made is found behind an input by a walk through the autograd graph
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,12 +63,13 @@ class _Leave(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, out: Tensor, crossing: Crossing, kind: OutputKind) -> Tensor:
-        ctx.crossing, ctx.kind = crossing, kind
+    def forward(ctx, out: Tensor, crossing: Crossing, kind: OutputKind, begins: Callable[[], None]) -> Tensor:
+        ctx.crossing, ctx.kind, ctx.begins = crossing, kind, begins
         return out.detach()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        ctx.begins()
         if isinstance(grad, DTensor):  # of what was computed with parameters, too
             if ctx.crossing.edges.plan.pp > 1:
                 raise InputError(f"a loss of {ctx.crossing.edges.name} was computed along with parameters under pp="
@@ -80,7 +82,7 @@ class _Leave(torch.autograd.Function):
             raise InputError(f"a second derivative of {edges.name} (create_graph=True), under plan {edges.plan}: a backward that "
                              "was compiled, or makes values again, cannot be derived; use parallelize(backend=\"eager\") and a "
                              "plan with zero<=2 and recompute=none")
-        return ctx.crossing.back(ctx.kind, grad), None, None
+        return ctx.crossing.back(ctx.kind, grad), None, None, None
 
 
 class _Enter(torch.autograd.Function):
@@ -194,17 +196,18 @@ class Edges:
                     passed[path] = _Enter.apply(leaf, crossing, origin) if split else leaf
         return passed, crossing
 
-    def leave(self, program: Program, outs: Any, crossing: Crossing) -> list[Any]:
-        """The program's outputs, as the user gets them."""
+    def leave(self, program: Program, outs: Any, crossing: Crossing, begins: Callable[[int], None]) -> list[Any]:
+        """The program's outputs, as the user gets them. begins: is told the number of one that a backward pass begins with."""
         if not torch.is_grad_enabled():
             return list(outs)
         sinks, kinds = program.tensor_sinks(), self._of(program)[1]
-        return [_Leave.apply(out, crossing, kind) if sink.kind in ("output", "attribute") and out.requires_grad else out
-                for out, sink, kind in zip(outs, sinks, kinds, strict=True)]
+        return [_Leave.apply(out, crossing, kind, functools.partial(begins, number))
+                if sink.kind in ("output", "attribute") and out.requires_grad else out
+                for number, (out, sink, kind) in enumerate(zip(outs, sinks, kinds, strict=True))]
 
     def leave_loss(self, loss: Tensor) -> Tensor:
         """A loss that no program's graph is behind, as the user gets it."""
-        return _Leave.apply(loss, Crossing(self), "loss") if loss.requires_grad else loss
+        return _Leave.apply(loss, Crossing(self), "loss", tuple) if loss.requires_grad else loss
 
     def drop(self, program: Program) -> None:
         """The program will not be run again."""

@@ -238,7 +238,7 @@ class Engine:
         with compat.ranged("fxpar: inputs"):
             given = compiled.feed(named, microbatch, seed)
         with compat.ranged("fxpar: forward"):
-            outs = compiled.start.run(lambda: self._edges.leave(program, run(*given), crossing))
+            outs = compiled.start.run(lambda: self._edges.leave(program, run(*given), crossing, compiled.feed.reached.note))
         self._tell_of_backward(outs)
         return outs
 
@@ -420,7 +420,7 @@ class Engine:
 
     def _compile(self, program: Program, named: dict[str, Any]) -> Compiled:
         self.store.runtime.prepare(program.module)
-        feed = Feed(program, self.store.places, self._steps.gradients, self.device)
+        feed = Feed(program, self.store.places, self._steps.gradients, self.device, self._edges.once)
         start = Start(program, named, len(self.programs))
         if self.plan.pp > 1:
             pipeline = start.lower(lambda later: Pipeline(program, self.stages(program), self._schedule(), self.store,

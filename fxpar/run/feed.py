@@ -13,6 +13,7 @@ from fxpar import compat
 from fxpar.errors import InputError
 from fxpar.program import Program, Source
 from fxpar.run.gradients import Receipt, UnreducedGradients
+from fxpar.run.reached import Reached
 from fxpar.run.steps import Microbatch
 
 ModuleSlot = tuple[dict[str, Any], str]
@@ -22,12 +23,13 @@ ModuleSlot = tuple[dict[str, Any], str]
 class _ToLocal(torch.autograd.Function):
     """DTensor parameters -> this rank's tensors; gradients come back as DTensors of the same placements.
 
-    `receipt` is told of the gradients of plain tensors that pass through after them.
+    `receipt` is told of the gradients of plain tensors that pass through after them. What the backward pass did not come to, as
+    `reached` knows, has no gradient.
     """
 
     @staticmethod
-    def forward(ctx, receipt: Receipt, count: int, *tensors: Tensor):
-        ctx.receipt, ctx.parameters = receipt, tensors[:count]
+    def forward(ctx, receipt: Receipt, reached: Reached, count: int, *tensors: Tensor):
+        ctx.receipt, ctx.reached, ctx.parameters = receipt, reached, tensors[:count]
         ctx.set_materialize_grads(False)
         return (*map(compat.local_part, ctx.parameters), *(t.detach() for t in tensors[count:]))
 
@@ -39,10 +41,10 @@ class _ToLocal(torch.autograd.Function):
                              "`with module.gathered()`")
         n = len(ctx.parameters)
         with compat.ranged("fxpar: gradients"):
-            ctx.receipt(grads[n:])
-            pairs = zip(ctx.parameters, grads[:n], strict=True)
+            ctx.receipt(grads[n:], ctx.reached)
+            pairs = zip(ctx.parameters, ctx.reached.of_parameters(grads[:n]), strict=True)
             like = [None if g is None else compat.like_dtensor(g, p) for p, g in pairs]
-        return (None, None, *like, *[None] * (len(grads) - n))
+        return (None, None, None, *like, *[None] * (len(grads) - n))
 
 
 @dataclass
@@ -59,14 +61,17 @@ class _Linked:
 class Feed:
     """The local inputs of `program`, call by call.
 
-    places: where its parameters and buffers are found, by name; they are looked up at every call. Tensors that share memory with
+    places: where its parameters and buffers are found, by name; they are looked up at every call. traced: see `Reached`; that of
+    the last call is `reached`. Tensors that share memory with
     the parameters are made once, and again when a parameter was replaced, moved or frozen: a step's first kernel need
     not wait for hundreds of them.
     """
 
-    def __init__(self, program: Program, places: dict[str, ModuleSlot], gradients: UnreducedGradients, device: torch.device):
+    def __init__(self, program: Program, places: dict[str, ModuleSlot], gradients: UnreducedGradients, device: torch.device,
+                 traced: bool = False):
         self.program, self.places, self.device = program, places, device
         self._receipt = Receipt(gradients)
+        self._linked_reached = self.reached = Reached(program, traced)
         self._parameters = [places[s.name] for s in program.sources if s.kind == "param"]
         self._linked: _Linked | None = None
 
@@ -76,8 +81,9 @@ class Feed:
         named: path -> what the user passed; programs take it contiguous, as they were captured. seed: what dropout draws from.
         """
         parameters = [table[key] for table, key in self._parameters]
+        self.reached = self._linked_reached if microbatch is None else self._linked_reached.of_another_call()
         if microbatch is not None:
-            locals_ = iter(_ToLocal.apply(microbatch.receipt, len(parameters), *parameters, *microbatch.detached))
+            locals_ = iter(_ToLocal.apply(microbatch.receipt, self.reached, len(parameters), *parameters, *microbatch.detached))
         elif parameters and torch.is_grad_enabled():
             locals_ = iter(self._link(parameters))
         else:
@@ -118,6 +124,6 @@ class Feed:
                 and state == made.state and all(t.grad_fn is made.node for t in made.local):
             return made.local
         compat.attach_hooks(parameters)
-        local = _ToLocal.apply(self._receipt, len(parameters), *parameters)
+        local = _ToLocal.apply(self._receipt, self._linked_reached, len(parameters), *parameters)
         self._linked = _Linked(parameters, memory, state, local, local[0].grad_fn)
         return local

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxpar import compat
 from fxpar.passes.partition.phases import Boundary
+from fxpar.run.reached import Reached
 
 
 class UnreducedGradients:
@@ -63,14 +64,14 @@ class UnreducedGradients:
 @dataclass
 class Receipt:
     """What the backward of one microbatch tells `to`: the gradients of the values at these boundaries, which stay unreduced; or,
-    if there are none, that it reduced its own and those `along`."""
+    if there are none, that it reduced its own and of those `along` what it came to."""
 
     to: UnreducedGradients
     boundaries: list[Boundary] = field(default_factory=list)
-    along: dict[str, Tensor] = field(default_factory=dict)
+    along: list[tuple[Boundary, Tensor]] = field(default_factory=list)
 
-    def __call__(self, grads: Sequence[Tensor | None]) -> None:
+    def __call__(self, grads: Sequence[Tensor | None], reached: Reached) -> None:
         if self.boundaries:
-            self.to.hold(self.boundaries, grads)
+            self.to.hold(self.boundaries, reached.of_boundaries(grads, self.boundaries))
         else:
-            self.to.reduced(self.along)
+            self.to.reduced({b.key: tensor for b, tensor in self.along if reached.reduces(b)})

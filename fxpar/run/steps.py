@@ -71,7 +71,7 @@ class Steps:
         detached = [values[b].detach().requires_grad_() for b in compute.boundaries("detached")]
         inputs = [self._unreduced(b, values[b]) if kind == "unreduced" else values[b]
                   for kind, b in compute.extra if kind != "detached"]
-        along = {b.key: pending[b.key] for b in compute.boundaries("unreduced") if b.key in pending}
+        along = [(b, pending[b.key]) for b in compute.boundaries("unreduced") if b.key in pending]
         run = self._run(compute, compute.module, lambda: [*example(), *detached, *inputs])
         return Microbatch(run, detached, inputs, Receipt(self.gradients, compute.boundaries("detached"), along))
 
@@ -94,14 +94,15 @@ class Steps:
             if not mine:
                 continue
             grads = {key: grad for key, grad in grads.items() if key not in {b.key for b in mine}}
-            parameters = [self.parameter(s.name) for s in program.sources if s.kind == "param"]
-            local = [compat.local_part(p).requires_grad_() for p in parameters]
+            names = [s.name for s in program.sources if s.kind == "param"]
+            parameters = [self.parameter(name) for name in names]
+            local, theirs = [compat.local_part(p).requires_grad_() for p in parameters], {b.source.name for b in mine}
             with torch.enable_grad():
                 values = self._run(phases.reduce, phases.reduce, functools.partial(list, local))(*local)
                 outs = dict(zip(phases.boundaries, values, strict=True))
                 found = torch.autograd.grad([outs[b] for b in mine], local, list(mine.values()), allow_unused=True)
-            for p, grad in zip(parameters, found, strict=True):
-                if grad is not None:
+            for name, p, grad in zip(names, parameters, found, strict=True):
+                if grad is not None and name in theirs:  # a backward that was traced gives zeros to the others
                     late = compat.like_dtensor(grad, p)
                     p.grad = late if p.grad is None else p.grad + late
 

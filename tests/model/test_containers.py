@@ -13,7 +13,7 @@ from transformers import BatchEncoding
 from transformers.utils import ModelOutput
 
 import fxpar
-from fxpar import CaptureError
+from fxpar import CaptureError, InputError
 from fxpar.testing import assert_equivalent
 
 
@@ -67,6 +67,10 @@ def nested(loss, logits):
     return Nested(loss, {"inner": Items(logits=logits, flag=True), "count": 3})
 
 
+class Stack(list):
+    """A list of a class of its own."""
+
+
 X, Y = torch.randn(4, 8), torch.randint(8, (4,))
 GIVEN = [Batch(X, Y, 2.0), Slotted(X, Y), Items(x=X, y=Y), BatchEncoding({"x": X, "y": Y})]
 RETURNED = [nested, lambda loss, logits: Output(loss, logits), lambda loss, logits: Items(loss=loss, logits=logits),
@@ -99,3 +103,19 @@ def test_a_batch_of_a_class_is_split_over_replicas():
 def test_an_object_that_nobody_knows_is_refused():
     with pytest.raises(CaptureError, match=r"type that torch\.utils\._pytree does not know: .*Opaque; pass .*dataclasses"):
         fxpar.parallelize(Net(nested), "dp=1", (Opaque(X, Y),))
+
+
+def test_lists_of_a_class_of_their_own():
+    plain = Net(lambda loss, logits: Items(loss=loss, more=Stack([logits, 3])))
+    have = fxpar.parallelize(copy.deepcopy(plain), "dp=1", (Batch(X, Y, 2.0),))(Batch(X, Y, 2.0))
+    assert type(have["more"]) is Stack and have["more"][1] == 3
+    torch.testing.assert_close(have["more"][0], plain(Batch(X, Y, 2.0))["more"][0])
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    (X.to_sparse(), "layout torch.sparse_coo"),
+    (torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged), "layout torch.jagged"),
+    (X.numpy(), "of numpy .ndarray.: pass torch.as_tensor"), (X.numpy()[0, 0], "of numpy .float32.")])
+def test_numbers_that_no_program_takes_are_refused(given, says):
+    with pytest.raises(InputError, match=f"input 'input' is .*{says}"):
+        fxpar.parallelize(torch.nn.Linear(8, 8), "dp=1", (given,))
