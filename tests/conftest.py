@@ -1,10 +1,12 @@
 """Test runs are reproducible: hypothesis derives its examples, and torch its random numbers, from the test alone."""
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, settings
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,7 +31,26 @@ settings.register_profile(
 )  # for a first look at many failures
 settings.load_profile("fxpar")
 torch.set_num_threads(1)
+torch._inductor.config.cpp.vec_isa_ok = True  # else each new cache begins with programs that try the compiler out
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # the same, for processes that are started
 os.environ.setdefault("FXPAR_QUIET", "1")  # how long something takes depends on the machine, what tests read does not
+
+
+def pytest_collection_finish() -> None:
+    freeze()
+
+
+def freeze() -> None:
+    """What is there now is left alone by Python's garbage collector: `parallelize` looks at every object that it knows."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects():
+    """What the tests before imported is left alone, too."""
+    if len(gc.get_objects()) > 100_000:
+        freeze()
 
 
 @pytest.fixture(autouse=True)

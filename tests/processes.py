@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 # A server process imports these once; every rank is a fork of it and starts at once.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.export", "torch._dynamo", "fxpar", "tests.zoo", "tests.processes"])
+_context.set_forkserver_preload(["torch", "torch.export", "torch._dynamo", "fxpar", "tests.zoo", "tests.processes",
+                                 "tests.warm"])
 
 GRACE = 5.0
 """Seconds that the other ranks have to finish, too, once one has failed."""

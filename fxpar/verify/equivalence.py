@@ -93,9 +93,8 @@ def assert_equivalent(model: nn.Module | Captured, plan: Plan | str | Plans, exa
 
 def _assert_equivalent(captured: Captured, plan: Plan, lowered: bool, backend: str, transport: str, loss_tolerance: float,
                        gradient_tolerance: float, seed: int) -> None:
-    stages: list[tuple[str, Program]] = []
-    simulation = Simulation(captured, plan, observe=lambda name, p: stages.append((name, _frozen(p))), lowered=lowered,
-                            backend=backend, transport=transport)
+    inferred = _Inferred()
+    simulation = Simulation(captured, plan, observe=inferred, lowered=lowered, backend=backend, transport=transport)
     model, call = captured.model, captured.call
     with torch.random.fork_rng(devices=[]):
         inputs = input_leaves(call)
@@ -106,8 +105,8 @@ def _assert_equivalent(captured: Captured, plan: Plan, lowered: bool, backend: s
                     exact = _in_microbatches(captured, plan, False, seed)
                     one = _in_microbatches(captured, plan, True, seed) if _is_narrow(plan) else exact
                 else:
-                    exact = _exact(model, plan, call, stages, seed)
-                    one = _run_program(_before_partition(stages), model, inputs, seed) if _is_narrow(plan) else exact
+                    exact = _exact(model, plan, call, inferred.program, seed)
+                    one = _run_program(inferred.program, model, inputs, seed) if _is_narrow(plan) else exact
             with moved(model, number):
                 return exact, _rounded(one, plan), simulation.step(*call[0], **call[1], seed=seed)
 
@@ -135,7 +134,7 @@ def _assert_equivalent(captured: Captured, plan: Plan, lowered: bool, backend: s
             raise EquivalenceError(f"{problem}; with microbatches=1 it agrees: the pass 'microbatches' makes the difference; "
                                    f"plan {plan}")
         if problem is not None:
-            raise EquivalenceError(_explain(problem, model, simulation, stages, call, seed, compare))
+            raise EquivalenceError(_explain(problem, simulation, inferred.program, seed, compare))
 
 
 @contextlib.contextmanager
@@ -159,16 +158,15 @@ def moved(model: nn.Module, draw: int, dtype: torch.dtype = torch.bfloat16) -> I
                 p.copy_(value)
 
 
-def _exact(model: nn.Module, plan: Plan, call: Call, stages: list[tuple[str, Program]], seed: int) -> Reference:
-    """One device, in the dtypes that the model has."""
-    if not any(s.kind == "seed" for s in _before_partition(stages).sources):
+def _exact(model: nn.Module, plan: Plan, call: Call, program: Program, seed: int) -> Reference:
+    """One device, in the dtypes that the model has. program: what is inferred under `plan`."""
+    if not any(s.kind == "seed" for s in program.sources):
         return _with_roundings(_run_model(model, call), model, call)
     if not _is_narrow(plan):
-        return _run_program(_before_partition(stages), model, input_leaves(call), seed)
-    wide: list[tuple[str, Program]] = []
-    Simulation(model, replace(plan, param_dtype=None, reduce_dtype=None, microbatches=1), call[1] or call[0],
-               observe=lambda name, p: wide.append((name, _frozen(p))))
-    return _run_program(_before_partition(wide), model, input_leaves(call), seed)
+        return _run_program(program, model, input_leaves(call), seed)
+    wide = _Inferred()
+    Simulation(model, replace(plan, param_dtype=None, reduce_dtype=None, microbatches=1), call[1] or call[0], observe=wide)
+    return _run_program(wide.program, model, input_leaves(call), seed)
 
 
 def _with_roundings(reference: Reference, model: nn.Module, call: Call) -> Reference:
@@ -316,8 +314,14 @@ def _frozen(program: Program) -> Program:
     return frozen
 
 
-def _before_partition(stages: list[tuple[str, Program]]) -> Program:
-    return next(p for name, p in reversed(stages) if name == "infer")
+class _Inferred:
+    """Observes passes, and keeps the program as it is before the passes that split it among ranks."""
+
+    program: Program
+
+    def __call__(self, name: str, program: Program) -> None:
+        if name == "infer":
+            self.program = _frozen(program)
 
 
 def _run_model(model: nn.Module, call: Call) -> Reference:
@@ -417,10 +421,16 @@ def _finite(have: Tensor, want: Tensor) -> list[Tensor]:
     return [t.masked_fill(same, 0) for t in (have, want)]
 
 
-def _explain(problem: str, model: nn.Module, simulation: Simulation, stages: list[tuple[str, Program]], call: Call, seed: int,
-             compare: Callable[[Any], str | None]) -> str:
-    """Add to `problem` the pass after which the program differs, and the first value that does."""
+def _explain(problem: str, simulation: Simulation, inferred: Program, seed: int, compare: Callable[[Any], str | None]) -> str:
+    """Add to `problem` the pass after which the program differs, and the first value that does.
+
+    The model is captured once more: keeping what each pass made would take longer than the passes do, and is for this alone.
+    """
+    model, call, mesh = simulation.model, simulation.captured.call, simulation.program.mesh
     inputs = input_leaves(call)
+    stages: list[tuple[str, Program]] = []
+    Captured(model, call[1] or call[0], device=simulation.captured.device).partition(
+        simulation.plan, observe=lambda name, program: stages.append((name, _frozen(program))))
     for name, program in stages:
         if name == "partition":
             break
@@ -431,12 +441,11 @@ def _explain(problem: str, model: nn.Module, simulation: Simulation, stages: lis
         if compare(alone):
             return f"{problem}; the program differs from the model after pass {name!r}"
     expected: dict[str, Any] = {}
-    _run_program(_before_partition(stages), model, inputs, seed, expected)
-    for node in _before_partition(stages).graph.nodes:
+    _run_program(inferred, model, inputs, seed, expected)
+    for node in inferred.graph.nodes:
         if global_value(node).by_expert:  # each rank's rows are in an order of their own
             expected.pop(node.name, None)
     found: list[str] = []
-    mesh = simulation.program.mesh
 
     def watch(node: fx.Node, values: list[Any]) -> None:
         made = local_value(node).global_name

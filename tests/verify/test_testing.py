@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fxpar.compiler import capture
 from fxpar.errors import EquivalenceError
+from fxpar.passes.pipeline import front
+from fxpar.program import Program
 from fxpar.testing import assert_equivalent
 from fxpar.verify import equivalence as testing
 
@@ -97,6 +100,33 @@ def test_what_is_farther_in_every_draw_is_wrong(monkeypatch):
     monkeypatch.setattr(testing, "_apart", lambda exact, one, result: (0.2, 0.1))
     with pytest.raises(EquivalenceError, match=r"off by 0\.2 of their norm.*5 draws"):
         assert_equivalent(Net(), "dp=2,param_dtype=bf16", (X,))
+
+
+def wrong(program: Program) -> Program:
+    """A pass that changes what the program computes."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.tanh.default:
+            node.target = torch.ops.aten.sin.default
+    return program
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_pass_that_makes_the_difference_is_named(monkeypatch, before):
+    """Also where the passes have run, for another plan."""
+    steps = front()
+    monkeypatch.setattr("fxpar.compiler.front", lambda: [steps[0], ("wrong", wrong), *steps[1:]])
+    captured = capture(Net(), (X,))
+    if before:
+        captured.partition("tp=2")
+    with pytest.raises(EquivalenceError, match="the program differs from the model after pass 'wrong'"):
+        assert_equivalent(captured, "dp=2")
+
+
+def test_nothing_is_kept_of_passes_where_nothing_differs(monkeypatch):
+    kept, frozen = [], testing._frozen
+    monkeypatch.setattr(testing, "_frozen", lambda program: kept.append(program) or frozen(program))
+    assert_equivalent(Net(), "dp=2", (X,))
+    assert len(kept) == 1  # what is inferred
 
 
 def test_a_draw_moves_parameters_and_puts_them_back():

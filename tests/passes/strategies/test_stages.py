@@ -31,7 +31,7 @@ from fxpar.report.dump import readable
 from fxpar.report.memory import predict
 from fxpar.sharding.facts import full_value, sharding_at
 from fxpar.sharding.layout import put, take
-from fxpar.verify.equivalence import Reference, _exact, _first_difference, _frozen
+from fxpar.verify.equivalence import Reference, _exact, _first_difference, _Inferred
 from fxpar.verify.step import StepResult, scalar_of, unflatten
 from tests import zoo
 from tests.harness import RANDOM, Seeded
@@ -113,10 +113,10 @@ class Case:
         self.model, self.captured = model, fxpar.capture(model, inputs)
         self.inputs = leaves(self.captured.call)
         self.programs: dict[str, Program] = {}
-        passes: list[tuple[str, Program]] = []
-        self.captured.partition("dp=1", observe=lambda pass_, p: passes.append((pass_, _frozen(p))))
+        inferred = _Inferred()
+        self.captured.partition("dp=1", observe=inferred)
         before = {n: b.clone() for n, b in model.named_buffers()}
-        self.reference: Reference = _exact(model, Plan(), self.captured.call, passes, 0)
+        self.reference: Reference = _exact(model, Plan(), self.captured.call, inferred.program, 0)
         with torch.no_grad():
             for n, b in model.named_buffers():
                 b.copy_(before[n])
