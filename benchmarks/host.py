@@ -3,6 +3,7 @@
     python benchmarks/host.py                        forward, backward, clipping and optimizer of 16 small layers
     python benchmarks/host.py --kinds                and what it does in them, by kind, from a profile
     python benchmarks/host.py --transport nccl       by the operators of a process group instead of copies
+    python benchmarks/host.py --recorded             what is left where forward and backward are played back (by nothing)
 
 The model is so small that computing takes little, and communication is pretended: what would be copied from another GPU is copied
 in this process, and kernels that go by tables of addresses are not run. So losses mean nothing here, and what CUDA's own calls
@@ -24,6 +25,7 @@ import fxpar
 from fxpar.backends.inductor import buckets, prefetch
 from fxpar.backends.transport import addresses, copies
 from fxpar.backends.transport.control import Control
+from fxpar.run import engine
 
 PARTS = ("forward", "backward", "clip", "optimizer")
 
@@ -63,6 +65,55 @@ class Agreed:
         return True
 
 
+class NoPlayback:
+    def __call__(self):
+        pass
+
+    def forget(self):
+        pass
+
+
+class NoGraphs:
+    """Records a code by running it once; what plays it back does nothing."""
+
+    beside = None
+
+    def __init__(self, device):
+        self.device = device
+        self._memory = []
+
+    def record(self, code, inputs):
+        given = list(inputs)
+        inputs.clear()
+        made = list(code(given))
+        self._memory.append(list(made))
+        return made, NoPlayback()
+
+    def timed(self, run):
+        return run(), 1.0, lambda: 1.0
+
+    def most(self):
+        return 1
+
+    def taken(self):
+        return 1
+
+    def size(self):
+        return 2
+
+    def alive(self):
+        return 0
+
+    def drawn(self):
+        return 0
+
+    def give_back(self):
+        pass
+
+    def occupied(self):
+        return None
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--plan", default="dp=2,zero=3,param_dtype=bf16,reduce_dtype=fp32,outputs=loss")
@@ -71,6 +122,7 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--transport", default="auto", choices=["auto", "nccl"])
     parser.add_argument("--blocks", default="auto", choices=["auto", "once", "flat"])
+    parser.add_argument("--recorded", action="store_true", help="forward and backward are played back")
     parser.add_argument("--kinds", action="store_true", help="profile steps, and tell by kind what the host does")
     return parser.parse_args()
 
@@ -88,6 +140,8 @@ def pretend():
 
 def build(args):
     torch.manual_seed(0)
+    if args.recorded:
+        engine.device_of = NoGraphs
     config = LlamaConfig(
         hidden_size=args.hidden, intermediate_size=2 * args.hidden, num_hidden_layers=args.layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=256, max_position_embeddings=64, use_cache=False, tie_word_embeddings=False,
@@ -96,7 +150,7 @@ def build(args):
     tokens = torch.randint(0, 256, (1, 16))
     batch = dict(input_ids=tokens, labels=tokens)
     module = fxpar.parallelize(LlamaForCausalLM(config).float().train(), args.plan, batch, backend="inductor", blocks=args.blocks,
-                               transport=args.transport, check_batches=0)
+                               transport=args.transport, check_batches=0, cuda_graphs=args.recorded)
     return module, batch, torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
 
 
@@ -121,8 +175,10 @@ def main():
     torch.set_num_threads(1)
     pretend()
     trained = build(args)
-    for _ in range(5):
+    for _ in range(10):
         step(*trained)
+    if args.recorded and not (told := trained[0].report().cuda_graphs).startswith("on"):
+        raise SystemExit(told)
     seconds = list(zip(*(step(*trained) for _ in range(args.steps)), strict=True))
     print(json.dumps({f"{part}_ms": {"least": round(1e3 * min(each), 2), "median": round(1e3 * statistics.median(each), 2)}
                       for part, each in zip(PARTS, seconds, strict=True)}))

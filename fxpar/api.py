@@ -66,13 +66,13 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     buckets of parameters and gradients end with blocks), "flat" (all in one graph, and all is traced), or "auto" (once where at
     most 40 % of the operators are left to compile: from some 12 equal layers on). But for "flat", of eight and more equal blocks
     five are traced. cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back
-    by the GPU, which no longer waits for its host: "auto" (where that is faster, and there is memory for it), True or False; what
-    cannot be recorded runs as ever, and the report says why. tp_comm_overlap: whether
-    compiled programs hide what tensor parallelism gathers and scatters behind the products beside it, part by part: True, False,
-    or "auto": as the plan says; if it says nothing, on where it was measured faster, so far nowhere. The report says whether, and
-    why not. timeout: seconds without a sign of life of a rank after which those that wait for it raise an error, of all modules;
-    ranks that compile, save or load give signs of life. check_batches: ranks of one replica compare the values that they were
-    given in the first calls and in every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the
+    by the GPU, which no longer waits for its host: "auto" (where that is faster, and there is memory for it), True or False;
+    what cannot be recorded runs as ever, and the report says why. tp_comm_overlap: whether compiled programs hide what tensor
+    parallelism gathers and scatters behind the products beside it, part by part: True, False, or "auto": as the plan says; if it
+    says nothing, off: it was measured faster for one shape alone. The report says whether, and why not. timeout: seconds without
+    a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks that compile, save or load
+    give signs of life. check_batches: ranks of one replica compare the values that they were given in the first calls and in
+    every so many-th (1: always, 0: never). pad: every call's sequences are made as long as the
     longest of all replicas, to the next multiple of this number (or a dict of arguments of `fxpar.pad`); what a model returns is
     as long, too. quiet: whether this process says nothing, here and later, while it captures, compiles, saves or loads for more
     than two seconds; None: as before, at first as FXPAR_QUIET of the environment says (see `fxpar.progress`). dump_dir: where the

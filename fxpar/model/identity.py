@@ -27,6 +27,8 @@ from fxpar.errors import InputError, PlanError
 
 _DICTS = (dict, OrderedDict, defaultdict)
 _COLLECTIONS = (set, list, *_DICTS)
+TOGETHER = 256
+"""Objects whose referents are looked at together: most refer to no parameter."""
 
 
 def check(model: nn.Module) -> None:
@@ -139,21 +141,27 @@ def take_over(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
     ids = {a: id(b) for a, b in new.items()}
     own = {id(x) for x in (pairs, old, new, ids, *pairs)}
     new.update(_tuples(new, own))
-    for holder in gc.get_objects():
-        if id(holder) in own:
-            continue
-        referents = gc.get_referents(holder)
-        if not new.keys().isdisjoint(map(id, referents)):
-            _put(holder, new)
-        if type(holder) in _COLLECTIONS and _notes(holder, ids):
-            _note(holder, ids)
-        for untracked in [x for x in referents if type(x) is dict and not gc.is_tracked(x)]:  # of numbers and strings alone
-            if _notes(untracked, ids):
-                _note(untracked, ids)
+    everything = gc.get_objects()
+    for first in range(0, len(everything), TOGETHER):
+        _take_over_in(everything[first : first + TOGETHER], new, ids, own)
     for a in old.values():
         a.__dict__.clear()
         a.__dict__["_successor"] = new[id(a)]
         a.__class__ = _Former
+
+
+def _take_over_in(holders: list[Any], new: Mapping[int, Any], ids: Mapping[int, int], own: set[int]) -> None:
+    """The same in these objects, but for those of `own`."""
+    referents = gc.get_referents(*holders)
+    if not new.keys().isdisjoint(map(id, referents)):
+        for holder in holders:
+            if id(holder) not in own and not new.keys().isdisjoint(map(id, gc.get_referents(holder))):
+                _put(holder, new)
+    noted = [x for x in holders if type(x) in _COLLECTIONS]
+    noted += [x for x in referents if type(x) is dict and not gc.is_tracked(x)]  # of numbers and strings alone
+    for x in noted:
+        if id(x) not in own and _notes(x, ids):
+            _note(x, ids)
 
 
 def give_up(parameters: list[nn.Parameter]) -> None:

@@ -27,7 +27,7 @@ from fxpar.plan.megatron import LIMIT, ZERO_NAMES, plan_fields
 _ONLY_YET: dict[str, object] = {}
 """Fields that can have one value yet, because nothing would read another: none at present."""
 AUTO_TP_OVERLAP = False
-"""What `tp_comm_overlap` is where nobody says it: on where it was measured faster, so far nowhere."""
+"""What `tp_comm_overlap` is where nobody says it: it was measured faster, but for one shape alone."""
 
 
 @dataclass(frozen=True, repr=False)

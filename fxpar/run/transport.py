@@ -44,7 +44,7 @@ def overlap_told(plan: Plan, compiled: bool, transport: Transport, program: Prog
     if not plan.shards_sequence:
         return "off: without sequence_parallel activations are summed, and neither gathered nor scattered"
     if not plan.overlaps_tp:
-        return 'off: "auto" turns it on where it was measured faster, so far nowhere'
+        return 'off: "auto" leaves it off, as it was measured faster for one shape alone'
     if not largest_part(program):
         return "off: nothing of this model is gathered or scattered along tp"
     if not compiled:
