@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -448,6 +449,26 @@ def test_classes_derived_from_tensor_do_not_see_functions_for_a_while():
     with compat.no_torch_function():
         x + x
     assert count > 0 and len(seen) == count
+
+
+def test_code_of_graphs_is_generated_when_they_are_called(monkeypatch):
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                scale = x.abs().max()
+            return x / scale
+
+    generated = []
+    original = torch.fx.Graph.python_code
+    monkeypatch.setattr(torch.fx.Graph, "python_code", lambda *args, **more: generated.append(1) or original(*args, **more))
+    x, counts = torch.randn(3), []
+    for around in (contextlib.nullcontext, compat.code_when_called):
+        generated.clear()
+        with around():
+            exported = torch.export.export(Net(), (x,))
+        counts.append(len(generated))
+        torch.testing.assert_close(exported.module()(x), Net()(x))
+    assert counts[1] < counts[0]
 
 
 def test_what_fails_on_fake_tensors_is_not_logged_for_a_while(caplog):

@@ -54,6 +54,7 @@ from fxpar.compat.profiles import comments_on_cpus, follow_profiler, name_in_cod
 from fxpar.compat.quick import below_autograd, call_directly, when_finished
 from fxpar.compat.quiet import (
     WRAPPERS,
+    code_when_called,
     inside_of_transform,
     no_modes,
     no_torch_function,
@@ -120,6 +121,7 @@ __all__ = [
     "call_directly",
     "call_plainly",
     "code_of",
+    "code_when_called",
     "comments_on_cpus",
     "compile_graph",
     "compile_steps",

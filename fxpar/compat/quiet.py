@@ -39,6 +39,14 @@ def inside_of_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def code_when_called() -> contextlib.AbstractContextManager:
+    """Inside, the code of graph modules that PyTorch makes is generated when they are first called. `torch.export` makes, and
+    changes, dozens that are never called, which takes a quarter of its time (torch 2.13; in 2.11 most do not listen)."""
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
+    return _use_lazy_graph_module(True)
+
+
 @contextlib.contextmanager
 def quiet_traces() -> Iterator[None]:
     """Inside, operators that fail on fake tensors raise, and write no traceback to the log besides."""
