@@ -243,13 +243,13 @@ class Neighbours(Net):
 def test_a_model_that_holds_a_sparse_tensor(enter):
     sparse = torch.eye(4).to_sparse()
     for kind, kept in (("buffer", sparse), ("buffer", torch.eye(4).to_sparse_csr()), ("parameter", nn.Parameter(sparse))):
-        with pytest.raises(CaptureError, match=f"{kind} 'kept' of the layout torch.sparse_.*keep it dense"):
+        with pytest.raises(CaptureError, match=rf"{kind} 'kept' of the layout torch\.sparse_.*keep it dense"):
             enter(Neighbours(kept))
 
 
 def test_a_lazy_model_that_was_not_called():
     lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
-    with pytest.raises(CaptureError, match="parameter '0.weight' of a lazy module.*call the model once"):
+    with pytest.raises(CaptureError, match=r"parameter '0.weight' of a lazy module.*call the model once"):
         fxpar.parallelize(lazy, "dp=1", (X,))
     lazy(X)
     fxpar.parallelize(lazy, "dp=1", (X,))(X)
@@ -259,7 +259,7 @@ def test_a_buffer_that_is_exchanged_for_a_sparse_one():
     module = fxpar.parallelize(Neighbours(torch.eye(4)), "dp=1", (X,))
     module(X)
     module.kept = torch.eye(4).to_sparse()
-    with pytest.raises(CaptureError, match="buffer 'kept' of the layout torch.sparse_coo"):
+    with pytest.raises(CaptureError, match=r"buffer 'kept' of the layout torch\.sparse_coo"):
         module(X)
 
 
