@@ -64,7 +64,7 @@ def require_dense_state(model: nn.Module) -> None:
         for name, tensor in tensors:
             if nn.parameter.is_lazy(tensor):
                 raise CaptureError(f"{kind} {name!r} of a lazy module, which has no shape before the first call", None,
-                                   "call the model once, with inputs of the shapes that it is to have, before it is made parallel")
+                                   "call the model once, with inputs of the right shapes, before it is made parallel")
             if tensor.layout is not torch.strided:
                 raise CaptureError(f"{kind} {name!r} of the layout {tensor.layout}, of which ranks cannot take parts", None,
                                    "keep it dense (to_dense()), or keep its indices and values as buffers of their own, and "
