@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxpar.errors import InputError
+from fxpar.errors import CaptureError, InputError
 from fxpar.model.containers import know
 from fxpar.sharding.mesh import Mesh
 
@@ -57,6 +57,20 @@ def _require_dense(named: Mapping[Any, Any]) -> None:
                              "int(x) of a single number")
 
 
+def require_dense_state(model: nn.Module) -> None:
+    """Raises: `CaptureError` for a parameter or buffer of a layout of which ranks cannot take parts: sparse ones and MKL-DNN's;
+    and for one of a lazy module, which has no shape yet."""
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if nn.parameter.is_lazy(tensor):
+                raise CaptureError(f"{kind} {name!r} of a lazy module, which has no shape before the first call", None,
+                                   "call the model once, with inputs of the right shapes, before it is made parallel")
+            if tensor.layout is not torch.strided:
+                raise CaptureError(f"{kind} {name!r} of the layout {tensor.layout}, of which ranks cannot take parts", None,
+                                   "keep it dense (to_dense()), or keep its indices and values as buffers of their own, and "
+                                   "compute with those in the forward (index_select and index_add)")
+
+
 _methods: weakref.WeakKeyDictionary[Callable, inspect.Signature] = weakref.WeakKeyDictionary()
 
 
@@ -70,7 +84,11 @@ def _parameters(forward: Callable) -> inspect.Signature:
 
 
 def example_call(model: nn.Module, example: Any) -> Call:
-    """The canonical call of `example_inputs` (a dict, a tuple, one tensor; None: what the model says it takes)."""
+    """The canonical call of `example_inputs` (a dict, a tuple, one tensor; None: what the model says it takes).
+
+    Raises: `InputError`; `CaptureError` for a model that holds what no program takes (see `require_dense_state`).
+    """
+    require_dense_state(model)
     if example is None:
         return default_example(model)
     if isinstance(example, Mapping):

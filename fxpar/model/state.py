@@ -95,7 +95,7 @@ class State:
 
     def _kinds_now(self) -> tuple[list[Any], list[Any]]:
         buffers = list(chain.from_iterable(map(dict.values, self._buffers)))
-        return buffers, [None if b is None else (b.shape, b.dtype) for b in buffers]
+        return buffers, [None if b is None else (b.shape, b.dtype, b.layout) for b in buffers]
 
     def _parts_or_look(self) -> None:
         lengths, names, values = self._parts
@@ -116,7 +116,7 @@ class State:
         if len(buffers) != len(self._kinds[0]) or not all(map(is_, buffers, self._kinds[0])):
             before, self._kinds = self._kinds[1], self._kinds_now()
             if self._kinds[1] != before:
-                self._change(0, "a buffer was exchanged for one of another shape or dtype")
+                self._change(0, "a buffer was exchanged for one of another shape, dtype or layout")
 
     def _change(self, part: int, text: str) -> int:
         self._count[part] += 1

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.errors import CaptureError
 from fxpar.model.hugging_face import as_trained, say
-from fxpar.model.inputs import leaves
+from fxpar.model.inputs import leaves, require_dense_state
 from fxpar.model.reads import Reads, everything, recorded
 from fxpar.passes.canonical.dropout import expand_dropout
 from fxpar.passes.capture.attributes import Recorded, recorded_attributes
@@ -172,6 +172,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
     left in attributes. reads: where what it looks at is kept; None: that cannot be seen. (Forward hooks of submodules are part
     of it; the model's own run around the program.)"""
     _refuse_hooks(model)
+    require_dense_state(model)
     traced = TraceGuard({id(p): _place(model, name) for name, p in originals.items()})
     root, device, prefix = model, next((t.device.type for t in model.parameters()), "cpu"), ""
     if torch.is_autocast_enabled(device):

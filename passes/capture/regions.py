@@ -10,7 +10,9 @@ import torch
 from torch import fx
 
 from fxpar import compat
+from fxpar.errors import CaptureError
 from fxpar.passes.capture.autocast import write_casts
+from fxpar.program import user_line
 
 aten = torch.ops.aten
 
@@ -19,9 +21,16 @@ def inline_regions(gm: fx.GraphModule) -> None:
     """Replace every nested region of `gm` by its operators, in place.
 
     Takes: a graph that may hold no-grad and autocast regions as higher-order calls.
-    Afterwards: it holds none; what a no-grad region returns is detached; inside an autocast region the
-    casts that the dispatcher would have made are written out.
+    Afterwards: it holds none; what a no-grad region returns, and what it writes into something else, is detached; inside an
+    autocast region the casts that the dispatcher would have made are written out.
+    Raises: `CaptureError` for a no-grad region that writes into a value which has a gradient: PyTorch takes the gradient of
+    what was there before for that of the new value.
     """
+    _inline(gm, {})
+
+
+def _inline(gm: fx.GraphModule, trained: dict[fx.Node, bool]) -> None:
+    """trained: whether the placeholders of `gm` have gradients, where it is not at its top, and what is known of other nodes."""
     _mend_users(gm)
     regions = [n for n in gm.graph.nodes if compat.no_grad_region(n) or compat.autocast_region(n)]
     for node in regions:
@@ -32,7 +41,11 @@ def inline_regions(gm: fx.GraphModule) -> None:
             device, dtype, enabled, _cache, body, *args = node.args
             finish = _as_it_is
         sub = getattr(gm, body.target)
-        inline_regions(sub)
+        inner = [n for n in sub.graph.nodes if n.op == "placeholder"]
+        values = {p: _has_gradient(a, trained) for p, a in zip(inner, args, strict=True)}
+        _inline(sub, dict(values))
+        if compat.no_grad_region(node) and not enabled:
+            _detach_writes(sub.graph, values)
         if compat.autocast_region(node) and enabled:
             write_casts(sub, device, dtype)
         with gm.graph.inserting_before(node):
@@ -61,6 +74,60 @@ def _detach(graph: fx.Graph) -> Callable[[fx.Node], fx.Node]:
         return new
 
     return finish
+
+
+def _has_gradient(value: Any, known: dict[fx.Node, bool]) -> bool:
+    """Whether gradients flow through a value, as what it is made of says."""
+    if not isinstance(value, fx.Node):
+        return False
+    todo = [value]
+    while todo:
+        node = todo[-1]
+        unknown = [] if node in known else [n for n in node.all_input_nodes if n not in known]
+        if unknown and not _cuts(node):
+            todo += unknown
+            continue
+        todo.pop()
+        if node not in known:
+            wants = getattr(node.meta.get("val"), "requires_grad", False) if node.op == "placeholder" else \
+                not _cuts(node) and any(known[n] for n in node.all_input_nodes)
+            known[node] = bool(wants)
+    return known[value]
+
+
+def _cuts(node: fx.Node) -> bool:
+    """Whether no gradient flows through the node: what is detached, integers, and what a no-grad region returns."""
+    val = node.meta.get("val")
+    if node.target is aten.detach.default or (compat.no_grad_region(node) and not node.args[0]):
+        return True
+    return isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex())
+
+
+def _detach_writes(graph: fx.Graph, trained: dict[fx.Node, bool]) -> None:
+    """Detach what the in-place operators of a no-grad region write from. trained: of the region's placeholders."""
+    for node in [n for n in graph.nodes if n.op == "call_function" and compat.mutates(n.target)]:
+        names = [a.name for a in node.target._schema.arguments]
+        written = {n for n, a in zip(names, node.target._schema.arguments, strict=True) if a.alias_info and a.alias_info.is_write}
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        target = next((given[n] for n in names if n in written and isinstance(given.get(n), fx.Node)), None)
+        while isinstance(target, fx.Node) and target.op != "placeholder":  # a view of something, or made in the region
+            target = target.args[0] if target.args and isinstance(target.args[0], fx.Node) and _is_view(target) else None
+        if target is not None and trained[target]:
+            raise CaptureError("a write within torch.no_grad() into a value that has a gradient", user_line(node) or None,
+                               "write to a buffer, or to a detached clone; a value that is replaced and keeps its gradient is "
+                               "h + (new - h).detach()")
+        with graph.inserting_before(node):
+            finish = _detach(graph)
+            fresh = {n: finish(v) for n, v in given.items() if n not in written and isinstance(v, fx.Node)
+                     and not _cuts(v)}
+        node.args = tuple(fresh.get(n, v) for n, v in zip(names, node.args, strict=False))
+        node.kwargs = {n: fresh.get(n, v) for n, v in node.kwargs.items()}
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the node is a view of its first argument, or that argument itself, written to."""
+    first = node.target._schema.arguments[0] if isinstance(node.target, torch._ops.OpOverload) else None
+    return first is not None and first.alias_info is not None
 
 
 def _splice(gm: fx.GraphModule, sub: fx.GraphModule, call: fx.Node, args: list, finish: Callable) -> None:

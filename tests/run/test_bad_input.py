@@ -224,6 +224,45 @@ def test_a_parameter_that_is_read_without_its_gradient():
     assert_equivalent(Reads(), "dp=2", (X,))
 
 
+class Neighbours(Net):
+    """A graph's neighbours, kept sparse: as a buffer, or as a parameter."""
+
+    def __init__(self, kept: Tensor | nn.Parameter):
+        super().__init__()
+        if isinstance(kept, nn.Parameter):
+            self.kept = kept
+        else:
+            self.register_buffer("kept", kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.kept @ x).sum()
+
+
+@pytest.mark.parametrize("enter", [lambda m: fxpar.parallelize(m, "dp=1", (X,)), lambda m: fxpar.capture(m, (X,)),
+                                   lambda m: fxpar.inspect(m, "dp=2", (X,))])
+def test_a_model_that_holds_a_sparse_tensor(enter):
+    sparse = torch.eye(4).to_sparse()
+    for kind, kept in (("buffer", sparse), ("buffer", torch.eye(4).to_sparse_csr()), ("parameter", nn.Parameter(sparse))):
+        with pytest.raises(CaptureError, match=rf"{kind} 'kept' of the layout torch\.sparse_.*keep it dense"):
+            enter(Neighbours(kept))
+
+
+def test_a_lazy_model_that_was_not_called():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with pytest.raises(CaptureError, match=r"parameter '0.weight' of a lazy module.*call the model once"):
+        fxpar.parallelize(lazy, "dp=1", (X,))
+    lazy(X)
+    fxpar.parallelize(lazy, "dp=1", (X,))(X)
+
+
+def test_a_buffer_that_is_exchanged_for_a_sparse_one():
+    module = fxpar.parallelize(Neighbours(torch.eye(4)), "dp=1", (X,))
+    module(X)
+    module.kept = torch.eye(4).to_sparse()
+    with pytest.raises(CaptureError, match=r"buffer 'kept' of the layout torch\.sparse_coo"):
+        module(X)
+
+
 # ---- inputs ----
 
 
