@@ -5,8 +5,6 @@ What they are played back on is a device that overwrites the whole pool, but for
 
 from __future__ import annotations
 
-import gc
-import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -453,28 +451,6 @@ def test_choices_are_checked():
     with pytest.raises(PlanError, match=r'tp_comm_overlap.*"auto", True or False'):
         fxpar.parallelize(Blocks(11, 8, 8, 1), "dp=1", small(0, 3), tp_comm_overlap="yes")
     assert ModuleLoop("auto").told().startswith("off: code that is compiled for a GPU")
-
-
-def test_nothing_is_left_of_the_recordings_of_a_module_that_is_collected(monkeypatch):
-    """Its gradients lie in the pool, and it is garbage in a cycle, so that weak references to any part of it are dead."""
-    gc.collect()  # what other tests left
-    monkeypatch.setattr(recording, "_kept", [])
-    device = Pretended()
-    loop = ModuleLoop(True, device)
-    for _ in range(8):
-        loop.loop()
-    assert device.remembered == 2 and loop.module._engine.recordings.pool.is_lent()
-    module = weakref.ref(loop.module)
-    grad = loop.parameters[0].grad.detach()
-    value = grad.clone()
-    del loop
-    gc.collect()
-    assert module() is None and not device.remembered
-    assert torch.equal(grad, value) and len(recording._kept) == 1, "its memory stays as long as somebody has something of it"
-    del grad
-    gc.collect()
-    ModuleLoop(True, Pretended())
-    assert not recording._kept
 
 
 def test_recordings_over_a_group_that_ends_are_given_up(loops, monkeypatch):
