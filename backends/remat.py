@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
-from fxpar.ops.exchange import COUNTS, PLANS
+from fxpar.ops.exchange import PLANS
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.ring.chunks import FORWARD as CHUNKS
 from fxpar.ops.ring.operator import FORWARD as RING
@@ -124,8 +124,7 @@ def _packet(node: fx.Node) -> Any:
 
 def _plans(node: fx.Node) -> bool:
     """Whether a value is a part of a plan of an exchange of rows."""
-    made = _made_by(node)
-    return made.target in PLANS or (made.target is WAIT and _made_by(made.all_input_nodes[0]).target is COUNTS)
+    return _made_by(node).target in PLANS
 
 
 def _selective(node: fx.Node, forward: dict[fx.Node, None]) -> CheckpointPolicy | None:

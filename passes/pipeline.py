@@ -16,6 +16,7 @@ from fxpar.passes.canonical.random import counter_random
 from fxpar.passes.canonical.shift import label_all_tokens
 from fxpar.passes.canonical.sights import name_sights
 from fxpar.passes.canonical.simplify import simplify
+from fxpar.passes.canonical.unmask import unmask_products
 from fxpar.passes.infer.infer import infer
 from fxpar.passes.partition.partition import partition
 from fxpar.passes.place.axes import refine_axes
@@ -47,6 +48,7 @@ def front(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
         ("shift", label_all_tokens),
         ("losses", expand_losses),
         ("experts", sort_by_expert),
+        ("unmask", unmask_products),
         ("dropout", counter_dropout),
         ("random", counter_random),
         ("infer", lambda p: infer(p, pinned)),

@@ -17,8 +17,9 @@ import torch
 from torch import fx
 
 from fxpar import compat
+from fxpar.backends.inductor.casts import CAST
 from fxpar.backends.remat import block_of
-from fxpar.ops.exchange import COUNTS, ORDER, ROOM, ROWS
+from fxpar.ops.exchange import COUNTS, ORDER, PLANS, ROOM, ROWS
 from fxpar.ops.vocabulary import WAITS
 
 
@@ -29,8 +30,11 @@ def overlap_communication(graph: fx.Graph) -> None:
     A collective starts where it did; the wait for it, and what only rearranges its result, comes right before the
     first operator that computes with it (for a gradient: at the end), so that everything between runs beside it. While rows
     are on their way to experts and back, what does not wait for them and belongs to the same block (an expert that all
-    tokens share) is computed, and what says where they belong; the host asks how many they are right before they start.
+    tokens share) is computed, and what says where they belong; the host asks how many they are right before they start, when
+    all that takes no time and can do without the answer has been started.
     """
+    for room in graph.find_nodes(op="call_function", target=ROOM):
+        room.update_arg(3, _started_before(room))
     nodes = _beside_exchanges(graph)
     late: set[fx.Node] = set()
     for node in nodes:
@@ -88,6 +92,45 @@ def _told_of_rows(start: fx.Node, before: list[fx.Node]) -> dict[fx.Node, None]:
                 return {}
             found[node] = None
     return found
+
+
+def _started_before(room: fx.Node) -> list[fx.Node]:
+    """What the GPU is to have been given when the host waits for how many rows arrive: the rows that leave, and of what the block
+    goes on with all that costs next to nothing, which are numbers of rows and casts of its parameters."""
+    counts, behind = room.all_input_nodes[0].all_input_nodes[0], {room}
+    known, open_nodes = {counts}, [counts]
+    while open_nodes:
+        more = [n for n in open_nodes.pop().all_input_nodes if n not in known]
+        known.update(more)
+        open_nodes += more
+    found: dict[fx.Node, None] = {}
+    node = room.next
+    while node.op != "output":
+        if any(n in behind for n in node.all_input_nodes):
+            behind.add(node)
+            for value in node.all_input_nodes:
+                while _rearranges(value):
+                    value = value.all_input_nodes[0]
+                leaves = node.target is ROWS and node.args[0] is value and node.args[3] is room
+                light = block_of(node) == block_of(room) and (_is_cast_for(value, block_of(room)) or _are_numbers(value, known))
+                if value not in known and value not in behind and (leaves or light):
+                    found[value] = None
+        node = node.next
+    return [*found]
+
+
+def _is_cast_for(value: fx.Node, block: str) -> bool:
+    """Whether a value is an input in another dtype, for one block alone."""
+    of_input = value.target is CAST and value.all_input_nodes[0].op == "placeholder"
+    return of_input and {*map(block_of, value.users)} == {block} != {""}
+
+
+def _are_numbers(value: fx.Node, known: set[fx.Node]) -> bool:
+    """Whether a value is of integers, made of no more than such and what is known."""
+    made, inputs = value.meta.get("val"), value.all_input_nodes
+    if not isinstance(made, torch.Tensor) or made.is_floating_point() or value.target in (*WAITS, *PLANS, ROWS) or not inputs:
+        return False
+    return all(n in known or n.op == "placeholder" or _are_numbers(n, known) for n in inputs)
 
 
 VIEWS = (

@@ -11,13 +11,12 @@ all others. `to_experts` and `to_tokens` are inverse to each other, and each is 
 
 To compilers the plan and the exchange are opaque operators, of which m is the one size that depends on values: every exchange
 of a plan has the same. Without other ranks (see `Runtime.balanced`) m is n. A plan is made in steps, so that the host, which has
-to wait for the GPU once to know m, does so as late as it can, and what says where rows that arrive belong is made while they
-are on their way (`overlap` puts them there):
+to wait for the GPU once to know m, does so as late as it can, with as little as possible left to start behind it, and what says
+where rows that arrive belong is made while they are on their way (`overlap` puts them there):
 
-    counts, coming = COUNTS(experts, ...)              counts are exchanged, and on their way to the host
-    splits = WAIT(coming)                              the one time that the host waits for the GPU
-    room = ROOM(splits, ...)                           of m rows; holds nothing
-    order, arrived = ORDER(counts, room, ...)
+    runs, splits = COUNTS(experts, ...)                counts are exchanged, and on their way to the host
+    room = ROOM(splits, ...)                           the one time that the host waits for the GPU; m rows that hold nothing
+    order, arrived = ORDER(runs, room, ...)
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from torch import Tensor, fx
 from fxpar import compat
 from fxpar.ops.collectives import Collective, described_by
 from fxpar.ops.experts import put_back, take_rows
+from fxpar.ops.kernels import has_triton
 from fxpar.ops.runtime import LONE, active
 from fxpar.ops.vocabulary import WAIT
 from fxpar.sharding.mesh import Axes
@@ -42,31 +42,30 @@ the host: how many rows go to each rank, and come from it; room [m]: is there fo
 
 _library = torch.library.Library("fxpar", "FRAGMENT")  # operators exist as long as this does
 _library.define("exchange_counts(Tensor experts, int count, str group, int ranks) -> (Tensor, Tensor)")
-_library.define("exchange_room(Tensor splits, Tensor experts, bool balanced) -> Tensor")
-_library.define("exchange_order(Tensor counts, Tensor room, Tensor experts, int count, str group) -> (Tensor, Tensor)")
+_library.define("exchange_room(Tensor splits, Tensor experts, bool balanced, Tensor[] started) -> Tensor")
+_library.define("exchange_order(Tensor runs, Tensor room, Tensor experts, int count, str group, int ranks) -> (Tensor, Tensor)")
 _library.define("exchange_rows(Tensor rows, Tensor splits, Tensor tokens, Tensor room, bool back, str group) -> Tensor")
 COUNTS = torch.ops.fxpar.exchange_counts.default
-"""experts [n], sorted -> counts [ranks, count / ranks + 1]: how many rows come from each rank for each expert here, and of none;
-and the splits of an `Arrival`, to be waited for by `wait_tensor`."""
+"""experts [n], sorted -> what `runs_of` makes of the rows that come from each rank for each expert here, and of none; and the
+splits of an `Arrival`, which are there when `ROOM` has been."""
 ROOM = torch.ops.fxpar.exchange_room.default
-"""splits, experts [n] -> the room of an `Arrival`."""
+"""splits, experts [n] -> the room of an `Arrival`. started: values that are to be made before the host waits."""
 ORDER = torch.ops.fxpar.exchange_order.default
-"""counts, room, experts [n] -> order and experts of an `Arrival`."""
+"""runs, room, experts [n] -> order and experts of an `Arrival`."""
 ROWS = torch.ops.fxpar.exchange_rows.default
 """rows [n, ...] -> [m, ...], or `back`: started, and to be waited for by `wait_tensor`. tokens [n] and room [m] are there for
 their sizes."""
 PLANS = (COUNTS, ROOM, ORDER)
-"""The steps of a plan, beside a wait."""
+"""The steps of a plan."""
 
 
 def exchange_plan(experts: Tensor, axes: Axes, count: int) -> Arrival:
     """See the module's docstring. experts [n]: of this rank's rows, sorted."""
     run = active()
     name, ranks = run.exchange_name(axes), run.size(axes)
-    counts, coming = COUNTS(experts, count, name, ranks)
-    splits: Tensor = WAIT(coming)
-    room: Tensor = ROOM(splits, experts, run.balanced)
-    order, arrived = ORDER(counts, room, experts, count, name)
+    runs, splits = COUNTS(experts, count, name, ranks)
+    room: Tensor = ROOM(splits, experts, run.balanced, [])
+    order, arrived = ORDER(runs, room, experts, count, name, ranks)
     return order, arrived, splits, room
 
 
@@ -137,14 +136,26 @@ def leaving(experts: Tensor, count: int, ranks: int) -> Tensor:
     return out
 
 
-def arriving(counts: Tensor, rows: int, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """counts [ranks, experts + 1]: how many rows come from each rank for each expert here, of which the first has the number
-    `first`; `rows` in all -> order and experts of an `Arrival`."""
-    lengths = counts.T.reshape(-1)
-    starts = (counts.reshape(-1).cumsum(0) - counts.reshape(-1)).reshape(counts.shape).T.reshape(-1)
-    run = torch.repeat_interleave(torch.arange(lengths.shape[0], device=counts.device), lengths, output_size=rows)
-    order = starts[run] + torch.arange(run.shape[0], device=counts.device) - (lengths.cumsum(0) - lengths)[run]
-    return order, (first + run // counts.shape[0]).to(dtype)
+def runs_of(counts: Tensor) -> Tensor:
+    """counts [ranks, experts + 1]: how many rows come from each rank for each expert here, and of none
+    -> [2, runs] of the rows of one expert that come from one rank, first by expert, then by rank: behind which row each run
+    ends, and how much further on than its place each of its rows arrives."""
+    lengths, ends = counts.T.reshape(-1), counts.flatten().cumsum(0).view(counts.shape).T.reshape(-1)
+    placed = lengths.cumsum(0)
+    return torch.stack([placed, ends - placed])
+
+
+def arriving(runs: Tensor, rows: int, ranks: int, first: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """runs: of rows that come from so many ranks for the experts here, of which the first has the number `first`; `rows` in all
+    -> order and experts of an `Arrival`."""
+    if runs.is_cuda and has_triton():
+        from fxpar.ops.kernels.arrival import LONGEST, place_arrivals
+
+        if runs.shape[1] <= LONGEST:
+            return place_arrivals(runs, rows, ranks, first, dtype)
+    places = torch.arange(rows, device=runs.device)
+    run = torch.searchsorted(runs[0], places, right=True)
+    return places + runs[1][run], (first + run // ranks).to(dtype)
 
 
 class _Copied(dist.Work):
@@ -172,22 +183,22 @@ def _counts(experts: Tensor, count: int, group: str, ranks: int) -> tuple[Tensor
         theirs = torch.empty_like(mine)
         dist.all_to_all_single(theirs, mine, group=found)
     splits = torch.stack([mine.sum(1), theirs.sum(1)])
-    if not splits.is_cuda:
-        return theirs, splits
-    coming = torch.empty(splits.shape, dtype=splits.dtype, pin_memory=True).copy_(splits, non_blocking=True)
-    compat.register_work(coming, _Copied())
-    return theirs, coming
+    if splits.is_cuda:
+        splits = torch.empty(splits.shape, dtype=splits.dtype, pin_memory=True).copy_(splits, non_blocking=True)
+        compat.register_work(splits, _Copied())
+    return runs_of(theirs), splits
 
 
 @torch.library.impl(_library, "exchange_room", "CompositeExplicitAutograd")
-def _room(splits: Tensor, experts: Tensor, balanced: bool) -> Tensor:
-    return experts.new_empty(int(splits[1].sum()), dtype=torch.uint8)
+def _room(splits: Tensor, experts: Tensor, balanced: bool, started: list[Tensor]) -> Tensor:
+    WAIT(splits)
+    return experts.new_empty(sum(splits[1].tolist()), dtype=torch.uint8)
 
 
 @torch.library.impl(_library, "exchange_order", "CompositeExplicitAutograd")
-def _order(counts: Tensor, room: Tensor, experts: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
+def _order(runs: Tensor, room: Tensor, experts: Tensor, count: int, group: str, ranks: int) -> tuple[Tensor, Tensor]:
     rank = 0 if group == LONE else compat.collective_group(group).rank()
-    return arriving(counts, room.shape[0], count // counts.shape[0] * rank, experts.dtype)
+    return arriving(runs, room.shape[0], ranks, count // ranks * rank, experts.dtype)
 
 
 @torch.library.impl(_library, "exchange_rows", "CompositeExplicitAutograd")
@@ -205,17 +216,17 @@ def _rows(rows: Tensor, splits: Tensor, tokens: Tensor, room: Tensor, back: bool
 
 @torch.library.register_fake("fxpar::exchange_counts", lib=_library)
 def _fake_counts(experts: Tensor, count: int, group: str, ranks: int) -> tuple[Tensor, Tensor]:
-    return (experts.new_empty(ranks, count // ranks + 1, dtype=torch.int64),
+    return (experts.new_empty(2, count + ranks, dtype=torch.int64),
             torch.empty(2, ranks, dtype=torch.int64, device=experts.device if experts.is_meta else "cpu"))
 
 
 @torch.library.register_fake("fxpar::exchange_room", lib=_library)
-def _fake_room(splits: Tensor, experts: Tensor, balanced: bool) -> Tensor:
+def _fake_room(splits: Tensor, experts: Tensor, balanced: bool, started: list[Tensor]) -> Tensor:
     return experts.new_empty(experts.shape[0] if balanced else torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
 @torch.library.register_fake("fxpar::exchange_order", lib=_library)
-def _fake_order(counts: Tensor, room: Tensor, experts: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
+def _fake_order(runs: Tensor, room: Tensor, experts: Tensor, count: int, group: str, ranks: int) -> tuple[Tensor, Tensor]:
     return experts.new_empty(room.shape[0], dtype=torch.int64), experts.new_empty(room.shape[0])
 
 

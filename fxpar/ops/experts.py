@@ -16,6 +16,26 @@ import torch
 from torch import Tensor
 
 from fxpar.ops.grouped_mm import grouped_mm
+from fxpar.ops.kernels import has_triton
+
+_library = torch.library.Library("fxpar", "FRAGMENT")  # operators exist as long as this does
+_library.define("inverse_order(Tensor order) -> Tensor")
+INVERSE = torch.ops.fxpar.inverse_order.default
+"""order [n] int64, a permutation -> [n]: where each number stands in it."""
+
+
+@torch.library.impl(_library, "inverse_order", "CompositeExplicitAutograd")
+def _inverse(order: Tensor) -> Tensor:
+    if order.is_cuda and has_triton():
+        from fxpar.ops.kernels.arrival import invert_order
+
+        return invert_order(order)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+
+
+@torch.library.register_fake("fxpar::inverse_order", lib=_library)
+def _fake_inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order)
 
 
 def order_of(experts: Tensor, count: int) -> Tensor:
@@ -24,11 +44,13 @@ def order_of(experts: Tensor, count: int) -> Tensor:
     return torch.sort(experts, stable=True).indices
 
 
-def order_of_mine(experts: Tensor, first: int, count: int) -> Tensor:
-    """The same of `count` experts from `first` on; the other rows follow, as complements."""
+def order_of_mine(experts: Tensor, first: int, count: int, total: int) -> Tensor:
+    """The same of `count` of `total` experts, from `first` on; the other rows follow, as complements. Rows of no expert are the
+    last expert's rank's, behind those of its own."""
     mine = experts_here(experts, first, count)
+    mine = mine + ((mine == count) & ((experts < total) | (first + count < total)))
     order = torch.sort(mine, stable=True).indices
-    return torch.where(mine[order] < count, order, ~order)
+    return torch.where(mine[order] <= count, order, ~order)
 
 
 def experts_here(experts: Tensor, first: int, count: int) -> Tensor:
@@ -76,8 +98,7 @@ class _PutBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(order)
-        numbers = torch.arange(order.shape[0], device=order.device)
-        return rows[torch.empty_like(order).scatter(0, order, numbers)]
+        return rows[INVERSE(order)]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

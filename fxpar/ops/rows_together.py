@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxpar.ops.exchange import Arrival, arriving, leaving, to_experts
+from fxpar.ops.exchange import Arrival, arriving, leaving, runs_of, to_experts
 from fxpar.ops.experts import put_back, take_rows
 from fxpar.sharding.mesh import Axes, Mesh
 
@@ -22,7 +22,7 @@ def plan_together(mesh: Mesh, experts: Sequence[Tensor], axes: Axes, count: int)
         for i, r in enumerate(group):
             splits = torch.stack([mine[i].sum(1), mine[:, i].sum(1)])
             rows = int(mine[:, i].sum())
-            order, arrived = arriving(mine[:, i], rows, count // ranks * i, experts[r].dtype)
+            order, arrived = arriving(runs_of(mine[:, i]), rows, ranks, count // ranks * i, experts[r].dtype)
             out[r] = order, arrived, splits, order.new_empty(rows, dtype=torch.uint8)
     return out
 

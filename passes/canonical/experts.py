@@ -211,6 +211,8 @@ class _Region:
             self._put_back(node, a["self"])
             return None
         times = self.times.get(index, 1)
+        if x is bind(self.sort)["self"] and self._is(index, "order"):
+            return "ids"
         _need(x not in self.kinds and len(x.meta["val"]) * times == self.rows)
         self.made[node] = lambda r, a: r.call(take_rows, a["self"], self.order, times)
         return "rows"
@@ -277,6 +279,8 @@ class _Region:
                 node.replace_all_uses_with(self.order)
             elif node.target is operator.getitem and self._is(node.args[0], "sort"):
                 node.replace_all_uses_with(self.order if self._is(node, "order") else self.experts)
+            elif node.target in LOOKUPS and self._is(node, "ids"):
+                node.replace_all_uses_with(self.experts)
         for node, make in self.made.items():
             r = Rewriter(graph, node)
             new = make(r, bind(node))

@@ -15,6 +15,7 @@ import fxpar
 from fxpar.errors import CaptureError, PlanError
 from fxpar.ops.collectives import typed
 from fxpar.ops.exchange import COUNTS, ORDER, ROOM, ROWS, exchange_plan, to_experts, to_tokens
+from fxpar.ops.experts import INVERSE
 from fxpar.ops.vocabulary import WAIT
 from fxpar.report.memory import trace
 from fxpar.sharding.facts import sharding_at
@@ -233,6 +234,8 @@ def test_the_host_waits_for_counts_as_late_as_it_can():
     assert at[COUNTS] < nodes.index(rows.args[0]) < at[ROOM] < at[ROWS] < at[ORDER] < nodes.index(wait)
     reads = {n.target for n in nodes[at[ROOM] : at[ROWS]]}
     assert reads <= {ROOM, torch.ops.aten.sym_size.int}, "nothing else comes between what the host learns and their start"
+    started = nodes[at[ROOM]].args[3]
+    assert rows.args[0] in started and INVERSE in {n.target for n in started}, "what needs no answer has been started"
 
 
 def test_a_report_counts_rows_and_says_how_they_go():

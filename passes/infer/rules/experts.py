@@ -56,7 +56,8 @@ def order(op: Op) -> Spec:
     count: Any = op.node.args[1]
     experts = op.factors.new(count)
     spec = Spec(op.operands(), [((*experts, *op.dim(ids, 0), *op.factors.share(count)),)], by_token=True)
-    spec.emit = lambda local: local.call(order_of_mine, local.args[0], local.offset(experts), local.extent(experts)) \
+    spec.emit = lambda local: local.call(
+        order_of_mine, local.args[0], local.offset(experts), local.extent(experts), count) \
         if local.axes(experts) else local.default()
     return spec
 
