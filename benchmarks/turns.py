@@ -1,8 +1,11 @@
-"""Measures what hiding tensor parallelism's gathers and scatters behind products does: steps without and with it, in turns.
+"""Measures what a choice of compiled programs does to a step: without and with it, in turns, in the same processes.
 
-    torchrun --nproc-per-node=2 benchmarks/tp_overlap.py                      tp=2: off; on, by copy engines; on, by NCCL
-    torchrun --nproc-per-node=4 benchmarks/tp_overlap.py --trace DIR          tp=4, and what kernels take in one step of each
-    torchrun --nproc-per-node=2 benchmarks/tp_overlap.py --quick              tiny, over gloo on CPUs: tries the script only
+    torchrun --nproc-per-node=2 benchmarks/turns.py                   tp=2, its gathers and scatters hidden behind products:
+                                                                      off; on, by copy engines; on, by NCCL
+    torchrun --nproc-per-node=4 benchmarks/turns.py --trace DIR       tp=4, and what kernels take in one step of each
+    torchrun --nproc-per-node=2 benchmarks/turns.py --plan dp=2,zero=3 --variants flat once
+                                                                      equal blocks compiled each by itself, or once for all
+    torchrun --nproc-per-node=2 benchmarks/turns.py --quick           tiny, over gloo on CPUs: tries the script only
 
 All variants are modules of the same processes, with the same weights and batch; each takes its turn of a few steps, round after
 round, so that a machine's clock and heat are the same for all. Rank 0 prints one JSON line for each, and whether losses agree.
@@ -25,6 +28,8 @@ VARIANTS = {
     "off": dict(tp_comm_overlap=False),
     "on": dict(tp_comm_overlap=True),
     "on, NCCL": dict(tp_comm_overlap=True, transport="nccl"),
+    "flat": dict(blocks="flat"),
+    "once": dict(blocks="once"),
 }
 QUICK = dict(layers=2, hidden=64, heads=4, kv_heads=4, ffn=128, vocab=256, seq=64, mbs=2, steps=2, warmup=1)
 AGREE = 1e-3
@@ -36,9 +41,9 @@ def parse_args():
     for name, default in bench.SHAPE.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--plan", help="instead of tp over all GPUs")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:3])
     parser.add_argument("--rounds", type=int, default=4, help="turns of each variant, of --steps steps")
-    parser.add_argument("--blocks", default="auto", choices=["auto", "once", "flat"])
+    parser.add_argument("--cuda-graphs", action="store_true", help="record them where that is faster")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--quick", action="store_true")
@@ -55,8 +60,8 @@ def built(name, args, device):
     with device:
         model = bench.LlamaForCausalLM(bench.config_of(args)).float().train()
     tokens = torch.zeros(args.mbs, args.seq, dtype=torch.long, device=device)
-    module = fxpar.parallelize(model, args.plan, dict(input_ids=tokens, labels=tokens), backend="inductor", blocks=args.blocks,
-                               cuda_graphs=False, **VARIANTS[name])
+    module = fxpar.parallelize(model, args.plan, dict(input_ids=tokens, labels=tokens), backend="inductor",
+                               cuda_graphs="auto" if args.cuda_graphs else False, **VARIANTS[name])
     opt = torch.optim.AdamW(module.parameters(), lr=args.lr, fused=True)
     return module, bench.training_step(args, module, opt, bench.replica_batch(args, module, device))
 
