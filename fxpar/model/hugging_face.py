@@ -1,6 +1,8 @@
 """What Hugging Face models are asked to do while they are traced: keep no cache, compute attention by operators of ATen, and
 experts by products of rows in groups.
 
+Where the cache was, outputs have what says that it was left out (`LeftOut`), so that they are the model's own, key by key.
+
 These are fields of a model's config. They are changed for as long as `as_trained` lasts, in every config that a part of the model
 reads, and put back after it.
 """
@@ -8,6 +10,7 @@ reads, and put back after it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterator
@@ -15,8 +18,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from fxpar.errors import CaptureError
+from fxpar.errors import CaptureError, InputError
 
 _log = logging.getLogger("fxpar")
 
@@ -32,25 +36,67 @@ GROUPED = "grouped_mm"
 """The implementation of experts of which tokens and experts can lie on different ranks."""
 
 
+CACHE = "past_key_values"
+"""The output that a model has of its cache."""
+
+
+class LeftOut:
+    """In the place of the cache that a forward would have returned, had it not been traced to be trained.
+
+    Raises: `InputError` for whatever is done with it but to look at it, compare it and hand it on.
+    """
+
+    def __repr__(self) -> str:
+        return f"<{CACHE}, left out of a forward that is trained>"
+
+    def _refuse(self, *_: Any) -> Any:
+        raise InputError(f"{CACHE} is left out of what the forward of a parallel module returns, which keeps no cache: generate "
+                         "with the plain model, `with module.gathered(): module.generate(...)`")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copies, pickles and inspects it asks for
+            raise AttributeError(name)
+        return self._refuse()
+
+    __len__ = __iter__ = __getitem__ = __contains__ = _refuse
+
+
+def with_cache_left_out(model: nn.Module, spec: pytree.TreeSpec) -> tuple[pytree.TreeSpec, int | None]:
+    """spec: how the outputs are arranged of a model that was asked for no cache -> how those with a `LeftOut` are, and which leaf
+    of them that is; as it was, and None, where the model never returns a cache."""
+    made = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    fields = [f.name for f in dataclasses.fields(made)] if dataclasses.is_dataclass(made) else []
+    kept = {name: getattr(made, name) for name in fields}
+    generates = getattr(model, "can_generate", lambda: False)
+    if CACHE not in fields or kept[CACHE] is not None or not generates():
+        return spec, None
+    flat, spec = pytree.tree_flatten(type(made)(**{**kept, CACHE: LeftOut()}))
+    return spec, next(i for i, leaf in enumerate(flat) if isinstance(leaf, LeftOut))
+
+
 @contextlib.contextmanager
-def as_trained(model: nn.Module, arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+def as_trained(model: nn.Module, arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[str], bool]]:
     """Inside, `model` (or the Hugging Face models in it) keeps no cache, and its attention and experts can be traced.
 
-    Yields the arguments of the call, with ``use_cache=True`` replaced, and notes about what was changed that its user asked for.
-    A model that is not Hugging Face's is left alone. Attention and experts that the user registered are left alone too.
+    Yields the arguments of the call, with ``use_cache=True`` replaced, notes about what was changed that its user asked for, and
+    whether the model itself would have kept a cache. A model that is not Hugging Face's is left alone. Attention and experts that
+    the user registered are left alone too.
     Raises: `CaptureError` for a model that was built with an attention that cannot be exchanged.
     """
     transformers: Any = sys.modules.get("transformers")
     parts = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)] if transformers else []
     notes: list[str] = []
     undo: list[tuple[Any, str, Any]] = []
-    if parts and parts[0] is model and arguments.get("use_cache"):
+    configs = _configs(model, transformers) if parts else []
+    own, asked = bool(parts) and parts[0] is model, arguments.get("use_cache")
+    cached = own and (any(getattr(c, "use_cache", False) is True for c in configs) if asked is None else bool(asked))
+    if own and asked:
         arguments = {**arguments, "use_cache": False}
-        notes.append("use_cache=True is left out: a forward that is trained returns past_key_values=None")
+        notes.append("use_cache=True is left out: a forward that is trained returns no past_key_values")
     if any(getattr(m, "gradient_checkpointing", False) is True for part in parts for m in part.modules()):
         notes.append("the model's own gradient checkpointing is left out: Plan(recompute=...) says what the backward makes again")
     try:
-        for config in _configs(model, transformers) if parts else []:
+        for config in configs:
             if getattr(config, "use_cache", False) is True:
                 undo.append((config, "use_cache", True))
                 config.use_cache = False
@@ -66,7 +112,7 @@ def as_trained(model: nn.Module, arguments: dict[str, Any]) -> Iterator[tuple[di
                 undo.append((config, "_experts_implementation_internal", asked))
                 config._experts_implementation_internal = GROUPED
                 notes.append(f"experts_implementation={asked!r} keeps experts and tokens together: {GROUPED!r} takes its place")
-        yield arguments, list(dict.fromkeys(notes))
+        yield arguments, list(dict.fromkeys(notes)), cached
     finally:
         for config, name, value in undo:
             setattr(config, name, value)

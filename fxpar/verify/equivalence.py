@@ -330,7 +330,7 @@ def _run_model(model: nn.Module, call: Call) -> Reference:
     inputs = {n: t for n, t in input_leaves((args, kwargs)).items() if isinstance(t, Tensor) and t.requires_grad}
     for t in inputs.values():
         t.grad = None
-    with torch.enable_grad(), as_trained(model, kwargs) as (kwargs, _), _own_gradients(model) as parameters:
+    with torch.enable_grad(), as_trained(model, kwargs) as (kwargs, *_), _own_gradients(model) as parameters:
         loss = scalar_of(model(*args, **kwargs))
         if loss.requires_grad:
             loss.backward()

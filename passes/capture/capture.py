@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxpar import compat
 from fxpar.errors import CaptureError
-from fxpar.model.hugging_face import as_trained, say
+from fxpar.model.hugging_face import CACHE, LeftOut, as_trained, say, with_cache_left_out
 from fxpar.model.inputs import leaves, require_dense_state
 from fxpar.model.reads import Reads, everything, recorded
 from fxpar.passes.canonical.dropout import expand_dropout
@@ -55,7 +55,7 @@ def capture(
     mode = compat.FakeTensorMode(allow_non_fake_inputs=True)
     fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: _fake_input(mode, t, device, plan.param_dtype),
                                                     (args, kwargs))
-    with _grouped_experts(model), as_trained(model, fake_kwargs) as (fake_kwargs, notes), _fake_parameters(
+    with _grouped_experts(model), as_trained(model, fake_kwargs) as (fake_kwargs, notes, cached), _fake_parameters(
             model, mode, device, plan.param_dtype) as originals:
         try:
             with recorded() as reads:
@@ -85,6 +85,8 @@ def capture(
     program.reads = reads
     _require_shapes(program.graph)
     program.notes += notes
+    if cached:
+        _leave_cache_out(program, model)
     say(notes)
     given = leaves((args, kwargs))
     for source in program.sources:
@@ -381,6 +383,14 @@ def _sinks(exported: torch.export.ExportedProgram, prefix: str, record: Recorded
                                _RENORMALISE if made and made.target is torch.ops.aten.embedding_renorm.default else
                                "a forward may write to buffers alone: write to a copy, or outside of forward, between steps")
     return sinks, own
+
+
+def _leave_cache_out(program: Program, model: nn.Module) -> None:
+    """Have the outputs say that the cache is not among them."""
+    program.out_spec, leaf = with_cache_left_out(model, program.out_spec)
+    if leaf is not None:
+        own = [i for i, s in enumerate(program.sinks) if s.kind in ("output", "literal")]
+        program.sinks.insert(own[leaf] if leaf < len(own) else own[-1] + 1, Sink("literal", CACHE, LeftOut()))
 
 
 _RENORMALISE = ("an embedding with max_norm=N scales its table's rows where it looks them up: leave max_norm out, and scale them "

@@ -12,8 +12,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fxpar
-from fxpar.errors import CaptureError
-from fxpar.model.hugging_face import as_trained
+from fxpar.errors import CaptureError, InputError
+from fxpar.model.hugging_face import LeftOut, as_trained
 from fxpar.testing import assert_equivalent
 from tests.zoo import hugging_face as zoo
 from tests.zoo.registry import ids, labels
@@ -67,17 +67,38 @@ def test_a_cache_in_a_config_inside_of_the_config():
     batch = {"input_ids": tokens, "pixel_values": torch.randn(4, 3, 16, 16), "labels": tokens}
     assert model.config.text_config.use_cache
     result = fxpar.simulate(model, PLAN, batch).step(**batch)
-    assert result.outputs.past_key_values is None and model.config.text_config.use_cache
+    assert isinstance(result.outputs.past_key_values, LeftOut) and model.config.text_config.use_cache
     assert_equivalent(model, PLAN, batch)
 
 
-@pytest.mark.parametrize("asked", [{}, {"use_cache": True}])
-def test_outputs_are_the_model_s_own_without_the_cache(asked):
+@pytest.mark.parametrize("asked", [{}, {"use_cache": True}, {"output_hidden_states": True}])
+def test_outputs_are_the_model_s_own_and_say_that_the_cache_is_left_out(asked):
     model, batch = llama()
-    want = model(**batch)
+    want = model(**batch, **asked)
     out = fxpar.parallelize(copy.deepcopy(model), fxpar.Plan(), {**batch, **asked})(**batch, **asked)
-    assert type(out) is CausalLMOutputWithPast and want.past_key_values is not None and out.past_key_values is None
-    assert [*out] == [k for k in want if k != "past_key_values"]
+    assert type(out) is CausalLMOutputWithPast and [*out] == [*want]
+    assert torch.equal(out[1], want[1]) and ("hidden_states" not in out or torch.equal(out[3][1], want[3][1]))
+    assert isinstance(out.past_key_values, LeftOut) and "left out" in repr(out)
+    assert isinstance(copy.deepcopy(out.past_key_values), LeftOut)
+    for use in (len, iter, lambda kept: kept[0], lambda kept: kept.get_seq_length(), bool):
+        with pytest.raises(InputError, match=r"keeps no cache: generate with the plain model, `with module\.gathered\(\)"):
+            use(out.past_key_values)
+
+
+@pytest.mark.parametrize("asked, config", [({"use_cache": False}, True), ({}, False)])
+def test_nothing_is_said_of_a_cache_that_nobody_asked_for(asked, config):
+    model, batch = llama()
+    model.config.use_cache = config
+    want = model(**batch, **asked)
+    out = fxpar.parallelize(copy.deepcopy(model), fxpar.Plan(), {**batch, **asked})(**batch, **asked)
+    assert [*out] == [*want] == ["loss", "logits"] and out.past_key_values is None
+
+
+def test_an_encoder_has_no_cache_to_leave_out():
+    model, batch = zoo.bert()
+    model.config.use_cache = True
+    want, out = model.eval()(**batch), fxpar.parallelize(copy.deepcopy(model).eval(), fxpar.Plan(), batch)(**batch)
+    assert [*out] == [*want]
     torch.testing.assert_close(out.logits, want.logits)
 
 
@@ -89,7 +110,7 @@ def test_outputs_without_a_loss_are_compared_without_the_cache():
 def test_a_cache_that_is_asked_for_is_noted():
     model, batch = llama()
     assert not fxpar.inspect(model, PLAN, batch).notes
-    assert "past_key_values=None" in fxpar.inspect(model, PLAN, {**batch, "use_cache": True}).notes[0]
+    assert "returns no past_key_values" in fxpar.inspect(model, PLAN, {**batch, "use_cache": True}).notes[0]
 
 
 def test_a_model_inside_of_another():
