@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fxpar.backends.transport.threads import Threads
-from fxpar.ops.exchange import exchange_plan, to_experts, to_tokens
+from fxpar.ops.exchange import arriving, exchange_plan, runs_of, to_experts, to_tokens
 from fxpar.ops.experts import (
+    INVERSE,
     combine,
     experts_here,
     of_mine,
@@ -113,3 +114,16 @@ def test_bringing_rows_into_an_order_and_out_of_it():
     assert torch.equal(put_back(take_rows(x, order, 2), order), x.repeat_interleave(2, 0))
     assert torch.autograd.gradcheck(lambda x: take_rows(x, order, 2), x)
     assert torch.autograd.gradcheck(lambda x, s: combine(take_rows(x, order, 2), order, 2, s), (x, scores))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks, experts, rows", [(1, 1, 5), (2, 4, 0), (2, 4, 1000), (64, 4, 40_000)])
+def test_kernels_say_the_same_of_where_rows_belong(ranks, experts, rows):
+    if not torch.cuda.is_available():
+        pytest.skip("a GPU is needed")
+    torch.manual_seed(rows)
+    counts = torch.bincount(torch.randint(ranks * (experts + 1), (rows,)), minlength=ranks * (experts + 1)).view(ranks, -1)
+    runs = runs_of(counts)
+    want, got = (arriving(r, rows, ranks, 3, torch.int64) for r in (runs, runs.cuda()))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(want, got, strict=True))
+    assert torch.equal(want[0].sort().values, torch.arange(rows)) and torch.equal(INVERSE(got[0]).cpu(), INVERSE(want[0]))
