@@ -47,6 +47,7 @@ def main(plan: str, cases: list[list]) -> None:
     torch.backends.cudnn.allow_tf32 = False
     dist.init_process_group("nccl", timeout=timedelta(seconds=90), device_id=torch.device("cuda", torch.cuda.current_device()))
     side = dist.new_group(backend="gloo", timeout=timedelta(seconds=120))
+    failed = False
     for name, recompute, more, microbatches in cases:
         start = time.perf_counter()
         text = ",".join(filter(None, [plan, more, f"recompute={recompute}", f"microbatches={microbatches}"]))
@@ -55,8 +56,11 @@ def main(plan: str, cases: list[list]) -> None:
         if dist.get_rank() == 0:
             print(json.dumps({"model": name, "plan": text, "error": worst, "seconds": round(time.perf_counter() - start, 1),
                               "graphs": "".join(told)}), flush=True)
+        failed |= bool(worst)
         torch._dynamo.reset()
     dist.destroy_process_group()
+    if failed:
+        raise SystemExit("not all are right")
 
 
 def of_all_ranks(group: dist.ProcessGroup, check: Callable[[], str | None]) -> str:
