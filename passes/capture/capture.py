@@ -29,7 +29,7 @@ from fxpar.passes.capture.functions import expand_functions, recorded_functions
 from fxpar.passes.capture.grouped import GroupedProducts
 from fxpar.passes.capture.layers import expand_layers, traced_once
 from fxpar.passes.capture.regions import inline_regions
-from fxpar.passes.capture.traced import TraceGuard, host_draws, require_no_seeds
+from fxpar.passes.capture.traced import TraceGuard, host_draws, inference_without_gradients, require_no_seeds
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source, is_library_file, user_line
 from fxpar.sharding.mesh import Mesh
@@ -184,7 +184,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
         with recorded_attributes(root, traced, reads is not None) as record, traced_once(root, traced, reads, record), \
                 torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), \
                 compat.unchecked_distributions(), compat.generators_watched(require_no_seeds), recorded_functions(), \
-                compat.code_when_called(), traced, GroupedProducts():
+                inference_without_gradients(), compat.code_when_called(), traced, GroupedProducts():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None

@@ -23,8 +23,8 @@ def inline_regions(gm: fx.GraphModule) -> None:
     Takes: a graph that may hold no-grad and autocast regions as higher-order calls.
     Afterwards: it holds none; what a no-grad region returns, and what it writes into something else, is detached; inside an
     autocast region the casts that the dispatcher would have made are written out.
-    Raises: `CaptureError` for a no-grad region that writes into a value which has a gradient: PyTorch takes the gradient of
-    what was there before for that of the new value.
+    Raises: `CaptureError` for what writes, in a no-grad region or through `detach` (which ``.data`` is, too), into a value that
+    has a gradient: PyTorch takes the gradient of what was there before for that of the new value.
     """
     _inline(gm, {})
 
@@ -32,6 +32,7 @@ def inline_regions(gm: fx.GraphModule) -> None:
 def _inline(gm: fx.GraphModule, trained: dict[fx.Node, bool]) -> None:
     """trained: whether the placeholders of `gm` have gradients, where it is not at its top, and what is known of other nodes."""
     _mend_users(gm)
+    _require_no_hidden_writes(gm.graph, trained)
     regions = [n for n in gm.graph.nodes if compat.no_grad_region(n) or compat.autocast_region(n)]
     for node in regions:
         if compat.no_grad_region(node):
@@ -103,19 +104,52 @@ def _cuts(node: fx.Node) -> bool:
     return isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex())
 
 
+_WAY_OUT = ("write to a buffer, or to a detached clone; a value that is replaced and keeps its gradient is "
+            "h + (new - h).detach()")
+
+
+def _require_no_hidden_writes(graph: fx.Graph, trained: dict[fx.Node, bool]) -> None:
+    """Refuse writes through `detach` into what is read with its gradient, or may be: a backward may keep what was there."""
+    for node in graph.nodes:
+        base = _written(node) if node.op == "call_function" and compat.mutates(node.target) else None
+        detached = False
+        while base is not None and base.op == "call_function" and _is_view(base):
+            detached |= base.target is aten.detach.default
+            base = base.args[0] if isinstance(base.args[0], fx.Node) else None
+        if not detached or base is None or not _has_gradient(base, trained):
+            continue
+        same, todo = {base}, [base]
+        while todo:
+            more = [u for u in todo.pop().users if u not in same and u.op == "call_function" and _is_view(u) and not _cuts(u)]
+            same.update(more)
+            todo += more
+        read = any(u not in same and u.target is not aten.detach.default for n in same for u in n.users)
+        if read or (base.op == "placeholder" and trained):
+            raise CaptureError("a write through detach() or .data into a value that has a gradient", user_line(node) or None,
+                               _WAY_OUT)
+
+
+def _written(node: fx.Node) -> fx.Node | None:
+    """What an in-place operator writes to."""
+    target: Any = node.target
+    arguments = target._schema.arguments
+    given = {**dict(zip([a.name for a in arguments], node.args, strict=False)), **node.kwargs}
+    written = (given.get(a.name) for a in arguments if a.alias_info and a.alias_info.is_write)
+    return next((v for v in written if isinstance(v, fx.Node)), None)
+
+
 def _detach_writes(graph: fx.Graph, trained: dict[fx.Node, bool]) -> None:
     """Detach what the in-place operators of a no-grad region write from. trained: of the region's placeholders."""
     for node in [n for n in graph.nodes if n.op == "call_function" and compat.mutates(n.target)]:
         names = [a.name for a in node.target._schema.arguments]
         written = {n for n, a in zip(names, node.target._schema.arguments, strict=True) if a.alias_info and a.alias_info.is_write}
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        target = next((given[n] for n in names if n in written and isinstance(given.get(n), fx.Node)), None)
+        target = _written(node)
         while isinstance(target, fx.Node) and target.op != "placeholder":  # a view of something, or made in the region
             target = target.args[0] if target.args and isinstance(target.args[0], fx.Node) and _is_view(target) else None
         if target is not None and trained[target]:
             raise CaptureError("a write within torch.no_grad() into a value that has a gradient", user_line(node) or None,
-                               "write to a buffer, or to a detached clone; a value that is replaced and keeps its gradient is "
-                               "h + (new - h).detach()")
+                               _WAY_OUT)
         with graph.inserting_before(node):
             finish = _detach(graph)
             fresh = {n: finish(v) for n, v in given.items() if n not in written and isinstance(v, fx.Node)

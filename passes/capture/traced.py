@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -212,6 +214,21 @@ def require_no_seeds(function: str, caller: FrameType) -> None:
     a program comes from one seed a call, and what a trace reads is a constant."""
     if not is_library_file(caller.f_code.co_filename):
         raise CaptureError(f"torch.{function} inside of the forward", line_here(), _DRAWS)
+
+
+@contextlib.contextmanager
+def inference_without_gradients() -> Iterator[None]:
+    """Inside, `torch.inference_mode` is what a trace sees of it: no gradients."""
+
+    def enter(mode: Any) -> None:
+        mode.grad_mode = torch.no_grad() if mode.mode else torch.enable_grad()
+        mode.grad_mode.__enter__()
+
+    def leave(mode: Any, *error: Any) -> None:
+        mode.grad_mode.__exit__(*error)
+
+    with mock.patch.multiple(torch.inference_mode, __enter__=enter, __exit__=leave):
+        yield
 
 
 def host_draws() -> tuple:

@@ -53,3 +53,92 @@ def test_a_value_with_a_gradient_is_not_written_to_without():
     with pytest.raises(CaptureError, match=r"a write within torch.no_grad\(\) into a value that has a gradient") as caught:
         fxpar.simulate(WritesWhatHasAGradient(), "dp=2", (torch.randn(4, 8),)).step(torch.randn(4, 8))
     assert "test_regions.py" in (caught.value.where or "")
+
+
+class Through(Net):
+    """Writes through a value without a gradient into one that has it, where `write` says so."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(self.up(x)).square().mean()
+
+
+def through_data(h: Tensor) -> Tensor:
+    h.data.mul_(2)
+    return h
+
+
+def through_a_view(h: Tensor) -> Tensor:
+    h.detach()[:, :4].add_(1)
+    return h + 1
+
+
+def of_a_view(h: Tensor) -> Tensor:
+    left = h[:, :4]
+    left.data.add_(1)
+    return h + 1
+
+
+def without_gradients(h: Tensor) -> Tensor:
+    with torch.no_grad():
+        h.detach().mul_(2)
+    return h
+
+
+def in_autocast(h: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h.detach().mul_(2)
+        return h.float() * 1
+
+
+def after_it_was_read(h: Tensor) -> Tensor:
+    made = h * h
+    h.data.mul_(2)
+    return made
+
+
+def of_nothing_else(h: Tensor) -> Tensor:
+    return h / h.abs().amax().detach().clamp_(min=1e-3)
+
+
+def of_a_clone(h: Tensor) -> Tensor:
+    kept = h.detach().clone().clamp_(-1, 1)
+    return h * kept
+
+
+@pytest.mark.parametrize("write", [through_data, through_a_view, of_a_view, without_gradients, in_autocast, after_it_was_read])
+def test_a_value_with_a_gradient_is_not_written_to_through_one_without(write):
+    """PyTorch would give the new value the gradient of the one that was there before."""
+    with pytest.raises(CaptureError, match=r"a write through detach\(\) or .data into a value that has a gradient") as caught:
+        fxpar.parallelize(Through(write), "dp=1", (torch.randn(4, 8),))
+    assert "test_regions.py" in (caught.value.where or "") and "detached clone" in str(caught.value)
+
+
+@pytest.mark.parametrize("write", [of_nothing_else, of_a_clone])
+def test_what_is_written_to_without_a_gradient_is_right(write):
+    assert_equivalent(Through(write), "dp=2", (torch.randn(4, 8),))
+
+
+class Inferred(Net):
+    """Computes a scale without gradients, in the other way to say so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        with torch.inference_mode():
+            scale = h.abs().amax() + 1
+            with torch.inference_mode(False):
+                grown = self.up(x).sum()
+        return (h / scale.clone()).square().mean() + grown / self.largest(h).clone()
+
+    @torch.inference_mode()
+    def largest(self, h: Tensor) -> Tensor:
+        return h.abs().amax() + 2
+
+
+@pytest.mark.parametrize("plan", ["dp=2", "dp=2,tp=2,zero=3"])
+def test_no_gradient_flows_through_inference_mode(plan):
+    assert_equivalent(Inferred(), plan, (torch.randn(4, 8),))
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
