@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxpar import compat
+from fxpar.ops.before import before
 from fxpar.ops.exchange import PLANS
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.ring.chunks import FORWARD as CHUNKS
@@ -58,9 +59,9 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
     - "full": what leaves a block is kept, all that is inside is made again;
     - "none", or a memory budget: nothing more is decided here;
 
-    but for what `CHOICES` made and the plans of exchanges (which rows go to which expert's rank: they are small, and say how
-    large other values are), which are kept, and for dropout masks, which are always drawn again: that reads
-    nothing.
+    but for what `CHOICES` made, the plans of exchanges (which rows go to which expert's rank: they are small, and say how large
+    other values are) and buffers as they were before the forward wrote them, which are kept, and for dropout masks, which are
+    always drawn again: that reads nothing.
     """
     forward = _forward(graph)
     decide = _POLICIES.get(str(plan.recompute), _open)
@@ -68,7 +69,7 @@ def choose_recomputation(graph: fx.Graph, plan: Plan) -> None:
     for node in forward:
         policy = decide(node, forward)
         decides = policy is not None or plan.memory_budget is not None
-        if _plans(node) or (decides and _packet(node) in CHOICES):
+        if _plans(node) or node.target is before or (decides and _packet(node) in CHOICES):
             policy = SAVE
         if node.meta.get("custom", {}).get(DRAWN):
             policy = AGAIN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from fxpar.passes.canonical.buffers import keep_buffers
 from fxpar.passes.canonical.dropout import counter_dropout
 from fxpar.passes.canonical.experts import sort_by_expert
 from fxpar.passes.canonical.gqa import fold_repeat_kv
@@ -40,6 +41,7 @@ def front(pinned: dict[str, Sharding] | None = None) -> list[tuple[str, Pass]]:
     """The passes after capture whose result is taken through any plan that agrees in `TRACED_FIELDS`, in order."""
     return [
         ("simplify", simplify),
+        ("buffers", keep_buffers),
         ("outputs", keep_loss),
         ("precision", cast_parameters),
         ("masks", fold_masks),

@@ -41,7 +41,6 @@ class StageOfRank:
         self.feed = Feed(self.program, store.places, UnreducedGradients(_nobody), store.device)
         self.splits = splits
         self.received = [i for i, s in enumerate(self.program.sources) if s.kind == "received"]
-        self.updated = {s.name for s in self.program.sinks if s.kind == "buffer"}
         self.outputs: list[list[Tensor]] = []
         self.grads: dict[str, Tensor] = {}
         self._made: dict[str, Stepped] = {}
@@ -67,9 +66,6 @@ class StageOfRank:
         named = {**self.named[microbatch], **dict(zip([m.name for m in self.stage.receives], received or [], strict=True))}
         feed = [x.detach().requires_grad_(s.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
                 for x, s in zip(self.feed(named, seed=self.seed), self.program.sources, strict=True)]
-        # what the backward keeps of a buffer may not change when a later microbatch updates it
-        feed = [x.clone() if s.kind == "buffer" and s.name in self.updated else x
-                for x, s in zip(feed, self.program.sources, strict=True)]
         feed += [self._unsharded[b].detach().requires_grad_(kind == "detached") for kind, b in self.compute.extra]
         outs, self._saved[microbatch] = self._run("compute", self.compute.module, feed).forward(*feed)
         count = len(self.stage.sends)

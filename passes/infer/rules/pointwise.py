@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpar.ops.before import before
 from fxpar.ops.rng import dropout_mask
 from fxpar.ops.surrogate import attach, fixed
 from fxpar.ops.unbiased import unbiased
@@ -28,7 +29,7 @@ UNTAGGED = (
 )  # fmt: skip
 
 
-@rule(unbiased, *(getattr(p, o) for p in UNTAGGED for o in p.overloads() if (p, o) != (aten.where, "default")))
+@rule(before, unbiased, *(getattr(p, o) for p in UNTAGGED for o in p.overloads() if (p, o) != (aten.where, "default")))
 def pointwise(op: Op) -> Spec:
     return elementwise(op)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fxpar.ops.before import before
 from fxpar.ops.rng import dropout_mask
 from fxpar.ops.surrogate import attach, fixed
 from fxpar.ops.unbiased import unbiased
@@ -246,6 +247,9 @@ def dropout(g: Gen):
     if len(shape) > 2 and g.maybe(0.4):
         kwargs["shape"] = [*shape[:2], *[1] * (len(shape) - 2)]
     return (g.f(*shape), torch.tensor(g.r.randint(0, 2**40))), kwargs
+
+
+case(before)(lambda g: (g.constant(g.f(*g.shape())),))
 
 
 @case(unbiased)
