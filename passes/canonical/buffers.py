@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 from torch import fx
 
 from fxpar.ops.before import before
@@ -23,7 +26,7 @@ def keep_buffers(program: Program) -> Program:
         if source.kind == "buffer" and source.name in written and node in needed:
             first = next(n for n in program.graph.nodes if n.op != "placeholder")
             copy = Rewriter(program.graph, first).call(before, node)
-            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            node.replace_all_uses_with(copy, delete_user_cb=functools.partial(operator.is_not, copy))
     return program
 
 
