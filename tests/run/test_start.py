@@ -67,3 +67,16 @@ def test_every_new_kind_of_call_is_one_line_with_its_cost(caplog, monkeypatch, m
     assert {"parameters", *(["initialising"] if meta else [])} == {*first.parts} & {"parameters", "initialising"}
     assert newest.parts["lowering"] >= 0.02 and newest.parts["lowering the backward"] == 0.5
     assert module.report().timings == newest and f"to the first step: {newest}" in str(module.report())
+
+
+def test_programs_that_are_kept_can_be_counted_and_hide_nothing_of_the_model():
+    class Own(Net):
+        _programs = "its own"
+
+    counts = []
+    module = fxpar.parallelize(Net(), "dp=1", {"x": torch.ones(2, 4)}, backend="eager")
+    for rows in (2, 3, 4, 3):
+        module(torch.ones(rows, 4))
+        counts.append(len(module._programs))
+    assert counts == [1, 2, 3, 3]
+    assert fxpar.parallelize(Own(), "dp=1", {"x": torch.ones(2, 4)}, backend="eager")._programs == "its own"
