@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import traceback
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxpar import compat
 
@@ -48,6 +51,48 @@ def test_code_of_graphs_is_generated_when_they_are_called(monkeypatch):
         counts.append(len(generated))
         torch.testing.assert_close(exported.module()(x), Net()(x))
     assert counts[1] < counts[0]
+
+
+def test_lines_that_are_looked_up_once_are_those_that_pytorch_looks_up(monkeypatch):
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(x)
+            return y * 2 + y
+
+    lines, counts, looked = [], [], []
+    original = traceback.linecache.getline
+    monkeypatch.setattr(traceback.linecache, "getline", lambda *args: looked.append(args) or original(*args))
+    for around in (contextlib.nullcontext, compat.lines_looked_up_once):
+        looked.clear()
+        with around():
+            exported = torch.export.export(Net(), (torch.randn(3),))
+        lines.append([n.meta.get("stack_trace") for n in exported.graph.nodes])
+        counts.append(len(looked))
+    assert lines[0] == lines[1] and "y = torch.relu(x)" in str(lines[1])
+    assert counts[1] < counts[0] / 2
+
+
+def test_modes_that_see_operators_are_counted():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    before = compat.dispatch_modes()
+    with Mode():
+        assert compat.dispatch_modes() == before + 1
+    assert compat.dispatch_modes() == before
+
+
+@pytest.mark.parametrize("kind", [TorchDispatchMode, TorchFunctionMode])
+def test_modes_of_others_are_known_from_those_of_pytorch_and_fxpar(kind):
+    class Mode(kind):
+        pass
+
+    with torch.device("cpu"), compat.FakeTensorMode():
+        assert not compat.has_foreign_modes()
+        with Mode():
+            assert compat.has_foreign_modes()
+    assert not compat.has_foreign_modes()
 
 
 def test_what_fails_on_fake_tensors_is_not_logged_for_a_while(caplog):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
+import traceback
+import types
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
@@ -34,6 +38,20 @@ def no_modes() -> contextlib.AbstractContextManager:
     return _disable_current_modes()
 
 
+def dispatch_modes() -> int:
+    """How many modes see the operators that are called."""
+    return torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch()
+
+
+def has_foreign_modes() -> bool:
+    """Whether a mode sees functions or operators that is neither PyTorch's nor fxpar's."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
+    return any(type(mode).__module__.partition(".")[0] not in ("torch", "fxpar") for mode in modes)
+
+
 def inside_of_transform() -> bool:
     """Whether this is called by what `torch.func` transforms (vmap, grad, jvp)."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -45,6 +63,35 @@ def code_when_called() -> contextlib.AbstractContextManager:
     from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
     return _use_lazy_graph_module(True)
+
+
+class _Stacks:
+    """Stands for `torch.utils._traceback.CapturedTraceback`."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[types.CodeType, traceback.FrameSummary]] = {}
+
+    def extract(self) -> _Stacks:
+        return self
+
+    def summary(self) -> traceback.StackSummary:
+        stack, frame = traceback.StackSummary(), sys._getframe(1)
+        while frame is not None:
+            code, line = frame.f_code, frame.f_lineno
+            known = self._known.get((id(code), line))
+            if known is None:
+                known = code, traceback.FrameSummary(code.co_filename, line, code.co_name)
+                self._known[id(code), line] = known
+            stack.append(known[1])
+            frame = frame.f_back  # type: ignore[assignment]
+        stack.reverse()
+        return stack
+
+
+def lines_looked_up_once() -> contextlib.AbstractContextManager:
+    """Inside, a line that is on the way to many operators of a trace is looked up once. PyTorch does so for every operator, which
+    takes a sixth of a trace."""
+    return mock.patch.object(torch.fx.proxy, "CapturedTraceback", _Stacks())
 
 
 @contextlib.contextmanager
