@@ -182,7 +182,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
         with recorded_attributes(root, traced, reads is not None) as record, traced_once(root, traced, reads, record), \
                 torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), \
                 compat.unchecked_distributions(), compat.generators_watched(require_no_seeds), recorded_functions(), \
-                compat.code_when_called(), traced, GroupedProducts():
+                compat.code_when_called(), compat.lines_looked_up_once(), traced, GroupedProducts():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None
