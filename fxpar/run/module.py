@@ -125,7 +125,7 @@ class ParallelModule(nn.Module):
         self._engine.seeds.base = value
 
     def __getattr__(self, name: str) -> Any:
-        """What is not this object's own is the model's. ``_programs`` are the programs that are kept, unless the model has that."""
+        """What is not this object's own is the model's; ``_programs``, those that are kept, is unless the model has it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
