@@ -53,6 +53,30 @@ def test_code_of_graphs_is_generated_when_they_are_called(monkeypatch):
     assert counts[1] < counts[0]
 
 
+def test_code_of_a_graph_module_is_generated_when_it_is_called(monkeypatch):
+    generated = []
+    original = torch.fx.Graph.python_code
+    graph = torch.fx.symbolic_trace(lambda x: torch.relu(x) + 1).graph
+    monkeypatch.setattr(torch.fx.Graph, "python_code", lambda *args, **more: generated.append(1) or original(*args, **more))
+    module = compat.graph_module(nn.Module(), graph)
+    assert isinstance(module, torch.fx.GraphModule) and not generated
+    torch.testing.assert_close(module(torch.tensor([-1.0, 2.0])), torch.tensor([1.0, 3.0]))
+    assert generated and "relu" in module.code
+
+
+def test_results_on_fake_tensors_are_forgotten_where_they_are_many():
+    mode = compat.FakeTensorMode()
+    with mode:
+        for n in range(1, 4):
+            torch.empty(n) + torch.empty(n)
+    count = len(mode.cache)
+    assert count > 0
+    compat.forget_fake_results(count)
+    assert len(mode.cache) == count
+    compat.forget_fake_results(count - 1)
+    assert len(mode.cache) == 0
+
+
 def test_lines_that_are_looked_up_once_are_those_that_pytorch_looks_up(monkeypatch):
     class Net(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

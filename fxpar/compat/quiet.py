@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from unittest import mock
 
 import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 
 WRAPPERS = (
     "torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "torch.distributed.fsdp.fully_sharded_data_parallel",
@@ -57,12 +60,18 @@ def inside_of_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def code_when_called() -> contextlib.AbstractContextManager:
+def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module whose code is generated when it is first called, or looked at."""
+    return _LazyGraphModule(root, graph)
+
+
+@contextlib.contextmanager
+def code_when_called() -> Iterator[None]:
     """Inside, the code of graph modules that PyTorch makes is generated when they are first called. `torch.export` makes, and
     changes, dozens that are never called, which takes a quarter of its time (torch 2.13; in 2.11 most do not listen)."""
-    from torch.fx._lazy_graph_module import _use_lazy_graph_module
-
-    return _use_lazy_graph_module(True)
+    exports = mock.patch.object(torch.export.exported_program, "_create_graph_module_for_export", graph_module)
+    with _use_lazy_graph_module(True), exports:
+        yield
 
 
 class _Stacks:
@@ -92,6 +101,13 @@ def lines_looked_up_once() -> contextlib.AbstractContextManager:
     """Inside, a line that is on the way to many operators of a trace is looked up once. PyTorch does so for every operator, which
     takes a sixth of a trace."""
     return mock.patch.object(torch.fx.proxy, "CapturedTraceback", _Stacks())
+
+
+def forget_fake_results(most: int) -> None:
+    """If PyTorch remembers more than so many results of operators on fake tensors, have it forget them all: it keeps those of
+    every shape there was."""
+    if len(FakeTensorMode.cache) > most:
+        FakeTensorMode.cache_clear()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,9 @@ from fxpar.program import Program, Sink, Source, is_library_file, user_line
 from fxpar.sharding.mesh import Mesh
 
 aten = torch.ops.aten
+
+FAKE_RESULTS = 4096
+"""Results of operators on fake tensors that are remembered from one capture to the next, at most: a layer has hundreds."""
 
 
 def capture(
@@ -81,9 +85,12 @@ def capture(
             inline_regions(exported.graph_module)
         expand_functions(exported.graph_module)
     program = _program(exported, prefix, model, originals, record, plan, mesh)
+    reads.of_model(model)
     reads.left_out([(w.holder, w.key) for w in program.writes] + [s.place for s in program.sources if s.place is not None])
     program.reads = reads
     _require_shapes(program.graph)
+    _share_lines(program.graph)
+    compat.forget_fake_results(FAKE_RESULTS)
     program.notes += notes
     say(notes)
     given = leaves((args, kwargs))
@@ -267,6 +274,14 @@ def _require_shapes(graph: fx.Graph) -> None:
                                user_line(node) or None, "use torch.where, a product with the mask, or topk, whose shapes "
                                "are fixed; and for a loop over experts rows sorted by expert, and "
                                "torch.nn.functional.grouped_mm")
+
+
+def _share_lines(graph: fx.Graph) -> None:
+    """Have operators that come from the same lines hold one text of them, in all programs together."""
+    for node in graph.nodes:
+        lines = node.meta.get("stack_trace")
+        if lines is not None:
+            node.meta["stack_trace"] = sys.intern(lines)
 
 
 def _user_frame(error: BaseException) -> str:
