@@ -107,6 +107,36 @@ def test_modes_that_see_operators_are_counted():
     assert compat.dispatch_modes() == before
 
 
+def test_modes_see_functions_in_the_place_they_are_given():
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(self.name)
+            return func(*args, **(kwargs or {}))
+
+    def order():
+        seen.clear()
+        torch.ones(1)
+        return "".join(seen)
+
+    depth = compat.function_modes()
+    with Mode("a"), Mode("b"), Mode("c"):
+        with compat.modes_at(depth + 1, Mode("x"), Mode("y")):
+            assert order() == "cbyxa"
+            with Mode("d"):
+                assert order() == "dcbyxa"
+        assert order() == "cba"
+        with pytest.raises(ValueError), compat.modes_at(depth, Mode("x")):
+            raise ValueError
+        assert order() == "cba"
+    assert compat.function_modes() == depth
+
+
 @pytest.mark.parametrize("kind", [TorchDispatchMode, TorchFunctionMode])
 def test_modes_of_others_are_known_from_those_of_pytorch_and_fxpar(kind):
     class Mode(kind):

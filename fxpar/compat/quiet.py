@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
+from torch.overrides import TorchFunctionMode
 
 WRAPPERS = (
     "torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "torch.distributed.fsdp.fully_sharded_data_parallel",
@@ -44,6 +45,38 @@ def no_modes() -> contextlib.AbstractContextManager:
 def dispatch_modes() -> int:
     """How many modes see the operators that are called."""
     return torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch()
+
+
+def function_modes() -> int:
+    """How many modes see the functions that are called."""
+    return torch.overrides._len_torch_function_stack()
+
+
+@contextlib.contextmanager
+def modes_at(depth: int, *modes: TorchFunctionMode) -> Iterator[None]:
+    """Inside, these modes see the functions that are called, behind those that were entered when there were `depth` already."""
+    above = _modes_above(depth)
+    try:
+        with contextlib.ExitStack() as entered:
+            for mode in modes:
+                entered.enter_context(mode)
+            _enter_again(above)
+            try:
+                yield
+            finally:
+                _modes_above(depth + len(modes))
+    finally:
+        _enter_again(above)
+
+
+def _modes_above(depth: int) -> list[TorchFunctionMode]:
+    """The modes of function calls, but for the first ones, which are left; the last one first."""
+    return [torch.overrides._pop_mode() for _ in range(function_modes() - depth)]
+
+
+def _enter_again(modes: list[TorchFunctionMode]) -> None:
+    for mode in reversed(modes):
+        torch.overrides._push_mode(mode)
 
 
 def has_foreign_modes() -> bool:

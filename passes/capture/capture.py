@@ -8,6 +8,7 @@ a 70B model on the meta device is captured as readily as a small one on a CPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
@@ -189,7 +191,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
         with recorded_attributes(root, traced, reads is not None) as record, traced_once(root, traced, reads, record), \
                 torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), \
                 compat.unchecked_distributions(), compat.generators_watched(require_no_seeds), recorded_functions(), \
-                compat.code_when_called(), compat.lines_looked_up_once(), traced, GroupedProducts():
+                compat.code_when_called(), compat.lines_looked_up_once(), _seen_by(root, traced, GroupedProducts()):
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None
@@ -201,6 +203,24 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
                            "make them outside of the model and pass them in, or switch off what draws them (a Hugging Face "
                            "config's mask_time_prob and mask_feature_prob, layerdrop)")
     return exported, prefix, record
+
+
+@contextlib.contextmanager
+def _seen_by(model: nn.Module, *modes: TorchFunctionMode) -> Iterator[None]:
+    """Inside, these modes see the functions that the model's forward calls, as if they had been entered here; and not the tens of
+    thousands that an export calls before and afterwards."""
+    forward, depth = model.__dict__["forward"], compat.function_modes()
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with compat.modes_at(depth, *modes):
+            return forward(*args, **kwargs)
+
+    model.__dict__["forward"] = run
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = forward
 
 
 def _refuse_hooks(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxpar.passes.capture import evidence, layers
+from fxpar.passes.capture.traced import TraceGuard
 from tests.passes.capture.traces import captured
 
 SCALES = [1.0]
@@ -111,3 +112,10 @@ def test_what_pytorch_runs_for_an_operator_is_not_looked_at(again, monkeypatch):
     assert again(Layer) == 2
     assert sum(path == __file__ for path in calls) > 0
     assert not any("fake_tensor" in path for path in calls)
+
+
+def test_an_export_does_not_ask_about_what_it_does_around_the_forward(monkeypatch):
+    counts, original = [], TraceGuard.__torch_function__
+    monkeypatch.setattr(TraceGuard, "__torch_function__", lambda self, *args: counts.append(1) or original(self, *args))
+    captured(Model(Layer), (torch.zeros(4, 8),))
+    assert 0 < len(counts) < 40
