@@ -33,6 +33,7 @@ from fxpar.passes.capture.grouped import GroupedProducts
 from fxpar.passes.capture.layers import expand_layers, traced_once
 from fxpar.passes.capture.regions import inline_regions
 from fxpar.passes.capture.traced import TraceGuard, host_draws, require_no_seeds
+from fxpar.passes.rewrite import remove_unread
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source, is_library_file, user_line
 from fxpar.sharding.mesh import Mesh
@@ -433,7 +434,7 @@ def _flatten_output(gm: fx.GraphModule, drop: list[bool]) -> None:
     node = gm.graph.output_node()
     outs = [a for a in node.args[0] if isinstance(a, fx.Node)]
     node.args = (tuple(a for a, d in zip(outs, drop, strict=True) if not d),)
-    gm.graph.eliminate_dead_code()
+    remove_unread(gm.graph)
 
 
 def _merge_tied(program: Program) -> None:
