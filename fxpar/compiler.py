@@ -136,8 +136,8 @@ def _of_replicas(model: nn.Module, plan: Plan, batch: Mapping[str, int | None], 
         found = {s.name: global_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
         if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):
             program = run(program, back(pinned), observe)
-            if plan.cp == 1:  # otherwise the report of attention reads them
-                program.placements = None  # and the inferred graph goes with them
+            if plan.cp == 1:  # otherwise the report reads them
+                program.placements = None
             return program
         batch = found
     raise PlanError("batch_dims", dict(plan.batch_dims or ()), "must name the batch dim of each input, which could not be "
