@@ -135,7 +135,10 @@ def _of_replicas(model: nn.Module, plan: Plan, batch: Mapping[str, int | None], 
         program = run(program, front(pinned), observe)
         found = {s.name: global_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
         if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):
-            return run(program, back(pinned), observe)
+            program = run(program, back(pinned), observe)
+            if plan.cp == 1:  # otherwise the report reads them
+                program.placements = None
+            return program
         batch = found
     raise PlanError("batch_dims", dict(plan.batch_dims or ()), "must name the batch dim of each input, which could not be "
                     "inferred", 'batch_dims={"input": 0}')

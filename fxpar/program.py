@@ -119,7 +119,8 @@ class Program:
 
     reads: what of the model's attributes, and of the values of its buffers, the program was made of.
     writes: what the forward stores in attributes; they name the sinks of kind "attribute" by their number.
-    placements: what the plan makes of the graph, by its nodes; made by `place`, and read where the local program is built.
+    placements: what the plan makes of the graph, by its nodes; made by `place`, and read where the local program is built, and in
+        the report under cp. They hold the inferred graph: programs that a module keeps are without, where nothing reads them.
     microbatches: of a program that runs one of a step's microbatches: the step.
     """
 

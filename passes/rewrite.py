@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ class Rewriter:
         """`value` stands where the node stood."""
         self.node.replace_all_uses_with(value)
         self.graph.erase_node(self.node)
+
+
+def remove_unread(graph: fx.Graph, has_effect: Callable[[fx.Node], bool] = fx.Node.is_impure) -> None:
+    """Erase the operators of a flat graph that nobody reads and that have no effect."""
+    for node in reversed(graph.nodes):
+        if not node.users and not has_effect(node):
+            graph.erase_node(node)
 
 
 def device_of(node: fx.Node) -> torch.device:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
+import traceback
+import types
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
+from torch.overrides import TorchFunctionMode
 
 WRAPPERS = (
     "torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "torch.distributed.fsdp.fully_sharded_data_parallel",
@@ -34,17 +42,105 @@ def no_modes() -> contextlib.AbstractContextManager:
     return _disable_current_modes()
 
 
+def dispatch_modes() -> int:
+    """How many modes see the operators that are called."""
+    return torch._C._len_torch_dispatch_stack() + torch._ops._len_torch_dispatch_stack_pre_dispatch()
+
+
+def function_modes() -> int:
+    """How many modes see the functions that are called."""
+    return torch.overrides._len_torch_function_stack()
+
+
+@contextlib.contextmanager
+def modes_at(depth: int, *modes: TorchFunctionMode) -> Iterator[None]:
+    """Inside, these modes see the functions that are called, behind those that were entered when there were `depth` already."""
+    above = _modes_above(depth)
+    try:
+        with contextlib.ExitStack() as entered:
+            for mode in modes:
+                entered.enter_context(mode)
+            _enter_again(above)
+            try:
+                yield
+            finally:
+                _modes_above(depth + len(modes))
+    finally:
+        _enter_again(above)
+
+
+def _modes_above(depth: int) -> list[TorchFunctionMode]:
+    """The modes of function calls, but for the first ones, which are left; the last one first."""
+    return [torch.overrides._pop_mode() for _ in range(function_modes() - depth)]
+
+
+def _enter_again(modes: list[TorchFunctionMode]) -> None:
+    for mode in reversed(modes):
+        torch.overrides._push_mode(mode)
+
+
+def has_foreign_modes() -> bool:
+    """Whether a mode sees functions or operators that is neither PyTorch's nor fxpar's."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
+    return any(type(mode).__module__.partition(".")[0] not in ("torch", "fxpar") for mode in modes)
+
+
 def inside_of_transform() -> bool:
     """Whether this is called by what `torch.func` transforms (vmap, grad, jvp)."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def code_when_called() -> contextlib.AbstractContextManager:
+def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module whose code is generated when it is first called, or looked at."""
+    return _LazyGraphModule(root, graph)
+
+
+@contextlib.contextmanager
+def code_when_called() -> Iterator[None]:
     """Inside, the code of graph modules that PyTorch makes is generated when they are first called. `torch.export` makes, and
     changes, dozens that are never called, which takes a quarter of its time (torch 2.13; in 2.11 most do not listen)."""
-    from torch.fx._lazy_graph_module import _use_lazy_graph_module
+    exports = mock.patch.object(torch.export.exported_program, "_create_graph_module_for_export", graph_module)
+    with _use_lazy_graph_module(True), exports:
+        yield
 
-    return _use_lazy_graph_module(True)
+
+class _Stacks:
+    """Stands for `torch.utils._traceback.CapturedTraceback`."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[types.CodeType, traceback.FrameSummary]] = {}
+
+    def extract(self) -> _Stacks:
+        return self
+
+    def summary(self) -> traceback.StackSummary:
+        stack, frame = traceback.StackSummary(), sys._getframe(1)
+        while frame is not None:
+            code, line = frame.f_code, frame.f_lineno
+            known = self._known.get((id(code), line))
+            if known is None:
+                known = code, traceback.FrameSummary(code.co_filename, line, code.co_name)
+                self._known[id(code), line] = known
+            stack.append(known[1])
+            frame = frame.f_back  # type: ignore[assignment]
+        stack.reverse()
+        return stack
+
+
+def lines_looked_up_once() -> contextlib.AbstractContextManager:
+    """Inside, a line that is on the way to many operators of a trace is looked up once. PyTorch does so for every operator, which
+    takes a sixth of a trace."""
+    return mock.patch.object(torch.fx.proxy, "CapturedTraceback", _Stacks())
+
+
+def forget_fake_results(most: int) -> None:
+    """If PyTorch remembers more than so many results of operators on fake tensors, have it forget them all: it keeps those of
+    every shape there was."""
+    if len(FakeTensorMode.cache) > most:
+        FakeTensorMode.cache_clear()
 
 
 @contextlib.contextmanager

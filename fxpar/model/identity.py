@@ -12,9 +12,21 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
-from types import CellType, FunctionType, MemberDescriptorType
+from collections.abc import Callable, Iterator, Mapping
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    FunctionType,
+    GenericAlias,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    ModuleType,
+    UnionType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
 import torch
@@ -27,6 +39,10 @@ from fxpar.errors import InputError, PlanError
 
 _DICTS = (dict, OrderedDict, defaultdict)
 _COLLECTIONS = (set, list, *_DICTS)
+_FIXED = frozenset((FunctionType, tuple, type, ModuleType, BuiltinFunctionType, GenericAlias, UnionType, weakref.ref,
+                    GetSetDescriptorType, MemberDescriptorType, MethodDescriptorType, WrapperDescriptorType))
+"""Of objects that make up most of what there is: what they hold cannot be exchanged, but in dicts and cells of theirs, or is
+looked at by itself."""
 TOGETHER = 256
 """Objects whose referents are looked at together: most refer to no parameter."""
 
@@ -42,12 +58,19 @@ def check(model: nn.Module) -> None:
         if p.requires_grad and _references(p) > free:
             raise PlanError("model", type(model).__name__, f"has parameter {name!r} whose AccumulateGrad node the program holds; "
                             "hooks on that node would not run", "a hook of the parameter (`register_post_accumulate_grad_hook`)")
-    for optimizer in [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]:
+    for optimizer in _optimizers():
         used = next((named[id(p)][0] for p, state in optimizer.state.items() if id(p) in named and state), None)
         if used is not None:
             raise PlanError("model", type(model).__name__, f"has parameter {used!r}, for which a {type(optimizer).__name__} has "
                             "state already; that is of the full parameter, and each rank is to update a part",
                             "an optimizer that has made no step; load its state after `parallelize` (`fxpar.load_checkpoint`)")
+
+
+def _optimizers() -> list[Optimizer]:
+    """Those that there are."""
+    everything = gc.get_objects()
+    kinds = {kind for kind in set(map(type, everything)) if issubclass(kind, Optimizer)}
+    return [o for o in everything if type(o) in kinds] if kinds else []
 
 
 @torch.enable_grad()
@@ -140,14 +163,24 @@ def take_over(pairs: list[tuple[nn.Parameter, Tensor]]) -> None:
     new: dict[int, Any] = {id(a): b for a, b in pairs}
     ids = {a: id(b) for a, b in new.items()}
     own = {id(x) for x in (pairs, old, new, ids, *pairs)}
-    new.update(_tuples(new, own))
     everything = gc.get_objects()
-    for first in range(0, len(everything), TOGETHER):
-        _take_over_in(everything[first : first + TOGETHER], new, ids, own)
+    tuples = [t for t in everything if type(t) is tuple and id(t) not in own]
+    if replaced := _tuples(tuples, new):
+        new.update(replaced)
+        for function in [f for f in everything if type(f) is FunctionType and id(f.__defaults__) in replaced]:
+            function.__defaults__ = replaced[id(function.__defaults__)]
+    for some in _together([x for x in everything if type(x) not in _FIXED]):
+        _take_over_in(some, new, ids, own)
+    for some in _together(tuples):
+        _rename(_untracked(gc.get_referents(*some)), ids, own)
     for a in old.values():
         a.__dict__.clear()
         a.__dict__["_successor"] = new[id(a)]
         a.__class__ = _Former
+
+
+def _together(objects: list[Any]) -> Iterator[list[Any]]:
+    return (objects[first : first + TOGETHER] for first in range(0, len(objects), TOGETHER))
 
 
 def _take_over_in(holders: list[Any], new: Mapping[int, Any], ids: Mapping[int, int], own: set[int]) -> None:
@@ -157,9 +190,16 @@ def _take_over_in(holders: list[Any], new: Mapping[int, Any], ids: Mapping[int, 
         for holder in holders:
             if id(holder) not in own and not new.keys().isdisjoint(map(id, gc.get_referents(holder))):
                 _put(holder, new)
-    noted = [x for x in holders if type(x) in _COLLECTIONS]
-    noted += [x for x in referents if type(x) is dict and not gc.is_tracked(x)]  # of numbers and strings alone
-    for x in noted:
+    _rename([x for x in holders if type(x) in _COLLECTIONS] + _untracked(referents), ids, own)
+
+
+def _untracked(referents: list[Any]) -> list[dict]:
+    """Dicts of numbers and strings alone, which the garbage collector does not list."""
+    return [x for x in referents if type(x) is dict and not gc.is_tracked(x)]
+
+
+def _rename(holders: list[Any], ids: Mapping[int, int], own: set[int]) -> None:
+    for x in holders:
         if id(x) not in own and _notes(x, ids):
             _note(x, ids)
 
@@ -167,7 +207,7 @@ def _take_over_in(holders: list[Any], new: Mapping[int, Any], ids: Mapping[int, 
 def give_up(parameters: list[nn.Parameter]) -> None:
     """Take parameters that other ranks hold out of optimizers that were made before, and free their memory."""
     gone = {id(p) for p in parameters}
-    for optimizer in [o for o in gc.get_objects() if gone and issubclass(type(o), Optimizer)]:
+    for optimizer in _optimizers() if gone else ():
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in gone]
     for p in parameters:
@@ -175,12 +215,12 @@ def give_up(parameters: list[nn.Parameter]) -> None:
         p.data = p.data.new_empty(0)
 
 
-def _tuples(new: Mapping[int, Any], own: set[int]) -> dict[int, tuple]:
-    """What takes the place of tuples that hold what is to be replaced, directly or in tuples."""
-    every = [t for t in gc.get_objects() if type(t) is tuple and id(t) not in own]
+def _tuples(every: list[tuple], new: Mapping[int, Any]) -> dict[int, tuple]:
+    """What takes the place of those tuples that hold what is to be replaced, directly or in tuples."""
     found: dict[int, tuple] = {}
     inside = set(new)
-    while more := [t for t in every if not inside.isdisjoint(map(id, t)) and id(t) not in found]:
+    while more := [t for some in _together(every) if not inside.isdisjoint(map(id, gc.get_referents(*some)))
+                   for t in some if not inside.isdisjoint(map(id, t)) and id(t) not in found]:
         found.update((id(t), t) for t in more)
         inside.update(found)
 
@@ -213,8 +253,6 @@ def _put(holder: Any, new: Mapping[int, Any]) -> None:
             holder.add(new[id(x)])
     elif isinstance(holder, CellType):
         holder.cell_contents = new[id(holder.cell_contents)]
-    elif isinstance(holder, FunctionType):
-        holder.__defaults__ = new.get(id(holder.__defaults__), holder.__defaults__)
     elif isinstance(holder, functools.partial):
         args = new.get(id(holder.args), holder.args)
         holder.__setstate__((holder.func, args, holder.keywords, vars(holder)))  # type: ignore[attr-defined]

@@ -60,6 +60,12 @@ class Reads:
         self._left: set[tuple[int, Any]] = set()
         self._holders: set[int] = set()
 
+    def of_model(self, model: nn.Module) -> None:
+        """Forget the modules that the trace made for itself, and with them the graphs that they hold."""
+        modules = {id(vars(module)) for module in model.modules()}
+        self.found = {key: (owner, name) for key, (owner, name) in self.found.items()
+                      if key[0] in modules or not type(owner).__module__.startswith(_TRACERS)}
+
     def left_out(self, places: list[tuple[Any, Any]]) -> None:
         """Do not compare these: (a dict or list, key) where a forward stores something, or reads a tensor at every call."""
         self._left |= {(id(holder), key) for holder, key in places}
@@ -84,8 +90,6 @@ class Reads:
         for owner in self.unwatched.values():
             made[id(owner), ""] = Slot(owner, _Fields(owner), "", type(owner).__name__)
         for owner, name in self.found.values():
-            if id(vars(owner)) not in paths and type(owner).__module__.startswith(_TRACERS):
-                continue
             path = paths.get(id(vars(owner)), type(owner).__name__)
             for slot in slots_of(owner, name, f"{path}.{name}".strip(".")):
                 made.setdefault((id(slot.holder), slot.name), slot)

@@ -125,10 +125,12 @@ class ParallelModule(nn.Module):
         self._engine.seeds.base = value
 
     def __getattr__(self, name: str) -> Any:
+        """What is not this object's own is the model's; ``_programs``, those that are kept, is unless the model has it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            value = getattr(model := self.__dict__["_model"], name)
+            model = self.__dict__["_model"]
+        value = getattr(model, name, self._engine.programs) if name == "_programs" else getattr(model, name)
         if inspect.ismethod(value) and isinstance(value.__self__, nn.Module) and not self.__dict__["_gathered"]:
             return whole.method(value, name, type(model).__name__)
         return value

@@ -15,7 +15,7 @@ from fxpar.ops.dropout_attention import dropout_attention, refusal, uses_kernels
 from fxpar.ops.rng import dropout_mask
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.infer.rules.spec import bind
-from fxpar.passes.rewrite import Rewriter, device_of
+from fxpar.passes.rewrite import Rewriter, device_of, remove_unread
 from fxpar.program import Program, Source, user_line, value_of
 
 aten = torch.ops.aten
@@ -98,7 +98,7 @@ def counter_dropout(program: Program) -> Program:
             _attention(program, r, node, seed, site)
         else:
             _plain(r, node, seed, site)
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     return program
 
 

@@ -19,7 +19,7 @@ from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import RESHAPES
 from fxpar.passes.infer.rules.registry import spec_for
 from fxpar.passes.infer.rules.spec import bind
-from fxpar.passes.rewrite import Rewriter
+from fxpar.passes.rewrite import Rewriter, remove_unread
 from fxpar.program import Program, is_tensor
 from fxpar.sharding.factors import Factors, leaves
 from fxpar.sharding.facts import describe_global, dims_of
@@ -47,11 +47,11 @@ def sort_by_expert(program: Program) -> Program:
             region = _Region(node)
             if region.found():
                 region.rewrite(program.graph)
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     for node in list(program.graph.nodes):
         if node.target in (put_back, combine):
             _score_behind(program.graph, node)
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     program.graph.lint()
     return program
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxpar.ops.vocabulary import ATTENTION, RESHAPES
+from fxpar.passes.rewrite import remove_unread
 from fxpar.program import Program, value_of
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ def fold_repeat_kv(program: Program) -> Program:
         if same and value_of(query).shape[1] == value_of(key).shape[1] == value_of(value).shape[1]:
             node.args = (query, of_key, of_value, *node.args[3:])
             node.kwargs = {**node.kwargs, "enable_gqa": True}
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     program.graph.lint()
     return program
 

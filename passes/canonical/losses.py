@@ -14,7 +14,7 @@ from torch import fx
 
 from fxpar.ops.pick import pick
 from fxpar.passes.infer.rules.spec import bind
-from fxpar.passes.rewrite import Rewriter
+from fxpar.passes.rewrite import Rewriter, remove_unread
 from fxpar.program import Program
 
 aten = torch.ops.aten
@@ -37,7 +37,7 @@ def expand_losses(program: Program) -> Program:
             build(Rewriter(program.graph, node), node)
         elif node.target in ELEMENTWISE and bind(node)["reduction"] != NONE:
             _elementwise(Rewriter(program.graph, node), node)
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     return program
 
 

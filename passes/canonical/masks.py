@@ -18,6 +18,7 @@ from fxpar.ops.dropout_attention import refusal, uses_kernels
 from fxpar.ops.vocabulary import SDPA
 from fxpar.passes.canonical.bands import MaskValue, diagonals
 from fxpar.passes.canonical.constants import evaluate, given, is_fill, is_function
+from fxpar.passes.rewrite import remove_unread
 from fxpar.program import Program, value_of
 
 aten = torch.ops.aten
@@ -61,7 +62,7 @@ def fold_masks(program: Program) -> Program:
     for mask, *_ in verdicts:
         _drop_asserts(program, mask)
     _forget_strides(program.graph)
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     program.graph.lint()
     return program
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxpar.errors import PlanError
+from fxpar.passes.rewrite import remove_unread
 from fxpar.program import Program, Sink
 
 
@@ -34,5 +35,5 @@ def keep_loss(program: Program) -> Program:
         raise PlanError("outputs", "loss", "needs a model that returns a scalar loss (pass labels?)", "all")
     program.sinks = sinks
     program.graph.output_node().args = (tuple(kept),)
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     return program

@@ -15,7 +15,7 @@ from fxpar.ops.random import digits, drawn
 from fxpar.passes.canonical.dropout import seed_of
 from fxpar.passes.infer.rules.registry import find
 from fxpar.passes.infer.rules.spec import bind
-from fxpar.passes.rewrite import Rewriter, device_of
+from fxpar.passes.rewrite import Rewriter, device_of, remove_unread
 from fxpar.program import Program, user_line
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ def counter_random(program: Program) -> Program:
         draw = _Draw(program.graph, node, seed, site)
         made = build(draw, arguments)
         draw.replace(made if made.meta["val"].dtype == draw.value.dtype else draw.call(aten.to.dtype, made, draw.value.dtype))
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     return program
 
 

@@ -7,7 +7,7 @@ from torch import fx
 
 from fxpar.ops.vocabulary import RESHAPES
 from fxpar.passes.infer.rules.spec import bind
-from fxpar.passes.rewrite import Rewriter
+from fxpar.passes.rewrite import Rewriter, remove_unread
 from fxpar.program import Program
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ def label_all_tokens(program: Program) -> Program:
     for node in list(program.graph.nodes):
         if node.target is aten.cross_entropy_loss.default:
             _label_all(program, node)
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     return program
 
 

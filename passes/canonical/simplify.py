@@ -9,6 +9,7 @@ from torch import fx
 
 from fxpar import compat
 from fxpar.passes.infer.rules.spec import bind
+from fxpar.passes.rewrite import remove_unread
 from fxpar.program import Program, user_line
 
 aten = torch.ops.aten
@@ -50,7 +51,7 @@ def simplify(program: Program) -> Program:
             args: Any = node.args
             node.replace_all_uses_with(args[0])
             graph.erase_node(node)
-    graph.eliminate_dead_code(lambda node: node.is_impure() and not compat.is_random(node.target))
+    remove_unread(graph, lambda node: node.is_impure() and not compat.is_random(node.target))
     return program
 
 

@@ -8,13 +8,16 @@ a 70B model on the meta device is captured as readily as a small one on a CPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
@@ -30,11 +33,15 @@ from fxpar.passes.capture.grouped import GroupedProducts
 from fxpar.passes.capture.layers import expand_layers, traced_once
 from fxpar.passes.capture.regions import inline_regions
 from fxpar.passes.capture.traced import TraceGuard, host_draws, inference_without_gradients, require_no_seeds
+from fxpar.passes.rewrite import remove_unread
 from fxpar.plan import Plan
 from fxpar.program import Program, Sink, Source, is_library_file, user_line
 from fxpar.sharding.mesh import Mesh
 
 aten = torch.ops.aten
+
+FAKE_RESULTS = 4096
+"""Results of operators on fake tensors that are remembered from one capture to the next, at most: a layer has hundreds."""
 
 
 def capture(
@@ -81,9 +88,12 @@ def capture(
             inline_regions(exported.graph_module)
         expand_functions(exported.graph_module)
     program = _program(exported, prefix, model, originals, record, plan, mesh)
+    reads.of_model(model)
     reads.left_out([(w.holder, w.key) for w in program.writes] + [s.place for s in program.sources if s.place is not None])
     program.reads = reads
     _require_shapes(program.graph)
+    _share_lines(program.graph)
+    compat.forget_fake_results(FAKE_RESULTS)
     program.notes += notes
     if cached:
         _leave_cache_out(program, model)
@@ -184,7 +194,8 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
         with recorded_attributes(root, traced, reads is not None) as record, traced_once(root, traced, reads, record), \
                 torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), \
                 compat.unchecked_distributions(), compat.generators_watched(require_no_seeds), recorded_functions(), \
-                inference_without_gradients(), compat.code_when_called(), traced, GroupedProducts():
+                inference_without_gradients(), compat.code_when_called(), compat.lines_looked_up_once(), \
+                _seen_by(root, traced, GroupedProducts()):
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None
@@ -196,6 +207,24 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
                            "make them outside of the model and pass them in, or switch off what draws them (a Hugging Face "
                            "config's mask_time_prob and mask_feature_prob, layerdrop)")
     return exported, prefix, record
+
+
+@contextlib.contextmanager
+def _seen_by(model: nn.Module, *modes: TorchFunctionMode) -> Iterator[None]:
+    """Inside, these modes see the functions that the model's forward calls, as if they had been entered here; and not the tens of
+    thousands that an export calls before and afterwards."""
+    forward, depth = model.__dict__["forward"], compat.function_modes()
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with compat.modes_at(depth, *modes):
+            return forward(*args, **kwargs)
+
+    model.__dict__["forward"] = run
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = forward
 
 
 def _refuse_hooks(model: nn.Module) -> None:
@@ -269,6 +298,14 @@ def _require_shapes(graph: fx.Graph) -> None:
                                user_line(node) or None, "use torch.where, a product with the mask, or topk, whose shapes "
                                "are fixed; and for a loop over experts rows sorted by expert, and "
                                "torch.nn.functional.grouped_mm")
+
+
+def _share_lines(graph: fx.Graph) -> None:
+    """Have operators that come from the same lines hold one text of them, in all programs together."""
+    for node in graph.nodes:
+        lines = node.meta.get("stack_trace")
+        if lines is not None:
+            node.meta["stack_trace"] = sys.intern(lines)
 
 
 def _user_frame(error: BaseException) -> str:
@@ -408,7 +445,7 @@ def _flatten_output(gm: fx.GraphModule, drop: list[bool]) -> None:
     node = gm.graph.output_node()
     outs = [a for a in node.args[0] if isinstance(a, fx.Node)]
     node.args = (tuple(a for a, d in zip(outs, drop, strict=True) if not d),)
-    gm.graph.eliminate_dead_code()
+    remove_unread(gm.graph)
 
 
 def _merge_tied(program: Program) -> None:

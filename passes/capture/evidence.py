@@ -20,16 +20,20 @@ import re
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from fxpar import compat
 from fxpar.model.reads import CONTAINERS, MACHINERY, MISSING, SIMPLE, Reads, Same, Slot, slots_of
 from fxpar.model.reads import LONGEST as FOLLOWED
 from fxpar.program import is_library_file
+
+Watch = Callable[[types.FrameType, str, Any], None]
 
 LONGEST, DEEPEST = 4096, 10
 """Elements of a container up to which it is described, and how deep."""
@@ -43,6 +47,10 @@ _LASTING_OF_TORCH = (torch.layout, torch.memory_format, torch.finfo, torch.iinfo
 _GETTERS = (operator.itemgetter, operator.attrgetter)
 _IMMUTABLE, _HEAP = 1 << 8, 1 << 9
 """Flags of classes: that their attributes cannot be set, and that they are not written in C."""
+_OF_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType)
+_PLAIN = {Tensor, nn.Parameter, compat.FakeTensor, bool, int, float, complex, str, type(None), type(...), slice, torch.Size,
+          torch.dtype, torch.device, torch.layout, torch.memory_format}
+"""Of arguments, by their exact types: those that hold no code of the user's."""
 
 
 class _Unknown:
@@ -197,7 +205,7 @@ class Evidence:
         self._slots: dict[tuple[int, str], tuple[Slot, int | None, Any]] = {}
         self._tables = {id(vars(m)): i for i, m in enumerate(view.modules)}
         self._looked: set[tuple[int, str]] = set()
-        self._ran: set[types.CodeType] = set()
+        self._ran: dict[int, types.CodeType] = {}
         self._made: set[types.CodeType] = set()
         self._busy = False
         view.describe(function)
@@ -212,9 +220,11 @@ class Evidence:
         collects = gc.isenabled()
         gc.disable()
         reads.listener = self._look
-        sys.setprofile(self._call)
+        operators = contextlib.nullcontext() if compat.has_foreign_modes() else _UnwatchedOperators(self._call)
         try:
-            yield
+            with operators:
+                sys.setprofile(self._call)
+                yield
         finally:
             sys.setprofile(None)
             reads.listener = None
@@ -274,10 +284,10 @@ class Evidence:
 
     def _call(self, frame: types.FrameType, event: str, _: Any) -> None:
         """A function begins to run."""
-        if event != "call" or frame.f_code in self._ran:
+        if event != "call" or id(frame.f_code) in self._ran:
             return
         code, space = frame.f_code, frame.f_globals
-        self._ran.add(code)
+        self._ran[id(code)] = code
         if _is_library(code, space):
             return
         loaded, writes = _globals_of(code)
@@ -310,6 +320,34 @@ class Evidence:
                 for name in names:
                     if name in vars(kind):
                         self._note(Slot(kind, vars(kind).get, name, f"{kind.__name__}.{name}"), True)
+
+
+class _UnwatchedOperators(TorchFunctionMode):
+    """Inside, PyTorch's operators are traced without `watch`, the profiler, to which they would be thousands of calls each: none
+    of those is the layer's. A kernel that Python code registered for one of PyTorch's own operators counts as PyTorch's.
+
+    Where code of the user's could be called on the way, the operator is watched: if an argument is an object of another kind, if
+    the layer entered a mode that sees operators, or if hooks of its see what is saved for a backward.
+    """
+
+    def __init__(self, watch: Watch):
+        super().__init__()
+        self._watch, self._modes = watch, compat.dispatch_modes()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not (isinstance(func, _OF_C) and _are_plain(args) and _are_plain(kwargs.values())) or \
+                compat.dispatch_modes() != self._modes or compat.saves_elsewhere():
+            return func(*args, **kwargs)
+        sys.setprofile(None)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            sys.setprofile(self._watch)
+
+
+def _are_plain(values: Iterable[Any]) -> bool:
+    return all(type(v) in _PLAIN or (type(v) in (tuple, list) and _are_plain(v)) for v in values)
 
 
 def _is_library(code: types.CodeType, space: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpar import compat
 from fxpar.ops.collectives import Collective, PlaceInDim, make, typed
 from fxpar.ops.runtime import axis_index
 from fxpar.passes.infer.rules.spec import Op, Operand, Spec
@@ -65,7 +66,7 @@ class _Partitioner:
             else:
                 self.local[node] = getattr(self, "_" + node.op)(node)
         self.graph.eliminate_dead_code()
-        self.program.module = fx.GraphModule(self.program.module, self.graph)
+        self.program.module = compat.graph_module(self.program.module, self.graph)
         return self.program
 
     def _placeholder(self, node: fx.Node) -> fx.Node:

@@ -16,6 +16,7 @@ from torch import fx
 from fxpar.ops.collectives import typed
 from fxpar.ops.runtime import axis_index
 from fxpar.ops.unbiased import correction, unbiased
+from fxpar.passes.rewrite import remove_unread
 from fxpar.passes.strategies.linear import Classification, along_microbatches, classify
 from fxpar.passes.strategies.prologue import prologue, rank_index
 from fxpar.program import Join, Microbatches, Program, Source, copy_provenance, user_line
@@ -58,13 +59,13 @@ def take_out_time(program: Program) -> Program:
     _divide(program, values, moved, count)
     _estimate(program, values, count)
     _correct_variances(program, lambda node: count if values.kinds.get(node) == "estimate" else 1)
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     index = _placeholder(program, "microbatch", torch.empty((), dtype=torch.int64, device="meta"))
     step.index = index.name
     _take_out_slices(program, values, index)
     _take_out_collectives(program.graph, values, count)
     _number(program, index)
-    program.graph.eliminate_dead_code()
+    remove_unread(program.graph)
     _drop_unused(program, step)
     _without_time(program, count)
     program.mesh, program.microbatches = of_ranks(mesh), step

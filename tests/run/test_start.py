@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -67,3 +69,49 @@ def test_every_new_kind_of_call_is_one_line_with_its_cost(caplog, monkeypatch, m
     assert {"parameters", *(["initialising"] if meta else [])} == {*first.parts} & {"parameters", "initialising"}
     assert newest.parts["lowering"] >= 0.02 and newest.parts["lowering the backward"] == 0.5
     assert module.report().timings == newest and f"to the first step: {newest}" in str(module.report())
+
+
+def test_programs_that_are_kept_can_be_counted_and_hide_nothing_of_the_model():
+    class Own(Net):
+        _programs = "its own"
+
+    counts = []
+    module = fxpar.parallelize(Net(), "dp=1", {"x": torch.ones(2, 4)}, backend="eager")
+    for rows in (2, 3, 4, 3):
+        module(torch.ones(rows, 4))
+        counts.append(len(module._programs))
+    assert counts == [1, 2, 3, 3]
+    assert fxpar.parallelize(Own(), "dp=1", {"x": torch.ones(2, 4)}, backend="eager")._programs == "its own"
+
+
+def test_a_program_that_is_kept_keeps_one_graph_and_its_lines_once(monkeypatch):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                scale = x.abs().amax()
+            return x + torch.relu(self.linear(x)) / scale
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(Block(), Block())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x).square().mean()
+
+    module = fxpar.parallelize(Model(), "dp=1", {"x": torch.ones(2, 4)}, backend="eager")
+    module(torch.ones(3, 4)).backward()
+    alive: weakref.WeakSet[torch.fx.Graph] = weakref.WeakSet()
+    made = torch.fx.Graph.__init__
+    monkeypatch.setattr(torch.fx.Graph, "__init__", lambda self, *args, **more: alive.add(self) or made(self, *args, **more))
+    for rows in range(4, 8):
+        module(torch.ones(rows, 4)).backward()
+    gc.collect()
+    assert 4 <= len(alive) <= 5  # the last trace's is PyTorch's still
+    called = list(module._programs.values())[1:]
+    lines = [[n.meta["stack_trace"] for n in p.graph.nodes if n.op == "call_function"] for p in called]
+    assert len(lines) == 5 and all(a is b for other in lines for a, b in zip(lines[0], other, strict=True))
