@@ -57,6 +57,8 @@ _BROKEN = ("gloo/", "NCCL", "pair closure", "onnection closed", "onnection reset
 """What errors of communication say of themselves that have no class of their own."""
 LOST = 3
 """Looks in vain at the store, after which it is gone."""
+CALL = "call"
+"""What a rank is in that was called; others are in a backward pass, or in what waits as a call does."""
 MOST = 256
 """Backward passes that are remembered one by one until a call compares them."""
 NOBODY_SENDS = 7_654_321
@@ -85,6 +87,7 @@ class Watch:
         """To the outputs of which modules backward passes came since then, and of which of their calls."""
         self.failure: str | None = None
         self._depth, self._events, self._beat, self._failed, self._known, self._backward = 0, 0, 0, -1, -1, False
+        self._waits = ""
         self._busy: list[tuple[str, bool]] = []
         self._thread = threading.get_ident()
         self.prefix = f"fxpar/{number}"
@@ -114,6 +117,11 @@ class Watch:
         finally:
             self._busy.pop()
             self._events += 1
+
+    def waits(self, what: str) -> _WatchedWait:
+        """Around what waits for others as a call of the library does, and is none: one rank alone may do it where it waits for
+        nobody."""
+        return _WatchedWait(self, what)
 
     def note(self, what: str) -> None:
         """Something was called that ranks compare along with the next call."""
@@ -220,7 +228,7 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         backward, where = _position(self._thread)
-        kind = "call" if self._depth else "backward" if self._backward and backward else ""
+        kind = CALL if self._depth else self._waits or ("the backward" if self._backward and backward else "")
         age = 0 if self._busy else time.monotonic() - self._changed
         return {"call": self.calls, "name": self.name, "in": kind, "busy": self._busy[-1][0] if self._busy else "",
                 "age": age, "beat": self._beat, "where": where, "ended": False}
@@ -324,6 +332,27 @@ class _WatchedCall:
             watch.failed(error)
 
 
+class _WatchedWait:
+    """The context of what waits, and is no call."""
+
+    __slots__ = ("before", "watch", "what")
+
+    def __init__(self, watch: Watch, what: str):
+        self.watch, self.what, self.before = watch, what, ""
+
+    def __enter__(self) -> None:
+        watch = self.watch
+        self.before, watch._waits = watch._waits, self.what
+        watch._events += 1
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        watch = self.watch
+        watch._waits = self.before
+        watch._events += 1
+        if error is not None and not watch._depth and is_broken(error):
+            raise watch.reason(error) from error
+
+
 class NoWatch:
     """Of a process that is alone."""
 
@@ -333,6 +362,9 @@ class NoWatch:
         return contextlib.nullcontext()
 
     def busy(self, what: str, together: bool = False) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def waits(self, what: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def note(self, what: str) -> None:
@@ -378,7 +410,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _what(state: dict[str, Any]) -> str:
-    what = f"the backward after {state['name']}" if state["in"] == "backward" else state["name"]
+    what = state["name"] if state["in"] == CALL else f"{state['in']} after {state['name']}"
     return f"{what} (its call {state['call']}{', at ' + state['where'] if state['where'] else ''})"
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
-from fxpar.backends.transport.control import Control
+from fxpar.backends.transport.control import Control, watch
 from fxpar.errors import InputError
 
 _NUMBERS = {Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__array__,
@@ -52,7 +52,7 @@ class Output(DTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with compat.no_torch_function():
+        with watch().waits("what an output is used for"), compat.no_torch_function():
             args, kwargs = _met(func, args, kwargs)
             return pytree.tree_map_only(DTensor, as_output, func(*args, **kwargs))
 
