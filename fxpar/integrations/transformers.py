@@ -28,7 +28,7 @@ ALIKE = ("seed", "data_seed", "full_determinism", "num_train_epochs", "max_steps
          "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy",
          "learning_rate", "optim", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "logging_strategy", "logging_steps",
          "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps")
-"""Arguments that have to be the same on all ranks: replicas with other seeds train on rows of other orders, some of them twice."""
+"""Arguments that have to be the same on all ranks: replicas with other seeds have rows of other orders, some of them twice."""
 _Mixed: Any = object
 """Some class derived from `transformers.Trainer`."""
 
