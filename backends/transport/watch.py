@@ -33,7 +33,7 @@ import sysconfig
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -95,10 +95,11 @@ class Watch:
         self._seen, self._changed = -1, time.monotonic()
         self._spoke: set[int] = set()
         self._others: dict[int, tuple[int, float]] = {}
-        self._judged, self._lost = 0.0, 0
+        self._judged, self._lost, self._asked = 0.0, 0, 0.0
         stop, mine = threading.Event(), weakref.ref(self)
-        looking = threading.Thread(target=_run, args=(mine, stop), name="fxpar watch", daemon=True)
+        looking = threading.Thread(target=_run, args=(mine, stop, Watch.look), name="fxpar watch", daemon=True)
         looking.start()
+        threading.Thread(target=_run, args=(mine, stop, Watch.heard), name="fxpar store", daemon=True).start()
         atexit.register(_at_exit, mine, looking, stop)
 
     # ---- what the program does, from its own thread ----
@@ -185,13 +186,18 @@ class Watch:
 
     def reason(self, error: BaseException) -> FxparError:
         """What is to be raised where communication broke: why it did."""
-        until, before = time.monotonic() + max(PATIENCE, 2.5 * self.interval), self._read()
+        if self.failure is not None:
+            return FxparError(self.failure)
+        begin, before = time.monotonic(), self._read()
+        until = begin + max(PATIENCE, 2.5 * self.interval)
         while time.monotonic() < until and not self._found_end() and not self._found_failure():
             time.sleep(0.05)
         if self.failure is None:
             after = self._read()
             others = [r for r in after if r != self.rank]
             silent = [r for r in others if after[r].get("ended") or after[r].get("beat") == before[r].get("beat")]
+            for state in (after[r] for r in silent if after[r]):
+                state["silent"] = 0 if state["ended"] else time.monotonic() - begin
             self.end(f"communication broke in {self.name} on rank {self.rank} ({_first_line(error)}); "
                      f"{self._told(after, silent or others)}")
         return FxparError(self.failure)
@@ -209,6 +215,7 @@ class Watch:
             self._seen, self._changed = self._events, now
         state = self.state()
         try:
+            self._asked = now
             self._say(state)
             if self._found_end() or self._found_failure(patient=bool(state["in"])):
                 _log.error("%s", self.failure)
@@ -224,7 +231,19 @@ class Watch:
             self._lost += 1
             if self._lost == LOST and state["in"]:
                 self.end("the store that the processes met at is gone, and with it rank 0, or torchrun")
+        self._asked = 0.0
         return self._lost < LOST and dist.is_initialized() and dist.group.WORLD is self._process_group
+
+    def heard(self) -> bool:
+        """Whether the store still answers, as far as this rank waits for anyone; a host that froze neither answers nor hangs up.
+        If it does not: the end, of which no rank can tell another."""
+        asked, now = self._asked, time.monotonic()
+        if self.failure is None and asked and now - asked > self.timeout and self.state()["in"]:
+            self.failure = (f"the store that the processes met at has not answered for {now - asked:.0f} s: rank 0, torchrun or "
+                            f"their host is stopped, or gone, and rank {self.rank} waits in {_what(self.state())}")
+            _log.error("%s", self.failure)
+            self.cut()
+        return self.failure is None
 
     def state(self) -> dict[str, Any]:
         backward, where = _position(self._thread)
@@ -459,11 +478,11 @@ def _cut(group: dist.ProcessGroup) -> None:
             work.wait(timedelta(milliseconds=1))
 
 
-def _run(watch: weakref.ref[Watch], stop: threading.Event) -> None:
-    """The thread: it lives as long as the watch, or the process group."""
+def _run(watch: weakref.ref[Watch], stop: threading.Event, look: Callable[[Watch], bool]) -> None:
+    """A thread: it lives as long as the watch, or the process group."""
     while True:
         mine = watch()
-        if mine is None or not mine.look():
+        if mine is None or not look(mine):
             return
         interval = mine.interval
         del mine
