@@ -6,7 +6,12 @@ All kinds, on a machine of many cores: ``pytest -n 32 -m slow tests/run/test_fau
 from __future__ import annotations
 
 import functools
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -110,3 +115,51 @@ def test_what_is_compared_is_named(zero, tmp_path):
     for of_rank in launch(2, one_after_the_other, names, str(tmp_path)):
         for name, (kind, text) in zip(names, of_rank, strict=True):
             assert "FxparError" in kind and re.search(COMPARED[name], text), f"{name}: {kind} {text}"
+
+
+STOPPED = """
+import os, signal, time, torch, fxpar
+from tests.run.script import Net, Program
+
+rank, victim, where = int(os.environ["RANK"]), int(os.environ["VICTIM"]), os.environ["WHERE"]
+torch.manual_seed(0)
+rows = Program.rows(None, 0, 0)
+module = fxpar.parallelize(Net(), "dp=2", rows, timeout=4, backend="eager")
+for step in range(4):
+    if step == 2 and rank == victim and where == "forward":
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+    begin = time.monotonic()
+    try:
+        loss = module(**rows)
+        if step == 2 and rank == victim and where == "backward":
+            module.get_parameter("up.weight").register_hook(lambda grad: os.kill(os.getpid(), int(os.environ["SIGNAL"])))
+        loss.backward()
+        module.clip_grad_norm_(1.0)
+    except fxpar.FxparError as error:
+        print(f"{time.monotonic() - begin:.0f} s: {error}", flush=True)
+        os._exit(7)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("sent, victim, says", [
+    (signal.SIGKILL, 1, "rank 1 has given no sign of life"), (signal.SIGSTOP, 1, "rank 1 has given no sign of life"),
+    (signal.SIGKILL, 0, "the store .* is gone"), (signal.SIGSTOP, 0, "the store .* has not answered for")])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_process_that_is_killed_or_stopped_ends_the_other(where, sent, victim, says):
+    """The store is in the process of rank 0, as without torchrun."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        port = found.getsockname()[1]
+    there = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "VICTIM": str(victim),
+             "SIGNAL": str(int(sent)), "WHERE": where, "FXPAR_QUIET": "1", "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, "-c", STOPPED], env={**there, "RANK": str(rank)}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for rank in (0, 1)]
+    try:
+        said, _ = ranks[1 - victim].communicate(timeout=150)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert ranks[1 - victim].returncode == 7 and re.search(says, said) and int(said.split()[0]) < 15, said
