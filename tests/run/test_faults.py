@@ -74,7 +74,7 @@ COMPARED = {
     "module: another tensor that is no buffer": "the tensor 'temperature'.*register it as a buffer",
     "module: another tensor that is no buffer, later": "different values of what they should hold alike: 'temperature'",
     "module: load_state_dict": r"rank 0 with nothing.*, rank 1 with 'load_state_dict of Net",
-    "model: another temperature": r"different programs \(rank 0 and rank 1 differ: call_function .*faults.py:\d+",
+    "model: another temperature": r"different programs \(rank 0 and rank 1 differ: call_function .*script.py:\d+",
     "optimizer: another rate": r"rank 0 with \('SGD', 'group 0', 'lr', 0.1\), rank 1 with \('SGD', 'group 0', 'lr', 0.01\)",
     "optimizer: some parameters, zero=3": "has a gradient: rank 0 with False, rank 1 with True",
     "optimizer: a rate that is a tensor, zero=3": "'lr', 0.1.*'lr', 0.0",
