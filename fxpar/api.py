@@ -24,7 +24,7 @@ from fxpar.backends.transport.watch import TIMEOUT
 from fxpar.choose.suggest import likely_cluster, suggest_for_replicas
 from fxpar.compiler import compile_replica
 from fxpar.cost.clusters import cluster
-from fxpar.errors import PlanError
+from fxpar.errors import InputError, PlanError
 from fxpar.model import identity
 from fxpar.model import inputs as calls
 from fxpar.model.inputs import Call
@@ -160,6 +160,10 @@ def _is_seconds(timeout: object) -> bool:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"parallelize takes a torch.nn.Module, not {type(model).__name__}")
+    if torch.is_inference_mode_enabled() or any(
+            t.is_inference() for t in (*model.parameters(), *model.buffers()) if not nn.parameter.is_lazy(t)):
+        raise InputError("parallelize was called, or its model was made, inside of torch.inference_mode, whose tensors cannot be "
+                         "trained: make and parallelize the model outside; module.eval_step computes without gradients")
     wrapped = [m for m in model.modules() if isinstance(m, ParallelModule | nn.parallel.DistributedDataParallel
                                                         | nn.DataParallel)]
     if wrapped:

@@ -54,6 +54,7 @@ class _World:
     process_group: dist.ProcessGroup
     watch: Watch | NoWatch
     group: dist.ProcessGroup | None = None
+    modules: int = 0
 
 
 _worlds: list[_World] = []
@@ -124,6 +125,13 @@ class Control:
     def kind_of(self, rank: int) -> int:
         """The kind of a rank, by its number among all ranks."""
         return rank // (self.world // self.kinds)
+
+    def name_of_module(self, kind: str) -> str:
+        """What one more module of this process is called, on ranks that make their modules in the same order alike."""
+        number = 1
+        if _worlds:
+            number = _worlds[0].modules = _worlds[0].modules + 1
+        return kind if number == 1 else f"{kind} (module {number})"
 
     # ---- comparing ----
 
@@ -218,7 +226,8 @@ class Control:
         """Raises `MismatchError` on every rank unless all make this call, and give it the same (by its repr)."""
         if self.group is None:
             return
-        given = {**given, "calls_before": (self.watch.failures, self.watch.backwards, self.watch.taken())}
+        given = {**given, "how many calls failed before": self.watch.failures, "the backward passes before":
+                 self.watch.taken_backwards(), "what was called before": self.watch.taken()}
         if self.compare(digest(repr((call, given))))():
             return
         everyone = self.exchange_of(call, {name: repr(value) for name, value in given.items()})

@@ -12,6 +12,7 @@ loads says so. The thread of a rank that waits in a call, or in a backward pass,
     did neither for as long as `timeout`            the end: who called what, and who did not
     says nothing any more, or has ended             the end
     failed in this call, and this rank did not      the end, with that rank's error
+    says nothing, while this one waits and works    the end (ranks that write a checkpoint together)
     ==============================================  =========================================================
 
 *The end* is one text in the store, that of the first rank that comes to it. All ranks find it, and each cuts its process groups:
@@ -32,7 +33,7 @@ import sysconfig
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -56,6 +57,10 @@ _BROKEN = ("gloo/", "NCCL", "pair closure", "onnection closed", "onnection reset
 """What errors of communication say of themselves that have no class of their own."""
 LOST = 3
 """Looks in vain at the store, after which it is gone."""
+CALL = "call"
+"""What a rank is in that was called; others are in a backward pass, or in what waits as a call does."""
+MOST = 256
+"""Backward passes that are remembered one by one until a call compares them."""
 NOBODY_SENDS = 7_654_321
 """A tag of messages."""
 _NOT_USERS = tuple(str(Path(p)) + "/" for p in (
@@ -68,29 +73,33 @@ _log = logging.getLogger("fxpar")
 class Watch:
     """Of one process, over one world of processes; made on all of them, in the same order.
 
-    number: which one this is. calls, name: how many calls of the library were begun, and the last one. backwards: how many times
-    a backward pass came to a program's outputs. failures: calls that ended in an error. failure: the text of the end.
+    number: which one this is. calls, name: how many calls of the library were begun, and the last one. failures: calls that ended
+    in an error. failure: the text of the end.
     """
 
     def __init__(self, number: int, timeout: float = TIMEOUT):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.timeout = timeout
-        self.calls, self.name, self.backwards, self.failures = 0, "", 0, 0
+        self.calls, self.name, self.failures = 0, "", 0
         self.since: list[str] = []
         """What was noted since ranks compared last."""
+        self.backwards: list[tuple[str, int]] = []
+        """To the outputs of which modules backward passes came since then, and of which of their calls."""
         self.failure: str | None = None
         self._depth, self._events, self._beat, self._failed, self._known, self._backward = 0, 0, 0, -1, -1, False
-        self._busy: list[str] = []
+        self._waits = ""
+        self._busy: list[tuple[str, bool]] = []
         self._thread = threading.get_ident()
         self.prefix = f"fxpar/{number}"
         self._process_group, self._store = dist.group.WORLD, compat.default_store()
         self._seen, self._changed = -1, time.monotonic()
         self._spoke: set[int] = set()
         self._others: dict[int, tuple[int, float]] = {}
-        self._judged, self._lost = 0.0, 0
+        self._judged, self._lost, self._asked = 0.0, 0, 0.0
         stop, mine = threading.Event(), weakref.ref(self)
-        looking = threading.Thread(target=_run, args=(mine, stop), name="fxpar watch", daemon=True)
+        looking = threading.Thread(target=_run, args=(mine, stop, Watch.look), name="fxpar watch", daemon=True)
         looking.start()
+        threading.Thread(target=_run, args=(mine, stop, Watch.heard), name="fxpar store", daemon=True).start()
         atexit.register(_at_exit, mine, looking, stop)
 
     # ---- what the program does, from its own thread ----
@@ -100,15 +109,20 @@ class Watch:
         return _WatchedCall(self, name)
 
     @contextlib.contextmanager
-    def busy(self, what: str) -> Iterator[None]:
-        """Around what takes one rank long, while others wait for it."""
-        self._busy.append(what)
+    def busy(self, what: str, together: bool = False) -> Iterator[None]:
+        """Around what takes one rank long, while others wait for it. together: this rank waits for them in it, too."""
+        self._busy.append((what, together))
         self._events += 1
         try:
             yield
         finally:
             self._busy.pop()
             self._events += 1
+
+    def waits(self, what: str) -> _WatchedWait:
+        """Around what waits for others as a call of the library does, and is none: one rank alone may do it where it waits for
+        nobody."""
+        return _WatchedWait(self, what)
 
     def note(self, what: str) -> None:
         """Something was called that ranks compare along with the next call."""
@@ -119,8 +133,15 @@ class Watch:
         since, self.since = self.since, []
         return since
 
-    def backward_begins(self, *_: Any) -> None:
-        self.backwards += 1
+    def taken_backwards(self) -> list[tuple[str, int]]:
+        """The backward passes, to be compared now."""
+        backwards, self.backwards = self.backwards, []
+        return backwards
+
+    def backward_begins(self, module: str, call: int, *_: Any) -> None:
+        """A backward pass came to what a module returned in one of its calls."""
+        if len(self.backwards) < MOST:
+            self.backwards.append((module, call))
         self._backward = True
         self._events += 1
 
@@ -165,13 +186,18 @@ class Watch:
 
     def reason(self, error: BaseException) -> FxparError:
         """What is to be raised where communication broke: why it did."""
-        until, before = time.monotonic() + max(PATIENCE, 2.5 * self.interval), self._read()
+        if self.failure is not None:
+            return FxparError(self.failure)
+        begin, before = time.monotonic(), self._read()
+        until = begin + max(PATIENCE, 2.5 * self.interval)
         while time.monotonic() < until and not self._found_end() and not self._found_failure():
             time.sleep(0.05)
         if self.failure is None:
             after = self._read()
             others = [r for r in after if r != self.rank]
             silent = [r for r in others if after[r].get("ended") or after[r].get("beat") == before[r].get("beat")]
+            for state in (after[r] for r in silent if after[r]):
+                state["silent"] = 0 if state["ended"] else time.monotonic() - begin
             self.end(f"communication broke in {self.name} on rank {self.rank} ({_first_line(error)}); "
                      f"{self._told(after, silent or others)}")
         return FxparError(self.failure)
@@ -185,18 +211,18 @@ class Watch:
     def look(self) -> bool:
         """One look: say what this rank does, and see what others do. Returns whether to look again."""
         now = time.monotonic()
-        if self._busy:
-            self._events += 1
         if self._events != self._seen:
             self._seen, self._changed = self._events, now
         state = self.state()
         try:
+            self._asked = now
             self._say(state)
             if self._found_end() or self._found_failure(patient=bool(state["in"])):
                 _log.error("%s", self.failure)
                 self.cut()
                 return False
-            waits = state["in"] and not state["busy"] and state["age"] > self.timeout * (1 - SILENT)
+            waits = state["in"] and all(together for _, together in self._busy) and \
+                now - self._changed > self.timeout * (1 - SILENT)
             if waits and now - self._judged >= self.timeout / 10:  # all read what all say: not too often
                 self._judged = now
                 self._judge(state)
@@ -205,13 +231,26 @@ class Watch:
             self._lost += 1
             if self._lost == LOST and state["in"]:
                 self.end("the store that the processes met at is gone, and with it rank 0, or torchrun")
+        self._asked = 0.0
         return self._lost < LOST and dist.is_initialized() and dist.group.WORLD is self._process_group
+
+    def heard(self) -> bool:
+        """Whether the store still answers, as far as this rank waits for anyone; a host that froze neither answers nor hangs up.
+        If it does not: the end, of which no rank can tell another."""
+        asked, now = self._asked, time.monotonic()
+        if self.failure is None and asked and now - asked > self.timeout and self.state()["in"]:
+            self.failure = (f"the store that the processes met at has not answered for {now - asked:.0f} s: rank 0, torchrun or "
+                            f"their host is stopped, or gone, and rank {self.rank} waits in {_what(self.state())}")
+            _log.error("%s", self.failure)
+            self.cut()
+        return self.failure is None
 
     def state(self) -> dict[str, Any]:
         backward, where = _position(self._thread)
-        kind = "call" if self._depth else "backward" if self._backward and backward else ""
-        return {"call": self.calls, "name": self.name, "in": kind, "busy": self._busy[-1] if self._busy else "",
-                "age": time.monotonic() - self._changed, "beat": self._beat, "where": where, "ended": False}
+        kind = CALL if self._depth else self._waits or ("the backward" if self._backward and backward else "")
+        age = 0 if self._busy else time.monotonic() - self._changed
+        return {"call": self.calls, "name": self.name, "in": kind, "busy": self._busy[-1][0] if self._busy else "",
+                "age": age, "beat": self._beat, "where": where, "ended": False}
 
     def _say(self, state: dict[str, Any]) -> None:
         self._beat += 1
@@ -236,8 +275,8 @@ class Watch:
 
     def _found_failure(self, patient: bool = False) -> bool:
         """Whether another rank failed in the call that this one is in, or got through. patient: it may be about to fail, too."""
-        number, name = self.calls, self.name
-        if self._failed == number or (patient and (self._busy or time.monotonic() - self._changed < 2 * self.interval)):
+        number, name, waited = self.calls, self.name, time.monotonic() - self._changed
+        if self._failed == number or (patient and waited < (self.timeout if self._busy else 2 * self.interval)):
             return False
         with contextlib.suppress(RuntimeError):
             key = f"{self.prefix}/failed/{number}"
@@ -262,8 +301,10 @@ class Watch:
             silent = not state or state["ended"] or now - first > self.timeout * SILENT
             if silent or (not alike and not state["busy"] and state["age"] >= self.timeout):
                 missing.append(rank)
-        if missing and mine["age"] >= self.timeout and self._seen == self._events:
-            self.end(f"rank {self.rank} has waited for {mine['age']:.0f} s in {_what(mine)}, and not all others came: "
+            if state:
+                state["silent"] = now - first if silent and not state["ended"] else 0
+        if missing and (waited := now - self._changed) >= self.timeout and self._seen == self._events:
+            self.end(f"rank {self.rank} has waited for {waited:.0f} s in {_what(mine)}, and not all others came: "
                      f"{self._told(found, missing)}. Every rank must make the same calls in the same order; where one may take "
                      f"longer by itself, give fxpar.parallelize a longer timeout than {self.timeout:g} s")
             _log.error("%s", self.failure)
@@ -310,15 +351,40 @@ class _WatchedCall:
             watch.failed(error)
 
 
+class _WatchedWait:
+    """The context of what waits, and is no call."""
+
+    __slots__ = ("before", "watch", "what")
+
+    def __init__(self, watch: Watch, what: str):
+        self.watch, self.what, self.before = watch, what, ""
+
+    def __enter__(self) -> None:
+        watch = self.watch
+        self.before, watch._waits = watch._waits, self.what
+        watch._events += 1
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        watch = self.watch
+        watch._waits = self.before
+        watch._events += 1
+        if error is not None and not watch._depth and is_broken(error):
+            raise watch.reason(error) from error
+
+
 class NoWatch:
     """Of a process that is alone."""
 
-    timeout, calls, backwards, failures, failure = TIMEOUT, 0, 0, 0, None
+    timeout, calls, failures, failure = TIMEOUT, 0, 0, None
 
     def call(self, name: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    busy = call
+    def busy(self, what: str, together: bool = False) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def waits(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def note(self, what: str) -> None:
         pass
@@ -326,7 +392,10 @@ class NoWatch:
     def taken(self) -> list[str]:
         return []
 
-    def backward_begins(self, *_: Any) -> None:
+    def taken_backwards(self) -> list[tuple[str, int]]:
+        return []
+
+    def backward_begins(self, module: str, call: int, *_: Any) -> None:
         pass
 
     def alive(self) -> None:
@@ -360,7 +429,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _what(state: dict[str, Any]) -> str:
-    what = f"the backward after {state['name']}" if state["in"] == "backward" else state["name"]
+    what = state["name"] if state["in"] == CALL else f"{state['in']} after {state['name']}"
     return f"{what} (its call {state['call']}{', at ' + state['where'] if state['where'] else ''})"
 
 
@@ -369,8 +438,14 @@ def _said(rank: int, state: dict[str, Any]) -> str:
         return f"rank {rank} has not called the library"
     if state["ended"]:
         return f"rank {rank} has ended, after {state['name']} (its call {state['call']})"
+    if state.get("silent"):
+        last = f"in {_what(state)}" if state["in"] else f"behind {state['name']} (its call {state['call']})"
+        return (f"rank {rank} has given no sign of life for {state['silent']:.0f} s (killed, stopped, or its host is gone), and "
+                f"was {last if state['name'] else 'before its first call'} when it did last")
     if state["in"]:
         return f"rank {rank} is in {_what(state)} since {state['age']:.0f} s"
+    if not state["name"]:
+        return f"rank {rank} has called nothing of the library{', it is at ' + state['where'] if state['where'] else ''}"
     return (f"rank {rank} left {state['name']} (its call {state['call']}) {state['age']:.0f} s ago and called nothing since"
             f"{', it is at ' + state['where'] if state['where'] else ''}")
 
@@ -403,11 +478,11 @@ def _cut(group: dist.ProcessGroup) -> None:
             work.wait(timedelta(milliseconds=1))
 
 
-def _run(watch: weakref.ref[Watch], stop: threading.Event) -> None:
-    """The thread: it lives as long as the watch, or the process group."""
+def _run(watch: weakref.ref[Watch], stop: threading.Event, look: Callable[[Watch], bool]) -> None:
+    """A thread: it lives as long as the watch, or the process group."""
     while True:
         mine = watch()
-        if mine is None or not mine.look():
+        if mine is None or not look(mine):
             return
         interval = mine.interval
         del mine

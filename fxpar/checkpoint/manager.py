@@ -61,10 +61,18 @@ class CheckpointManager:
 
     def __init__(self, path: str | os.PathLike, module: nn.Module, optimizer: Optimizer | None = None, *, scheduler: Any = None,
                  loader: Any = None, keep: int = 3, **others: Any):
-        if not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"CheckpointManager(keep={keep!r}): keep is how many steps stay, at least 1")
         self.module, self.optimizer, self.loader, self.keep = module, optimizer, loader, keep
         self.common = {**({"scheduler": scheduler} if scheduler is not None else {}), **others}
+        with together("CheckpointManager", module, {"path": place(path), "keep": keep, "names": self._names()}):
+            self._check()
+            ranks = LocalModel(module).ranks
+            self.path = alike(ranks, path, lambda: folder.resolved(path))
+
+    def _check(self) -> None:
+        """Raises: `ValueError`, `TypeError` for arguments that are none."""
+        if not isinstance(self.keep, int) or self.keep < 1:
+            raise ValueError(f"CheckpointManager(keep={self.keep!r}): keep is how many steps stay, at least 1")
+        loader = self.loader
         for name, thing in {**self.common, **({"loader": loader} if loader is not None else {})}.items():
             if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
                 hint = ": torchdata's StatefulDataLoader has" if name == "loader" else ""
@@ -74,8 +82,6 @@ class CheckpointManager:
             raise ValueError("CheckpointManager(loader=...): this loader draws from PyTorch's generator whenever an iteration "
                              "begins, in a resumed run once more, which would then draw other numbers in its steps: make the "
                              "loader with generator=torch.Generator()")
-        ranks = LocalModel(module).ranks
-        self.path = alike(ranks, path, lambda: folder.resolved(path))
 
     # ---- which there are ----
 

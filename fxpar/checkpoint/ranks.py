@@ -88,7 +88,9 @@ def same(ranks: RankControl, where: Path, what: str, thing: Mapping[str, Any]) -
 @contextlib.contextmanager
 def together(call: str, module: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
     """Around a call that all ranks have to make, and to give the same. Raises: `CheckpointError` on all if they do not."""
-    ranks: RankControl = module.parameter_store.control if isinstance(module, ParallelModule) else OneProcess()
+    ranks: RankControl = OneProcess()
+    if isinstance(module, ParallelModule):
+        ranks, given = module.parameter_store.control, {**given, "module": module.parameter_store.name}
     with ranks.watch.call(call):
         try:
             ranks.agree(call, given)

@@ -146,7 +146,7 @@ def _write(made: Contents, target: Path, ranks: RankControl, rank: int) -> None:
         alike(ranks, target, lambda: _write_alone(planner, writer))
     else:
         try:
-            with ranks.watch.busy(f"writing {target}"):
+            with ranks.watch.busy(f"writing {target}", together=True):
                 dcp.save({}, storage_writer=writer, planner=planner, process_group=ranks.group)
         except dcp.CheckpointException as error:
             failed = min(error.failures)

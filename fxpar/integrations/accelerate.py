@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from fxpar.backends.transport.control import Control
+from fxpar.backends.transport.control import Control, watch
 from fxpar.checkpoint import export_safetensors, load_checkpoint, save_checkpoint
 from fxpar.errors import FxparError, InputError, PlanError
 from fxpar.run.module import ParallelModule
@@ -142,7 +142,8 @@ class Accelerator(accelerate.Accelerator):
 
     def gather(self, tensor: Any) -> Any:
         """As accelerate's, of each replica once; of an output that lies in parts on a replica's ranks the whole."""
-        gathered = super().gather(pytree.tree_map_only(DTensor, DTensor.full_tensor, tensor))
+        with watch().waits("Accelerator.gather"):
+            gathered = super().gather(pytree.tree_map_only(DTensor, DTensor.full_tensor, tensor))
         if self._module is None or len(self._first_ranks) == self.state.num_processes:
             return gathered
         return recursively_apply(self._of_replicas, gathered)
@@ -224,7 +225,8 @@ class Accelerator(accelerate.Accelerator):
 
     def wait_for_everyone(self) -> None:
         if self._control is None:
-            super().wait_for_everyone()
+            with watch().waits("Accelerator.wait_for_everyone"):
+                super().wait_for_everyone()
         else:
             self._control.together(lambda: None)
 

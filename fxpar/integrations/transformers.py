@@ -24,6 +24,11 @@ from fxpar.errors import InputError, PlanError
 from fxpar.integrations.accelerate import STATE, Accelerator
 from fxpar.run.module import ParallelModule
 
+ALIKE = ("seed", "data_seed", "full_determinism", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+         "per_device_eval_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy",
+         "learning_rate", "optim", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "logging_strategy", "logging_steps",
+         "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps")
+"""Arguments that have to be the same on all ranks: replicas with other seeds have rows of other orders, some of them twice."""
 _Mixed: Any = object
 """Some class derived from `transformers.Trainer`."""
 
@@ -58,6 +63,19 @@ class OnReplicas(_Mixed):
     def floating_point_ops(self, inputs: Any) -> int:
         """This rank's share: the Trainer adds up those of all ranks."""
         return super().floating_point_ops(inputs) // (self.model.plan.tp * self.model.plan.cp)
+
+    # ---- ranks ----
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        control = self.model.parameter_store.control
+        with control.watch.call("Trainer.train"):
+            rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else "any number of"
+            control.agree("Trainer.train", {name: getattr(self.args, name, None) for name in ALIKE} | {"rows": rows})
+        return super().train(*args, **options)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        with self.model.parameter_store.control.watch.waits("the Trainer's log"):
+            super()._maybe_log_save_evaluate(*args, **options)
 
     # ---- losses ----
 

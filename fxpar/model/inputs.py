@@ -16,6 +16,7 @@ from fxpar.model.containers import know
 from fxpar.sharding.mesh import Mesh
 
 Call = tuple[tuple, dict[str, Any]]
+SIMPLE = (int, float, str, bool, type(None))
 
 
 def canonical(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Call:
@@ -125,8 +126,22 @@ def signature(named: Mapping[str, Any]) -> tuple:
         if isinstance(leaf, torch.Tensor):
             parts.append((path, tuple(leaf.shape), leaf.dtype, leaf.requires_grad))
         else:
-            parts.append((path, leaf if isinstance(leaf, int | float | str | bool | type(None)) else repr(leaf)))
+            parts.append((path, leaf if isinstance(leaf, SIMPLE) else described(leaf)))
     return tuple(parts)
+
+
+def structure(call: Call) -> tuple[str, ...]:
+    """What `signature` needs besides leaves, where a call has more than tensors and simple values: which containers they are in,
+    and values that PyTorch's pytrees take for a part of those (`register_constant`)."""
+    if all(isinstance(v, (torch.Tensor, *SIMPLE)) for part in (call[0], call[1].values()) for v in part):
+        return ()
+    return (str(pytree.tree_structure(call)),)
+
+
+def described(value: Any) -> str:
+    """A text that is alike for alike values, on every rank; of what has none, and is no input of programs, its kind."""
+    known = type(value).__repr__ is not object.__repr__ and not callable(value)
+    return repr(value) if known else f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
 def globalize(call: Call, mesh: Mesh, batch: Mapping[str, int | None]) -> Call:

@@ -48,9 +48,9 @@ class State:
         trained = tuple(compat.want_gradients(self._parameters))
         return modes, trained, self._count[0], self._hook_number(), self._attribute_number()
 
-    def first_trained(self) -> Tensor | None:
-        """A parameter that wants gradients, the same one as long as it does."""
-        return next((p for p in self._parameters if p.requires_grad), None)
+    def have_gradients(self) -> tuple[bool, ...]:
+        """Which of the parameters have one now."""
+        return tuple([g is not None for g in compat.gradients(self._parameters)])
 
     def names(self, part: int) -> list[str]:
         """Of the submodules (0) or parameters (1) of `key`; of others what changed last."""

@@ -45,23 +45,26 @@ class Compared:
             self.sums = Arriving(numbers())
         if self.sums is None:
             return []
-        here = self.sums.here()
+        return self.made_of(self.sums.here())
+
+    def made_of(self, here: list[int] | None) -> list[Check]:
+        """The checks of the numbers, as many on every rank; None: they are not here yet."""
         return [Check(self.slot, self.slots, None if here is None else joined(here))]
 
     def judge(self, outcomes: list[Outcome]) -> None:
         """Raises: `MismatchError`, on all ranks, if their numbers differ."""
-        for outcome in outcomes:
-            if outcome is None:
-                continue
-            assert self.sums is not None
-            sums, self.sums = self.sums, None
-            if None in outcome:
-                self.differ(sums.waited())
-            self.compared(outcome)
+        if not outcomes or outcomes[0] is None:
+            return
+        assert self.sums is not None
+        sums, self.sums = self.sums, None
+        if any(outcome is not None and None in outcome for outcome in outcomes):
+            self.differ(sums.waited())
+        self.compared(outcomes[0])
 
     def differ(self, mine: list[int]) -> None:
-        """Say how ranks differ, of which this one has the numbers `mine`. Raises: `MismatchError`, on all ranks."""
+        """Say how ranks differ, of which this one has the numbers `mine`. Raises: `MismatchError`, on all ranks, unless it is by
+        rounding."""
         raise NotImplementedError
 
     def compared(self, outcome: list[int | None]) -> None:
-        """Told of every comparison in which the ranks of a slot did not differ."""
+        """Told of every comparison that raised nothing: the numbers of the slots of the first check."""

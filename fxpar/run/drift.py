@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,23 +38,28 @@ _log = logging.getLogger("fxpar")
 
 
 class DriftChecks:
-    """Of one module on one rank. every: see `check_batches` of `fxpar.parallelize`."""
+    """Of one module on one rank. every: see `check_batches` of `fxpar.parallelize`. attributes: what its programs read besides
+    parameters and buffers, by name, as it is now."""
 
-    def __init__(self, store: ParameterStore, every: int):
-        self.store, self._turns = store, Turns(store.control, every)
+    def __init__(self, store: ParameterStore, every: int, attributes: Callable[[], Mapping[str, Tensor]] = dict):
+        self.store, self._turns, self._attributes = store, Turns(store.control, every), attributes
         self._sums: _Sums | None = None
         self._warned = False
 
     def due(self) -> list[Check]:
         """What is to be compared in this call."""
         if self._turns.begins(underway=self._sums is not None):
-            self._sums = _Sums(self.store)
+            self._sums = _Sums(self.store, self._attributes())
         return [] if self._sums is None else self._sums.checks()
+
+    def begin_anew(self) -> None:
+        """As in the first calls."""
+        self._turns.calls, self._sums = 0, None
 
     def require_alike(self) -> None:
         """Compare now. Raises: as `judge`."""
         if self.store.control.world > 1:
-            self._sums = _Sums(self.store)
+            self._sums = _Sums(self.store, self._attributes())
             self._sums.arriving.waited()
             self.judge(self.store.control.compare_parts(0, self._sums.checks())[1])
 
@@ -73,7 +78,7 @@ class DriftChecks:
                 earlier, known = first.setdefault(place, (rank, numbers))
                 if numbers != known:
                     differ.append((place, earlier, rank))
-        sketches = self.store.control.exchange(self._sketches({place for place, *_ in differ} & sums.by_place().keys()))
+        sketches = self.store.control.exchange(sums.sketches({place for place, *_ in differ} & sums.by_place().keys()))
         worst, named = 0.0, ""
         for place, one, other in differ:
             apart, said = _apart(*((everyone[rank][place], *sketches[rank][place]) for rank in (one, other)))
@@ -86,12 +91,6 @@ class DriftChecks:
         if not self._warned and self.store.control.rank == 0:
             self._warned = True
             _log.warning("copies of a parameter differ by rounding: %s", named)
-
-    def _sketches(self, places: Iterable[Place]) -> dict[Place, tuple[float, list[float]]]:
-        """How coarsely the dtype of what this rank holds there rounds, 0 for integers; and a sketch of it."""
-        held = {place: self.store.tensor(place[3]).detach() for place in places}
-        return {place: (torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0,
-                        sketch(compat.local_part(t) if isinstance(t, DTensor) else t)) for place, t in held.items()}
 
 
 def _apart(mine: tuple[Numbers, float, list[float]], theirs: tuple[Numbers, float, list[float]]) -> tuple[float, str]:
@@ -108,15 +107,16 @@ def _apart(mine: tuple[Numbers, float, list[float]], theirs: tuple[Numbers, floa
 
 
 class _Sums:
-    """Of what this rank holds, and others hold, too. groups: axes that split it -> names; on all ranks the same axes."""
+    """Of what this rank holds, and others hold, too. groups: axes that split it -> names; on all ranks the same axes. held: by
+    name, this rank's part."""
 
-    def __init__(self, store: ParameterStore):
+    def __init__(self, store: ParameterStore, attributes: Mapping[str, Tensor]):
         self.store, mesh = store, store.mesh
         split = [chunks.split_axes(sharding) for sharding in store.layouts.values()]
         all_axes = {tuple(a for a in mesh.names if a in one and mesh.size(a) > 1) for one in split} | {()}
         shared = [axes for axes in sorted(all_axes) if mesh.size(*axes) < mesh.world_size or not axes]
         self.groups: dict[Axes, list[str]] = {axes: [] for axes in shared}
-        held: dict[str, Tensor] = {}
+        held = self.held = dict[str, Tensor]()
         for name, p in store.model.named_parameters():
             if isinstance(p, DTensor):
                 axes = tuple(a for a, place in zip(mesh.names, p.placements, strict=True)
@@ -124,8 +124,8 @@ class _Sums:
                 if axes in self.groups:
                     self.groups[axes].append(name)
                     held[name] = compat.local_part(p)
-        for name, b in store.model.named_buffers():
-            if not b.is_meta:
+        for name, b in (*store.model.named_buffers(), *attributes.items()):
+            if not b.is_meta and name not in held:
                 self.groups[()].append(name)
                 held[name] = b
         self.names = [name for group in self.groups.values() for name in group]
@@ -147,6 +147,11 @@ class _Sums:
         """(axes, kind, part, name) -> what is compared."""
         numbers, bound = dict(zip(self.names, self._of_each(self.arriving.waited()), strict=True)), self.store.bound
         return {(axes, bound.kind, bound.index(axes), n): numbers[n] for axes, names in self.groups.items() for n in names}
+
+    def sketches(self, places: Iterable[Place]) -> dict[Place, tuple[float, list[float]]]:
+        """How coarsely the dtype of what this rank holds there rounds, 0 for integers; and a sketch of it."""
+        held = {place: self.held[place[3]].detach() for place in places}
+        return {place: (torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0, sketch(t)) for place, t in held.items()}
 
     def _of_each(self, arrived: list[int]) -> list[Numbers]:
         return list(zip(arrived[: len(self.names)], arrived[len(self.names) :], strict=True))

@@ -259,7 +259,7 @@ def with_full_outputs(named: dict[str, Any]) -> dict[str, Any]:
     """Outputs of parallel modules that tp splits, as full tensors."""
     if not any(isinstance(leaf, DTensor) for leaf in named.values()):
         return named
-    return {path: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for path, leaf in named.items()}
+    return {path: DTensor.full_tensor(leaf) if isinstance(leaf, DTensor) else leaf for path, leaf in named.items()}
 
 
 def _origin(path: str, x: Tensor) -> _Origin:

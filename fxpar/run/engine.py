@@ -117,7 +117,7 @@ class Engine:
         self._left = AttributeStates()
         self._said: set[int] = set()  # numbers of programs
         self._batches = BatchChecks(store.bound, store.control, check_batches)
-        self._drift = DriftChecks(store, check_batches)
+        self._drift = DriftChecks(store, check_batches, self._attributes)
         self._optimizers = OptimizerSteps(self._watch)
         graphs, off = device_of(self.device), None
         if graphs is None or (backend is eager and self.device.type == "cuda"):
@@ -147,10 +147,10 @@ class Engine:
         self._depends = State(self.store.model)
         self._depends.add(program.reads)
         named, count = calls.leaves(call), program.microbatches.count if program.microbatches else 1
-        key = self._captured(named, count)
+        key = self._captured(call, named, count)
         of_kinds = agree_on_call(self._control, "parallelize", (*key, True, *self._circumstances({}, True)), self._names)()
         self._left.add(program, _of_all(key, of_kinds)[:-1])
-        self.programs[_of_all(self._captured(named, count), of_kinds)] = program
+        self.programs[_of_all(self._captured(call, named, count), of_kinds)] = program
         self.store.runtime.transport = choose_transport(self.store, self.plan, self._transport, program)
         self.seeds.base = self.store.control.exchange(torch.initial_seed() & 0x7FFFFFFF)[0]
 
@@ -246,7 +246,7 @@ class Engine:
         """Have the watch told when a backward pass comes to what the user gets."""
         for node in dict.fromkeys(out.grad_fn for out in outs):
             if node is not None:
-                node.register_prehook(self._watch.backward_begins)
+                node.register_prehook(functools.partial(self._watch.backward_begins, self.store.name, self.seeds.calls))
 
     def _parts(self, compiled: Compiled, named: dict[str, Any], seed: int) -> list[dict[str, Any]]:
         """What each microbatch takes, by the names of the program's sources."""
@@ -284,14 +284,16 @@ class Engine:
                last: bool) -> tuple[dict[str, Any], Compiled, Callable[[], Any]]:
         """The leaves of a call as its program takes them, and what `_lookup` returns for it. name: what is called. count: of
         microbatches."""
+        name = f"{name} of {self.store.name}"
         call = self._call(name, args, kwargs)
         while True:
             with self._failing_together():
                 self._require_divides(call, count)
                 prepared = self._numbers.prepared(call)
                 named = with_full_outputs(calls.leaves(prepared))
-                key = *self._captured(named, count), torch.is_grad_enabled()
-                batch, scales, weights = self._batches.due(named), self._scales.due(), self._drift.due()
+                key = *self._captured(prepared, named, count), torch.is_grad_enabled()
+                batch = self._batches.due(named, self._batch_dims)
+                scales, weights = self._scales.due(), self._drift.due()
             compared = *key, *self._circumstances(calls.leaves(call), last)
             await_agreement = agree_on_call(self._control, name, compared, self._names, [*batch, *scales, *weights],
                                             functools.partial(self._judge, len(batch), len(scales)))
@@ -334,9 +336,8 @@ class Engine:
         """What ranks are to have in common besides what a captured program depends on; see `PARTS` of `fxpar.run.agreement`."""
         watch, seeds = self._watch, self.seeds
         numbers = tuple([x for x in passed.values() if type(x) is float])
-        trained = self._depends.first_trained()
-        return (numbers, not last, (seeds.base, seeds.calls), watch.taken(), watch.backwards, watch.failures,
-                trained is not None and trained.grad is not None, self._optimizers.taken(), self.recordings.held())
+        return (numbers, not last, (seeds.base, seeds.calls), watch.taken(), watch.taken_backwards(), watch.failures,
+                self._depends.have_gradients(), self._optimizers.taken(), self.recordings.held())
 
     def _judge(self, batch: int, scales: int, outcomes: list[Outcome]) -> None:
         self._batches.judge(outcomes[:batch])
@@ -346,6 +347,15 @@ class Engine:
     def require_alike(self) -> None:
         """Raises: `MismatchError`, on all ranks, if copies of a parameter or buffer differ."""
         self._drift.require_alike()
+
+    def filled_anew(self) -> None:
+        """What ranks hold was written to, on all of them: they compare it in the next calls."""
+        self._drift.begin_anew()
+
+    def _attributes(self) -> dict[str, Tensor]:
+        """Tensors that programs read and that are neither parameters nor buffers, as attributes hold them now."""
+        places = [s.place for p in self.programs.values() for s in p.sources if s.place is not None]
+        return {str(key): table[key] for table, key in places if isinstance(table[key], Tensor)}
 
     def _names(self, part: int) -> list[str]:
         return self._depends.names(part - 1)
@@ -376,7 +386,7 @@ class Engine:
                     self._left.add(made[0], captured[:-1])
                 self._make_room(captured)
                 self._depends.add(made[0].reads)
-                captured = _of_all(self._captured(named, count), of_kinds)
+                captured = _of_all(self._captured(call, named, count), of_kinds)
                 key = (*captured, torch.is_grad_enabled())
                 self.programs[captured] = made[0]
             with self._watch.busy("compiling"), stage(told):
@@ -392,13 +402,13 @@ class Engine:
             self._watch.fail_all(error)
             raise
 
-    def _captured(self, named: dict[str, Any], count: int) -> tuple:
+    def _captured(self, call: calls.Call, named: dict[str, Any], count: int) -> tuple:
         """What a captured program depends on: the call's leaves, the state of the model (see `State.key`), autocast, and what
         earlier calls left in attributes."""
         kind = self.device.type
         auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         steps = (("microbatches", count),) if count > 1 else ()
-        return (*calls.signature(named), *steps), *self._depends.key(), auto, self._left.state()
+        return (*calls.signature(named), *calls.structure(call), *steps), *self._depends.key(), auto, self._left.state()
 
     def _make_room(self, captured: tuple) -> None:
         """For another program: forget those of a model of other parts, or the least recently used one."""

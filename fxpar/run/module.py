@@ -237,14 +237,14 @@ class ParallelModule(nn.Module):
         """
         store = self.parameter_store
         with store.control.watch.call("sum_over_parameters"):
-            store.control.agree("sum_over_parameters", {})
+            store.control.agree("sum_over_parameters", {"module": store.name})
             return sums.over_parameters(function, store)
 
     def init_weights(self, seed: int) -> None:
         """Fill parameters (and buffers) that are on the meta device as the model's own initialisation would, from `seed`."""
         store = self.parameter_store
         with store.control.watch.call("init_weights"):
-            store.control.agree("init_weights", {"seed": seed})
+            store.control.agree("init_weights", {"module": store.name, "seed": seed})
             store.control.together(lambda: self._init_weights(seed))
 
     def _init_weights(self, seed: int) -> None:
@@ -259,14 +259,18 @@ class ParallelModule(nn.Module):
         Ranks do so by themselves now and then (`check_batches` of `fxpar.parallelize`), and before a checkpoint is written.
         Raises: `MismatchError`, on all ranks, with the name of one that differs.
         """
-        with self.parameter_store.control.watch.call("require_alike"):
-            self.parameter_store.control.agree("require_alike", {})
+        store = self.parameter_store
+        with store.control.watch.call("require_alike"):
+            store.control.agree("require_alike", {"module": store.name})
             self._engine.require_alike()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module, from DTensors or from whole tensors, which all ranks pass; what it has of parameters that other
-        ranks' pipeline stages hold is left alone here."""
-        return super().load_state_dict(whole.in_parts(self.parameter_store, dict(state_dict)), strict, assign)
+        ranks' pipeline stages hold is left alone here. Ranks compare in the next call that all did so, and with the same."""
+        store = self.parameter_store
+        store.control.watch.note(f"load_state_dict of {store.name}: {whole.digest_of(store, state_dict)}")
+        self._engine.filled_anew()
+        return super().load_state_dict(whole.in_parts(store, dict(state_dict)), strict, assign)
 
     @contextlib.contextmanager
     def gathered(self, submodule: nn.Module | str | None = None, *, rank0_only: bool = False, offload: str | None = None,
@@ -283,14 +287,15 @@ class ParallelModule(nn.Module):
         """
         if self._gathered:
             raise InputError("the module is gathered already")
-        part = self._model if submodule is None else self._model.get_submodule(submodule) if isinstance(submodule, str) else \
-            self._model if submodule is self else submodule
-        device = self.device if offload is None else torch.device(offload)
         control = self.parameter_store.control
         with control.watch.call("gathered"):
+            part, device = control.together(lambda: (
+                self._model if submodule is None or submodule is self else
+                self._model.get_submodule(submodule) if isinstance(submodule, str) else submodule,
+                self.device if offload is None else torch.device(offload)))
             where = next((path for path, m in self._model.named_modules() if m is part), type(part).__name__)
-            control.agree("gathered", {"submodule": where, "rank0_only": rank0_only, "offload": offload,
-                                       "write_back": write_back})
+            control.agree("gathered", {"module": self.parameter_store.name, "submodule": where, "rank0_only": rank0_only,
+                                       "offload": offload, "write_back": write_back})
         with gathered(self.parameter_store, part, rank0_only, device, write_back) as plain:
             self._gathered = True
             try:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
+from fxpar.backends.transport.control import Control, watch
 from fxpar.errors import InputError
 
 _NUMBERS = {Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__array__,
@@ -25,15 +26,33 @@ _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "
                                                          "xor", "lshift", "rshift"))}
 
 
+READ = ("what makes an output whole of which each rank has a part (a plain tensor beside it, or its numbers: where one rank "
+        "alone reads it, have all ranks make it whole before: `logits = logits.full_tensor()`)")
+"""What the ranks that read an output call, for those that do not."""
+
+
 class Output(DTensor):
     """A DTensor whose operators take plain tensors beside it, too."""
 
     __slots__ = ()
 
+    def full_tensor(self, **options: Any) -> Tensor:
+        """As of any DTensor. Where the ranks of the world share it, they compare that all of them are here.
+
+        Raises: `MismatchError`, on all ranks, if some call something else.
+        """
+        if self.device_mesh.size() == 1:
+            return super().full_tensor(**options)
+        control = Control()
+        with control.watch.call(READ):
+            if self.device_mesh.size() == control.world:
+                control.agree(READ, {"shape": tuple(self.shape)})
+            return super().full_tensor(**options)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with compat.no_torch_function():
+        with watch().waits("what an output is used for"), compat.no_torch_function():
             args, kwargs = _met(func, args, kwargs)
             return pytree.tree_map_only(DTensor, as_output, func(*args, **kwargs))
 

@@ -30,15 +30,17 @@ from fxpar.sharding.mesh import BoundMesh
 class ParameterStore:
     """What this rank holds of a model, and where.
 
-    model: the user's, whose parameters are DTensors once `adopt` was called. mesh, rank: see `BoundMesh`. layouts: how each
+    model: the user's, whose parameters are DTensors once `adopt` was called. name: of the module, on all ranks. mesh, rank: see
+    `BoundMesh`. layouts: how each
     parameter is split over the ranks of a kind, by its name. places: the table of a module, and the key in it, of every parameter
     and buffer, by its name. owners: the kind of ranks that a parameter or buffer counts for, of those that hold it, where there
     are several kinds. elsewhere: names of parameters that ranks of other kinds hold, and this one does not.
     shared: name of a parameter that several kinds hold -> the group over which its gradients are to be summed.
     """
 
-    def __init__(self, model: nn.Module, bound: BoundMesh, control: Control, device: torch.device):
+    def __init__(self, model: nn.Module, bound: BoundMesh, control: Control, device: torch.device, name: str | None = None):
         self.model, self.bound, self.control, self.device = model, bound, control, device
+        self.name = control.name_of_module(type(model).__name__) if name is None else name
         self.mesh, self.rank = bound.mesh, bound.rank
         self.runtime = GroupRuntime(bound)
         self.layouts: dict[str, Sharding] = {}
@@ -106,7 +108,7 @@ class ParameterStore:
 
     def copied(self, memo: dict[int, Any]) -> ParameterStore:
         """A store of a copy of the model, on the same ranks and in the same layouts; of one kind of ranks."""
-        new = ParameterStore(copy.deepcopy(self.model, memo), self.bound, self.control, self.device)
+        new = ParameterStore(copy.deepcopy(self.model, memo), self.bound, self.control, self.device, f"a copy of {self.name}")
         new.layouts, new.owners = dict(self.layouts), dict(self.owners)
         for path, module in new.model.named_modules():
             for table in (module._parameters, module._buffers):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from fxpar.model.hugging_face import OF_WHOLE_MODELS
 from fxpar.run import alone, storage
 from fxpar.run.store import ParameterStore
 
+SAMPLE = 1024
+"""Elements of each tensor that a digest of many is made of."""
 COMPILED = "a parallel module is compiled by its own backend: fxpar.parallelize(..., backend=\"inductor\")"
 
 
@@ -60,3 +63,17 @@ def in_parts(store: ParameterStore, state_dict: dict[str, Any]) -> dict[str, Any
         return storage.distribute(t, sharding[id(p)], store.bound, store.device)
 
     return {n: part(n, t) for n, t in state_dict.items() if n not in store.elsewhere}
+
+
+def digest_of(store: ParameterStore, state_dict: Mapping[str, Any]) -> str:
+    """What is alike on ranks that load the same whole tensors: of all names, and of some elements of each."""
+    if store.bound.kinds > 1:
+        return "its own stages"
+    made = hashlib.sha256()
+    for name, t in state_dict.items():
+        made.update(name.encode())
+        if isinstance(t, Tensor) and not isinstance(t, DTensor) and t.numel() and t.device.type in ("cpu", "cuda"):
+            flat = t.detach().reshape(-1)
+            some = flat[:: -(-flat.numel() // SAMPLE)].contiguous().cpu()
+            made.update(some.view(torch.uint8).numpy().tobytes())
+    return f"{len(state_dict)} tensors of digest {made.hexdigest()[:12]}"

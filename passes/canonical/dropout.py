@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable
@@ -117,11 +118,9 @@ def seed_of(program: Program, device: torch.device) -> fx.Node:
     last = program.placeholders()[-1]
     with program.graph.inserting_after(last):
         node = program.graph.placeholder("dropout_seed")
-    mode = last.meta["val"].fake_mode if hasattr(last.meta["val"], "fake_mode") else None
-    value = torch.zeros((), dtype=torch.int64, device="meta" if mode is None else device) if mode is None else None
-    if value is None:
-        with mode:
-            value = torch.zeros((), dtype=torch.int64, device=device)
+    modes = [n.meta["val"].fake_mode for n in program.placeholders() if hasattr(n.meta.get("val"), "fake_mode")]
+    with modes[0] if modes else contextlib.nullcontext():
+        value = torch.zeros((), dtype=torch.int64, device=device if modes else "meta")
     node.meta["val"] = value
     program.sources.append(Source("seed", "dropout_seed", value))
     return node

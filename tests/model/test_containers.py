@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import BatchEncoding
 from transformers.utils import ModelOutput
 
@@ -119,3 +120,31 @@ def test_lists_of_a_class_of_their_own():
 def test_numbers_that_no_program_takes_are_refused(given, says):
     with pytest.raises(InputError, match=f"input 'input' is .*{says}"):
         fxpar.parallelize(torch.nn.Linear(8, 8), "dp=1", (given,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A part of containers to PyTorch, and no leaf."""
+
+    factor: float
+
+
+class Looks(nn.Module):
+    """Whose result depends on what its input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, of: Any = None) -> Tensor:
+        factor = of.factor if isinstance(of, Setting) else 7 if isinstance(of, tuple) else 9 if isinstance(of, list) else len(of)
+        return self.linear(x) * factor
+
+
+def test_containers_and_what_is_a_part_of_them_are_compared():
+    pytree.register_constant(Setting)
+    plain, x = Looks(), torch.ones(2, 2)
+    module = fxpar.parallelize(copy.deepcopy(plain), "dp=1", {"x": x, "of": Setting(1.0)})
+    for of in (Setting(1.0), Setting(3.0), (x,), [x], {}, {"a": {}}, [], (), Setting(1.0)):
+        assert torch.equal(module(x, of), plain(x, of)), of
+    assert len(module._engine.programs) == 8

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxpar
+from fxpar.checkpoint import save
+from tests.run.script import Net, Program
 
 TIMEOUT = 4.0
 """Of the programs, in seconds; longer on a machine that is so busy that ranks without a mistake would seem to be lost."""
@@ -23,111 +25,15 @@ HUNG = 60
 ENDED = "ended"
 """The file by which rank 0 says that its program is over."""
 
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm, self.drop = nn.Embedding(16, 8), nn.LayerNorm(8), nn.Dropout(0.25)
-        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 16)
-        self.register_buffer("scale", torch.ones(8))
-        self.temperature, self.depth = 1.0, 1
-
-    def forward(self, ids: Tensor, labels: Tensor | None = None, weight: float = 1.0) -> Any:
-        h = self.embed(ids) * self.scale
-        for _ in range(self.depth):
-            h = h + self.drop(self.down(F.gelu(self.up(self.norm(h)))))
-        logits = self.head(h) / self.temperature
-        return logits if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * weight
-
-
-class Program:
-    """What a training script does; a mistake replaces some of its steps. kept: of earlier steps."""
-
-    def __init__(self, rank: int, plan: str, folder: str, timeout: float):
-        self.rank, self.plan, self.folder = rank, plan, folder
-        self.parallel_plan: Any = plan
-        self.options: dict[str, Any] = {"timeout": timeout, "backend": "eager"}
-        self.steps, self.seed, self.losses = 3, 0, list[float]()
-
-    def build(self) -> nn.Module:
-        torch.manual_seed(self.seed)
-        return Net()
-
-    def changed(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def rows(self, step: int, replica: int) -> dict[str, Any]:
-        ids = torch.randint(0, 16, (4, 6), generator=torch.Generator().manual_seed(10 * step + replica))
-        return {"ids": ids, "labels": ids}
-
-    def example(self) -> Any:
-        return self.rows(0, 0)
-
-    def parallelize(self) -> Any:
-        return fxpar.parallelize(self.changed(self.build()), self.parallel_plan, self.example(), **self.options)
-
-    def optimizer(self) -> Any:
-        return torch.optim.SGD(self.module.parameters(), 0.1, momentum=0.9)
-
-    def before(self) -> None:
-        pass
-
-    def batch(self, step: int) -> dict[str, Any]:
-        return self.rows(step, self.module.replica)
-
-    def begin(self, step: int) -> None:
-        pass
-
-    def forward(self, step: int) -> Any:
-        return self.module(**self.batch(step))
-
-    def backward(self, step: int, loss: Any) -> None:
-        loss.backward()
-
-    def clip(self, step: int) -> None:
-        self.module.clip_grad_norm_(1.0)
-
-    def update(self, step: int) -> None:
-        self.opt.step()
-
-    def zero(self, step: int) -> None:
-        self.opt.zero_grad()
-
-    def evaluate(self, step: int) -> None:
-        pass
-
-    def save(self) -> None:
-        fxpar.save_checkpoint(Path(self.folder) / "checkpoint", self.module, self.opt)
-
-    def load(self) -> None:
-        fxpar.load_checkpoint(Path(self.folder) / "checkpoint", self.module, self.opt)
-
-    def step(self, step: int) -> None:
-        self.begin(step)
-        loss = self.forward(step)
-        self.backward(step, loss)
-        self.clip(step)
-        self.update(step)
-        self.zero(step)
-        self.evaluate(step)
-        self.losses.append(float(loss.detach()))
-
-    def run(self) -> None:
-        self.module = self.parallelize()
-        self.opt = self.optimizer()
-        self.before()
-        for step in range(self.steps):
-            self.step(step)
-        self.save()
-        self.load()
-        self.step(self.steps)
-
-
 Step = Callable[..., Any]
 
 
-def mistake(plan: str = "dp=2", **steps: Step) -> tuple[str, dict[str, Step]]:
-    return plan, steps
+Mistake = tuple[str, dict[str, Step], dict[str, Step]]
+
+
+def mistake(plan: str = "dp=2", both: dict[str, Step] | None = None, **steps: Step) -> Mistake:
+    """steps: of rank 1, instead of those that both ranks do."""
+    return plan, steps, both or {}
 
 
 def nothing(*_: Any) -> None:
@@ -245,7 +151,86 @@ def hook_fails(p: Program, step: int) -> Any:
     return loss
 
 
-MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
+def with_weight(value: float, wants: bool = False) -> Step:
+    """A batch with a number that is a tensor without a batch dim."""
+    return lambda p, step: {**Program.batch(p, step), "weight": torch.tensor(value, requires_grad=wants)}
+
+
+def tensor_rate(rate: float) -> Step:
+    return lambda p: torch.optim.AdamW(p.module.parameters(), lr=torch.tensor(rate), foreach=False)
+
+
+def loaded(seed: int) -> Step:
+    """A state dict of whole tensors is loaded before a step."""
+
+    def begin(p: Program, step: int) -> None:
+        if step == 1:
+            torch.manual_seed(seed)
+            p.module.load_state_dict(Net().state_dict())
+
+    return begin
+
+
+def twins(p: Program) -> None:
+    """Two modules of one model, each with its loss."""
+    p.module, p.other = p.parallelize(), p.parallelize()
+    p.opt = torch.optim.SGD([*p.module.parameters(), *p.other.parameters()], 0.1)
+    for step in range(5):
+        p.step(step)
+
+
+def step_of_twins(called: int | None = None, derived: int | None = None) -> Step:
+    """called, derived: the step in which they are called, and derived, in the other order."""
+
+    def step(p: Program, now: int) -> None:
+        order = [p.module, p.other][:: -1 if now == called else 1]
+        losses = [module(**p.rows(now, module.replica)) for module in order]
+        for loss in losses[:: -1 if now == derived else 1]:
+            loss.backward()
+        p.opt.step()
+        p.opt.zero_grad()
+
+    return step
+
+
+class Logits(Net):
+    def forward(self, ids: Tensor, labels: Tensor | None = None, weight: float = 1.0) -> Any:
+        return super().forward(ids)
+
+
+def logits(read: Callable[[Tensor, Tensor], Any] = nothing) -> Step:
+    """A loss of logits of which each rank has a part, which `read` is given in one step."""
+
+    def step(p: Program, now: int) -> None:
+        batch = p.batch(now)
+        out = p.module(ids=batch["ids"])
+        if now == 1:
+            read(out, batch["labels"])
+        F.cross_entropy(out.flatten(0, 1), batch["labels"].flatten()).backward()
+        p.update(now)
+        p.zero(now)
+
+    return step
+
+
+SPLIT: dict[str, Step] = {
+    "build": lambda p: (torch.manual_seed(0), Logits())[1], "example": lambda p: {"ids": p.rows(0, 0)["ids"]}, "step": logits(),
+    "parallelize": under(fxpar.Plan(tp=2, roles={"head.weight[0]": "vocab"}))}
+TWINS: dict[str, Step] = {"run": twins, "step": step_of_twins()}
+MANAGED: dict[str, Step] = {"save": lambda p: fxpar.CheckpointManager(Path(p.folder) / "run", p.module).save(1), "load": nothing}
+
+
+def part_of(name: str) -> Step:
+    return lambda p, step: p.module.gathered(name).__enter__()
+
+
+def interrupted(p: Program) -> None:
+    """Ctrl-C in the middle of a save, of a process that lives on."""
+    save.__dict__["_write"] = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    Program.save(p)
+
+
+MISTAKES: dict[str, Mistake] = {
     # what parallelize is given
     "no mistake": mistake(),
     "no mistake, tp": mistake("tp=2"),
@@ -272,6 +257,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "example: without labels": mistake(example=lambda p: {"ids": p.rows(0, 0)["ids"]}),
     "parallelize: not called": mistake(parallelize=leave),
     "parallelize: fails before": mistake(parallelize=raising),
+    "parallelize: under inference_mode": mistake(parallelize=lambda p: torch.inference_mode()(Program.parallelize)(p)),
     # models
     "model: no module": mistake(build=lambda p: "gpt2"),
     "model: other width": mistake(changed=model(lambda m: setattr(m, "head", nn.Linear(8, 32)))),
@@ -301,6 +287,9 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "forward: other dtype": mistake(batch=passes(lambda b: {"ids": b["ids"].int()})),
     "forward: another float": mistake(batch=passes(lambda b: {"weight": 3.0})),
     "forward: another float, again": mistake(batch=lambda p, s: {**Program.batch(p, s), "weight": 1.0 + s}),
+    "forward: another tensor without a batch": mistake("dp=2", {"batch": with_weight(1.0)}, batch=with_weight(3.0)),
+    "forward: another tensor that wants a gradient": mistake("tp=2", {"batch": with_weight(1.0, True)},
+                                                             batch=with_weight(3.0, True)),
     "forward: a tensor that is none": mistake(batch=passes(lambda b: {"ids": b["ids"].tolist()})),
     "forward: label out of range": mistake(batch=passes(lambda b: {"labels": b["labels"] + 1000})),
     "forward: id out of range": mistake(batch=passes(lambda b: {"ids": b["ids"] + 1000})),
@@ -353,6 +342,16 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "optimizer: some parameters": mistake(optimizer=lambda p: torch.optim.SGD(p.module.up.parameters(), 0.1, momentum=0.9)),
     "optimizer: zero_grad left out": mistake(zero=at(1, nothing, "zero")),
     "optimizer: zero_grad of another kind": mistake(zero=at(1, lambda p, s: p.opt.zero_grad(set_to_none=False), "zero")),
+    "optimizer: some parameters, zero=3": mistake("dp=2,zero=3", optimizer=lambda p: torch.optim.SGD(
+        p.module.up.parameters(), 0.1, momentum=0.9)),
+    "optimizer: a rate that is a tensor, zero=3": mistake("dp=2,zero=3", {"optimizer": tensor_rate(0.1)},
+                                                          optimizer=tensor_rate(0.01)),
+    "optimizer: a gradient less, zero=3": mistake("dp=2,zero=3", update=at(
+        1, also(lambda p: setattr(p.module.get_parameter("up.weight"), "grad", None), "update"), "update")),
+    "optimizer: one gradient is not zeroed, zero=3": mistake("dp=2,zero=3", zero=at(1, lambda p, s: [
+        setattr(q, "grad", None) for q in list(p.module.parameters())[1:]], "zero")),
+    "optimizer: step left out, pp": mistake("pp=2", update=at(1, nothing, "update")),
+    "optimizer: zero_grad left out, pp": mistake("pp=2", zero=at(1, nothing, "zero")),
     # the module between calls
     "module: eval": mistake(begin=module(lambda m: m.eval())),
     "module: a submodule in eval mode": mistake(begin=module(lambda m: m.get_submodule("drop").eval())),
@@ -369,6 +368,15 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
         m.get_parameter("up.weight").data.flip(0)))),
     "module: weights changed under tp": mistake("tp=2", begin=module(lambda m: m.get_parameter("norm.weight").data.fill_(3.0))),
     "module: a buffer changed": mistake(begin=module(lambda m: m.get_buffer("scale").fill_(2.0))),
+    "module: another tensor that is no buffer": mistake(
+        "dp=2", {"changed": model(lambda m: setattr(m, "temperature", torch.tensor(1.5)))},
+        changed=model(lambda m: setattr(m, "temperature", torch.tensor(2.5)))),
+    "module: another tensor that is no buffer, later": mistake(
+        "dp=2", {"changed": model(lambda m: setattr(m, "temperature", torch.tensor(1.5))),
+                 "begin": module(lambda m: setattr(m, "temperature", torch.tensor(1.0)))},
+        begin=module(lambda m: setattr(m, "temperature", torch.tensor(3.0)))),
+    "module: load_state_dict": mistake(begin=loaded(3)),
+    "module: load_state_dict of other values, zero=3": mistake("dp=2,zero=3", {"begin": loaded(3)}, begin=loaded(4)),
     "module: init_weights": mistake(begin=module(lambda m: m.init_weights(3))),
     "module: init_weights, other seeds on all ranks": mistake("dp=2", before=lambda p: p.module.init_weights(p.rank)),
     "module: never filled": mistake(build=on_meta),
@@ -383,12 +391,23 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
     "save: where nothing can be": mistake(save=lambda p: fxpar.save_checkpoint("/proc/none/x", p.module, p.opt)),
     "save: of no module": mistake(save=lambda p: fxpar.save_checkpoint(Path(p.folder) / "checkpoint", None)),
     "save: export instead": mistake(save=lambda p: fxpar.export_safetensors(Path(p.folder) / "checkpoint", p.module)),
+    "save: interrupted": mistake(save=interrupted),
+    "manager: not made": mistake("dp=2", MANAGED, save=lambda p: Program.step(p, 0)),
+    "manager: other arguments": mistake("dp=2", MANAGED, save=lambda p: fxpar.CheckpointManager(
+        Path(p.folder) / "run", p.module, keep=0).save(1)),
     "load: left out": mistake(load=nothing),
     "load: another folder": mistake(load=lambda p: fxpar.load_checkpoint(Path(p.folder) / "other", p.module, p.opt)),
     "load: without the optimizer": mistake(load=lambda p: fxpar.load_checkpoint(Path(p.folder) / "checkpoint", p.module)),
     "load: safetensors": mistake(load=lambda p: fxpar.load_safetensors(Path(p.folder) / "checkpoint", p.module)),
     # ranks that do not come, or wait for something else
     "gathered on one rank": mistake(evaluate=at(1, lambda p, s: p.module.gathered().__enter__(), "evaluate")),
+    "gathered: an unknown part": mistake("dp=2", {"evaluate": at(1, part_of("up"), "evaluate")},
+                                         evaluate=at(1, part_of("none"), "evaluate")),
+    "logits are read on one rank": mistake("tp=2", SPLIT, step=logits(lambda out, labels: out.detach().cpu())),
+    "logits are compared with labels on one rank": mistake("tp=2", SPLIT, step=logits(
+        lambda out, labels: (out.argmax(-1) == labels).float().mean().item())),
+    "modules called in another order": mistake("dp=2", TWINS, step=step_of_twins(called=4)),
+    "backward passes in another order": mistake("dp=2,zero=3", TWINS, step=step_of_twins(derived=3)),
     "a sum over parameters on one rank": mistake(evaluate=at(
         1, lambda p, s: p.module.sum_over_parameters(lambda name, q: q.sum()), "evaluate")),
     "a second module on one rank": mistake(before=lambda p: Program.parallelize(p)),
@@ -407,12 +426,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Step]]] = {
 
 def ending(rank: int, name: str, folder: str, timeout: float) -> tuple[str, str, float, list[float], list[Tensor]]:
     """How the program of this rank ends: "ok" or the names of the error's class and its bases, text, seconds, losses, weights."""
-    plan, steps = MISTAKES[name]
+    plan, steps, both = MISTAKES[name]
     Path(folder).mkdir(parents=True, exist_ok=True)
     program = Program(rank, plan, folder, timeout)
-    if rank == 1 or name.endswith("on all ranks"):
-        for step, function in steps.items():
-            setattr(program, step, lambda *given, f=function: f(program, *given))
+    for step, function in {**both, **(steps if rank == 1 or name.endswith("on all ranks") else {})}.items():
+        setattr(program, step, lambda *given, f=function: f(program, *given))
     torch.set_num_threads(1)
     begin = time.monotonic()
     try:
@@ -420,7 +438,7 @@ def ending(rank: int, name: str, folder: str, timeout: float) -> tuple[str, str,
             warnings.simplefilter("ignore")
             program.run()
         kind, text = "ok", ""
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         kind, text = " ".join(c.__name__ for c in type(error).__mro__), str(error)
     if rank == 0:
         (Path(folder) / ENDED).touch()

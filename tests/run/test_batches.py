@@ -91,6 +91,11 @@ def test_numbers_come_from_a_gpu_without_waiting_for_it():
 # ---- batches ----
 
 
+def unknown(named: dict[str, Any]) -> dict[str, int | None]:
+    """Batch dims, where no program takes such inputs yet."""
+    return {}
+
+
 def checks(every: int, theirs: Any = None) -> BatchChecks:
     """Of rank 0 of two, which share a replica unless there are two."""
     mesh = from_plan(fxpar.Plan(tp=2))
@@ -104,7 +109,7 @@ def checks(every: int, theirs: Any = None) -> BatchChecks:
 def test_which_calls_are_compared(every, wanted):
     made, found = checks(every), []
     for call in range(1, 201):
-        due = made.due({"x": X, "scale": 2.0})
+        due = made.due({"x": X, "scale": 2.0}, unknown)
         if due:
             found.append(call)
             made.judge([[due[0].number]])
@@ -113,22 +118,46 @@ def test_which_calls_are_compared(every, wanted):
 
 def test_a_batch_that_is_not_here_yet_is_compared_later():
     made = checks(CHECKED_EVERY)
-    (first,) = made.due({"x": X})
+    (first,) = made.due({"x": X}, unknown)
     made.judge([None])
-    assert made.due({"x": X + 1}) == [first]
+    assert made.due({"x": X + 1}, unknown) == [first]
 
 
 def test_an_input_that_differs_within_a_replica_is_named():
-    made = checks(1, {"x": 1, "labels": 2})
-    made.due({"x": X, "labels": X})
+    made = checks(1, {"x": [1], "labels": [2]})
+    made.due({"x": X, "labels": X}, unknown)
     made.sums._known = {0: 1, 1: 3}
     with pytest.raises(MismatchError, match=r"input 'labels': ranks 0 and 1 belong to replica 0 of 1.*fxpar\.sampler"):
         made.judge([[None]])
 
 
-def test_inputs_that_were_computed_are_not_compared():
-    made = checks(1)
-    assert made.due({"x": X, "z": torch.ones(2, requires_grad=True)}) == checks(1).due({"x": X})
+def test_inputs_without_a_batch_are_compared_among_all_replicas():
+    made = checks(1, {"x": [5], "weights": [7], "t": [2]})
+    made.slots, made.slot = 2, 1
+    rows, common = made.due({"x": X, "weights": X[0], "t": torch.tensor(1.0)}, lambda named: {"x": 0, "weights": None, "t": None})
+    assert (rows.slot, rows.slots, common.slot, common.slots) == (1, 2, 0, 1)
+    made.sums._known = {0: 1, 1: 6, 2: 2}
+    with pytest.raises(MismatchError, match=r"input 'weights': ranks 0 and 1 have others, and it has no batch dim.*batch_dims"):
+        made.judge([[1, 5], [None]])
+
+
+def test_inputs_that_were_computed_may_differ_by_rounding():
+    leaf = torch.randn(8, 6, requires_grad=True)
+    for change, differs in ((1.0, False), (1.001, False), (1.1, True), (-1.0, True)):
+        computed = (leaf * 1.0).detach() * change
+        numbers = [int(n) for n in (*norms([computed]), *weighted_sums([computed]))]
+        made = checks(1, {"z": numbers})
+        made.due({"z": leaf * 1.0}, unknown)
+        if differs:
+            with pytest.raises(MismatchError, match="different values of input 'z'"):
+                made.judge([[None]])
+        else:
+            made.judge([[None]])
+
+
+def test_an_input_that_wants_a_gradient_and_was_not_computed_is_compared_to_the_bit():
+    made, leaf = checks(1), torch.randn(8, 6, requires_grad=True)
+    assert made.due({"z": leaf}, unknown) == checks(1).due({"z": leaf.detach()}, unknown)
 
 
 def test_replicas_with_the_same_batch_are_told_of(caplog):
@@ -137,7 +166,7 @@ def test_replicas_with_the_same_batch_are_told_of(caplog):
     with caplog.at_level(logging.WARNING, "fxpar"):
         for _ in range(FIRST):
             assert not caplog.records
-            number = made.due({"x": X})[0].number
+            number = made.due({"x": X}, unknown)[0].number
             made.judge([[number, number]])
     assert "all 2 replicas were given the same batch" in caplog.text
 

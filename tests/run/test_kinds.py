@@ -153,7 +153,7 @@ def test_an_optimizer_made_before_keeps_the_parameters_of_its_rank():
 def differing(rank: int) -> list[str]:
     said = []
     control = Control(kinds=2)
-    key = ("inputs", (True,), (rank // 2,), 0, 0, 0, None, None, True, (), False, (0, 0), [], 0, 0, True, [])
+    key = ("inputs", (True,), (rank // 2,), 0, 0, 0, None, None, True, (), False, (0, 0), [], [], 0, (True,), [], [])
     agree_on_call(control, "forward", key, lambda part: ["p"])()
     for part, value in ((2, (rank == 3,)), (0, "other" if rank == 2 else "inputs")):
         try:
@@ -175,4 +175,4 @@ def differing(rank: int) -> list[str]:
 def test_ranks_of_a_kind_agree_and_those_of_others_need_not():
     for rank, said in enumerate(launch(4, differing)):
         assert said == [" rank 2 with False, rank 3 with True", " rank 0 with 'inputs', rank 2 with 'other'",
-                        f"{rank // 2} ranks captured different programs (rank 0 and rank 1 differ)"]
+                        f"{rank // 2} ranks captured different programs (rank 0 and rank 1 differ"]

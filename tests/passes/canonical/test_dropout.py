@@ -91,3 +91,18 @@ def test_both_ways_are_the_same_numbers(dropout_written_out, mask):
         assert [n.target for n in captured.partition("dp=1").graph.nodes].count(dropout_attention) == on
     torch.testing.assert_close(found[0].loss, found[1].loss)
     torch.testing.assert_close(found[0].grads, found[1].grads)
+
+
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.drop(self.linear(x)).square().sum() * scale
+
+
+def test_the_last_input_is_no_tensor():
+    inputs = {"x": torch.randn(4, 4), "scale": 3.0}
+    model = Switched()
+    torch.testing.assert_close(*(fxpar.simulate(model, plan, inputs).step(**inputs, seed=1).loss for plan in ("dp=1", "dp=2")))
