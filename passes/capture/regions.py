@@ -116,7 +116,9 @@ def _require_no_hidden_writes(graph: fx.Graph, trained: dict[fx.Node, bool]) -> 
         while base is not None and base.op == "call_function" and _is_view(base):
             detached |= base.target is aten.detach.default
             base = base.args[0] if isinstance(base.args[0], fx.Node) else None
-        if not detached or base is None or not _has_gradient(base, trained):
+        of_region = base is not None and base.op == "placeholder" and bool(trained)  # what reads it is not all here
+        given = base is not None and base.op == "placeholder" and not trained  # parameters and inputs: refused by name
+        if not detached or base is None or given or not _has_gradient(base, trained):
             continue
         same, todo = {base}, [base]
         while todo:
@@ -124,7 +126,7 @@ def _require_no_hidden_writes(graph: fx.Graph, trained: dict[fx.Node, bool]) -> 
             same.update(more)
             todo += more
         read = any(u not in same and u.target is not aten.detach.default for n in same for u in n.users)
-        if read or (base.op == "placeholder" and trained):
+        if read or of_region:
             raise CaptureError("a write through detach() or .data into a value that has a gradient", user_line(node) or None,
                                _WAY_OUT)
 
