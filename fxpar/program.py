@@ -169,6 +169,16 @@ class Program:
             self.notes.append(text)
 
 
+def made_from(*nodes: fx.Node) -> set[fx.Node]:
+    """The nodes, and all that they are made of."""
+    found, todo = set(nodes), list(nodes)
+    while todo:
+        more = [n for n in todo.pop().all_input_nodes if n not in found]
+        found.update(more)
+        todo += more
+    return found
+
+
 def value_of(node: fx.Node) -> Any:
     """The (fake) tensor, or tuple of tensors, that `node` holds in the single-device program."""
     return node.meta.get("val")

@@ -21,6 +21,7 @@ from fxpar.backends.inductor.casts import CAST
 from fxpar.backends.remat import block_of
 from fxpar.ops.exchange import COUNTS, ORDER, PLANS, ROOM, ROWS
 from fxpar.ops.vocabulary import WAITS
+from fxpar.program import made_from
 
 
 def overlap_communication(graph: fx.Graph) -> None:
@@ -79,11 +80,7 @@ def _beside_exchanges(graph: fx.Graph) -> list[fx.Node]:
 
 def _told_of_rows(start: fx.Node, before: list[fx.Node]) -> dict[fx.Node, None]:
     """What says where the rows of an exchange belong, and what follows from it, unless its start needs any of that."""
-    needed, open_nodes = {start}, [start]
-    while open_nodes:
-        more = [n for n in open_nodes.pop().all_input_nodes if n not in needed]
-        needed.update(more)
-        open_nodes += more
+    needed = made_from(start)
     found: dict[fx.Node, None] = {}
     for node in before:
         of_plan = node.target is ORDER and node.args[1] is start.args[3]
@@ -97,12 +94,7 @@ def _told_of_rows(start: fx.Node, before: list[fx.Node]) -> dict[fx.Node, None]:
 def _started_before(room: fx.Node) -> list[fx.Node]:
     """What the GPU is to have been given when the host waits for how many rows arrive: the rows that leave, and of what the block
     goes on with all that costs next to nothing, which are numbers of rows and casts of its parameters."""
-    counts, behind = room.all_input_nodes[0].all_input_nodes[0], {room}
-    known, open_nodes = {counts}, [counts]
-    while open_nodes:
-        more = [n for n in open_nodes.pop().all_input_nodes if n not in known]
-        known.update(more)
-        open_nodes += more
+    known, behind = made_from(room.all_input_nodes[0].all_input_nodes[0]), {room}  # of the counts
     found: dict[fx.Node, None] = {}
     node = room.next
     while node.op != "output":

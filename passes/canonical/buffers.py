@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import operator
 
-from torch import fx
-
 from fxpar.ops.before import before
 from fxpar.passes.rewrite import Rewriter
-from fxpar.program import Program
+from fxpar.program import Program, made_from
 
 
 def keep_buffers(program: Program) -> Program:
@@ -21,19 +19,10 @@ def keep_buffers(program: Program) -> Program:
     """
     outputs = list(zip(program.outputs(), program.tensor_sinks(), strict=True))
     written = {sink.name for _, sink in outputs if sink.kind == "buffer"}
-    needed = _ancestors([node for node, sink in outputs if sink.kind != "buffer"]) if written else set()
+    needed = made_from(*(node for node, sink in outputs if sink.kind != "buffer")) if written else set()
     for node, source in zip(program.placeholders(), program.sources, strict=True):
         if source.kind == "buffer" and source.name in written and node in needed:
             first = next(n for n in program.graph.nodes if n.op != "placeholder")
             copy = Rewriter(program.graph, first).call(before, node)
             node.replace_all_uses_with(copy, delete_user_cb=functools.partial(operator.is_not, copy))
     return program
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    found, todo = set(nodes), list(nodes)
-    while todo:
-        more = [n for n in todo.pop().all_input_nodes if n not in found]
-        found.update(more)
-        todo += more
-    return found

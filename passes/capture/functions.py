@@ -28,7 +28,7 @@ from fxpar.errors import CaptureError
 from fxpar.ops import surrogate
 from fxpar.passes.canonical.constants import is_fill
 from fxpar.passes.infer.rules.spec import bind
-from fxpar.program import copy_provenance, is_library_file, user_line
+from fxpar.program import copy_provenance, is_library_file, made_from, user_line
 
 aten = torch.ops.aten
 
@@ -197,7 +197,7 @@ def _expand_hook(graph: fx.Graph, node: fx.Node) -> None:
     """The first hook of a value is nearest to its users, as it is the first to see their gradient."""
     args: Any = node.args
     value, mark, gradient, name, where = args
-    outs = _read_by([n for n in graph.output_node().all_input_nodes if n is not node])
+    outs = made_from(*(n for n in graph.output_node().all_input_nodes if n is not node))
     skipped = (surrogate.hook, surrogate.cotangent, aten.detach.default)
     users = [u for u in value.users if (u.target not in skipped and u in outs) or u.op == "output"]
     with graph.inserting_before(node):
@@ -258,7 +258,7 @@ def _dependent(spot: _Spot, marks: list[fx.Node], gradients: list[fx.Node]) -> t
 
     Raises: for a node that is neither linear in them nor that and a constant.
     """
-    inside, steady, needed = set(marks), set(), _read_by(gradients)
+    inside, steady, needed = set(marks), set(), made_from(*gradients)
     for node in spot.graph.nodes:
         mine = [n for n in node.all_input_nodes if n in inside]
         mark = node.target in (surrogate.cotangent, surrogate.function, surrogate.hook)
@@ -270,16 +270,6 @@ def _dependent(spot: _Spot, marks: list[fx.Node], gradients: list[fx.Node]) -> t
         if any(n in steady for n in mine) or not _vanishes(node, inside):
             steady.add(node)
     return inside, steady
-
-
-def _read_by(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes, and all that they are made of."""
-    found, pending = set(nodes), list(nodes)
-    while pending:
-        new = [n for n in pending.pop().all_input_nodes if n not in found]
-        found.update(new)
-        pending += new
-    return found
 
 
 def _is_linear(node: fx.Node, inside: set[fx.Node]) -> bool:

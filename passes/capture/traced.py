@@ -218,17 +218,27 @@ def require_no_seeds(function: str, caller: FrameType) -> None:
 
 @contextlib.contextmanager
 def inference_without_gradients() -> Iterator[None]:
-    """Inside, `torch.inference_mode` is what a trace sees of it: no gradients."""
+    """Inside, `torch.inference_mode` is what a trace sees of it, no gradients, but where PyTorch itself enters it."""
+    inference_mode: Any = torch.inference_mode
+    begin, end = inference_mode.__enter__, inference_mode.__exit__
 
     def enter(mode: Any) -> None:
-        mode.grad_mode = torch.no_grad() if mode.mode else torch.enable_grad()
-        mode.grad_mode.__enter__()
+        mode.seen = None if _entered_by_torch() else torch.no_grad() if mode.mode else torch.enable_grad()
+        begin(mode) if mode.seen is None else mode.seen.__enter__()
 
     def leave(mode: Any, *error: Any) -> None:
-        mode.grad_mode.__exit__(*error)
+        end(mode, *error) if mode.seen is None else mode.seen.__exit__(*error)
 
-    with mock.patch.multiple(torch.inference_mode, __enter__=enter, __exit__=leave):
+    with mock.patch.multiple(inference_mode, __enter__=enter, __exit__=leave):
         yield
+
+
+def _entered_by_torch() -> bool:
+    """Whether what enters a mode is code of PyTorch's, but for what makes a decorator of a mode."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == "torch.utils._contextlib":
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch"
 
 
 def host_draws() -> tuple:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -142,3 +144,21 @@ class Inferred(Net):
 def test_no_gradient_flows_through_inference_mode(plan):
     assert_equivalent(Inferred(), plan, (torch.randn(4, 8),))
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+class WithAConstant(Net):
+    """PyTorch makes a fake of the constant, which is no inference tensor, outside of the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.tensor(2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).square().mean() * self.factor
+
+
+def test_a_module_is_captured_within_inference_mode():
+    plain, x = WithAConstant(), torch.randn(2, 8)
+    module = fxpar.parallelize(copy.deepcopy(plain), "dp=1", (torch.randn(4, 8),))
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), plain(x))
