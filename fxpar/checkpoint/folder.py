@@ -151,6 +151,7 @@ def _rename(source: Path, target: Path) -> None:
 
 
 def newest(path: Path) -> Path | None:
-    """The newest whole checkpoint: `path`, unless a crash fell between the renames."""
-    candidates = (path,) if path.exists() else (saving(path), previous(path))
+    """The newest whole checkpoint: `path`, unless a crash fell between the renames. Where a save is between them, what it has
+    written may be at `path` by the time that it is looked for under its other name; `previous(path)` is about to go then."""
+    candidates = (path,) if path.exists() else (saving(path), path, previous(path))
     return next((f for f in candidates if (f / METADATA).is_file() and not (f / MARKER).exists()), None)

@@ -58,7 +58,7 @@ def _load_newest(path: str | os.PathLike, model: LocalModel, optimizer: Optimize
                 _load(given, source, model, optimizer)
                 return
             except CheckpointError:
-                replaced = source is not None and _identity(given) not in (None, source.identity)
+                replaced = source is not None and _is_replaced(given, source)
                 if not any(model.ranks.exchange(replaced)) or attempt == ATTEMPTS - 1:
                     raise
 
@@ -96,7 +96,17 @@ def _look(path: Path) -> OpenedFolder | None:
                           "save one with fxpar.save_checkpoint")
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _is_replaced(path: Path, source: OpenedFolder) -> bool:
+    """Whether the newest checkpoint is another folder than the one that was opened."""
+    for _ in range(ATTEMPTS):
+        found = _identity(path)
+        if found is not None:
+            return found != source.identity
+        time.sleep(0.001)  # it was looked for between the renames of a save
+    return False
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
     """Which folder the newest checkpoint is, whatever its name."""
     found = folder.newest(path)
     with contextlib.suppress(OSError):

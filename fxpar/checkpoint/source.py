@@ -189,8 +189,9 @@ class OpenedFolder:
         return data
 
 
-def identity_of(known: os.stat_result) -> tuple[int, int]:
-    return known.st_dev, known.st_ino
+def identity_of(known: os.stat_result) -> tuple[int, int, int]:
+    """What a rename of a folder keeps, and no other folder has: a number is given again when the folder that had it is gone."""
+    return known.st_dev, known.st_ino, known.st_mtime_ns
 
 
 def _require_sound(metadata: Any) -> None:

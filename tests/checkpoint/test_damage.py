@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fxpar
-from fxpar.checkpoint import load, source
+from fxpar.checkpoint import folder, load, source
 from fxpar.checkpoint.huggingface import SINGLE, SUMS
 from fxpar.checkpoint.manifest import MANIFEST, METADATA
 from fxpar.errors import CheckpointError
@@ -493,3 +493,27 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(load._Load, "_read", read)
     assert values_of(tmp_path / "c") == {2.0}
+
+
+def test_what_a_save_puts_in_place_meanwhile_is_found(tmp_path, monkeypatch):
+    """The second of its renames comes right after it was seen that nothing is there."""
+    path = tmp_path / "c"
+    for number, name in ((1.0, folder.previous(path)), (2.0, folder.saving(path))):
+        save_wide(path, number)
+        path.rename(name)
+    real = Path.exists
+
+    def exists(self: Path) -> bool:
+        there = real(self)
+        if self == path and not there:
+            folder.saving(path).rename(path)
+        return there
+
+    monkeypatch.setattr(Path, "exists", exists)
+    assert folder.newest(path) == path
+
+
+def test_a_folder_with_the_number_of_one_that_is_gone_is_another(tmp_path):
+    known = os.stat(tmp_path)
+    later = os.stat_result([*known[:8], known.st_mtime + 1, *known[9:]])
+    assert later.st_ino == known.st_ino and source.identity_of(later) != source.identity_of(known)
