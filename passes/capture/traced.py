@@ -233,10 +233,14 @@ def inference_without_gradients() -> Iterator[None]:
         yield
 
 
+_DECORATORS = torch.inference_mode.__call__.__module__
+"""Where modes are made decorators."""
+
+
 def _entered_by_torch() -> bool:
     """Whether what enters a mode is code of PyTorch's, but for what makes a decorator of a mode."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") == "torch.utils._contextlib":
+    while frame is not None and frame.f_globals.get("__name__") == _DECORATORS:
         frame = frame.f_back
     return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch"
 
