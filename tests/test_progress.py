@@ -31,9 +31,12 @@ def clock(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.001)
     monkeypatch.delenv(progress.ENVIRONMENT, raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(progress.log, "level", logging.WARNING)
+    before = progress.log.level
+    progress.log.setLevel(logging.WARNING)
+    be_quiet(None)  # a test before may have made the process quiet, in which it then stays
     yield made
     be_quiet(None)
+    progress.log.setLevel(before)
 
 
 def until(happened: Callable[[], bool]) -> None:

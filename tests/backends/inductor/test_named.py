@@ -81,7 +81,7 @@ def profiled(rank: int, plan: str, blocks: str, folder: str) -> tuple[list[float
     """Losses of a step before, under and after a profiler; the ranges of the trace that it wrote."""
     torch.manual_seed(0)
     x = torch.randn(4, 8)
-    module = fxpar.parallelize(Tower(), plan, (x,), backend="inductor", blocks=blocks, quiet=True)
+    module = fxpar.parallelize(Tower(), plan, (x,), backend="inductor", blocks=blocks)
     losses = [float(module.train_step(x))]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         losses.append(float(module.train_step(x)))
