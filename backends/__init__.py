@@ -8,5 +8,5 @@ trace      a program with tensor inputs alone, for AOTAutograd (with tables: emb
 remat      what the backward recomputes
 stepped    a program's forward and backward as calls of their own, several microbatches in flight
 split      a backward in two: input gradients, and weight gradients later
-repeats    runs of equal blocks in a graph, made shorter or longer
+repeats    runs of equal blocks in a graph (periods: made shorter or longer)
 """

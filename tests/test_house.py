@@ -21,6 +21,7 @@ FLOORS = (
     {"passes.pipeline"},
     {"backends.transport", "backends.simulate", "backends.tables", "backends.remat", "backends.numbered"},
     {"backends.repeats"},
+    {"backends.periods"},
     {"backends.trace", "backends.split", "backends.like"},
     {"backends.stepped", "backends.differentiable"},
     {"backends.eager", "backends.inductor"},

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxpar import compat
-from fxpar.backends import repeats
+from fxpar.backends import periods, repeats
 from fxpar.backends.inductor import kept
 from fxpar.backends.numbered import STACKS
 from fxpar.backends.remat import BLOCK, UNSHARD
@@ -137,7 +137,7 @@ def shortened(plain: fx.GraphModule, taken: list[Input], run: repeats.Repeats, m
     """Take blocks out of a program, in place; what it then takes."""
     fills = dict(zip(plain.graph.find_nodes(op="placeholder"), taken, strict=True))
     _relabel(run, missing)
-    repeats.shorten(run, missing)
+    periods.shorten(run, missing)
     plain.recompile()
     return [fills[n] for n in plain.graph.find_nodes(op="placeholder")]
 
@@ -217,12 +217,12 @@ def lengthen(traced: TracedInPart, missing: int
     for run in (forward, backward):
         if run is not None:
             _check_sharing(run)
-    made = repeats.lengthen(forward, missing)
+    made = periods.lengthen(forward, missing)
     bases |= {new: bases[old] for (old, _), new in made.items()}
     fills |= {new: fills[old] for (old, _), new in made.items() if old in fills}
     copies = dict(made)
     if backward is not None:
-        more = repeats.lengthen(backward, missing)
+        more = periods.lengthen(backward, missing)
         copies |= more
         for (old, r), new in more.items():
             bases[new] = bases[old]
@@ -245,7 +245,7 @@ def _aligned(forward: repeats.Repeats, graph: fx.Graph, kept: dict[fx.Node, fx.N
     """The run of a backward graph that is that of the forward graph's blocks: what is made again may be a run of its own."""
     for run in repeats.runs(graph, shapes, STEADY):
         with contextlib.suppress(repeats.NotEqual):
-            repeats.align(forward, run, kept)
+            periods.align(forward, run, kept)
             return run
     raise repeats.NotEqual
 

@@ -63,7 +63,7 @@ def made_from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, 
     plain: a flat graph, which is not changed, over tensors like `given`. config: settings of Inductor for it. key: says all that
     the code depends on, besides PyTorch; with it code is kept on disk, and found there.
     """
-    if not _apart(given):
+    if not _as_by_themselves(plain.graph, given):
         return None
     key = None if key is None else compat.bundle_key(key)
     found = None if key is None else compat.kept_bundle(key, given)
@@ -88,7 +88,7 @@ def steps_from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str,
 
     plain, given, config: see `made_from_few`. cut, making: of `compile_steps`.
     """
-    if not _apart(given):
+    if not _as_by_themselves(plain.graph, given):
         return None
     made: list[compat.TracedForward] = []
 
@@ -101,9 +101,11 @@ def steps_from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str,
     return made[0] if made else None
 
 
-def _apart(given: list[Tensor]) -> bool:
-    """Whether no two tensors share memory, and each begins where one by itself might, as a shorter program's inputs do."""
-    return len({compat.storage_of(x) for x in given}) == len(given) and all(
+def _as_by_themselves(graph: fx.Graph, given: list[Tensor]) -> bool:
+    """Whether code for inputs that have memory of their own is right for these: none is written to, or none shares memory with
+    another (labels are often the ids themselves); and each begins where one by itself might, as a shorter program's inputs do."""
+    apart = len({compat.storage_of(x) for x in given}) == len(given)
+    return (apart or not any(compat.mutates(n.target) for n in graph.nodes)) and all(
         x.storage_offset() * x.element_size() % ALIGNED == 0 for x in given)
 
 

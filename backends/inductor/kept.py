@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import networkx
 from torch import fx
 
-from fxpar.backends import repeats
+from fxpar.backends import periods, repeats
 from fxpar.compat.stages import Decision
 
 CHAIN = 100
@@ -65,7 +65,7 @@ def confirm(decision: Decision, missing: int, inputs: int, least: int) -> None:
     run = repeats.find(graph, lambda n: n.meta.get(_CHOICE), least)
     if run is None:
         raise repeats.NotEqual
-    repeats.lengthen(run, missing)
+    periods.lengthen(run, missing)
     if sum(bool(n.users) for n in graph.find_nodes(op="placeholder")) != inputs:
         raise repeats.NotEqual
     sink = _sink_side(graph, _banned(graph))

@@ -83,8 +83,11 @@ def graphs_before(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
 
     copies: list[fx.GraphModule] = []
     found: list[HandedOver] = []
+    updaters: list[Any] = []
 
     def keep(graph: fx.Graph) -> None:
+        for updater in updaters[-1:]:
+            updater.incremental_update()  # a pass may have put an operator in the place of one whose result had other strides
         copy = fx.Graph()
         copy.output(copy.graph_copy(graph, {}))
         copies.append(fx.GraphModule(graph.owning_module or torch.nn.Module(), copy))
@@ -106,10 +109,23 @@ def graphs_before(gm: fx.GraphModule, inputs: list[torch.Tensor], config: dict[s
         return output_code(lambda given: fx.Interpreter(module).boxed_run(given))
 
     settings = config if in_steps else {**config, "post_grad_custom_post_pass": graph_pass(keep, __file__)}
-    with (_observed(decided), at_once() if in_steps else contextlib.nullcontext(),
+    with (_observed(decided), _updating(updaters), at_once() if in_steps else contextlib.nullcontext(),
           aot.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)):
         compile_fx(gm, inputs, inner_compile=hand_over, config_patches=settings)
     return [made.module for made in found]
+
+
+def _updating(updaters: list[Any]) -> Any:
+    """Inside, what Inductor updates values with is put into the list: for the graph that its passes look at, the last one."""
+    from torch._inductor.fx_utils import FakeTensorUpdater
+
+    begin = FakeTensorUpdater.__init__
+
+    def begun(updater: Any, *args: Any, **kwargs: Any) -> None:
+        begin(updater, *args, **kwargs)
+        updaters.append(updater)
+
+    return mock.patch.object(FakeTensorUpdater, "__init__", begun)
 
 
 def _observed(decided: Callable[[Decision], None]) -> Any:

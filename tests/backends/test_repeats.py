@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from fxpar.backends import repeats
+from fxpar.backends import periods, repeats
 
 
 def tower(layers: int) -> fx.Graph:
@@ -30,11 +30,11 @@ def test_what_is_shortened_and_lengthened_is_as_if_written_so():
     graph = tower(9)
     run = repeats.find(graph, lambda n: None, 5)
     assert run is not None and (run.count, run.region) == (8, 2)
-    repeats.shorten(run, 4)
+    periods.shorten(run, 4)
     assert text(graph) == text(tower(5))
     again = repeats.find(graph, lambda n: None, 3)
     assert again is not None
-    repeats.lengthen(again, 6)
+    periods.lengthen(again, 6)
     graph.lint()
     assert text(graph) == text(tower(11))
 
@@ -56,7 +56,7 @@ def test_a_block_that_is_read_elsewhere_is_not_taken_out():
     run = repeats.find(graph, lambda n: None, 5)
     assert run is not None
     with pytest.raises(repeats.NotEqual):
-        repeats.shorten(run, 4)
+        periods.shorten(run, 4)
 
 
 def test_what_is_written_of_a_graph_does_not_depend_on_the_order_of_placeholders():
