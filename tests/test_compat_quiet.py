@@ -164,6 +164,21 @@ def test_what_fails_on_fake_tensors_is_not_logged_for_a_while(caplog):
     assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
 
 
+def test_an_export_that_fails_writes_no_graph_for_a_while(capfd, caplog):
+    class Chooses(torch.nn.Module):
+        def forward(self, x):
+            return x if torch.rand([]) < 0.5 else -x
+
+    def written():
+        with pytest.raises(Exception, match="data-dependent"):
+            torch.export.export(Chooses(), (torch.ones(2),), strict=False)
+        return capfd.readouterr().err + str([r for r in caplog.records if r.levelno >= logging.WARNING])
+
+    with compat.quiet_traces():
+        assert written() == "[]"
+    assert "def forward" in written()
+
+
 def test_modules_that_make_models_parallel_are_where_they_are_said_to_be():
     for name, function in zip(compat.WRAPPERS, ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel",
                                                 "fully_shard", "contract", "distribute_module"), strict=True):

@@ -145,13 +145,20 @@ def forget_fake_results(most: int) -> None:
 
 @contextlib.contextmanager
 def quiet_traces() -> Iterator[None]:
-    """Inside, operators that fail on fake tensors raise, and write no traceback to the log besides."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
+    """Inside, traces that fail raise, and write nothing besides: no traceback to the log, and on standard error no graph of all
+    operators up to there."""
+    from torch.export import _trace
+
+    logs = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
+    before = [log.disabled for log in logs]
+    for log in logs:
+        log.disabled = True
     try:
-        yield
+        with mock.patch.object(_trace, "print", lambda *text, **where: None, create=True):
+            yield
     finally:
-        log.disabled = before
+        for log, disabled in zip(logs, before, strict=True):
+            log.disabled = disabled
 
 
 @contextlib.contextmanager

@@ -194,7 +194,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
         with recorded_attributes(root, traced, reads is not None) as record, traced_once(root, traced, reads, record), \
                 torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), \
                 compat.unchecked_distributions(), compat.generators_watched(require_no_seeds), recorded_functions(), \
-                inference_without_gradients(), compat.code_when_called(), compat.lines_looked_up_once(), \
+                inference_without_gradients(), compat.code_when_called(), compat.lines_looked_up_once(), compat.quiet_traces(), \
                 _seen_by(root, traced, GroupedProducts()):
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:

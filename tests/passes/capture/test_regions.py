@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -162,3 +163,19 @@ def test_a_module_is_captured_within_inference_mode():
     module = fxpar.parallelize(copy.deepcopy(plain), "dp=1", (torch.randn(4, 8),))
     with torch.inference_mode():
         torch.testing.assert_close(module(x), plain(x))
+
+
+class Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return (y * 2 if torch.rand([]) < 0.5 else y).sum()
+
+
+def test_a_refusal_is_all_that_is_written(capfd, caplog):
+    with pytest.raises(CaptureError, match="control flow that depends on the values"):
+        fxpar.simulate(Chooses(), "dp=2", (torch.ones(4, 4),))
+    assert capfd.readouterr().err == "" and not [r for r in caplog.records if r.levelno >= logging.WARNING]
