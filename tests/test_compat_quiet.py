@@ -96,6 +96,22 @@ def test_lines_that_are_looked_up_once_are_those_that_pytorch_looks_up(monkeypat
     assert counts[1] < counts[0] / 2
 
 
+def test_lines_of_what_is_called_in_the_place_of_forward_are_known():
+    def patched(x: torch.Tensor) -> torch.Tensor:
+        return helper(x).sin()  # of patched
+
+    def helper(x: torch.Tensor) -> torch.Tensor:
+        return x.exp()  # of the helper
+
+    net = nn.Sequential(nn.Identity())
+    net[0].forward = patched
+    net[0].register_forward_hook(lambda module, args, out: out.cos())  # of the hook
+    with compat.lines_looked_up_once():
+        exported = torch.export.export(net, (torch.randn(3),))
+    lines = {n.name: n.meta["stack_trace"].splitlines()[-1] for n in exported.graph.nodes if n.op == "call_function"}
+    assert "of patched" in lines["exp"] and "of patched" in lines["sin"] and "of the hook" in lines["cos"]
+
+
 def test_modes_that_see_operators_are_counted():
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -162,6 +178,21 @@ def test_what_fails_on_fake_tensors_is_not_logged_for_a_while(caplog):
         assert fail() == []
         assert logging.getLogger("torch._subclasses.fake_tensor").disabled
     assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
+
+
+def test_a_trace_that_fails_writes_nothing_besides(capfd):
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if (x > 0).any() else -x
+
+    def traced() -> str:
+        with pytest.raises(Exception, match="guard"):
+            torch.export.export(Net(), (torch.randn(3),), strict=False)
+        return capfd.readouterr().err
+
+    with compat.quiet_traces():
+        assert traced() == ""
+    assert "def forward" in traced()
 
 
 def test_modules_that_make_models_parallel_are_where_they_are_said_to_be():
