@@ -57,11 +57,20 @@ class Output(DTensor):
             return pytree.tree_map_only(DTensor, as_output, func(*args, **kwargs))
 
 
+class _CopiedOutput(Output, compat.CopiedPart):
+    """A view of an output that is a copy: what is written to it is written to the output."""
+
+    __slots__ = ()
+
+
 def as_output(t: DTensor) -> DTensor:
     """The same tensor, as an `Output`."""
-    if type(t) is DTensor:
-        t.__class__ = Output
+    if type(t) in _CLASSES:
+        t.__class__ = _CLASSES[type(t)]
     return t
+
+
+_CLASSES: dict[type, type] = {DTensor: Output, compat.CopiedPart: _CopiedOutput}
 
 
 def _met(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
