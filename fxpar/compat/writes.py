@@ -2,7 +2,8 @@
 
 Where a view is of memory that no rank has alone (the first row of a table that is split by rows), DTensor makes a copy, and a
 write to that is lost without a word. It draws random numbers for a rank's part alone (on CPUs), and has a factory write to the
-part what is as large as the whole (torch 2.13).
+part what is as large as the whole (torch 2.13). And what it has no rule for, but can write with other operators, it computes of a
+rank's part as if that were all: the gradient of a `mse_loss` is as many times too large as there are parts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.distributed.tensor import DTensor, Replicate, _dtensor_spec, _redistribute
 from torch.utils import _pytree as pytree
 
@@ -29,12 +31,21 @@ DRAWS = (
 """Operators that draw as many random numbers as a tensor has elements."""
 MADE = (aten.eye.out, aten.eye.m_out)
 """Operators that make a tensor of the shape they are told, in the memory they are given."""
-WITHOUT_RULE = (
-    aten.fill_.Tensor, aten.tril_.default, aten.triu_.default, aten.renorm_.default, aten.index_fill_.int_Scalar,
-    aten.index_fill_.int_Tensor, aten.index_copy_.default, aten.index_put_.default, aten.scatter_.value, aten.scatter_.src,
+WRITES = (
+    aten.fill_.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor, aten.tril_.default, aten.triu_.default,
+    aten.renorm_.default, aten.index_fill_.int_Scalar, aten.index_fill_.int_Tensor, aten.index_copy_.default,
+    aten.index_put_.default, aten.scatter_.value, aten.scatter_.src,
 )  # fmt: skip
 """Operators that write to a tensor, and that DTensor has a rule for in some layouts, or beside no plain tensors."""
 
+MISSING = (
+    aten.nonzero.default, aten.bincount.default, aten._cdist_forward.default, aten._cdist_backward.default,
+    aten.avg_pool2d_backward.default, aten.max_pool2d_with_indices_backward.default, aten.renorm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default, aten.masked_select.default, aten.histc.default,
+    aten.masked_scatter.default,
+)  # fmt: skip
+"""Operators that DTensor cannot compute at all in some layouts."""
+_TENSOR = torch._C.TensorType.get()
 VIEWS = (
     aten.select.int, aten.slice.Tensor, aten.diagonal.default, aten.split.Tensor, aten.split_with_sizes.default,
     aten.view.default, aten.unfold.default,
@@ -79,8 +90,30 @@ def write_whole(before_draws: Callable[[Any], None]) -> None:
         made = _by_itself(handlers, operator, args, kwargs)
         return made if _shares_memory(made, args[0]) else _parts(made, operator, args, kwargs)
 
-    for operators, handler in ((DRAWS, draw), (MADE, in_whole), (WITHOUT_RULE, write), (VIEWS, view)):
+    def whole(operator: Any, args: Any, kwargs: Any) -> Any:
+        if any(isinstance(t, Tensor) and not isinstance(t, DTensor) and t.dim() for t in pytree.tree_leaves((args, kwargs))):
+            return _by_itself(handlers, operator, args, kwargs)  # which says that plain tensors are mixed with it
+        return in_whole(operator, args, kwargs)
+
+    for operators, handler in ((_without_rule(), whole), (DRAWS, draw), (MADE, in_whole), (WRITES, write), (VIEWS, view)):
         handlers.update(dict.fromkeys(operators, handler))
+
+
+def _without_rule() -> list[Any]:
+    """Operators that DTensor has no rule for but those of the operators that they can be written with: it computes them of the
+    part, as if that were all (a mean, the gradient of a mean)."""
+    sharding: Any = DTensor._op_dispatcher.sharding_propagator
+    ruled = {*sharding.op_strategy_funcs, *sharding.op_single_dim_strategy_funcs, *sharding.op_to_rules}
+    handled = DTensor._op_dispatcher._custom_op_handlers
+    return [o for o in (*decomposition_table, *MISSING) if o not in ruled and o not in handled and _makes_tensors(o)]
+
+
+def _makes_tensors(operator: Any) -> bool:
+    """Whether the operator computes new tensors of tensors, and writes to none."""
+    if not isinstance(operator, torch._ops.OpOverload) or operator.namespace != "aten" or operator._schema.is_mutable:
+        return False
+    taken, made = operator._schema.arguments, operator._schema.returns
+    return any("Tensor" in str(a.type) for a in taken) and all(r.type.isSubtypeOf(_TENSOR) for r in made) and not _is_view(operator)
 
 
 def _by_itself(handlers: dict[Any, Any], operator: Any, args: Any, kwargs: Any) -> Any:
@@ -113,8 +146,9 @@ def in_whole(operator: Any, args: Any, kwargs: Any) -> Any:
     for t in written:
         _put(t, whole[id(t)])
         _write_back(t)
+    likes = {t.shape: t for t in _tensors(args, kwargs)}
     like = next(_tensors(args, kwargs))
-    return written[0] if written else pytree.tree_map_only(Tensor, lambda t: _split_as(like, t), made)
+    return written[0] if written else pytree.tree_map_only(Tensor, lambda t: _split_as(likes.get(t.shape, like), t), made)
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[Any]:
@@ -160,20 +194,27 @@ def _write_back(t: Any) -> None:
 
 
 def _put(t: Any, whole: Tensor) -> None:
+    if any(p.is_partial() for p in t._spec.placements):
+        t._local_tensor, t._spec = whole, _replicated(t._spec)
+        return
     mine = _split(whole, t._spec)
     if mine.data_ptr() != t._local_tensor.data_ptr():
         t._local_tensor.copy_(mine)
 
 
 def _split(whole: Tensor, spec: Any) -> Tensor:
-    full = _dtensor_spec.DTensorSpec(spec.mesh, (Replicate(),) * spec.mesh.ndim, tensor_meta=spec.tensor_meta)
-    return _redistribute.redistribute_local_tensor(whole, full, spec)
+    return _redistribute.redistribute_local_tensor(whole, _replicated(spec), spec)
+
+
+def _replicated(spec: Any) -> Any:
+    return _dtensor_spec.DTensorSpec(spec.mesh, (Replicate(),) * spec.mesh.ndim, tensor_meta=spec.tensor_meta)
 
 
 def _split_as(like: Any, whole: Tensor) -> DTensor:
     """As a DTensor in the layout of another one of this shape; otherwise every rank keeps all of it."""
     spec = like._spec
-    placements = spec.placements if whole.shape == like.shape else (Replicate(),) * spec.mesh.ndim
+    alike = whole.shape == like.shape
+    placements = tuple(p if alike and not p.is_partial() else Replicate() for p in spec.placements)
     meta = _dtensor_spec.TensorMeta(whole.shape, whole.stride(), whole.dtype)
     made = _dtensor_spec.DTensorSpec(spec.mesh, placements, tensor_meta=meta)
     make: Any = DTensor
