@@ -103,7 +103,8 @@ def _without_rule() -> list[Any]:
     """Operators that DTensor has no rule for but those of the operators that they can be written with: it computes them of the
     part, as if that were all (a mean, the gradient of a mean)."""
     sharding: Any = DTensor._op_dispatcher.sharding_propagator
-    ruled = {*sharding.op_strategy_funcs, *sharding.op_single_dim_strategy_funcs, *sharding.op_to_rules}
+    tables = ("op_strategy_funcs", "op_single_dim_strategy_funcs", "op_to_rules")
+    ruled = {operator for table in tables for operator in getattr(sharding, table, ())}
     handled = DTensor._op_dispatcher._custom_op_handlers
     return [o for o in (*decomposition_table, *MISSING) if o not in ruled and o not in handled and _makes_tensors(o)]
 
@@ -113,7 +114,8 @@ def _makes_tensors(operator: Any) -> bool:
     if not isinstance(operator, torch._ops.OpOverload) or operator.namespace != "aten" or operator._schema.is_mutable:
         return False
     taken, made = operator._schema.arguments, operator._schema.returns
-    return any("Tensor" in str(a.type) for a in taken) and all(r.type.isSubtypeOf(_TENSOR) for r in made) and not _is_view(operator)
+    return any("Tensor" in str(a.type) for a in taken) and all(r.type.isSubtypeOf(_TENSOR) for r in made) and \
+        not _is_view(operator)
 
 
 def _by_itself(handlers: dict[Any, Any], operator: Any, args: Any, kwargs: Any) -> Any:

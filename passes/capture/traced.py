@@ -37,7 +37,7 @@ REFUSED: dict[Any, tuple[str, str]] = {
     torch.nn.functional.ctc_loss: ("ctc_loss, which reads the lengths of labels in Python", "return the log-probabilities, and "
                                    "compute the loss of them outside of the model"),
     compat.pack_rows: ("pack_padded_sequence, which reads the lengths of rows in Python", "give the recurrent layer the padded "
-                       "rows, and leave out what it makes of the padding: by a mask in the loss, or by gather of each row's last"),
+                       "rows, and leave out what it makes of the padding: by a mask in the loss, or by gather of the last ones"),
     torch.Tensor.register_post_accumulate_grad_hook: ("register_post_accumulate_grad_hook inside of the forward",
                                                       "register it once, outside of forward"),
 }
