@@ -103,6 +103,6 @@ def _met(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     if func not in _NUMBERS and not any(isinstance(t, Tensor) and not isinstance(t, DTensor) for t in leaves):
         return args, kwargs
     if isinstance(_written(func, args, kwargs), Output):
-        raise InputError(f"{getattr(func, '__name__', func)} writes plain tensors to an output that ranks hold parts of; take all of "
-                         "it first: output = output.full_tensor()")
+        raise InputError(f"{getattr(func, '__name__', func)} writes plain tensors to an output that ranks hold parts of; take "
+                         "all of it first: output = output.full_tensor()")
     return pytree.tree_map_only(Output, lambda t: t.full_tensor(), (args, kwargs))
