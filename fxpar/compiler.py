@@ -130,8 +130,7 @@ def _of_replicas(model: nn.Module, plan: Plan, batch: Mapping[str, int | None], 
     """The program for one replica's inputs whose batch dims are assumed to be `batch`, until the model shows others."""
     mesh = meshes.from_plan(plan)
     for _ in range(3):
-        with compat.quiet_traces():
-            program = _start(model, plan, globalize(call, mesh, batch), device, observe, microbatches)
+        program = _start(model, plan, globalize(call, mesh, batch), device, observe, microbatches)
         program = run(program, front(pinned), observe)
         found = {s.name: global_value(n).batch_dim for n, s in program.source_of().items() if s.kind == "input"}
         if plan.dp == 1 or all(found.get(k) == v for k, v in batch.items() if k in found):
@@ -178,7 +177,7 @@ def _assumed(plan: Plan, call: Call) -> dict[str, int | None]:
 def _start(model: nn.Module, plan: Plan, call: Call, device: torch.device, observe: Observer | None,
            microbatches: int = 1) -> Program:
     start = time.perf_counter()
-    with stage("capturing the model"):
+    with stage("capturing the model"), compat.quiet_traces():
         program = trace(model, plan, meshes.in_time(meshes.from_plan(plan), microbatches), *call, device)
     program.timings["capture"] = time.perf_counter() - start
     if observe is not None:

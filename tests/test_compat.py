@@ -18,6 +18,7 @@ import torch.distributed.checkpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.overrides import TorchFunctionMode
 
 from fxpar import compat
 from fxpar.backends.transport.copies import CopyGroup
@@ -436,3 +437,42 @@ def test_a_profiler_that_listens_is_seen():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert compat.profiling()
     assert not compat.profiling()
+
+
+def test_rows_are_packed_by_one_function():
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        nn.utils.rnn.pack_padded_sequence(torch.randn(2, 3, 1), torch.tensor([3, 2]), batch_first=True)
+    assert compat.pack_rows in seen
+
+
+def test_what_is_written_to_a_copy_of_a_part_is_written_to_the_tensor(monkeypatch):
+    handlers, told = DTensor._op_dispatcher._custom_op_handlers, []
+    monkeypatch.setattr(DTensor._op_dispatcher, "_custom_op_handlers", dict(handlers))
+    compat.write_whole.__wrapped__(told.append)
+    t = DTensor.from_local(torch.zeros(4, 2), one_rank_mesh(), [Shard(0)])
+    row = t[1]
+    assert type(row) is DTensor  # of one rank, it is in the tensor's memory
+    row.__class__ = compat.CopiedPart
+    row._local_tensor, row.__dict__["part_of"] = row.to_local().clone(), (aten.select.int, (t, 0, 1), {}, None)
+    row[0] = 3.0
+    row += 1
+    assert type(row) is compat.CopiedPart and t.to_local().tolist() == [[0, 0], [4, 1], [0, 0], [0, 0]] and row.sum().item() == 5
+    torch.manual_seed(0)
+    want = torch.rand(4, 2)
+    torch.manual_seed(0)
+    assert torch.equal(t.uniform_().to_local(), want) and told == [t] and torch.rand_like(t).placements == (Shard(0),)
+
+
+def test_python_functions_of_elements_are_left_to_who_is_told(monkeypatch):
+    for name in ("apply_", "map_", "map2_"):
+        monkeypatch.setattr(DTensor, name, None)
+    compat.apply_by(lambda t, *rest: rest)
+    t = DTensor.from_local(torch.zeros(2), one_rank_mesh(), [Replicate()])
+    assert t.apply_(abs) == (abs,) and t.map_(t, max) == (t, max)

@@ -96,6 +96,22 @@ def test_lines_that_are_looked_up_once_are_those_that_pytorch_looks_up(monkeypat
     assert counts[1] < counts[0] / 2
 
 
+def test_lines_of_what_is_called_in_the_place_of_forward_are_known():
+    def patched(x: torch.Tensor) -> torch.Tensor:
+        return helper(x).sin()  # of patched
+
+    def helper(x: torch.Tensor) -> torch.Tensor:
+        return x.exp()  # of the helper
+
+    net = nn.Sequential(nn.Identity())
+    net[0].forward = patched
+    net[0].register_forward_hook(lambda module, args, out: out.cos())  # of the hook
+    with compat.lines_looked_up_once():
+        exported = torch.export.export(net, (torch.randn(3),))
+    lines = {n.name: n.meta["stack_trace"].splitlines()[-1] for n in exported.graph.nodes if n.op == "call_function"}
+    assert "of patched" in lines["exp"] and "of patched" in lines["sin"] and "of the hook" in lines["cos"]
+
+
 def test_modes_that_see_operators_are_counted():
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -29,9 +29,10 @@ def drop_kept_dims(graph: fx.Graph) -> None:
 
 
 def _dims(node: fx.Node) -> tuple[int, ...]:
+    """The dims that are named; none are where it is over all of them (None, or an empty list)."""
     dims = node.args[1] if len(node.args) > 1 else ()
-    assert isinstance(dims, list | tuple)
-    return tuple(d % node.all_input_nodes[0].meta["val"].dim() for d in dims if isinstance(d, int))
+    rank = node.all_input_nodes[0].meta["val"].dim()
+    return tuple(d % rank for d in dims if isinstance(d, int)) if isinstance(dims, list | tuple) else ()
 
 
 def _keeps_leading_dims(node: fx.Node) -> bool:

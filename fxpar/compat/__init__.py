@@ -92,6 +92,7 @@ from fxpar.compat.steps import (
 from fxpar.compat.streams import AtOnce, Move, SideStream, empty_like_code
 from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
+from fxpar.compat.writes import CopiedPart, apply_by, write_whole
 
 __all__ = [
     "CALLED",
@@ -99,6 +100,7 @@ __all__ = [
     "AtOnce",
     "Code",
     "CodeRecorder",
+    "CopiedPart",
     "CudaGraphs",
     "Cut",
     "Cutting",
@@ -114,6 +116,7 @@ __all__ = [
     "SideStream",
     "SymmetricSlots",
     "TracedForward",
+    "apply_by",
     "as_traced",
     "assign_data_by",
     "attention_priority",
@@ -176,6 +179,7 @@ __all__ = [
     "no_grad_region",
     "no_modes",
     "no_torch_function",
+    "pack_rows",
     "partition_eagerly",
     "process_groups",
     "profiling",
@@ -200,6 +204,7 @@ __all__ = [
     "unrecorded",
     "untraced",
     "when_finished",
+    "write_whole",
 ]
 
 
@@ -236,6 +241,10 @@ def is_grouped_product(function: Any) -> bool:
     """Whether a function that is being called, as a ``TorchFunctionMode`` sees it, is PyTorch's grouped matrix product."""
     packet = torch.ops.aten._grouped_mm
     return function in (torch._grouped_mm, packet, packet.default)
+
+
+pack_rows: Any = torch._VF._pack_padded_sequence
+"""What `torch.nn.utils.rnn.pack_padded_sequence` calls."""
 
 
 def no_grad_region(node: fx.Node) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import os
 import sys
 import traceback
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -107,8 +110,17 @@ def code_when_called() -> Iterator[None]:
         yield
 
 
+_CALLERS = (torch.nn.modules.module.__file__, str(Path(__file__).parents[1]) + os.sep)
+
+
+def _is_called_as_forward(code: types.CodeType, caller: types.CodeType) -> bool:
+    """Whether a module's call, or fxpar's trace of one, ran this: the module's forward, whatever its name is, or a hook."""
+    return caller.co_filename.startswith(_CALLERS) and not code.co_filename.startswith(_CALLERS)
+
+
 class _Stacks:
-    """Stands for `torch.utils._traceback.CapturedTraceback`."""
+    """Stands for `torch.utils._traceback.CapturedTraceback`. PyTorch keeps the lines of functions that are called `forward`, and
+    is told so of those that are called in the place of one (``model.forward = another``)."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[types.CodeType, traceback.FrameSummary]] = {}
@@ -120,12 +132,14 @@ class _Stacks:
         stack, frame = traceback.StackSummary(), sys._getframe(1)
         while frame is not None:
             code, line = frame.f_code, frame.f_lineno
+            caller = frame.f_back
             known = self._known.get((id(code), line))
             if known is None:
-                known = code, traceback.FrameSummary(code.co_filename, line, code.co_name)
+                name = "forward" if caller is not None and _is_called_as_forward(code, caller.f_code) else code.co_name
+                known = code, traceback.FrameSummary(code.co_filename, line, name)
                 self._known[id(code), line] = known
             stack.append(known[1])
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = caller  # type: ignore[assignment]
         stack.reverse()
         return stack
 
@@ -145,20 +159,25 @@ def forget_fake_results(most: int) -> None:
 
 @contextlib.contextmanager
 def quiet_traces() -> Iterator[None]:
-    """Inside, traces that fail raise, and write nothing besides: no traceback to the log, and on standard error no graph of all
-    operators up to there."""
-    from torch.export import _trace
-
-    logs = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
+    """Inside, what cannot be traced raises, and nothing is written to the log and to stderr besides: no traceback, no warning
+    that the user's code was not found, and not the graph up to there."""
+    exports = importlib.import_module("torch.export._trace")  # which PyTorch imports when it is needed
+    logs = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")]
     before = [log.disabled for log in logs]
     for log in logs:
         log.disabled = True
     try:
-        with mock.patch.object(_trace, "print", lambda *text, **where: None, create=True):
+        with mock.patch.object(exports, "print", _print, create=True):
             yield
     finally:
-        for log, disabled in zip(logs, before, strict=True):
-            log.disabled = disabled
+        for log, was in zip(logs, before, strict=True):
+            log.disabled = was
+
+
+def _print(*values: object, file: object = None, **options: object) -> None:
+    """Python's `print`, but for graphs of a trace that failed, which `torch.export` writes to stderr."""
+    if file is not sys.stderr:
+        print(*values, file=file, **options)  # type: ignore[call-overload]
 
 
 @contextlib.contextmanager

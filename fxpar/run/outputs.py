@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
@@ -25,6 +26,9 @@ _NUMBERS = {Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.__float__, Tensor._
 _IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or",
                                                          "xor", "lshift", "rshift"))}
 
+
+_OF_WHOLE = {torch.nn.functional.cosine_embedding_loss}
+"""Functions that DTensor computes wrongly of parts (torch 2.13: it subtracts a sum from 1 on each rank)."""
 
 READ = ("what makes an output whole of which each rank has a part (a plain tensor beside it, or its numbers: where one rank "
         "alone reads it, have all ranks make it whole before: `logits = logits.full_tensor()`)")
@@ -51,17 +55,43 @@ class Output(DTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         with watch().waits("what an output is used for"), compat.no_torch_function():
-            args, kwargs = _met(func, args, kwargs)
-            return pytree.tree_map_only(DTensor, as_output, func(*args, **kwargs))
+            return pytree.tree_map_only(DTensor, as_output, _called(func, *_met(func, args, kwargs or {})))
+
+
+class _CopiedOutput(Output, compat.CopiedPart):
+    """A view of an output that is a copy: what is written to it is written to the output."""
+
+    __slots__ = ()
 
 
 def as_output(t: DTensor) -> DTensor:
     """The same tensor, as an `Output`."""
-    if type(t) is DTensor:
-        t.__class__ = Output
+    if type(t) in _CLASSES:
+        t.__class__ = _CLASSES[type(t)]
     return t
+
+
+_CLASSES: dict[type, type] = {DTensor: Output, compat.CopiedPart: _CopiedOutput}
+
+
+def _called(func: Any, args: Any, kwargs: Any) -> Any:
+    """What the function returns, of parts where DTensor can, and otherwise of whole tensors."""
+    if func not in _OF_WHOLE:
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):
+            if func is Tensor.backward or _written(func, args, kwargs) is not None:
+                raise
+    args, kwargs = pytree.tree_map_only(Output, lambda t: t.full_tensor(), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Any:
+    """What the function writes to, None if to nothing."""
+    name = getattr(func, "__name__", "")
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return args[0] if args and in_place else kwargs.get("out")
 
 
 def _met(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -72,9 +102,7 @@ def _met(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     leaves = pytree.tree_leaves((args, kwargs))
     if func not in _NUMBERS and not any(isinstance(t, Tensor) and not isinstance(t, DTensor) for t in leaves):
         return args, kwargs
-    name = getattr(func, "__name__", "")
-    written = args[0] if args and (name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))) else kwargs.get("out")
-    if isinstance(written, Output):
-        raise InputError(f"{name} writes plain tensors to an output that ranks hold parts of; take all of it first: "
-                         "output = output.full_tensor()")
+    if isinstance(_written(func, args, kwargs), Output):
+        raise InputError(f"{getattr(func, '__name__', func)} writes plain tensors to an output that ranks hold parts of; take "
+                         "all of it first: output = output.full_tensor()")
     return pytree.tree_map_only(Output, lambda t: t.full_tensor(), (args, kwargs))

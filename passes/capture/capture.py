@@ -29,7 +29,7 @@ from fxpar.passes.canonical.dropout import expand_dropout
 from fxpar.passes.capture.attributes import Recorded, recorded_attributes
 from fxpar.passes.capture.batchnorm import expand_batch_norm
 from fxpar.passes.capture.functions import expand_functions, recorded_functions
-from fxpar.passes.capture.grouped import GroupedProducts
+from fxpar.passes.capture.grouped import Traceable
 from fxpar.passes.capture.layers import expand_layers, traced_once
 from fxpar.passes.capture.regions import inline_regions
 from fxpar.passes.capture.traced import TraceGuard, host_draws, inference_without_gradients, require_no_seeds
@@ -195,7 +195,7 @@ def _export(model: nn.Module, originals: dict[str, nn.Parameter], args: tuple, k
                 torch.autocast(device, enabled=False), torch.enable_grad(), compat.checkpoints_inlined(), \
                 compat.unchecked_distributions(), compat.generators_watched(require_no_seeds), recorded_functions(), \
                 inference_without_gradients(), compat.code_when_called(), compat.lines_looked_up_once(), compat.quiet_traces(), \
-                _seen_by(root, traced, GroupedProducts()):
+                _seen_by(root, traced, Traceable()):
             exported = torch.export.export(model, args, kwargs, strict=False)
     except CaptureError as error:
         raise CaptureError(error.what, error.where or _user_frame(error), error.way_out) from None

@@ -1,4 +1,4 @@
-"""What mixtures of experts call that cannot be traced as it is: grouped matrix products, and counts of experts."""
+"""What is called that cannot be traced as it is: grouped matrix products, counts of experts, functions that read values."""
 
 from __future__ import annotations
 
@@ -6,31 +6,47 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from fxpar import compat
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.within import within
-from fxpar.passes.capture.traced import DESCRIPTIONS
+from fxpar.passes.capture.traced import DESCRIPTIONS, asking_file
+from fxpar.passes.capture.written import WRITTEN, Counts
 
+BATCH_NORM = torch.nn.modules.batchnorm.__file__
 HUGGING_FACE = "transformers.grouped_mm_fallback"
 """What Hugging Face's models call where they do not trust PyTorch's. Its backward reads the groups into Python."""
 
 
-class GroupedProducts(TorchFunctionMode):
-    """Inside, rows in groups times a matrix each are `fxpar.ops.grouped_mm`, whether PyTorch's or Hugging Face's is called.
+class Traceable(TorchFunctionMode):
+    """Inside, functions are called that have values no trace knows where those of PyTorch would read some.
+
+    Rows in groups times a matrix each are `fxpar.ops.grouped_mm`, whether PyTorch's or Hugging Face's is called.
 
     PyTorch's remains in its other forms (groups along another dim, a bias, a result of another dtype). Where it has no kernel
     (other dtypes than bf16, and CPUs) it cannot be traced; where it has one, it wants operands that lie as eager programs lay
     them, which a compiler does not know. Values are the same but for the rows after the last group, which are zero here where
     they may have been anything. A `bincount` of at least so many numbers has exactly so many, which `within` makes sure of: what
     counts how often each expert was chosen knows how many there are, and without that the size would depend on the values.
+    Others are in `fxpar.passes.capture.written`.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in DESCRIPTIONS:
             return func(*args, **kwargs)
+        if func in WRITTEN:
+            return WRITTEN[func](*args, **kwargs)
+        if func is F.batch_norm:
+            return self.counts.batch_norm(*args, **kwargs)
+        if func is torch.Tensor.__float__ and asking_file() == BATCH_NORM:
+            return self.counts.stand_in(args[0])
         if _is_grouped_product(func):
             x, weights, ends, bias, dtype = _given(NAMES, args, kwargs)
             plain = ends is not None and bias is None and dtype in (None, x.dtype)

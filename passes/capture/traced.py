@@ -34,6 +34,10 @@ REFUSED: dict[Any, tuple[str, str]] = {
     torch.Tensor.backward: ("a backward inside of the forward", _GRADIENT),
     torch.Tensor.retain_grad: ("retain_grad inside of the forward", _GRAPH),
     _GRAD_FN: ("a forward that reads grad_fn", _GRAPH),
+    torch.nn.functional.ctc_loss: ("ctc_loss, which reads the lengths of labels in Python", "return the log-probabilities, and "
+                                   "compute the loss of them outside of the model"),
+    compat.pack_rows: ("pack_padded_sequence, which reads the lengths of rows in Python", "give the recurrent layer the padded "
+                       "rows, and leave out what it makes of the padding: by a mask in the loss, or by gather of the last ones"),
     torch.Tensor.register_post_accumulate_grad_hook: ("register_post_accumulate_grad_hook inside of the forward",
                                                       "register it once, outside of forward"),
 }
@@ -160,10 +164,15 @@ class _Handle:
 
 def _asked_by_torch() -> bool:
     """Whether it is torch that made the call which a mode is asked about."""
+    return is_library_file(asking_file())
+
+
+def asking_file() -> str:
+    """The file with the call which a mode is asked about."""
     frame = sys._getframe(2)
-    while frame.f_code.co_name == "__torch_function__":
+    while frame.f_code.co_name == "__torch_function__" or frame.f_code.co_filename == __file__:
         frame = frame.f_back  # type: ignore[assignment]
-    return is_library_file(frame.f_code.co_filename)
+    return frame.f_code.co_filename
 
 
 def _frame() -> str:

@@ -13,7 +13,7 @@ aten = torch.ops.aten
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
 
-def reduced(target, dims: list[int], keep: bool) -> tuple[fx.GraphModule, fx.Node]:
+def reduced(target, dims: list[int] | None, keep: bool) -> tuple[fx.GraphModule, fx.Node]:
     """A graph that returns a reduction, and what is computed from it."""
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -35,7 +35,7 @@ def test_dims_that_are_kept_are_put_back_by_a_view(target, dims):
     assert flat.args[2] is False and flat.meta["val"].dim() == 3 - len(dims) and flat is not node
 
 
-@pytest.mark.parametrize("dims, keep", [([2], True), ([0, 2], True), ([-1], True), ([0], False)])
+@pytest.mark.parametrize("dims, keep", [([2], True), ([0, 2], True), ([-1], True), ([0], False), (None, True), ([], True)])
 def test_others_stay(dims, keep):
     module, node = reduced(aten.sum.dim_IntList, dims, keep)
     drop_kept_dims(module.graph)
