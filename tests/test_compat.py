@@ -464,6 +464,7 @@ def test_what_is_written_to_a_copy_of_a_part_is_written_to_the_tensor(monkeypatc
     row[0] = 3.0
     row += 1
     assert type(row) is compat.CopiedPart and t.to_local().tolist() == [[0, 0], [4, 1], [0, 0], [0, 0]] and row.sum().item() == 5
+    assert type(compat.call_on_parts(torch.Tensor.view, (row, 2, 1), {})) is compat.CopiedPart
     torch.manual_seed(0)
     want = torch.rand(4, 2)
     torch.manual_seed(0)

@@ -92,7 +92,7 @@ from fxpar.compat.steps import (
 from fxpar.compat.streams import AtOnce, Move, SideStream, empty_like_code
 from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
-from fxpar.compat.writes import CopiedPart, apply_by, write_whole
+from fxpar.compat.writes import CopiedPart, apply_by, call_on_parts, write_whole
 
 __all__ = [
     "CALLED",
@@ -129,6 +129,7 @@ __all__ = [
     "cache_settings",
     "call_by",
     "call_directly",
+    "call_on_parts",
     "call_plainly",
     "code_of",
     "code_when_called",

@@ -32,16 +32,19 @@ DRAWS = (
 MADE = (aten.eye.out, aten.eye.m_out)
 """Operators that make a tensor of the shape they are told, in the memory they are given."""
 WRITES = (
-    aten.fill_.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor, aten.tril_.default, aten.triu_.default,
+    aten.masked_fill_.Scalar, aten.masked_fill_.Tensor, aten.tril_.default, aten.triu_.default,
     aten.renorm_.default, aten.index_fill_.int_Scalar, aten.index_fill_.int_Tensor, aten.index_copy_.default,
     aten.index_put_.default, aten.scatter_.value, aten.scatter_.src,
 )  # fmt: skip
 """Operators that write to a tensor, and that DTensor has a rule for in some layouts, or beside no plain tensors."""
+FILLS = (aten.fill_.Scalar, aten.fill_.Tensor, aten.copy_.default)
+"""What PyTorch writes to the view of a tensor that is assigned to: ``weight[0] = 1``."""
 MISSING = (
     aten.nonzero.default, aten.bincount.default, aten._cdist_forward.default, aten._cdist_backward.default,
     aten.avg_pool2d_backward.default, aten.max_pool2d_with_indices_backward.default, aten.renorm.default,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default, aten.masked_select.default, aten.histc.default,
-    aten.masked_scatter.default,
+    aten.masked_scatter.default, aten.kthvalue.default, aten.median.default, aten.median.dim, aten.mode.default,
+    aten.cummax.default, aten.cummin.default, aten.logcumsumexp.default,
 )  # fmt: skip
 """Operators that DTensor cannot compute at all in some layouts."""
 VIEWS = (
@@ -58,12 +61,24 @@ class CopiedPart(DTensor):
     __slots__ = ()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        kwargs = kwargs or {}
-        if any(isinstance(t, CopiedPart) for t in _written(func, args, kwargs)):
-            return in_whole(func, args, kwargs)
-        made = func(*pytree.tree_map_only(CopiedPart, _plain, args), **pytree.tree_map_only(CopiedPart, _plain, kwargs))
-        return _parts(made, func, args, kwargs) if _is_view(func) and isinstance(args[0], CopiedPart) else made
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return call_on_parts(func, args, kwargs or {})
+
+
+def call_on_parts(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function returns that is called outside of `__torch_function__`; what it writes to a `CopiedPart` is written back.
+
+    What it returns that lies in such a part's memory is a part, too.
+    """
+    before = {id(t): (t, None if t.is_inference() else t._version) for t in _tensors(args, kwargs) if isinstance(t, CopiedPart)}
+    made = func(*args, **kwargs)
+    written = [t for t, version in before.values() if version is None or t._version != version]
+    for t in written:
+        _write_back(t)
+    if before and args and id(args[0]) in before and not written:
+        return _parts(made, func, args, kwargs, lambda t: not isinstance(t, CopiedPart) and _shares_memory(t, args[0]))
+    return made
 
 
 @functools.cache
@@ -85,16 +100,24 @@ def write_whole(before_draws: Callable[[Any], None]) -> None:
         except (RuntimeError, NotImplementedError):  # it has no rule, or none that leaves the tensor where it is
             return in_whole(operator, args, kwargs)
 
+    def fill(operator: Any, args: Any, kwargs: Any) -> Any:
+        made = write(operator, args, kwargs)
+        if isinstance(args[0], CopiedPart):
+            _write_back(args[0])
+        return made
+
     def view(operator: Any, args: Any, kwargs: Any) -> Any:
         made = _by_itself(handlers, operator, args, kwargs)
-        return made if _shares_memory(made, args[0]) else _parts(made, operator, args, kwargs)
+        of_copy = isinstance(args[0], CopiedPart)
+        return _parts(made, operator, args, kwargs, lambda t: of_copy or not _shares_memory(t, args[0]))
 
     def whole(operator: Any, args: Any, kwargs: Any) -> Any:
         if any(isinstance(t, Tensor) and not isinstance(t, DTensor) and t.dim() for t in pytree.tree_leaves((args, kwargs))):
             return _by_itself(handlers, operator, args, kwargs)  # which says that plain tensors are mixed with it
         return in_whole(operator, args, kwargs)
 
-    for operators, handler in ((_without_rule(), whole), (DRAWS, draw), (MADE, in_whole), (WRITES, write), (VIEWS, view)):
+    for operators, handler in ((_without_rule(), whole), (DRAWS, draw), (MADE, in_whole), (WRITES, write), (FILLS, fill),
+                               (VIEWS, view)):
         handlers.update(dict.fromkeys(operators, handler))
 
 
@@ -128,8 +151,8 @@ def _by_itself(handlers: dict[Any, Any], operator: Any, args: Any, kwargs: Any) 
 
 
 def _shares_memory(made: Any, base: Any) -> bool:
-    mine, local = base._local_tensor, [t._local_tensor for t in pytree.tree_leaves(made) if isinstance(t, DTensor)]
-    return mine.is_meta or all(t.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr() for t in local)
+    mine, local = base._local_tensor, made._local_tensor
+    return mine.is_meta or local.untyped_storage().data_ptr() == mine.untyped_storage().data_ptr()
 
 
 def apply_by(instead: Callable[..., Any]) -> None:
@@ -147,7 +170,6 @@ def in_whole(operator: Any, args: Any, kwargs: Any) -> Any:
     written = [t for t in _written(operator, args, kwargs) if isinstance(t, DTensor)]
     for t in written:
         _put(t, whole[id(t)])
-        _write_back(t)
     likes = {t.shape: t for t in _tensors(args, kwargs)}
     like = next(_tensors(args, kwargs))
     return written[0] if written else pytree.tree_map_only(Tensor, lambda t: _split_as(likes.get(t.shape, like), t), made)
@@ -170,26 +192,21 @@ def _is_view(operator: Any) -> bool:
     return any(r.alias_info is not None for r in schema.returns) and not schema.is_mutable
 
 
-def _plain(t: CopiedPart) -> Any:
-    make: Any = DTensor
-    return make(t._local_tensor, t._spec, requires_grad=False)
-
-
-def _parts(made: Any, operator: Any, args: Any, kwargs: Any) -> Any:
-    """The DTensors that a view is made of, knowing what they are a part of."""
+def _parts(made: Any, view: Any, args: Any, kwargs: Any, which: Callable[[Any], bool]) -> Any:
+    """Have the DTensors that a view of ``args[0]`` is made of, or those of them, know what they are a part of."""
     for i, t in enumerate(made if isinstance(made, list | tuple) else [made]):
-        if isinstance(t, DTensor):
+        if isinstance(t, DTensor) and which(t):
             t.__class__ = CopiedPart
-            t.__dict__["part_of"] = (operator, args, kwargs, i if isinstance(made, list | tuple) else None)
+            t.__dict__["part_of"] = (view, args, kwargs, i if isinstance(made, list | tuple) else None)
     return made
 
 
 def _write_back(t: Any) -> None:
     """Write what is in a part to what it is a part of, and so on."""
     while isinstance(t, CopiedPart):
-        operator, (base, *args), kwargs, index = t.__dict__["part_of"]
+        view, (base, *args), kwargs, index = t.__dict__["part_of"]
         whole = in_full(base)
-        views = operator(whole, *args, **kwargs)
+        views = view(whole, *args, **kwargs)
         (views if index is None else views[index]).copy_(in_full(t))
         _put(base, whole)
         t = base

@@ -79,8 +79,8 @@ def _called(func: Any, args: Any, kwargs: Any) -> Any:
     """What the function returns, of parts where DTensor can, and otherwise of whole tensors."""
     if func not in _OF_WHOLE:
         try:
-            return func(*args, **kwargs)
-        except (RuntimeError, NotImplementedError):
+            return compat.call_on_parts(func, args, kwargs)
+        except (RuntimeError, NotImplementedError, AssertionError):
             if func is Tensor.backward or _written(func, args, kwargs) is not None:
                 raise
     args, kwargs = pytree.tree_map_only(Output, lambda t: t.full_tensor(), (args, kwargs))

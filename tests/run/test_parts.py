@@ -32,7 +32,7 @@ PAIRS: dict[str, Pair] = {
     "bce": lambda a, b: F.binary_cross_entropy(a.sigmoid(), b.detach().sigmoid()),
     "bce of logits": lambda a, b: F.binary_cross_entropy_with_logits(a, b.detach().sigmoid()),
     "kl": lambda a, b: F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="batchmean"),
-    "log sigmoid": lambda a, b: F.logsigmoid(a.norm(dim=-1)).sum() + F.logsigmoid(b).mean(),
+    "log sigmoid": lambda a, b: F.logsigmoid(a.norm(dim=-1)).mean() + F.logsigmoid(b).mean(),
 }  # fmt: skip
 """Losses of two tensors that are split alike."""
 ONES: dict[str, Callable[[Tensor], Tensor]] = {
