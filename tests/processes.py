@@ -37,7 +37,8 @@ def launch(world: int, body: Callable[..., Any], *args: Any, timeout: float = 12
         processes, pipes = [], []
         for rank in range(world):
             pipe, far = _context.Pipe(duplex=False)
-            process = _context.Process(target=_rank, args=(rank, world, folder, far, timeout, body, args), daemon=True)
+            process = _context.Process(target=_rank, args=(rank, world, folder, far, timeout, dict(os.environ), body, args),
+                                       daemon=True)
             process.start()
             far.close()
             processes.append(process)
@@ -76,8 +77,11 @@ def _collect(pipes: list[Connection], deadline: float) -> tuple[dict[int, Any], 
     return results, failed
 
 
-def _rank(rank: int, world: int, folder: str, pipe: Connection, timeout: float, body: Callable, args: tuple) -> None:
-    """One rank's whole life."""
+def _rank(rank: int, world: int, folder: str, pipe: Connection, timeout: float, environment: dict[str, str], body: Callable,
+          args: tuple) -> None:
+    """One rank's whole life. environment: as it is now where the rank was started; the server began with that of another test."""
+    os.environ.clear()
+    os.environ.update(environment)
     with open(os.path.join(folder, f"stack{rank}"), "w") as stack:
         faulthandler.dump_traceback_later(max(timeout - 2, 1), file=stack)
         torch.set_num_threads(1)

@@ -8,7 +8,7 @@ sights     what masks of padded and packed batches are made of
 gqa        repeated key and value heads -> grouped-query attention
 shift      the last token has a label that is ignored, where a model leaves it out
 losses     cross-entropy and its relatives, so that classes and tokens can be split
-experts    rows sorted by their experts -> operators that work on any part of the tokens
+experts    rows sorted by their experts -> operators that work on any part of the tokens (with counted)
 dropout    every dropout from the counter-based generator
 random     every other random operator, too
 """

@@ -17,6 +17,7 @@ from fxpar import compat
 from fxpar.ops.experts import combine, expert_product, expert_rows, order_of, put_back, sort_experts, take_rows
 from fxpar.ops.grouped_mm import grouped_mm
 from fxpar.ops.vocabulary import RESHAPES
+from fxpar.passes.canonical.counted import CASTS, counted_numbers, same_numbers, uncast
 from fxpar.passes.infer.rules.registry import spec_for
 from fxpar.passes.infer.rules.spec import bind
 from fxpar.passes.rewrite import Rewriter, remove_unread
@@ -26,7 +27,6 @@ from fxpar.sharding.facts import describe_global, dims_of
 
 aten = torch.ops.aten
 SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
-CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.detach.default, aten.alias.default)
 QUOTIENTS = (aten.floor_divide.default, aten.div.Tensor_mode)
 LIKE = (aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
 WIDENED = (*RESHAPES, aten.unsqueeze.default, aten.expand.default)
@@ -168,15 +168,12 @@ class _Region:
         return None
 
     def _product(self, node: fx.Node, a: dict[str, Any]) -> str:
-        ends = _uncast(a["ends"])
+        ends = uncast(a["ends"])
         _need(ends.target is aten.cumsum.default and a["weights"] not in self.kinds)
-        counts = _uncast(bind(ends)["self"])
-        _need(counts.target is aten.histc.default)
-        counted = bind(counts)
-        numbers = _uncast(counted["self"])
-        _need(self._is(numbers, "ids") or numbers is _uncast(bind(self.sort)["self"]))
-        _need((counted["min"], counted["max"]) == (0, len(a["weights"].meta["val"]) - 1))
-        self.counts.add(len(a["weights"].meta["val"]))
+        experts = len(a["weights"].meta["val"])
+        numbers = counted_numbers(bind(ends)["self"], experts)
+        _need(numbers is not None and (self._is(numbers, "ids") or same_numbers(numbers, bind(self.sort)["self"])))
+        self.counts.add(experts)
         self.made[node] = lambda r, a: r.call(expert_product, a["x"], a["weights"], self.experts)
         return "rows"
 
@@ -312,13 +309,6 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _need(known: bool) -> None:
     if not known:
         raise _NotByRow
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """What it is the same numbers as."""
-    while node.target in CASTS:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _index(node: fx.Node, a: dict[str, Any]) -> Any:

@@ -81,8 +81,32 @@ def by_assignment(model: Mixture, x: Tensor, scores: Tensor, experts: Tensor) ->
 
 
 WAYS = [by_index_add, by_scatter_add, by_inverse, by_assignment]
+COUNTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bincount": lambda ids: torch.bincount(ids.flatten(), minlength=E),
+    "one_hot": lambda ids: F.one_hot(ids, E).sum((0, 1)),
+    "compared": lambda ids: (ids.flatten()[None] == torch.arange(E)[:, None]).sum(1),
+    "ones": lambda ids: torch.zeros(E, dtype=torch.long).scatter_add(0, ids.flatten(), torch.ones_like(ids.flatten())),
+    "ones by index": lambda ids: torch.zeros(E).index_add(0, ids.flatten(), torch.ones(ids.numel())),
+}  # fmt: skip
+"""Ways to count how often each expert was chosen."""
+MISCOUNTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "of other numbers": lambda ids: torch.bincount(ids.flatten().flip(0) * 1, minlength=E),
+    "of pairs": lambda ids: F.one_hot(ids, E).sum((0, 1)) * 1,
+    "places from one": lambda ids: (ids.flatten()[None] + 1 == torch.arange(1, E + 1)[:, None]).sum(1),
+    "from one": lambda ids: torch.ones(E, dtype=torch.long).scatter_add(0, ids.flatten(), torch.ones_like(ids.flatten())) - 1,
+    "of the first experts alone": lambda ids: F.one_hot(ids, E)[:, :1].sum((0, 1)) + F.one_hot(ids, E)[:, 1:].sum((0, 1)),
+}  # fmt: skip
+"""Others, with the same result, that are not known."""
 
 
+def counting(count: Callable[[Tensor], Tensor]) -> Callable:
+    def mix(model: Mixture, x: Tensor, scores: Tensor, experts: Tensor) -> Tensor:
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        rows = model.product(x[order // K], flat[order], count(experts)) * scores.flatten()[order][:, None]
+        return torch.zeros_like(x).index_add(0, order // K, rows)
+
+    return mix
 
 
 def operators(mix: Callable) -> list[object]:
@@ -98,6 +122,17 @@ def test_a_sort_by_expert_is_found(mix):
     found = operators(mix)
     assert found.count(order_of) == found.count(put_back) + found.count(combine) == 1 and found.count(expert_product) == 2
     assert take_rows in found and not {torch.ops.aten.sort.default, torch.ops.aten.argsort.stable} & set(found)
+
+
+@pytest.mark.parametrize("count", COUNTS.values(), ids=COUNTS)
+def test_experts_are_counted_in_other_ways(count):
+    assert operators(counting(count)).count(expert_product) == 2
+    assert_equivalent(Mixture(counting(count)), "dp=5,ep=5", {"x": torch.randn(5, S, H)})
+
+
+@pytest.mark.parametrize("count", MISCOUNTS.values(), ids=MISCOUNTS)
+def test_what_may_count_something_else_is_left_alone(count):
+    assert expert_product not in operators(counting(count))
 
 
 @pytest.mark.parametrize("mix", WAYS)
