@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fxpar.compat.bundles import bundle_key, keep_bundle, kept_bundle
 from fxpar.compat.caches import attention_priority, cache_counts, cache_settings, is_subgraph_call
-from fxpar.compat.calls import CALLED, call_by, call_plainly
+from fxpar.compat.calls import CALLED, call_by, call_plainly, is_grouped_product, pack_rows
 from fxpar.compat.compiling import code_of, compile_graph, partition_eagerly
 from fxpar.compat.cudagraphs import (
     CodeRecorder,
@@ -236,16 +236,6 @@ def is_of_vmap(target: Any) -> bool:
 def mutates(target: Any) -> bool:
     """Whether the operator writes to one of its arguments."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def is_grouped_product(function: Any) -> bool:
-    """Whether a function that is being called, as a ``TorchFunctionMode`` sees it, is PyTorch's grouped matrix product."""
-    packet = torch.ops.aten._grouped_mm
-    return function in (torch._grouped_mm, packet, packet.default)
-
-
-pack_rows: Any = torch._VF._pack_padded_sequence
-"""What `torch.nn.utils.rnn.pack_padded_sequence` calls."""
 
 
 def no_grad_region(node: fx.Node) -> bool:

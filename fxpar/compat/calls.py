@@ -1,4 +1,4 @@
-"""calls: what ``module(...)`` does."""
+"""calls: what ``module(...)`` does, and what is called in it."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def call_by(module: torch.nn.Module, function: Callable | None) -> None:
 def call_plainly(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What ``module(...)`` does where `call_by` was given nothing: its hooks and its forward."""
     return module._call_impl(*args, **kwargs)
+
+
+def is_grouped_product(function: Any) -> bool:
+    """Whether a function that is being called, as a ``TorchFunctionMode`` sees it, is PyTorch's grouped matrix product."""
+    packet = torch.ops.aten._grouped_mm
+    return function in (torch._grouped_mm, packet, packet.default)
+
+
+pack_rows: Any = torch._VF._pack_padded_sequence
+"""What `torch.nn.utils.rnn.pack_padded_sequence` calls."""
