@@ -132,9 +132,11 @@ def _without_rule() -> list[Any]:
 
 
 def _makes_tensors(operator: Any) -> bool:
-    """Whether the operator computes new tensors of tensors, and writes to none."""
+    """Whether the operator computes new tensors of tensors, not element by element, and writes to none."""
     if not isinstance(operator, torch._ops.OpOverload) or operator.namespace != "aten" or operator._schema.is_mutable:
         return False
+    if torch.Tag.pointwise in operator.tags:
+        return False  # a part's elements are those of the whole
     taken, made = operator._schema.arguments, operator._schema.returns
     return any("Tensor" in str(a.type) for a in taken) and all(r.type.isSubtypeOf(_TENSOR) for r in made) and \
         not _is_view(operator)
