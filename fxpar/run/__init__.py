@@ -16,6 +16,7 @@ updates     what optimizers did, for ranks to compare
 initialize  parameters of meta models, as the model itself initialises them
 edges       tensors that go from one parallel module into another
 outputs     tensors that tp splits meet plain ones
+draws       what is drawn at random for tensors of which ranks hold parts, and written to these
 alone       parts of the model that are called by themselves
 sums        numbers read from sums over parameters
 gathered    the plain model, for a while (with whole: who asks for it)

@@ -58,7 +58,7 @@ def same_numbers(a: fx.Node, b: fx.Node) -> bool:
 def _numbers(node: Any) -> Any:
     """The value whose elements these are, each as often, in whatever shape and order."""
     while isinstance(node, fx.Node):
-        if node.target in (*CASTS, *VIEWS):
+        if node.target in (*CASTS, *VIEWS) and node.meta["val"].dtype != torch.bool:
             node = node.all_input_nodes[0]
         elif node.target is aten.add.Tensor and _is_check(node.args[1]):
             node = node.args[0]

@@ -94,9 +94,10 @@ MISCOUNTS: dict[str, Callable[[Tensor], Tensor]] = {
     "of pairs": lambda ids: F.one_hot(ids, E).sum((0, 1)) * 1,
     "places from one": lambda ids: (ids.flatten()[None] + 1 == torch.arange(1, E + 1)[:, None]).sum(1),
     "from one": lambda ids: torch.ones(E, dtype=torch.long).scatter_add(0, ids.flatten(), torch.ones_like(ids.flatten())) - 1,
+    "of truths": lambda ids: (ids.flatten().bool().long()[None] == torch.arange(E)[:, None]).sum(1),
     "of the first experts alone": lambda ids: F.one_hot(ids, E)[:, :1].sum((0, 1)) + F.one_hot(ids, E)[:, 1:].sum((0, 1)),
 }  # fmt: skip
-"""Others, with the same result, that are not known."""
+"""Others, that count something else, or are not known to count the same."""
 
 
 def counting(count: Callable[[Tensor], Tensor]) -> Callable:
