@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    {"errors", "progress"},
+    {"errors", "progress", "garbage"},
     {"compat"},
     {"plan"},
     {"sharding", "pipeline"},

@@ -71,8 +71,13 @@ def made_from_few(plain: fx.GraphModule, given: list[Tensor], config: dict[str, 
         codes, rest = found
         return MadeFromFew(codes[0], codes[1] if len(codes) > 1 else None, *rest)
     made: list[MadeFromFew] = []
+
+    def then(whole: Whole) -> None:
+        with compat.waiting_once():
+            made.append(_made(whole, generate))
+
     with compat.faked(given) as fakes:
-        from_few_blocks(plain, [Input(x, "") for x in fakes], plan, config, lambda whole: made.append(_made(whole, generate)))
+        from_few_blocks(plain, [Input(x, "") for x in fakes], plan, config, then)
     if not made:
         return None
     if key is not None:

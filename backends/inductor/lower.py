@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +39,7 @@ from fxpar.backends.stepped import Stepped, in_steps
 from fxpar.backends.trace import tensor_inputs_only
 from fxpar.backends.transport.base import NCCL, Transport
 from fxpar.backends.transport.runtime import GroupRuntime, beside_products
+from fxpar.garbage import few_collections
 from fxpar.ops.exchange import counts_rows
 from fxpar.ops.runtime import use_runtime
 from fxpar.plan import Plan
@@ -173,7 +173,7 @@ def lower(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, pla
     given += sites
     if recorder is not None:
         recorder.takes(keep, len(sites))
-    with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
+    with use_runtime(runtime), compat.memory_budget(plan.memory_budget), few_collections():
         cut = cutting(plain.graph, runtime.blocks)
         config, key = _settings(plain.graph, given, runtime, plan, cut is not None)
         made = from_few(plain, given, config, plan, runtime.blocks, compat.code_of(cut), key)
@@ -194,7 +194,7 @@ def stepped(module: fx.GraphModule, example: list[Any], runtime: GroupRuntime, p
     sites = sites_as_inputs(plain, [example[i] for i in keep])
 
     def trace(plain: fx.GraphModule, given: list[Tensor], cut: compat.Cut) -> compat.TracedForward:
-        with use_runtime(runtime), compat.memory_budget(plan.memory_budget), _few_collections():
+        with use_runtime(runtime), compat.memory_budget(plan.memory_budget), few_collections():
             into = cutting(plain.graph, runtime.blocks)
             config, _ = _settings(plain.graph, given, runtime, plan, into is not None)
             made = few_steps(plain, given, config, plan, runtime.blocks, cut, compat.compiling(into))
@@ -207,19 +207,6 @@ def _running(runtime: GroupRuntime) -> contextlib.AbstractContextManager[None]:
     """The context in which compiled code runs."""
     compat.follow_profiler()
     return use_runtime(runtime)
-
-
-@contextlib.contextmanager
-def _few_collections() -> Iterator[None]:
-    """Inside, Python looks for garbage less often: a compiler makes many objects, few of them garbage, and a tenth of its time
-    went to that."""
-    often = gc.get_threshold()
-    if often[0]:
-        gc.set_threshold(max(often[0], 10_000), often[1], max(often[2], 100))
-    try:
-        yield
-    finally:
-        gc.set_threshold(*often)
 
 
 direct.register()

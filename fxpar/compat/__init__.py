@@ -92,6 +92,7 @@ from fxpar.compat.steps import (
 from fxpar.compat.streams import AtOnce, Move, SideStream, empty_like_code
 from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
+from fxpar.compat.waits import waiting_once
 from fxpar.compat.writes import CopiedPart, apply_by, call_on_parts, write_whole
 
 __all__ = [
@@ -204,6 +205,7 @@ __all__ = [
     "unchecked_distributions",
     "unrecorded",
     "untraced",
+    "waiting_once",
     "when_finished",
     "write_whole",
 ]

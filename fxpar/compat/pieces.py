@@ -27,6 +27,7 @@ from fxpar.compat.profiles import profiling, renamed
 from fxpar.compat.quick import Entrance, may_be_quick, quick, run_quickly
 from fxpar.compat.stages import values_stay
 from fxpar.compat.steps import after_graph_passes
+from fxpar.compat.waits import waiting_once
 
 log = logging.getLogger("fxpar")
 
@@ -129,17 +130,18 @@ def compile_pieces(pieces: Pieces, options: dict[str, Any]) -> CodeOfPieces:
     made: dict[Any, tuple[int, list[Tensor]]] = {}
     codes: list[Any] = []
     of: list[int] = []
-    for piece in pieces.pieces:
-        given = [values[slot] for slot in piece.takes]
-        known = piece.kind, tuple((x.shape, x.stride(), x.dtype) for x in given)
-        if known not in made:
-            code, like = _compile(pieces.graphs[piece.kind], given, piece, options, context)
-            made[known] = len(codes), like
-            codes.append(code)
-        number, like = made[known]
-        of.append(number)
-        for slot, value in zip(piece.gives, like, strict=True):
-            values[slot] = value
+    with waiting_once():
+        for piece in pieces.pieces:
+            given = [values[slot] for slot in piece.takes]
+            known = piece.kind, tuple((x.shape, x.stride(), x.dtype) for x in given)
+            if known not in made:
+                code, like = _compile(pieces.graphs[piece.kind], given, piece, options, context)
+                made[known] = len(codes), like
+                codes.append(code)
+            number, like = made[known]
+            of.append(number)
+            for slot, value in zip(piece.gives, like, strict=True):
+                values[slot] = value
     if context.output_strides is not None:
         context.output_strides += [None if slot is None else tuple(values[slot].stride()) for slot in pieces.results]
     return CodeOfPieces(codes, pieces, of)
@@ -180,10 +182,11 @@ def _compile(module: fx.GraphModule, given: list[Tensor], piece: GraphPiece, opt
     settings = {"use_post_grad_passes": False, "post_grad_custom_pre_pass": mark}
     inductor.view_to_reshape(module)
     with torch.no_grad():
-        inductor.fake_tensor_prop(module, given)
+        mode = inductor.fake_tensor_prop(module, given)
     results: Any = module.graph.output_node().args[0]
     values = [n.meta["val"] for n in results]
     with (aot.patch(bundled_autograd_cache=False), config.patch(settings),
+          mock.patch.object(inductor, "fake_tensor_prop", lambda *_: mode),  # not a second time
           mock.patch.object(context.fw_metadata, "bw_donated_idxs", piece.donated),
           TracingContext.report_output_strides() as strides):
         code = inductor.compile_fx_inner(module, given, **options | {"static_input_idxs": piece.fixed})

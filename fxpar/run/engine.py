@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from fxpar.backends import eager
 from fxpar.backends.transport import copies
 from fxpar.backends.transport.control import Outcome
 from fxpar.errors import CaptureError, InputError, MismatchError, UnsupportedOperator
+from fxpar.garbage import few_collections
 from fxpar.model import inputs as calls
 from fxpar.model.hugging_face import say
 from fxpar.model.padding import Padding
@@ -441,9 +441,8 @@ class Engine:
         example = feed(named)
         recorded = self.recordings.of(program, "how many rows go to each expert is known only on the host, step by step"
                                       if counts_rows(program.graph) else None)
-        run = start.lower(lambda later: self._lower(program.module, example, later=later, recorder=recorded))
-        if self.device.type == "cuda":
-            gc.collect()  # what compiling leaves behind: now, and not in the middle of a step
+        with few_collections(at_end=self.device.type == "cuda"):
+            run = start.lower(lambda later: self._lower(program.module, example, later=later, recorder=recorded))
         return Compiled(program, feed, run, start, recorded=recorded)
 
     def _schedule(self) -> Schedule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fxpar import compat
 from fxpar.backends.inductor import buckets, casts, overlap
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.transport.base import Transport
+from fxpar.garbage import few_collections
 from fxpar.ops import collectives
 from fxpar.passes.capture import capture
 from fxpar.sharding import deal
@@ -63,19 +65,43 @@ def same(have: tuple, want: tuple) -> None:
         torch.testing.assert_close(have[1][name], grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """Nothing is kept from collections of garbage, as in a program that knows nothing of `gc`."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    yield
+    if frozen:
+        gc.freeze()
+
+
 @pytest.mark.parametrize("often", [(700, 10, 10), (0, 10, 10), (50_000, 5, 500)])
-def test_garbage_is_collected_as_before_compiling(often, monkeypatch):
+def test_garbage_is_collected_as_before_compiling(often, monkeypatch, thawed):
     inside, before = [], gc.get_threshold()
     model, batch = net()
-    monkeypatch.setattr(compat, "compile_graph", lambda *args, **options: inside.append(gc.get_threshold()) or 1 / 0)
+
+    def compile_graph(*args, **options):
+        inside.append((gc.get_threshold(), gc.get_freeze_count() > 0))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(compat, "compile_graph", compile_graph)
     gc.set_threshold(*often)
     try:
         with pytest.raises(ZeroDivisionError):
             fxpar.parallelize(model, "dp=1", batch, backend="inductor")(**batch)
-        assert gc.get_threshold() == often
+        assert gc.get_threshold() == often and gc.get_freeze_count() == 0
     finally:
         gc.set_threshold(*before)
-    assert inside == [{700: (10_000, 10, 100)}.get(often[0], often)]
+    rarely = {700: (1_000_000, 50, 100), 0: often, 50_000: (1_000_000, 50, 500)}
+    assert inside == [(rarely[often[0]], True)]
+
+
+def test_what_a_program_has_kept_from_collections_stays_so(thawed):
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    with few_collections(at_end=True):
+        assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() == frozen
 
 
 def test_one_process_equals_eager_and_a_second_module_finds_what_the_first_compiled():
