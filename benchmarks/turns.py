@@ -5,6 +5,8 @@
     torchrun --nproc-per-node=4 benchmarks/turns.py --trace DIR       tp=4, and what kernels take in one step of each
     torchrun --nproc-per-node=2 benchmarks/turns.py --plan dp=2,zero=3 --variants flat once
                                                                       equal blocks compiled each by itself, or once for all
+    torchrun --nproc-per-node=2 benchmarks/turns.py --plan dp=2,ep=2 --experts 8 --ffn 3584 --variants flat once
+                                                                      the same of a mixture of experts
     torchrun --nproc-per-node=2 benchmarks/turns.py --quick           tiny, over gloo on CPUs: tries the script only
 
 All variants are modules of the same processes, with the same weights and batch; each takes its turn of a few steps, round after
@@ -21,6 +23,7 @@ import bench_fxpar as bench
 import torch
 import torch.distributed as dist
 from processes import start_processes
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import fxpar
 
@@ -44,6 +47,7 @@ def parse_args():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:3])
     parser.add_argument("--rounds", type=int, default=4, help="turns of each variant, of --steps steps")
     parser.add_argument("--cuda-graphs", action="store_true", help="record them where that is faster")
+    parser.add_argument("--experts", type=int, default=0, help="Mixtral with so many, two of which take each token")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--quick", action="store_true")
@@ -57,8 +61,11 @@ def parse_args():
 def built(name, args, device):
     """The module of a variant, and what does one of its steps."""
     torch.manual_seed(args.seed)
+    config = bench.config_of(args)
     with device:
-        model = bench.LlamaForCausalLM(bench.config_of(args)).float().train()
+        model = bench.LlamaForCausalLM(config) if not args.experts else MixtralForCausalLM(MixtralConfig(
+            **config.to_diff_dict() | dict(num_local_experts=args.experts, experts_implementation="grouped_mm")))
+    model.float().train()
     tokens = torch.zeros(args.mbs, args.seq, dtype=torch.long, device=device)
     module = fxpar.parallelize(model, args.plan, dict(input_ids=tokens, labels=tokens), backend="inductor",
                                cuda_graphs="auto" if args.cuda_graphs else False, **VARIANTS[name])
@@ -106,6 +113,7 @@ def main():
                     step_ms_min=round(min(row["seconds"]) * 1e3, 3), step_ms_max=round(max(row["seconds"]) * 1e3, 3),
                     held_gib=round(bench.slowest(row["held"], device) / 2**30, 3), loss=row["losses"][-1],
                     losses_apart=apart[name], told=module.report().tp_comm_overlap,
+                    lowering_s=round(sum(s for part, s in module.report().timings.parts.items() if "lowering" in part), 1),
                     gpu=torch.cuda.get_device_name() if cuda else "cpu", torch=torch.__version__)
         if dist.get_rank() == 0:
             print(json.dumps(line), flush=True)

@@ -93,7 +93,7 @@ def cutting(graph: fx.Graph, blocks: str) -> compat.Cutting | None:
     blocks: one of `BLOCKS`.
     """
     share = SHARES.get(blocks)
-    if share is None or counts_rows(graph) or not pieces.repeats(graph, share):
+    if share is None or not pieces.repeats(graph, share):
         return None
     return functools.partial(pieces.cut_into_pieces, share=share)
 

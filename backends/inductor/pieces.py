@@ -8,6 +8,7 @@ layers takes no longer than for 8.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -30,10 +32,12 @@ SMALLEST = 8
 ROTATIONS = 4
 PASSED = 4096
 """What it costs to pass on a value from piece to piece, in bytes that a kernel moves."""
+COUNTED = 2**16
+"""What a size is taken for that is known only when the graph runs, in what a cut costs."""
 NEVER = 2**50
 UNREAD = {"val", "stack_trace", "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack", "fwd_source_fn_stack", "from_node",
           "seq_nr", "original_aten", "partitioner_tag", "mutation_region_id", "tensor_meta", "recompute", "ac_graph_id",
-          "autograd_backward", "is_gradient_acc", "torch_fn", "example_value", "desc"}
+          "autograd_backward", "is_gradient_acc", "torch_fn", "example_value", "desc", "unbacked_bindings"}
 """Keys of a node's meta that say where it comes from, and nothing of what is generated for it; values are compared as such."""
 OWN = "fxpar_"
 """How the keys of fxpar's own marks begin, which graph passes read."""
@@ -52,7 +56,8 @@ def cut_into_pieces(module: fx.GraphModule, static: Sequence[int] = (), donated:
     Takes: a graph in its final order, whose values are in ``meta["val"]``, before code is generated for it. static, donated: the
     positions of inputs that stay where they are in memory, and of those that may be overwritten. Afterwards: the graph is as it
     was. The pieces, run in their order, compute the same; what a collective under way reads stays until the piece that waits for
-    it has run. None where nothing repeats, and where sizes depend on values or an operator runs a graph.
+    it has run. Sizes of tensors may depend on values: equal pieces have the same ones of that kind, whatever they are called.
+    None where nothing repeats, and where a number depends on values or an operator runs a graph.
     """
     try:
         return _Cut(module, static, donated).pieces(share)
@@ -106,20 +111,34 @@ def _runs(tokens: list[int], low: int, high: int) -> list[_Repeated]:
     return [*_runs(tokens, low, best.start), best, *_runs(tokens, best.end + best.extra, high)]
 
 
-def _like(value: Any) -> Hashable:
-    """What is generated for a value depends on. Raises: `Uncuttable` for a size that is known only when the graph runs."""
+def _like(value: Any, names: dict[sympy.Symbol, int] | None = None) -> Hashable:
+    """What is generated for a value depends on. names: of sizes that are known only when the graph runs, in the order in which
+    they are met; None: all are called the same. Raises: `Uncuttable` for a number that is known only then."""
     if isinstance(value, Tensor):
-        sizes = (*value.shape, *value.stride(), value.storage_offset())
-        if not all(type(n) is int for n in sizes):
+        strides = (*value.stride(), value.storage_offset())
+        if not all(type(n) is int for n in strides):
             raise Uncuttable
-        return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.device, value.layout
+        return tuple(_size(n, names) for n in value.shape), strides, value.dtype, value.device, value.layout
     if isinstance(value, list | tuple):
-        return tuple(map(_like, value))
+        return tuple(_like(v, names) for v in value)
     if isinstance(value, dict):
-        return tuple((k, _like(v)) for k, v in value.items())
+        return tuple((k, _like(v, names)) for k, v in value.items())
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return repr(value)
     raise Uncuttable
+
+
+def _size(size: int | torch.SymInt, names: dict[sympy.Symbol, int] | None) -> int | str:
+    if isinstance(size, int):
+        return size
+    made = size.node.expr
+    symbols = sorted(made.free_symbols, key=str)
+    return str(made.xreplace({s: sympy.Symbol(f"n{0 if names is None else names.setdefault(s, len(names))}") for s in symbols}))
+
+
+def _is_counted(node: fx.Node) -> bool:
+    """Whether a value has a size that is known only when the graph runs."""
+    return isinstance(node.meta["val"], Tensor) and not all(isinstance(n, int) for n in node.meta["val"].shape)
 
 
 # ---- cutting ----
@@ -260,14 +279,17 @@ class _Cut:
         lines = [(self.tokens[low + i], tuple(number(r) for r in references_of(n))) for n, i in inside.items()]
         gives = [n for n in inside if self.needed[n] >= high]
         free = self._overwritten(list(takes), high)
-        given = [(_like(n.meta["val"]), n in self.fixed, self._under_way(n), n in free) for n in takes]
+        names: dict[sympy.Symbol, int] = {}
+        given = [(_like(n.meta["val"], names), n in self.fixed, self._under_way(n), n in free) for n in takes]
+        sizes = [_like(n.meta["val"], names) for n in inside if _is_counted(n)]
         leaves = [(inside[n], self._is_exact(n, high)) for n in gives]
-        return _Form((tuple(lines), tuple(given), tuple(leaves)), list(takes), gives)
+        return _Form((tuple(lines), tuple(given), tuple(sizes), tuple(leaves)), list(takes), gives)
 
     def _is_exact(self, node: fx.Node, high: int) -> bool:
-        """Whether a value that leaves a piece has to lie as the graph says: another piece reads it, or the user."""
+        """Whether a value that leaves a piece has to lie as the graph says: another piece reads it, or the user, or its size is
+        known only when the graph runs."""
         read = max((self.at[u] for u in node.users if u in self.at), default=-1)
-        return node in self.visible or read >= high
+        return node in self.visible or read >= high or _is_counted(node)
 
     def _under_way(self, node: fx.Node) -> bool:
         return node in self.at and any(u.target in WAITS for u in node.users)
@@ -305,6 +327,7 @@ class _Cut:
                 after=after, fixed=[i for i, n in enumerate(form.takes) if n in self.fixed or self._under_way(n)],
                 donated=[i for i, n in enumerate(form.takes) if n in free],
                 exact=[i for i, n in enumerate(form.gives) if self._is_exact(n, high)],
+                counted={i: n.meta["val"] for i, n in enumerate(form.gives) if _is_counted(n)},
                 names=self._names(firsts[form.key], low, high)))
         results = [None if n is None else slot[n] for n in self.results]
         return compat.Pieces(graphs, pieces, [n.meta["val"] for n in self.inputs], len(slot), results)
@@ -431,4 +454,6 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
 
 def _bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+    if not isinstance(value, Tensor):
+        return 0
+    return math.prod(n if isinstance(n, int) else COUNTED for n in value.shape) * value.element_size()

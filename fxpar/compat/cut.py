@@ -20,7 +20,8 @@ class GraphPiece:
     kind: which graph computes it. takes, gives: the slots of its inputs and outputs. before, after: those to empty before it
     runs (what was in them, it is handed) and when it has. fixed, donated: positions among its inputs of those that stay where
     they are in memory, and of those that it may overwrite. exact: positions of the outputs that have to lie in memory as the
-    graph says. names: of blocks that the graph says it is of -> of those that this piece is of, where these are others.
+    graph says. counted: what those outputs are like (fake) of which a size is known only when it runs, by position. names: of
+    blocks that the graph says it is of -> of those that this piece is of, where these are others.
     """
 
     kind: int
@@ -31,6 +32,7 @@ class GraphPiece:
     fixed: list[int]
     donated: list[int]
     exact: list[int]
+    counted: dict[int, Any] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
 

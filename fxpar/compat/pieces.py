@@ -41,13 +41,14 @@ class CodeOfPieces(OutputCode):
         self.codes = codes
         self.steps, self.empty, self.results = schedule(pieces, of)
         self.names = [piece.names for piece in pieces.pieces]
+        self._counted = {i for i, x in enumerate(pieces.inputs) if _is_counted(x)}
         self._entrance: Entrance | None = None
         self._quick: dict[bool, Callable[[list[Any]], list[Any]]] = {}
 
     def __call__(self, inputs: Any) -> Any:
         named = profiling()
         if self._entrance is None or not may_be_quick():
-            entrance = Entrance(inputs)
+            entrance = Entrance(inputs, self._counted)
             made = (self._run_named if named else self._run_as_it_is)(self.codes, inputs)
             self._entrance = self._entrance or entrance
             return made
@@ -133,18 +134,23 @@ def compile_pieces(pieces: Pieces, options: dict[str, Any]) -> CodeOfPieces:
     with waiting_once():
         for piece in pieces.pieces:
             given = [values[slot] for slot in piece.takes]
-            known = piece.kind, tuple((x.shape, x.stride(), x.dtype) for x in given)
+            known = piece.kind, tuple((x.shape, x.stride(), x.dtype) for x in given if not _is_counted(x))
             if known not in made:
                 code, like = _compile(pieces.graphs[piece.kind], given, piece, options, context)
                 made[known] = len(codes), like
                 codes.append(code)
             number, like = made[known]
             of.append(number)
-            for slot, value in zip(piece.gives, like, strict=True):
-                values[slot] = value
+            for i, slot in enumerate(piece.gives):
+                values[slot] = piece.counted.get(i, like[i])
     if context.output_strides is not None:
         context.output_strides += [None if slot is None else tuple(values[slot].stride()) for slot in pieces.results]
     return CodeOfPieces(codes, pieces, of)
+
+
+def _is_counted(value: Any) -> bool:
+    """Whether a fake tensor has a size that is known only when the graph runs."""
+    return isinstance(value, Tensor) and not all(isinstance(n, int) for n in value.shape)
 
 
 def compile_final(cutting: Cutting | None, module: fx.GraphModule, options: dict[str, Any], donated: Sequence[int] = (),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
@@ -43,11 +43,12 @@ def when_finished(check: Callable[[bool], None]) -> None:
 class Entrance:
     """What the inputs of a code are like: it was generated, and proved, for these.
 
-    Raises: AssertionError, where it is called with others.
+    counted: positions of those that have other sizes each time. Raises: AssertionError, where it is called with others.
     """
 
-    def __init__(self, inputs: Sequence[Any]):
-        self._like = [(tuple(x.shape), x.stride()) if isinstance(x, Tensor) else None for x in inputs]
+    def __init__(self, inputs: Sequence[Any], counted: Collection[int] = ()):
+        self._like = [(tuple(x.shape), x.stride()) if isinstance(x, Tensor) and i not in counted else None
+                      for i, x in enumerate(inputs)]
 
     def __call__(self, inputs: Sequence[Any]) -> None:
         check = torch._C._dynamo.guards.assert_size_stride

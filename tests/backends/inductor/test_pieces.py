@@ -298,10 +298,11 @@ MODELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name, plan, layers, cut", [
     ("llama", "dp=2,zero=3", 9, True), ("llama", "dp=2,zero=3,recompute=full", 9, False), ("gpt2", "dp=2,zero=3", 9, True),
-    ("t5", "tp=2", 5, True), ("gemma", "dp=2", 8, True), ("mixtral", "dp=2,ep=2", 4, False)])
+    ("t5", "tp=2", 5, True), ("gemma", "dp=2", 8, True), ("mixtral", "dp=2,ep=2", 8, True),
+    ("mixtral", "dp=2,tp=2,ep=2,recompute=selective", 8, True), ("mixtral", "dp=4,ep=2,zero=3", 8, True)])
 def test_pieces_of_models_are_their_graphs(name, plan, layers, cut, cuts):
-    """A mixture of experts has sizes that depend on values, and PyTorch keeps the random state for attention that is run again:
-    these stay whole, and right. Layers with dropout are cut."""
+    """PyTorch keeps the random state for attention that is run again: that stays whole, and right. Layers with dropout are cut,
+    and mixtures of experts, whose sizes depend on values."""
     torch.manual_seed(0)
     config = MODELS[name](layers)
     kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM

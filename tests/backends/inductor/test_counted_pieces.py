@@ -1,0 +1,155 @@
+"""Graphs in pieces of which some sizes are known only when they run, as the rows that an expert is sent."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, fx
+
+import fxpar
+from fxpar import compat
+from fxpar.backends.inductor import buckets, pieces, prefetch
+from tests.processes import launch
+
+BLOCKS, ROWS, WIDTH = 7, 12, 8
+
+
+@torch.library.custom_op("fxpar_tests::above", mutates_args=())
+def above(x: Tensor, least: float) -> Tensor:
+    """x, of any shape -> int64 [m], the places in it of what is larger than `least`."""
+    return (x.reshape(-1) > least).nonzero()[:, 0].contiguous()
+
+
+@above.register_fake
+def _(x: Tensor, least: float) -> Tensor:
+    return x.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
+
+
+def chosen_of(x: Tensor, least: float) -> Tensor:
+    return x.detach().reshape(-1)[above(x.detach(), least)]
+
+
+def block(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The new x, and what is made of a choice of its elements."""
+    chosen = chosen_of(x, 0.3) * w[0, 0]
+    y = torch.sin(chosen) * 2 + torch.cos(chosen) - chosen.square() / 3
+    return x + torch.tanh(x @ w) * torch.dot(torch.sin(y), torch.cos(y)) / 50, y
+
+
+def stack(*inputs: Tensor) -> tuple[Tensor, ...]:
+    x, *weights = inputs
+    left = []
+    for w in weights:
+        x, y = block(x, w)
+        left.append(y)
+    return (x, *left)
+
+
+def tensors(seed: int, rows: int = ROWS) -> list[Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, WIDTH, generator=made), *(torch.randn(WIDTH, WIDTH, generator=made) for _ in range(BLOCKS))]
+
+
+def traced(function: Any, inputs: list[Tensor]) -> fx.GraphModule:
+    with compat.sizes_to_compile(inputs, counts=True) as fake:
+        made = compat.trace(function, list(fake))
+    made.graph.eliminate_dead_code()
+    return made
+
+
+def sizes(results: Any) -> list[int]:
+    return [len(y) for y in results[1:]]
+
+
+def same(have: Any, want: Any) -> None:
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_are_equal_whatever_their_sizes_are_called():
+    inputs = tensors(0)
+    made = pieces.cut_into_pieces(traced(stack, inputs))
+    assert made is not None and max(Counter(p.kind for p in made.pieces).values()) >= BLOCKS - 2
+    assert any(p.counted for p in made.pieces)
+    for seed in range(3):
+        want = stack(*tensors(seed))
+        assert len({*sizes(want)}) > 1
+        same(compat.interpret_pieces(made, fx.Interpreter)(tensors(seed)), want)
+
+
+def test_two_sizes_are_not_taken_for_one():
+    """Blocks that take tensors of one size, and such that take tensors of two, are not equal, though all else is."""
+    def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        a, b = chosen_of(x, 0.0), chosen_of(x, 1.0)
+        for first, second in [(torch.sin(a), torch.cos(a))] * 4 + [(torch.sin(a), torch.cos(b))] * 4:
+            y = torch.cat([first, second]).exp().sin().mul(3).tanh().sum()
+            x = torch.relu(x * 2 + y).tanh()
+        return (x,)
+
+    made = pieces.cut_into_pieces(traced(run, tensors(0)))
+    assert made is not None and 3 <= max(Counter(p.kind for p in made.pieces).values()) <= 4
+    same(compat.interpret_pieces(made, fx.Interpreter)(tensors(1)), run(*tensors(1)))
+
+
+def test_compiled_blocks_run_with_other_sizes_each_time(monkeypatch, tmp_path):
+    """Forward and backward; what runs from the second time on (see `fxpar.compat.quick`), too."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    made: list[compat.Pieces | None] = []
+
+    def cutting(*args: Any) -> compat.Pieces | None:
+        made.append(pieces.cut_into_pieces(*args))
+        return made[-1]
+
+    def loss(results: Any) -> Tensor:
+        return sum((k + 1) * y.square().sum() for k, y in enumerate(results))
+
+    module = traced(stack, tensors(0))
+    for node in module.graph.nodes:
+        node.meta.clear()  # it is traced again
+    compiled = compat.compile_graph(module, [t.requires_grad_() for t in tensors(0)], counts=True, cutting=cutting)
+    assert len(made) == 2 and all(m is not None and len(m.graphs) < len(m.pieces) for m in made)
+    for seed in range(4):
+        results = []
+        for run in (compiled, stack):
+            inputs = [t.requires_grad_() for t in tensors(seed)]
+            out = run(*inputs)
+            results.append([*out, *torch.autograd.grad(loss(out), inputs)])
+        same(*results)
+
+
+def steps(rank: int, blocks: str, folder: str) -> tuple[list[float], dict[str, Tensor], int]:
+    """Losses, the last gradients, and how many programs were found on disk."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    for module, attribute, value in ((buckets, "BLOCK_BYTES", 1), (prefetch, "FIRST_BYTES", 1)):
+        setattr(module, attribute, value)
+    before = compat.cache_counts()
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
+        num_local_experts=4, num_experts_per_tok=2, use_cache=False))
+    ids = torch.randint(0, 32, (3, 2, 2, 8))[:, rank]
+    module = fxpar.parallelize(model, "dp=2,ep=2", {"input_ids": ids[0], "labels": ids[0]}, backend="inductor", blocks=blocks)
+    losses = []
+    for batch in ids:
+        module.zero_grad()
+        loss = module(input_ids=batch, labels=batch).loss
+        loss.backward()
+        losses.append(loss.item())
+    return losses, {n: p.grad.full_tensor() for n, p in module.named_parameters()}, compat.cache_counts()["hit"] - before["hit"]
+
+
+@pytest.mark.slow
+def test_experts_in_pieces_equal_the_whole_graph(tmp_path):
+    """Two processes; three batches, which send other numbers of rows to each rank."""
+    flat, once, again = (launch(2, steps, blocks, str(tmp_path), timeout=900) for blocks in ("flat", "once", "once"))
+    for a, b, c in zip(flat, once, again, strict=True):
+        assert b[0] == pytest.approx(a[0], rel=1e-6) and b[0] == c[0]
+        for name, gradient in a[1].items():
+            torch.testing.assert_close(b[1][name], gradient, rtol=1e-5, atol=1e-7)
+            assert torch.equal(b[1][name], c[1][name])
+        assert c[2] == 1
