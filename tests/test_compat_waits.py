@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -85,3 +86,12 @@ def test_each_code_is_kept_with_its_own_kernels(events, monkeypatch, tmp_path):
         generate(6.0, events)
         generate(7.0, events)
     assert kernels == [["first"], ["second"]]
+
+
+def test_other_threads_wait_at_once(events):
+    """`compat.waiting_once`: their code may run at once."""
+    x = torch.rand(4)
+    with compat.waiting_once(), ThreadPoolExecutor(1) as other:
+        got = other.submit(lambda: generate(8.0, events)(x)[0]).result()
+        assert events == ["waits", "saves", "generated"]
+    torch.testing.assert_close(got, torch.sin(8 * x))

@@ -6,12 +6,15 @@ Inductor hands the kernels of a graph to workers, and waits for them before it g
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 from torch._guards import TracingContext, tracing
+
+from fxpar.progress import stage
 
 Wait = tuple[Any, dict[str, Any]]
 """The `AsyncCompile` that waits, and the namespace of the module whose kernels are waited for."""
@@ -30,15 +33,21 @@ class _PutOff:
     """What is put off until all code was generated."""
 
     def __init__(self, wait: Callable[..., None], save: Callable[..., None]):
-        """wait, save: what Inductor does at once."""
-        self._wait, self._save = wait, save
+        """wait, save: what Inductor does at once, and goes on to do in other threads."""
+        self._wait, self._save, self._thread = wait, save, threading.get_ident()
         self._waits: list[Wait] = []
         self._kept: list[_Kept] = []
 
     def wait(self, who: Any, scope: dict[str, Any]) -> None:
+        if threading.get_ident() != self._thread:
+            self._wait(who, scope)
+            return
         self._waits.append((who, scope))
 
     def save(self, *how: Any) -> None:
+        if threading.get_ident() != self._thread:
+            self._save(*how)
+            return
         self._kept.append(_Kept(self._waits, TracingContext.try_get(), how))
         self._waits = []
 
@@ -69,7 +78,7 @@ _later: _PutOff | None = None
 def waiting_once() -> Iterator[None]:
     """Inside, code is generated without waiting for its kernels, and must not run; it is waited for at the end, and kept on disk.
 
-    Within another one it does nothing.
+    Within another one, of this thread or another, it does nothing.
     """
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import FxGraphCache
@@ -85,4 +94,5 @@ def waiting_once() -> Iterator[None]:
             yield
     finally:
         _later = None
-    later.catch_up()
+    with stage("compiling kernels"):
+        later.catch_up()

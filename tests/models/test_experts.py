@@ -23,15 +23,18 @@ from fxpar.testing import assert_equivalent
 from tests.matrix import pairwise
 
 VOCAB, LENGTH, BATCH = 96, 8, 8
-WIDTHS = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+WIDTHS = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
           "max_position_embeddings": 64, "num_experts_per_tok": 2}  # fmt: skip
 
 
-def family(name: str, padded: bool = False, **options: Any) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
-    def build() -> tuple[nn.Module, dict[str, Tensor]]:
+def family(name: str, padded: bool = False, **options: Any) -> Callable[..., tuple[nn.Module, dict[str, Tensor]]]:
+    def build(layers: int = 1) -> tuple[nn.Module, dict[str, Tensor]]:
         torch.manual_seed(0)
+        deep: dict[str, Any] = {"num_hidden_layers": layers}
+        if "layer_types" in options:
+            deep["layer_types"] = options["layer_types"] * layers
         tokens = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        config = getattr(transformers, name)(**{**WIDTHS, **tokens, **options}, use_cache=False)
+        config = getattr(transformers, name)(**{**WIDTHS, **tokens, **options, **deep}, use_cache=False)
         model = transformers.AutoModelForCausalLM.from_config(config)
         batch = {"input_ids": torch.randint(1, VOCAB, (BATCH, LENGTH)), "labels": torch.randint(1, VOCAB, (BATCH, LENGTH))}
         if padded:

@@ -14,6 +14,9 @@ from torch import Tensor, fx
 import fxpar
 from fxpar import compat
 from fxpar.backends.inductor import buckets, pieces, prefetch
+from fxpar.backends.inductor import lower as inductor
+from fxpar.testing import assert_equivalent
+from tests.models.test_experts import FAMILIES
 from tests.processes import launch
 
 BLOCKS, ROWS, WIDTH = 7, 12, 8
@@ -153,3 +156,20 @@ def test_experts_in_pieces_equal_the_whole_graph(tmp_path):
             torch.testing.assert_close(b[1][name], gradient, rtol=1e-5, atol=1e-7)
             assert torch.equal(b[1][name], c[1][name])
         assert c[2] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, plan", [
+    ("qwen3", "dp=2,ep=2"), ("olmoe", "dp=4,ep=2,zero=3,recompute=selective"), ("deepseek", "dp=2,tp=2,ep=4"),
+    ("gpt_oss", "dp=2,ep=2,recompute=selective"), ("granite", "dp=2,ep=2,microbatches=2"),
+    ("mixtral", "dp=2,ep=2,pp=2,microbatches=2,schedule=1f1b"), ("mixtral", "dp=2,ep=2,pp=2,microbatches=2,schedule=zb1p")])
+def test_deep_mixtures_in_pieces_are_their_graphs(name, plan, monkeypatch):
+    seen: list[compat.Pieces | None] = []
+    cut = pieces.cut_into_pieces
+    monkeypatch.setattr(pieces, "cut_into_pieces", lambda *args, **more: seen.append(cut(*args, **more)) or seen[-1])
+    monkeypatch.setitem(inductor.SHARES, "auto", 1.0)
+    for module, attribute, value in ((buckets, "BLOCK_BYTES", 1), (prefetch, "FIRST_BYTES", 1), (prefetch, "SMALL_BYTES", 16)):
+        monkeypatch.setattr(module, attribute, value)
+    model, batch = FAMILIES[name](layers=16 if "pp" in plan else 8)
+    assert_equivalent(model, plan, batch, lowered=True)
+    assert any(made is not None and any(p.counted for p in made.pieces) for made in seen)
