@@ -171,3 +171,13 @@ def test_no_mode_sees_what_is_made_beside_a_trace():
         assert isinstance(torch.ones(1), compat.FakeTensor)
         with compat.no_modes():
             assert not isinstance(torch.ones(1), compat.FakeTensor)
+
+
+def test_sizes_that_are_known_only_when_a_graph_runs():
+    """`compat.is_counted`: of values of a trace."""
+    with compat.sizes_to_compile([torch.ones(3)], counts=True) as (x,):
+        made = compat.trace(lambda x: (x.nonzero(), x.nonzero().size(0), x * 2, x.size(0)), [x])
+        values = [n.meta["val"] for n in made.graph.nodes if n.op == "call_function"]
+        told = {type(v).__name__: compat.is_counted(v) for v in [*values, 3, None] if not isinstance(v, Tensor)}
+        assert told == {"SymInt": True, "int": False, "NoneType": False}
+        assert sorted(compat.is_counted(v) for v in values if isinstance(v, Tensor)) == [False, True, True]

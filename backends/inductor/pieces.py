@@ -56,8 +56,8 @@ def cut_into_pieces(module: fx.GraphModule, static: Sequence[int] = (), donated:
     Takes: a graph in its final order, whose values are in ``meta["val"]``, before code is generated for it. static, donated: the
     positions of inputs that stay where they are in memory, and of those that may be overwritten. Afterwards: the graph is as it
     was. The pieces, run in their order, compute the same; what a collective under way reads stays until the piece that waits for
-    it has run. Sizes of tensors may depend on values: equal pieces have the same ones of that kind, whatever they are called.
-    None where nothing repeats, and where a number depends on values or an operator runs a graph.
+    it has run. Sizes may depend on values: equal pieces have the same ones of that kind, whatever they are called. None where
+    nothing repeats, and where strides or other numbers depend on values, or an operator runs a graph.
     """
     try:
         return _Cut(module, static, donated).pieces(share)
@@ -113,7 +113,7 @@ def _runs(tokens: list[int], low: int, high: int) -> list[_Repeated]:
 
 def _like(value: Any, names: dict[sympy.Symbol, int] | None = None) -> Hashable:
     """What is generated for a value depends on. names: of sizes that are known only when the graph runs, in the order in which
-    they are met; None: all are called the same. Raises: `Uncuttable` for a number that is known only then."""
+    they are met; None: all are called the same. Raises: `Uncuttable` for what else is known only then."""
     if isinstance(value, Tensor):
         strides = (*value.stride(), value.storage_offset())
         if not all(type(n) is int for n in strides):
@@ -123,6 +123,8 @@ def _like(value: Any, names: dict[sympy.Symbol, int] | None = None) -> Hashable:
         return tuple(_like(v, names) for v in value)
     if isinstance(value, dict):
         return tuple((k, _like(v, names)) for k, v in value.items())
+    if isinstance(value, torch.SymInt):
+        return "a number", _size(value, names)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return repr(value)
     raise Uncuttable
@@ -137,8 +139,8 @@ def _size(size: int | torch.SymInt, names: dict[sympy.Symbol, int] | None) -> in
 
 
 def _is_counted(node: fx.Node) -> bool:
-    """Whether a value has a size that is known only when the graph runs."""
-    return isinstance(node.meta["val"], Tensor) and not all(isinstance(n, int) for n in node.meta["val"].shape)
+    """Whether a value is, or has, a size that is known only when the graph runs."""
+    return compat.is_counted(node.meta["val"])
 
 
 # ---- cutting ----
@@ -205,7 +207,7 @@ class _Cut:
         sizes = {form.key: b - a for form, a, b in zip(forms, bounds, bounds[1:], strict=False)}
         if len(sizes) == len(forms) or sum(sizes.values()) > share * len(self.nodes):
             return None
-        if not all(isinstance(n.meta["val"], Tensor) for form in forms for n in (*form.takes, *form.gives)):
+        if not all(isinstance(n.meta["val"], Tensor | torch.SymInt) for form in forms for n in (*form.takes, *form.gives)):
             return None
         self._check_writes(bounds, forms)
         return self._made(bounds, forms)
@@ -252,7 +254,7 @@ class _Cut:
         for node in self.nodes:
             begin, needed = self.at[node] + 1, self.needed[node]
             if needed >= begin:
-                cost = PASSED if isinstance(node.meta["val"], Tensor) else NEVER
+                cost = PASSED if isinstance(node.meta["val"], Tensor | torch.SymInt) else NEVER
                 change[begin] += cost
                 change[needed + 1] -= cost
             if is_fused(node):

@@ -34,7 +34,7 @@ from fxpar.compat.cudagraphs import (
     tensor_in,
     unrecorded,
 )
-from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces
+from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces, is_counted
 from fxpar.compat.data import assign_data_by, share_memory_by
 from fxpar.compat.fused import step_parts_directly
 from fxpar.compat.generators import generators_watched, is_random, mend_states
@@ -158,6 +158,7 @@ __all__ = [
     "interpret_pieces",
     "interpret_steps",
     "interpreting",
+    "is_counted",
     "is_grouped_product",
     "is_of_vmap",
     "is_pointwise",

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 Step = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Which code runs, the slots of its inputs, those to empty before it runs, those of its outputs, and those to empty after it."""
@@ -49,6 +50,11 @@ class Pieces:
     inputs: list[Any]
     slots: int
     results: list[int | None]
+
+
+def is_counted(value: Any) -> bool:
+    """Whether a value of a trace is, or has, a size that is known only when the graph runs."""
+    return isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and not all(isinstance(n, int) for n in value.shape))
 
 
 Cutting = Callable[[fx.GraphModule, Sequence[int], Sequence[int]], Pieces | None]

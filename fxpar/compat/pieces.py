@@ -22,7 +22,7 @@ from torch._inductor import config
 from torch._inductor.codecache import FxGraphCache
 from torch._inductor.output_code import CompiledFxGraphConstants, OutputCode
 
-from fxpar.compat.cut import Cutting, GraphPiece, Pieces, Step, one_piece, run_pieces, schedule
+from fxpar.compat.cut import Cutting, GraphPiece, Pieces, Step, is_counted, one_piece, run_pieces, schedule
 from fxpar.compat.profiles import profiling, renamed
 from fxpar.compat.quick import Entrance, may_be_quick, quick, run_quickly
 from fxpar.compat.stages import values_stay
@@ -41,7 +41,7 @@ class CodeOfPieces(OutputCode):
         self.codes = codes
         self.steps, self.empty, self.results = schedule(pieces, of)
         self.names = [piece.names for piece in pieces.pieces]
-        self._counted = {i for i, x in enumerate(pieces.inputs) if _is_counted(x)}
+        self._counted = {i for i, x in enumerate(pieces.inputs) if is_counted(x)}
         self._entrance: Entrance | None = None
         self._quick: dict[bool, Callable[[list[Any]], list[Any]]] = {}
 
@@ -134,7 +134,7 @@ def compile_pieces(pieces: Pieces, options: dict[str, Any]) -> CodeOfPieces:
     with waiting_once():
         for piece in pieces.pieces:
             given = [values[slot] for slot in piece.takes]
-            known = piece.kind, tuple((x.shape, x.stride(), x.dtype) for x in given if not _is_counted(x))
+            known = piece.kind, tuple((x.shape, x.stride(), x.dtype) for x in given if not is_counted(x))
             if known not in made:
                 code, like = _compile(pieces.graphs[piece.kind], given, piece, options, context)
                 made[known] = len(codes), like
@@ -144,13 +144,9 @@ def compile_pieces(pieces: Pieces, options: dict[str, Any]) -> CodeOfPieces:
             for i, slot in enumerate(piece.gives):
                 values[slot] = piece.counted.get(i, like[i])
     if context.output_strides is not None:
-        context.output_strides += [None if slot is None else tuple(values[slot].stride()) for slot in pieces.results]
+        results = [None if slot is None else values[slot] for slot in pieces.results]
+        context.output_strides += [tuple(x.stride()) if isinstance(x, Tensor) else None for x in results]
     return CodeOfPieces(codes, pieces, of)
-
-
-def _is_counted(value: Any) -> bool:
-    """Whether a fake tensor has a size that is known only when the graph runs."""
-    return isinstance(value, Tensor) and not all(isinstance(n, int) for n in value.shape)
 
 
 def compile_final(cutting: Cutting | None, module: fx.GraphModule, options: dict[str, Any], donated: Sequence[int] = (),

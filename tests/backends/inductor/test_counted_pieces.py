@@ -44,6 +44,22 @@ def block(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return x + torch.tanh(x @ w) * torch.dot(torch.sin(y), torch.cos(y)) / 50, y
 
 
+def block_of_numbers(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """As `block`, but its backward needs the number of the chosen, which the forward keeps."""
+    chosen = chosen_of(x, 0.3) * w[0, 0]
+    y = torch.sin(chosen) * 2 + torch.cos(chosen) - chosen.square() / 3
+    return x + torch.tanh(x @ w) * y.sum() / 50, y
+
+
+def stack_of_numbers(*inputs: Tensor) -> tuple[Tensor, ...]:
+    x, *weights = inputs
+    left = []
+    for w in weights:
+        x, y = block_of_numbers(x, w)
+        left.append(y)
+    return (x, *left)
+
+
 def stack(*inputs: Tensor) -> tuple[Tensor, ...]:
     x, *weights = inputs
     left = []
@@ -55,7 +71,8 @@ def stack(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 def tensors(seed: int, rows: int = ROWS) -> list[Tensor]:
     made = torch.Generator().manual_seed(seed)
-    return [torch.randn(rows, WIDTH, generator=made), *(torch.randn(WIDTH, WIDTH, generator=made) for _ in range(BLOCKS))]
+    shapes = [(rows, WIDTH)] + [(WIDTH, WIDTH)] * BLOCKS
+    return [torch.randn(shape, generator=made, dtype=torch.float64) for shape in shapes]
 
 
 def traced(function: Any, inputs: list[Tensor]) -> fx.GraphModule:
@@ -71,7 +88,7 @@ def sizes(results: Any) -> list[int]:
 
 def same(have: Any, want: Any) -> None:
     for a, b in zip(have, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_blocks_are_equal_whatever_their_sizes_are_called():
@@ -99,7 +116,8 @@ def test_two_sizes_are_not_taken_for_one():
     same(compat.interpret_pieces(made, fx.Interpreter)(tensors(1)), run(*tensors(1)))
 
 
-def test_compiled_blocks_run_with_other_sizes_each_time(monkeypatch, tmp_path):
+@pytest.mark.parametrize("function", [stack, stack_of_numbers])
+def test_compiled_blocks_run_with_other_sizes_each_time(function, monkeypatch, tmp_path):
     """Forward and backward; what runs from the second time on (see `fxpar.compat.quick`), too."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     made: list[compat.Pieces | None] = []
@@ -111,14 +129,16 @@ def test_compiled_blocks_run_with_other_sizes_each_time(monkeypatch, tmp_path):
     def loss(results: Any) -> Tensor:
         return sum((k + 1) * y.square().sum() for k, y in enumerate(results))
 
-    module = traced(stack, tensors(0))
+    module = traced(function, tensors(0))
     for node in module.graph.nodes:
         node.meta.clear()  # it is traced again
     compiled = compat.compile_graph(module, [t.requires_grad_() for t in tensors(0)], counts=True, cutting=cutting)
     assert len(made) == 2 and all(m is not None and len(m.graphs) < len(m.pieces) for m in made)
+    numbers = [isinstance(value, torch.SymInt) for m in made for p in m.pieces for value in p.counted.values()]
+    assert any(numbers) == (function is stack_of_numbers)
     for seed in range(4):
         results = []
-        for run in (compiled, stack):
+        for run in (compiled, function):
             inputs = [t.requires_grad_() for t in tensors(seed)]
             out = run(*inputs)
             results.append([*out, *torch.autograd.grad(loss(out), inputs)])
