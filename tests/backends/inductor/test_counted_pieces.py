@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,36 +38,23 @@ def chosen_of(x: Tensor, least: float) -> Tensor:
     return x.detach().reshape(-1)[above(x.detach(), least)]
 
 
-def block(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The new x, and what is made of a choice of its elements."""
-    chosen = chosen_of(x, 0.3) * w[0, 0]
-    y = torch.sin(chosen) * 2 + torch.cos(chosen) - chosen.square() / 3
-    return x + torch.tanh(x @ w) * torch.dot(torch.sin(y), torch.cos(y)) / 50, y
+def stack_of(total: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Blocks that choose elements of x; `total` makes one number of what a block makes of the chosen."""
+    def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        left = []
+        for w in weights:
+            chosen = chosen_of(x, 0.3) * w[0, 0]
+            y = torch.sin(chosen) * 2 + torch.cos(chosen) - chosen.square() / 3
+            x = x + torch.tanh(x @ w) * total(y) / 50
+            left.append(y)
+        return (x, *left)
+
+    return run
 
 
-def block_of_numbers(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """As `block`, but its backward needs the number of the chosen, which the forward keeps."""
-    chosen = chosen_of(x, 0.3) * w[0, 0]
-    y = torch.sin(chosen) * 2 + torch.cos(chosen) - chosen.square() / 3
-    return x + torch.tanh(x @ w) * y.sum() / 50, y
-
-
-def stack_of_numbers(*inputs: Tensor) -> tuple[Tensor, ...]:
-    x, *weights = inputs
-    left = []
-    for w in weights:
-        x, y = block_of_numbers(x, w)
-        left.append(y)
-    return (x, *left)
-
-
-def stack(*inputs: Tensor) -> tuple[Tensor, ...]:
-    x, *weights = inputs
-    left = []
-    for w in weights:
-        x, y = block(x, w)
-        left.append(y)
-    return (x, *left)
+stack = stack_of(lambda y: torch.dot(torch.sin(y), torch.cos(y)))
+sums = stack_of(torch.sum)
+"""Whose backward needs the number of the chosen, which the forward keeps."""
 
 
 def tensors(seed: int, rows: int = ROWS) -> list[Tensor]:
@@ -116,7 +104,7 @@ def test_two_sizes_are_not_taken_for_one():
     same(compat.interpret_pieces(made, fx.Interpreter)(tensors(1)), run(*tensors(1)))
 
 
-@pytest.mark.parametrize("function", [stack, stack_of_numbers])
+@pytest.mark.parametrize("function", [stack, sums])
 def test_compiled_blocks_run_with_other_sizes_each_time(function, monkeypatch, tmp_path):
     """Forward and backward; what runs from the second time on (see `fxpar.compat.quick`), too."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -135,7 +123,7 @@ def test_compiled_blocks_run_with_other_sizes_each_time(function, monkeypatch, t
     compiled = compat.compile_graph(module, [t.requires_grad_() for t in tensors(0)], counts=True, cutting=cutting)
     assert len(made) == 2 and all(m is not None and len(m.graphs) < len(m.pieces) for m in made)
     numbers = [isinstance(value, torch.SymInt) for m in made for p in m.pieces for value in p.counted.values()]
-    assert any(numbers) == (function is stack_of_numbers)
+    assert any(numbers) == (function is sums)
     for seed in range(4):
         results = []
         for run in (compiled, function):
