@@ -441,7 +441,7 @@ class Engine:
         example = feed(named)
         recorded = self.recordings.of(program, "how many rows go to each expert is known only on the host, step by step"
                                       if counts_rows(program.graph) else None)
-        with few_collections(at_end=self.device.type == "cuda"):
+        with few_collections() if self.device.type == "cuda" else contextlib.nullcontext():
             run = start.lower(lambda later: self._lower(program.module, example, later=later, recorder=recorded))
         return Compiled(program, feed, run, start, recorded=recorded)
 

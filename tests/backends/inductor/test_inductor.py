@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,10 +97,22 @@ def test_garbage_is_collected_as_before_compiling(often, monkeypatch, thawed):
     assert inside == [(rarely[often[0]], True)]
 
 
+def test_garbage_of_compiling_is_collected_at_its_end(thawed):
+    class Ring:
+        def __init__(self) -> None:
+            self.me = self
+
+    with few_collections():
+        with few_collections():
+            left = weakref.ref(Ring())
+        assert left() is not None
+    assert left() is None
+
+
 def test_what_a_program_has_kept_from_collections_stays_so(thawed):
     gc.freeze()
     frozen = gc.get_freeze_count()
-    with few_collections(at_end=True):
+    with few_collections(), few_collections():
         assert gc.get_freeze_count() == frozen
     assert gc.get_freeze_count() == frozen
 
