@@ -14,8 +14,8 @@ _inside = False
 
 @contextlib.contextmanager
 def few_collections() -> Iterator[None]:
-    """Inside, Python looks for garbage rarely, and not at all among what was there before; at the end, once among what is new: now,
-    and not in the middle of a step. Within another one it does nothing."""
+    """Inside, Python looks for garbage rarely, and not at all among what was there before; at the end, once among what is new:
+    now, and not in the middle of a step. Within another one it does nothing."""
     global _inside
     if _inside:
         yield
