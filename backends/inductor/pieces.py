@@ -57,7 +57,8 @@ def cut_into_pieces(module: fx.GraphModule, static: Sequence[int] = (), donated:
     positions of inputs that stay where they are in memory, and of those that may be overwritten. Afterwards: the graph is as it
     was. The pieces, run in their order, compute the same; what a collective under way reads stays until the piece that waits for
     it has run. Sizes may depend on values: equal pieces have the same ones of that kind, whatever they are called. None where
-    nothing repeats, and where strides or other numbers depend on values, or an operator runs a graph.
+    nothing repeats, where strides or other numbers depend on values, or what a collective of PyTorch's is given, and where an
+    operator runs a graph.
     """
     try:
         return _Cut(module, static, donated).pieces(share)
@@ -177,7 +178,7 @@ class _Cut:
             raise Uncuttable
         for node in self.nodes:
             function = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-            if node.op != "call_function" or not function:
+            if node.op != "call_function" or not function or _knows_sizes(node):
                 raise Uncuttable
         self.at = {n: i for i, n in enumerate(self.nodes)}
         self.fixed = {self.inputs[i] for i in self.static}
@@ -364,6 +365,12 @@ class _Cut:
             copies[node].meta = dict(node.meta)
         graph.output(tuple(copies[n] for n in form.gives))
         return fx.GraphModule(self.module, graph)
+
+
+def _knows_sizes(node: fx.Node) -> bool:
+    """Whether an operator is a collective that quick code starts by sizes that it has seen (see `direct`), of what has others."""
+    of_sizes = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional"
+    return of_sizes and node.target not in WAITS and any(_is_counted(n) for n in node.all_input_nodes)
 
 
 def _facts(node: fx.Node) -> Hashable:

@@ -104,6 +104,17 @@ def test_two_sizes_are_not_taken_for_one():
     same(compat.interpret_pieces(made, fx.Interpreter)(tensors(1)), run(*tensors(1)))
 
 
+def test_collectives_of_sizes_that_vary_stay_in_one_graph():
+    """Quick code starts a gather by the sizes that it had at first."""
+    def gathered(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        x, *left = stack(x, *weights)
+        whole = torch.ops._c10d_functional.all_gather_into_tensor(left[0], 1, "")
+        return (x, torch.ops._c10d_functional.wait_tensor(whole))
+
+    assert pieces.cut_into_pieces(traced(stack, tensors(0))) is not None
+    assert pieces.cut_into_pieces(traced(gathered, tensors(0))) is None
+
+
 @pytest.mark.parametrize("function", [stack, sums])
 def test_compiled_blocks_run_with_other_sizes_each_time(function, monkeypatch, tmp_path):
     """Forward and backward; what runs from the second time on (see `fxpar.compat.quick`), too."""
