@@ -48,6 +48,7 @@ def parse_args():
     parser.add_argument("--rounds", type=int, default=4, help="turns of each variant, of --steps steps")
     parser.add_argument("--cuda-graphs", action="store_true", help="record them where that is faster")
     parser.add_argument("--experts", type=int, default=0, help="Mixtral with so many, two of which take each token")
+    parser.add_argument("--fp32", action="store_true", help="compute in fp32, where roundings hardly change who takes a token")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--quick", action="store_true")
@@ -88,7 +89,7 @@ def main():
     cuda = device.type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     plan = fxpar.Plan.parse(args.plan or f"tp={dist.get_world_size()}")
-    args.plan = dataclasses.replace(plan, param_dtype="bf16", reduce_dtype="fp32", outputs="loss")
+    args.plan = dataclasses.replace(plan, outputs="loss", **{} if args.fp32 else dict(param_dtype="bf16", reduce_dtype="fp32"))
     made = {name: built(name, args, device) for name in args.variants}
     found = {name: dict(seconds=[], losses=[], held=0) for name in made}
     for name, (_, step) in made.items():
