@@ -141,7 +141,7 @@ def _size(size: int | torch.SymInt, names: dict[sympy.Symbol, int] | None) -> in
 
 def _is_counted(node: fx.Node) -> bool:
     """Whether a value is, or has, a size that is known only when the graph runs."""
-    return compat.is_counted(node.meta["val"])
+    return compat.is_counted(node.meta.get("val"))
 
 
 # ---- cutting ----

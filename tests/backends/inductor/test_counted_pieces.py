@@ -104,6 +104,18 @@ def test_two_sizes_are_not_taken_for_one():
     same(compat.interpret_pieces(made, fx.Interpreter)(tensors(1)), run(*tensors(1)))
 
 
+def test_blocks_may_have_operators_that_return_nothing():
+    def checked(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        for w in weights:
+            x = torch.tanh(x @ w) * 2 + torch.sin(x) - torch.cos(x) / 3
+            torch.ops.aten._assert_async.msg((x < 100).all(), "too large")
+        return (x,)
+
+    made = pieces.cut_into_pieces(traced(checked, tensors(0)))
+    assert made is not None and max(Counter(p.kind for p in made.pieces).values()) >= BLOCKS - 2
+    same(compat.interpret_pieces(made, fx.Interpreter)(tensors(1)), checked(*tensors(1)))
+
+
 def test_collectives_of_sizes_that_vary_stay_in_one_graph():
     """Quick code starts a gather by the sizes that it had at first."""
     def gathered(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
