@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxpar import compat
-from fxpar.backends.inductor import pieces
+from fxpar.backends.inductor import pieces, runs
 from fxpar.compat import interpret_pieces, stages
 from fxpar.compat.bundles import _path
 from fxpar.compat.cut import one_piece
@@ -43,7 +43,8 @@ def tensors() -> list[Tensor]:
 @pytest.fixture
 def cutting(monkeypatch) -> compat.Cutting:
     """`compat.Cutting`: products are compiled without a compiler of C++, so that blocks are of nothing else."""
-    monkeypatch.setattr(pieces, "SMALLEST", 1)
+    for module in (pieces, runs):
+        monkeypatch.setattr(module, "SMALLEST", 1)
 
     def cut(module: fx.GraphModule, static: Sequence[int], donated: Sequence[int]) -> compat.Pieces | None:
         made = pieces.cut_into_pieces(module, static, donated)

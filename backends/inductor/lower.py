@@ -31,6 +31,7 @@ from fxpar.backends.inductor import (
     products,
     reductions,
     tp_overlap,
+    transfers,
 )
 from fxpar.backends.inductor.few import Generate, MadeFromFew, made_from_few, steps_from_few
 from fxpar.backends.inductor.key import key_of, python_functions
@@ -66,6 +67,7 @@ def graph_passes(plan: Plan, transport: Transport = NCCL, as_on_gpu: bool = Fals
         (overlap, bind(overlap.overlap_communication)),
         *([(prefetch, bind(prefetch.prefetch_parameters, **more))] if plan.overlap_param_gather else []),
         *([(buckets, bind(buckets.bucket_reductions, **more))] if plan.overlap_grad_reduce else []),
+        *([(transfers, bind(transfers.transfers_before_products))] if by_block else []),
     ]
 
 

@@ -21,14 +21,12 @@ import torch
 from torch import Tensor, fx
 
 from fxpar import compat
-from fxpar.backends.remat import BLOCK, PRODUCTS
-from fxpar.backends.repeats import frozen, periods_of, references_of
-from fxpar.ops.vocabulary import ALL_REDUCE, WAITS, is_attention_kernel, is_view
+from fxpar.backends.inductor.runs import LEAST, SMALLEST, Repetition, most_alike, runs_of
+from fxpar.backends.inductor.transfers import is_kernel, transfers_of
+from fxpar.backends.remat import BLOCK
+from fxpar.backends.repeats import frozen, references_of
+from fxpar.ops.vocabulary import ALL_REDUCE, WAITS, is_view
 
-LEAST = 3
-"""How many equal stretches, one behind the other, are worth a cut."""
-SMALLEST = 8
-"""Of how many operators a stretch has to be."""
 ROTATIONS = 4
 PASSED = 4096
 """What it costs to pass on a value from piece to piece, in bytes that a kernel moves."""
@@ -71,45 +69,8 @@ def repeats(graph: fx.Graph, share: float) -> bool:
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     known: dict[Hashable, int] = {}
     tokens = [known.setdefault((n.target, frozen(n.args), frozen(n.kwargs)), len(known)) for n in nodes]
-    saved = sum((run.count - 1) * run.period for run in _runs(tokens, 0, len(nodes)))
+    saved = sum((run.count - 1) * run.period for run in runs_of(tokens))
     return len(nodes) - saved <= share * len(nodes)
-
-
-# ---- equal stretches ----
-
-
-@dataclass(frozen=True)
-class _Repeated:
-    """`count` stretches of `period` tokens each, and `extra` more tokens that go on in the same way."""
-
-    start: int
-    period: int
-    count: int
-    extra: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.start + self.period * self.count
-
-
-def _runs(tokens: list[int], low: int, high: int) -> list[_Repeated]:
-    """The longest run between two places, and those on both sides of it."""
-    best: _Repeated | None = None
-    for period in periods_of(tokens[low:high]):
-        if not SMALLEST <= period <= (high - low) // LEAST:
-            continue
-        start = low
-        for i in range(low, high - period + 1):
-            if i < high - period and tokens[i] == tokens[i + period]:
-                continue
-            length = i - start + period
-            run = _Repeated(start, period, length // period, length % period)
-            if run.count >= LEAST and (best is None or (run.count - 1) * run.period > (best.count - 1) * best.period):
-                best = run
-            start = i + 1
-    if best is None:
-        return []
-    return [*_runs(tokens, low, best.start), best, *_runs(tokens, best.end + best.extra, high)]
 
 
 def _like(value: Any, names: dict[sympy.Symbol, int] | None = None) -> Hashable:
@@ -193,18 +154,11 @@ class _Cut:
         for node, base in self.memory.items():
             self.read_until[base] = max(self.read_until.get(base, -1), self.needed[node])
         self.tokens = self._tokens()
-
-    def _is_work(self, run: _Repeated) -> bool:
-        """Whether what is repeated computes something."""
-        return sum(not is_view(n) and n.target is not operator.getitem
-                   for n in self.nodes[run.start : run.start + run.period]) >= SMALLEST
+        self.transfers = transfers_of(graph)
+        self.core = [i for i, n in enumerate(self.nodes) if n not in self.transfers]
 
     def pieces(self, share: float) -> compat.Pieces | None:
-        bounds = [0]
-        for run in _runs(self.tokens, 0, len(self.nodes)):
-            bounds += self._best(run) if self._is_work(run) else []
-        bounds = sorted({*bounds, len(self.nodes)})
-        forms = [self._form(a, b) for a, b in pairwise(bounds)]
+        bounds, forms = self._joined(self._bounds())
         sizes = {form.key: b - a for form, a, b in zip(forms, bounds, bounds[1:], strict=False)}
         if len(sizes) == len(forms) or sum(sizes.values()) > share * len(self.nodes):
             return None
@@ -213,38 +167,53 @@ class _Cut:
         self._check_writes(bounds, forms)
         return self._made(bounds, forms)
 
-    # -- what is where --
+    # -- where it is cut --
 
-    def _tokens(self) -> list[int]:
-        known: dict[Hashable, int] = {}
-        return [known.setdefault((n.target, frozen(n.args), frozen(n.kwargs), _facts(n)), len(known)) for n in self.nodes]
+    def _bounds(self) -> list[int]:
+        """Between equal stretches of what computes, and around the transfers that stand among those."""
+        bounds = {0, len(self.nodes)}
+        for run in runs_of([self.tokens[i] for i in self.core]):
+            if self._is_work(run):
+                bounds.update(self._around_transfers(run) or self._best(run))
+        return sorted(bounds)
 
-    def _held(self) -> dict[fx.Node, list[tuple[int, int]]]:
-        """Of what a collective reads: where it starts, and where it is waited for."""
-        held: dict[fx.Node, list[tuple[int, int]]] = {}
-        for start in self.nodes:
-            waits = [self.at[u] for u in _waits(start)]
-            if waits and start.target not in ALL_REDUCES and start.target is not operator.getitem:
-                for operand in start.all_input_nodes:
-                    held.setdefault(operand, []).append((self.at[start], max(waits)))
-        return held
+    def _is_work(self, run: Repetition) -> bool:
+        """Whether what is repeated computes something."""
+        return sum(not is_view(n) and n.target is not operator.getitem
+                   for n in (self.nodes[i] for i in self.core[run.start : run.start + run.period])) >= SMALLEST
 
-    def _best(self, run: _Repeated) -> list[int]:
+    def _around_transfers(self, run: Repetition) -> list[int]:
+        """Where transfers stand in several stretches of a run, all are cut: before and behind, and between two kinds of them."""
+        found = Counter(run.offset(i) for i in run.places if len(self._gap(i)) > 1)
+        cuts: list[int] = []
+        for i in run.places:
+            if found[run.offset(i)] >= LEAST:
+                gap = self._gap(i)
+                kinds = [self.transfers[n] for n in self.nodes[gap[0] : gap[-1]]]
+                cuts += [gap[0], gap[-1], *(k for k, (a, b) in zip(gap[1:], pairwise(kinds), strict=False) if a != b)]
+        return cuts
+
+    def _gap(self, place: int) -> range:
+        """The places among all operators from behind one that computes to before the next one."""
+        low = self.core[place - 1] + 1 if place else 0
+        return range(low, (self.core[place] if place < len(self.core) else len(self.nodes)) + 1)
+
+    def _best(self, run: Repetition) -> list[int]:
         """Where a run is cut: before, between and behind equal pieces. Where cuts cost least is tried first."""
         costs = self._costs()
 
-        def cost(rotation: int) -> float:
-            cuts = range(run.start + rotation, run.end + run.extra + 1, run.period)
-            return sum(costs[c] for c in cuts) / len(cuts)
+        def cuts(rotation: int) -> list[int]:
+            return [self._gap(i)[0] for i in range(run.start + rotation, run.places.stop, run.period)]
 
-        rotations = sorted(range(run.period), key=cost)
+        def cost(rotation: int) -> float:
+            return sum(costs[c] for c in cuts(rotation)) / len(cuts(rotation))
+
         found: list[int] = []
-        for r in rotations[:ROTATIONS]:
-            cuts = [run.start + r + k * run.period for k in range(_whole(run, r) + 1)]
-            keys = [self._form(a, b).key for a, b in pairwise(cuts)]
-            first, count = _most_alike(keys)
+        for tried in map(cuts, sorted(range(run.period), key=cost)[:ROTATIONS]):
+            keys = [self._form(a, b).key for a, b in pairwise(tried)]
+            first, count = most_alike(keys)
             if count >= LEAST and count + 1 > len(found):
-                found = cuts[first : first + count + 1]
+                found = tried[first : first + count + 1]
                 if count >= len(keys) - 2:
                     break
         return found
@@ -269,6 +238,31 @@ class _Cut:
             costs.append(total)
         return costs
 
+    def _joined(self, bounds: list[int]) -> tuple[list[int], list[_Form]]:
+        """The bounds but for those between two pieces that are like no other; and the pieces."""
+        forms = [self._form(a, b) for a, b in pairwise(bounds)]
+        counts = Counter(form.key for form in forms)
+        alone = [counts[form.key] == 1 for form in forms]
+        kept = [b for b, (left, right) in zip(bounds[1:], pairwise(alone), strict=False) if not (left and right)]
+        bounds = [0, *kept, len(self.nodes)]
+        return bounds, [self._form(a, b) for a, b in pairwise(bounds)]
+
+    # -- what is where --
+
+    def _tokens(self) -> list[int]:
+        known: dict[Hashable, int] = {}
+        return [known.setdefault((n.target, frozen(n.args), frozen(n.kwargs), _facts(n)), len(known)) for n in self.nodes]
+
+    def _held(self) -> dict[fx.Node, list[tuple[int, int]]]:
+        """Of what a collective reads: where it starts, and where it is waited for."""
+        held: dict[fx.Node, list[tuple[int, int]]] = {}
+        for start in self.nodes:
+            waits = [self.at[u] for u in _waits(start)]
+            if waits and start.target not in ALL_REDUCES and start.target is not operator.getitem:
+                for operand in start.all_input_nodes:
+                    held.setdefault(operand, []).append((self.at[start], max(waits)))
+        return held
+
     # -- one piece --
 
     def _form(self, low: int, high: int) -> _Form:
@@ -285,8 +279,8 @@ class _Cut:
         names: dict[sympy.Symbol, int] = {}
         given = [(_like(n.meta["val"], names), n in self.fixed, self._under_way(n), n in free) for n in takes]
         sizes = [_like(n.meta["val"], names) for n in inside if _is_counted(n)]
-        leaves = [(inside[n], self._is_exact(n, high)) for n in gives]
-        return _Form((tuple(lines), tuple(given), tuple(sizes), tuple(leaves)), list(takes), gives)
+        leaves = tuple(inside[n] for n in gives)
+        return _Form((tuple(lines), tuple(given), tuple(sizes), leaves), list(takes), gives)
 
     def _is_exact(self, node: fx.Node, high: int) -> bool:
         """Whether a value that leaves a piece has to lie as the graph says: another piece reads it, or the user, or its size is
@@ -319,6 +313,9 @@ class _Cut:
         firsts: dict[Hashable, int] = {}
         graphs: list[fx.GraphModule] = []
         pieces: list[compat.GraphPiece] = []
+        exact: dict[Hashable, set[int]] = {}  # for one of equal pieces at least
+        for form, high in zip(forms, bounds[1:], strict=True):
+            exact.setdefault(form.key, set()).update(i for i, n in enumerate(form.gives) if self._is_exact(n, high))
         emptied = self._emptied(bounds, slot)
         for form, low, high, (before, after) in zip(forms, bounds, bounds[1:], emptied, strict=False):
             if form.key not in kinds:
@@ -329,7 +326,7 @@ class _Cut:
                 kinds[form.key], takes=[slot[n] for n in form.takes], gives=[slot[n] for n in form.gives], before=before,
                 after=after, fixed=[i for i, n in enumerate(form.takes) if n in self.fixed or self._under_way(n)],
                 donated=[i for i, n in enumerate(form.takes) if n in free],
-                exact=[i for i, n in enumerate(form.gives) if self._is_exact(n, high)],
+                exact=sorted(exact[form.key]),
                 counted={i: n.meta["val"] for i, n in enumerate(form.gives) if _is_counted(n)},
                 names=self._names(firsts[form.key], low, high)))
         results = [None if n is None else slot[n] for n in self.results]
@@ -379,21 +376,6 @@ def _facts(node: fx.Node) -> Hashable:
     more = [(k, _like(v) if k == "eager_input_vals" else repr(v)) for k, v in read.items()]
     marks = [(k, repr(v)) for k, v in node.meta.get("custom", {}).items() if not k.startswith(OWN)]
     return _like(node.meta.get("val")), tuple(sorted(more)), tuple(sorted(marks))
-
-
-def _whole(run: _Repeated, rotation: int) -> int:
-    return (run.end + run.extra - run.start - rotation) // run.period
-
-
-def _most_alike(keys: list[Hashable]) -> tuple[int, int]:
-    """Where the most equal ones stand side by side, and how many."""
-    best, start = (0, 0), 0
-    for i in range(1, len(keys) + 1):
-        if i == len(keys) or keys[i] != keys[start]:
-            if i - start > best[1]:
-                best = start, i - start
-            start = i
-    return best
 
 
 def _waits(start: fx.Node) -> Iterator[fx.Node]:
@@ -449,7 +431,7 @@ def is_fused(node: fx.Node) -> bool:
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims") or is_view(node):
         return False
-    return target.overloadpacket not in PRODUCTS and not is_attention_kernel(target.overloadpacket.__name__)
+    return not is_kernel(node)
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
