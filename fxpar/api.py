@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fxpar import compat
 from fxpar.backends import eager
 from fxpar.backends.inductor import lower as inductor
 from fxpar.backends.transport.base import BLOCKS, TRANSPORTS
@@ -93,6 +94,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
         padding, example = _padded(model, example, pad, control)
         chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
         control.agree("parallelize", {"plan": plan, **options, "backend": chosen, **facts(model, example)})
+        if chosen == "inductor" and device.type == "cuda":
+            compat.start_compilers()
         control = Control(plan.pp)
         compile_call = functools.partial(compile_replica, model, plan, device, dumper)
         with agree_on_program(control) as made:

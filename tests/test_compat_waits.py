@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._inductor import async_compile
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import FxGraphCache
 from torch._inductor.triton_bundler import TritonBundler
@@ -95,3 +96,20 @@ def test_other_threads_wait_at_once(events):
         got = other.submit(lambda: generate(8.0, events)(x)[0]).result()
         assert events == ["waits", "saves", "generated"]
     torch.testing.assert_close(got, torch.sin(8 * x))
+
+
+def test_compilers_are_started_once_and_not_waited_for(monkeypatch):
+    """`compat.start_compilers`."""
+    submitted: list[Any] = []
+
+    class Pool:
+        def submit(self, task: Any) -> Future:
+            submitted.append(task)
+            return Future()  # never ready
+
+    monkeypatch.setattr(AsyncCompile, "process_pool", staticmethod(Pool))
+    monkeypatch.setattr(AsyncCompile, "_ready_future", None)
+    monkeypatch.setattr(async_compile, "get_compile_threads", lambda: 2)
+    for _ in range(2):
+        compat.start_compilers()
+    assert len(submitted) == 1

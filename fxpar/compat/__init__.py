@@ -92,7 +92,7 @@ from fxpar.compat.steps import (
 from fxpar.compat.streams import AtOnce, Move, SideStream, empty_like_code
 from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
-from fxpar.compat.waits import waiting_once
+from fxpar.compat.waits import start_compilers, waiting_once
 from fxpar.compat.writes import CopiedPart, apply_by, call_on_parts, write_whole
 
 __all__ = [
@@ -195,6 +195,7 @@ __all__ = [
     "share_memory_by",
     "sizes_of_values",
     "sizes_to_compile",
+    "start_compilers",
     "step_parts_directly",
     "steps_of",
     "storage_at",

@@ -71,6 +71,14 @@ class _PutOff:
             self._wait(who, scope)
 
 
+def start_compilers() -> None:
+    """Have the processes begin that compile Triton kernels for Inductor. That takes some seconds, and is not waited for;
+    a kernel that is needed before is compiled here."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.wakeup()
+
+
 _later: _PutOff | None = None
 
 
