@@ -42,7 +42,7 @@ def parts(program: Program, feed: Feed, named: dict[str, Any], seed: int, runtim
     passed: list[dict[str, Any]] = [{} for _ in made]
     if step.index is not None:
         for i, mine in enumerate(passed):
-            mine[step.index] = torch.tensor(i)
+            mine[step.index] = torch.full((), i, dtype=torch.int64, device=feed.device)  # the host waits for no copy
     if step.prologue is not None:
         outs = _prologue(program, step, feed, made, seed, runtime)
         for name, places in step.passed.items():

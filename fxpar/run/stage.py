@@ -13,8 +13,6 @@ from fxpar.backends.stepped import SavedForBackward, SavedForWeightGradients, St
 from fxpar.passes.partition.phases import Boundary, Compute, split_phases
 from fxpar.passes.strategies.stages import Stage
 from fxpar.progress import stage as told
-from fxpar.run.feed import Feed
-from fxpar.run.gradients import UnreducedGradients
 from fxpar.run.store import ParameterStore
 
 InSteps = Callable[..., Stepped]
@@ -38,23 +36,26 @@ class StageOfRank:
         self.compute = Compute(self.program.module, [])
         if self.phases is not None and self.phases.boundaries:
             self.compute = self.phases.compute_and_reduce if plan.reduces_each_backward else self.phases.compute
-        self.feed = Feed(self.program, store.places, UnreducedGradients(_nobody), store.device)
         self.splits = splits
         self.received = [i for i, s in enumerate(self.program.sources) if s.kind == "received"]
         self.outputs: list[list[Tensor]] = []
         self.grads: dict[str, Tensor] = {}
         self._made: dict[str, Stepped] = {}
 
-    def begin(self, microbatches: list[dict[str, Any]], seed: int, seeds: dict[int, float]) -> None:
-        """A step begins. microbatches: what each takes besides parameters and what it receives, by name. seed: what dropout draws
-        from. seeds: number of an output of this stage -> the derivative of the loss by it."""
-        self.named, self.seed, self.seeds = microbatches, seed, seeds
-        self.outputs = [[] for _ in microbatches]
+    def begin(self, feeds: list[list[Any]], seeds: dict[int, float]) -> None:
+        """A step begins. feeds: what each microbatch takes but for what it receives. seeds: number of an output of this stage ->
+        the derivative of the loss by it."""
+        self.feeds, self.seeds = feeds, seeds
+        self.outputs = [[] for _ in feeds]
         self.grads = {}
         self._unsharded: dict[Boundary, Tensor] = {}
         self._unreduced: dict[Boundary, Tensor] = {}
         self._saved: dict[int, SavedForBackward] = {}
         self._left: dict[int, SavedForWeightGradients] = {}
+
+    def end(self) -> None:
+        """It has ended: nothing is kept of it."""
+        self.begin([], {})
 
     def unshard(self) -> None:
         if self.compute.extra and self.phases is not None:
@@ -63,14 +64,13 @@ class StageOfRank:
             self._unsharded = dict(zip(self.phases.boundaries, values, strict=True))
 
     def forward(self, microbatch: int, received: list[Tensor] | None) -> list[Tensor]:
-        named = {**self.named[microbatch], **dict(zip([m.name for m in self.stage.receives], received or [], strict=True))}
         feed = [x.detach().requires_grad_(s.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
-                for x, s in zip(self.feed(named, seed=self.seed), self.program.sources, strict=True)]
+                for x, s in zip([*(received or ()), *self.feeds[microbatch]], self.program.sources, strict=True)]
         feed += [self._unsharded[b].detach().requires_grad_(kind == "detached") for kind, b in self.compute.extra]
         outs, self._saved[microbatch] = self._run("compute", self.compute.module, feed).forward(*feed)
         count = len(self.stage.sends)
         self.outputs[microbatch] = outs[count:]
-        self.store.update_buffers(self.program, outs, last=microbatch == len(self.named) - 1)
+        self.store.update_buffers(self.program, outs, last=microbatch == len(self.feeds) - 1)
         return outs[:count]
 
     def backward(self, microbatch: int, grads: list[Tensor] | None) -> list[Tensor]:
@@ -138,7 +138,3 @@ class StageOfRank:
                 with told(f"compiling stage {self.number or self.stage.index}: {name}"):
                     self._made[name] = self.in_steps(graph, example, early=early)
         return self._made[name]
-
-
-def _nobody(grads: dict[str, Tensor]) -> None:
-    raise AssertionError("a stage keeps its gradients itself")
