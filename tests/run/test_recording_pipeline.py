@@ -104,10 +104,25 @@ def plays(plan: str, actions: list[str], world: int = 2, backend: str = "eager")
     return [b - a for a, b in zip([0, *one], one)]
 
 
+LOOPS = ["loop"] * 3
+"""After which steps are recorded."""
+
+
+def check(plan: str, actions: dict[str, int], world: int = 2, backend: str = "eager") -> None:
+    """What is played back in each of these actions, after a few steps."""
+    found = plays(plan, [*LOOPS, *(name.split(":")[0] for name in actions)], world, backend)
+    assert dict(zip(actions, found[len(LOOPS) :], strict=True)) == actions and found[: len(LOOPS)] == [0, 1, 1]
+
+
 def test_steps_are_played_back_and_no_number_changes():
-    accumulated = ["zero", "forward", "backward", "forward", "backward, scaled", "step"]
-    actions = [*["loop"] * 3, *["loop, other shape", "loop"] * 2, "load", "loop", *["evaluate"] * 3, *accumulated, "loop",
-               "forward", "forget", "loop", "forward", "backward twice", "hold outputs", "loop"]
-    found = plays("pp=2,microbatches=2", actions)
-    expected = [0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 1, 0, 0, 1]
-    assert found == expected
+    check("pp=2,microbatches=2", {
+        "loop, other shape": 0, "loop": 1, "loop, other shape:2": 1, "loop:2": 1, "load": 0, "loop:3": 1,
+        "evaluate": 0, "evaluate:2": 1, "evaluate:3": 1,
+        "zero": 0, "forward": 1, "backward": 0, "forward:2": 1, "backward, scaled": 0, "step": 0, "loop:4": 1,
+        "forward:3": 1, "forget": 0, "loop: its loss is held": 0, "forward:4": 1, "backward twice": 0, "loop:5": 1})
+
+
+def test_what_one_rank_does_has_no_rank_play_back():
+    check("pp=2,microbatches=2", {
+        "one rank holds gradients": 0, "loop": 0, "loop:2": 0, "let go": 0, "loop:3": 1,
+        "one rank moves a parameter": 0, "loop: recorded anew": 1, "loop:4": 1, "move": 0, "loop:5": 0, "loop:6": 1})
