@@ -60,14 +60,12 @@ class StageOfRank:
     def unshard(self) -> None:
         if self.compute.extra and self.phases is not None:
             local = self._parameters()
-            values, _ = self._run("unshard", self.phases.unshard, local).forward(*local)
+            values, _ = self._run("unshard", self.phases.unshard, lambda: local).forward(*local)
             self._unsharded = dict(zip(self.phases.boundaries, values, strict=True))
 
     def forward(self, microbatch: int, received: list[Tensor] | None) -> list[Tensor]:
-        feed = [x.detach().requires_grad_(s.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
-                for x, s in zip([*(received or ()), *self.feeds[microbatch]], self.program.sources, strict=True)]
-        feed += [self._unsharded[b].detach().requires_grad_(kind == "detached") for kind, b in self.compute.extra]
-        outs, self._saved[microbatch] = self._run("compute", self.compute.module, feed).forward(*feed)
+        feed = [*(received or ()), *self.feeds[microbatch], *(self._unsharded[b] for _, b in self.compute.extra)]
+        outs, self._saved[microbatch] = self._run("compute", self.compute.module, lambda: self._example(feed)).forward(*feed)
         count = len(self.stage.sends)
         self.outputs[microbatch] = outs[count:]
         self.store.update_buffers(self.program, outs, last=microbatch == len(self.feeds) - 1)
@@ -113,7 +111,7 @@ class StageOfRank:
         if not self._unreduced or self.phases is None:
             return
         local = self._parameters()
-        reduce = self._run("reduce", self.phases.reduce, local)
+        reduce = self._run("reduce", self.phases.reduce, lambda: local)
         found = reduce.pull_back(local, [self._unreduced.get(b) for b in self.phases.boundaries])
         for name, grad in zip(self._names(), found, strict=True):
             if grad is not None:
@@ -131,9 +129,17 @@ class StageOfRank:
         parameters = [self.store.tensor(n) for n in self._names()]
         return [compat.local_part(p).detach().requires_grad_(p.requires_grad) for p in parameters]
 
-    def _run(self, name: str, graph: fx.GraphModule, example: list[Any]) -> Stepped:
+    def _example(self, feed: list[Any]) -> list[Any]:
+        """The inputs of the stage's program, those that want gradients with that."""
+        wants = [*(s.requires_grad for s in self.program.sources), *(kind == "detached" for kind, _ in self.compute.extra)]
+        return [x.detach().requires_grad_(grad) if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x, grad in zip(feed, wants, strict=True)]
+
+    def _run(self, name: str, graph: fx.GraphModule, inputs: Callable[[], list[Any]]) -> Stepped:
+        """The steps of a graph. inputs: its local inputs, to compile it for."""
         if name not in self._made:
             with torch.enable_grad():
+                example = inputs()
                 early = [] if name != "compute" else self.received if self.splits else range(len(example))
                 with told(f"compiling stage {self.number or self.stage.index}: {name}"):
                     self._made[name] = self.in_steps(graph, example, early=early)

@@ -3,10 +3,14 @@ the whole pool (tests/recorder.py)."""
 
 from __future__ import annotations
 
+import gc
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fxpar
@@ -14,7 +18,7 @@ from fxpar.run import engine, recording
 from tests.processes import launch
 from tests.recorder import Pretended
 from tests.run.test_pipeline import Net
-from tests.run.test_recording import ModuleLoop, done, local
+from tests.run.test_recording import ACTIONS, ModuleLoop, done, local
 
 pytestmark = pytest.mark.multiproc
 
@@ -27,6 +31,8 @@ class PipelineLoop(ModuleLoop):
             patch.setattr(engine, "device_of", lambda _: device)
             torch.manual_seed(0)
             parsed = fxpar.Plan.parse(plan)
+            count = parsed.pp * parsed.virtual_stages
+            parsed = replace(parsed, stage_boundaries=tuple(f"layers.{i * 4 // count}" for i in range(1, count)))
             self.rows = parsed.dp * parsed.microbatches
             self.module = fxpar.parallelize(Net(dropout=0.1, norm=True), parsed, self.batch(0, 2, parsed.dp, 0), backend=backend,
                                             cuda_graphs=device is not None)
@@ -58,11 +64,11 @@ class PipelineLoop(ModuleLoop):
         self.module.train()
 
     def backward_scaled(self) -> None:
-        self.pending.append(self.pending.pop() * 3)
+        self.pending[-1:] = [loss * 3 for loss in self.pending[-1:]]
         self.backward()
 
     def on_the_first_rank(self, what: str) -> None:
-        if torch.distributed.get_rank() == 0:
+        if dist.get_rank() == 0:
             getattr(self, what)()
 
     def hold(self) -> None:
@@ -126,3 +132,51 @@ def test_what_one_rank_does_has_no_rank_play_back():
     check("pp=2,microbatches=2", {
         "one rank holds gradients": 0, "loop": 0, "loop:2": 0, "let go": 0, "loop:3": 1,
         "one rank moves a parameter": 0, "loop: recorded anew": 1, "loop:4": 1, "move": 0, "loop:5": 0, "loop:6": 1})
+
+
+def ended(rank: int) -> tuple[list[int], str]:
+    """How many recordings were not forgotten: of a module that is trained; is gone; of another; whose group has ended. And how
+    that stands."""
+    recording.WARM = recording.TRIED = 1
+    remembered = []
+    for gone in (True, False):
+        device = Pretended()
+        loop = PipelineLoop("pp=2,microbatches=2", device)
+        for _ in range(3):
+            loop.loop()
+        remembered.append(device.remembered)
+        if not gone:
+            dist.destroy_process_group(loop.module.parameter_store.bound.across)
+            remembered.append(device.remembered)
+            return remembered, loop.told()
+        del loop
+        gc.collect()
+        remembered.append(device.remembered)
+    raise AssertionError
+
+
+def test_nothing_is_left_of_recorded_steps_when_their_module_or_a_group_is_gone():
+    for found in launch(2, ended):
+        assert found == ([1, 0, 1, 0], "off: a process group over which it was recorded has ended")
+
+
+ANY = [*sorted(ACTIONS.keys() - {"loop, other shape", "forward, other shape"}), *OF_PIPELINES, *["loop"] * 12, *["let go"] * 15]
+"""What is done in any order; a loop is most often."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["pp=2,microbatches=2,schedule=zb1p", "pp=2,microbatches=2,schedule=zbv,virtual_stages=2",
+                                  "pp=2,microbatches=2,schedule=interleaved1f1b,virtual_stages=2", "pp=2",
+                                  "pp=2,dp=2,microbatches=2", "pp=2,dp=2,zero=1,microbatches=2",
+                                  "pp=2,dp=2,zero=2,microbatches=2", "pp=2,dp=2,zero=3,microbatches=2",
+                                  "pp=2,tp=2,microbatches=2", "pp=4,microbatches=4"])
+def test_no_number_changes_under_any_plan(plan):
+    parsed = fxpar.Plan.parse(plan)
+    actions = random.Random(plan).choices(ANY, k=80)
+    assert sum(plays(plan, [*LOOPS, *actions], parsed.pp * parsed.dp * parsed.tp)) > 10
+
+
+@pytest.mark.slow
+def test_compiled_steps():
+    check("pp=2,microbatches=2", {"loop": 1, "evaluate": 0, "evaluate:2": 1, "forward": 1, "backward twice": 0, "loop:2": 1},
+          backend="inductor")
