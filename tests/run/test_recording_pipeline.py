@@ -167,6 +167,7 @@ ANY = [*sorted(ACTIONS.keys() - {"loop, other shape", "forward, other shape"}), 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["pp=2,microbatches=2,schedule=zb1p", "pp=2,microbatches=2,schedule=zbv,virtual_stages=2",
                                   "pp=2,microbatches=2,schedule=interleaved1f1b,virtual_stages=2", "pp=2",
+                                  "pp=2,microbatches=4,schedule=gpipe",
                                   "pp=2,dp=2,microbatches=2", "pp=2,dp=2,zero=1,microbatches=2",
                                   "pp=2,dp=2,zero=2,microbatches=2", "pp=2,dp=2,zero=3,microbatches=2",
                                   "pp=2,tp=2,microbatches=2", "pp=4,microbatches=4"])
