@@ -58,6 +58,9 @@ from fxpar.run.updates import OptimizerSteps
 from fxpar.sharding.facts import local_value, sharding_at
 from fxpar.sharding.layout import Sharding
 
+COUNTED = "how many rows go to each expert is known only on the host, step by step"
+"""Why no program with such rows is recorded."""
+
 
 @dataclass
 class Compiled:
@@ -428,7 +431,7 @@ class Engine:
         self.store.runtime.prepare(program.module)
         feed = Feed(program, self.store.places, self._steps.gradients, self.device, self._edges.once)
         start = Start(program, named, len(self.programs))
-        refused = "how many rows go to each expert is known only on the host, step by step" if counts_rows(program.graph) else None
+        refused = COUNTED if counts_rows(program.graph) else None
         if self.plan.pp > 1:
             pipeline = start.lower(lambda later: Pipeline(program, self.stages(program), self._schedule(), self.store,
                                                           self._in_steps, self._all_or_none.record(program, refused)))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
