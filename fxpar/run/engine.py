@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.backends import eager
 from fxpar.backends.transport import copies
-from fxpar.backends.transport.control import Check, Outcome
 from fxpar.errors import CaptureError, InputError, MismatchError, UnsupportedOperator
 from fxpar.garbage import few_collections
 from fxpar.model import inputs as calls
@@ -39,7 +37,7 @@ from fxpar.report.timings import STEP
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
 from fxpar.run.batches import BatchChecks
-from fxpar.run.compared import CHECKED_EVERY
+from fxpar.run.compared import CHECKED_EVERY, tell_all
 from fxpar.run.drift import DriftChecks
 from fxpar.run.edges import Edges, with_full_outputs
 from fxpar.run.feed import Feed
@@ -300,7 +298,7 @@ class Engine:
                        *((x.judge, x.due()) for x in (self._all_or_none, self._scales, self._drift))]
             compared = *key, *self._circumstances(calls.leaves(call), last)
             await_agreement = agree_on_call(self._control, name, compared, self._names, [one for _, some in due for one in some],
-                                            functools.partial(_judge, due))
+                                            functools.partial(tell_all, due))
             try:
                 return named, *self._lookup(prepared, named, count, key, await_agreement)
             except (CaptureError, UnsupportedOperator):
@@ -485,13 +483,6 @@ class Engine:
 def _of_all(captured: tuple, of_kinds: tuple[int, ...]) -> tuple:
     """What a captured program depends on, with what is trained on ranks of all kinds, where there are several."""
     return (*captured[:TRAINED], (captured[TRAINED], of_kinds), *captured[TRAINED + 1 :]) if of_kinds else captured
-
-
-def _judge(due: Sequence[tuple[Callable[[list[Outcome]], None], list[Check]]], outcomes: Iterable[Outcome]) -> None:
-    """Tell each that had something compared of the outcomes."""
-    made = iter(outcomes)
-    for judge, checks in due:
-        judge([*islice(made, len(checks))])
 
 
 def _shape(named: Mapping[str, Any]) -> str:
