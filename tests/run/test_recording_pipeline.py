@@ -186,6 +186,6 @@ def test_no_number_changes_under_any_plan(plan):
 
 
 @pytest.mark.slow
-def test_compiled_steps():
-    check("pp=2,microbatches=2", {"loop": 1, "evaluate": 0, "evaluate:2": 1, "forward": 1, "backward twice": 0, "loop:2": 1},
-          backend="inductor")
+@pytest.mark.parametrize("plan, world", [("pp=2,microbatches=2", 2), ("pp=2,dp=2,zero=1,microbatches=2,schedule=zb1p", 4)])
+def test_compiled_steps(plan, world):
+    check(plan, {"loop": 1, "evaluate": 0, "evaluate:2": 1, "forward": 1, "backward twice": 0, "loop:2": 1}, world, "inductor")
