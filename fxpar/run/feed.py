@@ -27,10 +27,10 @@ def stays(source: Source) -> bool:
 
 
 def value_of(source: Source, places: Mapping[str, ModuleSlot], device: torch.device, named: Mapping[str, Any], seed: int) -> Any:
-    """What a program takes for a source that is no parameter; see `Feed`."""
-    if source.kind == "buffer":
+    """What a program takes for one source, of a parameter this rank's part; see `Feed`."""
+    if source.kind in ("param", "buffer"):
         table, key = places[source.name]
-        return table[key]
+        return table[key] if source.kind == "buffer" else compat.local_part(table[key])
     if source.kind == "constant":
         return _constant(source, device)
     if source.kind == "seed":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxpar import compat
@@ -41,7 +40,8 @@ class StepFeed:
         for key, source in self._sources.items():
             passed = source.kind in ("input", "microbatch")
             of_each = passed and any(m[source.name] is not microbatches[0][source.name] for m in microbatches)
-            values = [self._value(source, m, seed) for m in (microbatches if of_each else microbatches[:1])]
+            values = [value_of(source, self.store.places, self.store.device, m, seed)
+                      for m in (microbatches if of_each else microbatches[:1])]
             if not isinstance(values[0], Tensor):
                 self._others[key] = values[0]
                 continue
@@ -69,9 +69,3 @@ class StepFeed:
         table, key = self.store.places.get(name, ({}, name))
         found = table.get(key)
         return found if found is None or name not in self.store.layouts else compat.memory(found)
-
-    def _value(self, source: Source, named: dict[str, Any], seed: int) -> Any:
-        if source.kind == "param":
-            return compat.local_part(self.store.tensor(source.name))
-        value = value_of(source, self.store.places, self.store.device, named, seed)
-        return value.detach() if isinstance(value, torch.Tensor) else value
