@@ -66,6 +66,13 @@ class PipelineLoop(ModuleLoop):
         self.pending[-1:] = [loss * 3 for loss in self.pending[-1:]]
         self.backward()
 
+    def backward_again(self) -> None:
+        """What was handed out is in ``.grad``, and may be there alone."""
+        for loss in self.pending[-1:]:
+            self.backward()
+            with pytest.raises(RuntimeError, match=r"second backward pass.*retain_graph=True"):
+                loss.backward()
+
     def on_the_first_rank(self, what: str) -> None:
         if dist.get_rank() == 0:
             getattr(self, what)()
@@ -79,6 +86,7 @@ class PipelineLoop(ModuleLoop):
 
 OF_PIPELINES = {
     "backward, scaled": lambda x: x.backward_scaled(),
+    "backward, and again": lambda x: x.backward_again(),
     "one rank holds gradients": lambda x: x.on_the_first_rank("hold"),
     "one rank moves a parameter": lambda x: x.on_the_first_rank("move"),
 }
@@ -131,7 +139,8 @@ def test_what_a_loop_may_do():
         "loop, other shape": 0, "loop": 1, "loop, other shape:2": 1, "loop:2": 1, "load": 0, "loop:3": 1,
         "evaluate": 0, "evaluate:2": 1, "evaluate:3": 1,
         "zero": 0, "forward": 1, "backward": 0, "forward:2": 1, "backward, scaled": 0, "step": 0, "loop:4": 1,
-        "forward:3": 1, "forget": 0, "loop: its loss is held": 0, "forward:4": 1, "backward twice": 0, "loop:5": 1})
+        "forward:3": 1, "forget": 0, "loop: its loss is held": 0, "forward:4": 1, "backward twice": 0, "loop:5": 1,
+        "forward:5": 1, "backward, and again": 0, "loop:6": 1})
 
 
 @pytest.mark.slow
