@@ -4,6 +4,7 @@
     python benchmarks/host.py --kinds                and what it does in them, by kind, from a profile
     python benchmarks/host.py --transport nccl       by the operators of a process group instead of copies
     python benchmarks/host.py --recorded             what is left where forward and backward are played back (by nothing)
+    python benchmarks/host.py --plan pp=2,microbatches=4 --recorded        the same of a step of a pipeline, all in its forward
 
 The model is so small that computing takes little, and communication is pretended: what would be copied from another GPU is copied
 in this process, and kernels that go by tables of addresses are not run. So losses mean nothing here, and what CUDA's own calls
@@ -24,8 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fxpar
 from fxpar.backends.inductor import buckets, prefetch
 from fxpar.backends.transport import addresses, copies
-from fxpar.backends.transport.control import Control
+from fxpar.backends.transport.control import LEAST, Control, digest
 from fxpar.run import engine
+from fxpar.run.agreement import NOTHING
 
 PARTS = ("forward", "backward", "clip", "optimizer")
 
@@ -56,9 +58,11 @@ class NoLaunch:
 
 
 class Agreed:
-    """A side channel over which the other rank always says the same."""
+    """A side channel over which the other rank always says the same; one of another kind, that it trains nothing."""
 
     def allreduce(self, tensors, options):
+        pairs, nothing = tensors[0].view(-1, 2), digest(NOTHING)
+        pairs[(pairs == LEAST).all(1)] = torch.tensor([nothing, -nothing])
         return self
 
     def wait(self):
@@ -147,7 +151,7 @@ def build(args):
         num_key_value_heads=2, vocab_size=256, max_position_embeddings=64, use_cache=False, tie_word_embeddings=False,
         attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    tokens = torch.randint(0, 256, (1, 16))
+    tokens = torch.randint(0, 256, (fxpar.Plan.parse(args.plan).microbatches, 16))
     batch = dict(input_ids=tokens, labels=tokens)
     module = fxpar.parallelize(LlamaForCausalLM(config).float().train(), args.plan, batch, backend="inductor", blocks=args.blocks,
                                transport=args.transport, check_batches=0, cuda_graphs=args.recorded)

@@ -2,6 +2,7 @@
 
     PYTHONPATH=. torchrun --nproc-per-node=2 tests/recording_program.py dp=2,zero=3 llama 200
     PYTHONPATH=. torchrun --nproc-per-node=2 tests/recording_program.py "dp=2,zero=3;dp=2;tp=2" blocks 60
+    PYTHONPATH=. torchrun --nproc-per-node=2 tests/recording_program.py "pp=2,microbatches=4,schedule=1f1b" blocks 60
 
 Batches and learning rates change, gradients are accumulated, two shapes come in turn, evaluations come between, outputs and
 gradients are held over a step, and a checkpoint is loaded again. Rank 0 prints one JSON line: the largest difference of a loss,

@@ -6,6 +6,8 @@ engine      captures, compiles and runs programs, one for every kind of call (wi
 start       the first run of a program: timed, and said
 feed        the local inputs of a program, call by call
 recording   forward and backward recorded and played back by the GPU (with pool: memory that recordings lend)
+recorded_step  the same of whole steps of a pipeline (with step_feed: what they take; own_memory: gradients that are scaled in it)
+pipeline    whole steps of a rank of a pipeline (with stage: one stage of it; post: messages between ranks)
 steps       which of a step's phases runs when: unshard, compute, reduce (with gradients: those not reduced yet)
 microbatches  a training step of several forwards and backwards that add up to the whole batch's
 agreement   what ranks exchange, so that they all run or all raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from torch import Tensor
 
@@ -68,3 +69,10 @@ class Compared:
 
     def compared(self, outcome: list[int | None]) -> None:
         """Told of every comparison that raised nothing: the numbers of the slots of the first check."""
+
+
+def tell_all(due: Sequence[tuple[Callable[[list[Outcome]], None], list[Check]]], outcomes: Iterable[Outcome]) -> None:
+    """Tell each that had something compared of the outcomes."""
+    made = iter(outcomes)
+    for told, checks in due:
+        told([*islice(made, len(checks))])

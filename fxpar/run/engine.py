@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from fxpar import compat
 from fxpar.backends import eager
 from fxpar.backends.transport import copies
-from fxpar.backends.transport.control import Outcome
 from fxpar.errors import CaptureError, InputError, MismatchError, UnsupportedOperator
 from fxpar.garbage import few_collections
 from fxpar.model import inputs as calls
@@ -38,7 +37,7 @@ from fxpar.report.timings import STEP
 from fxpar.run import microbatches, programs, storage
 from fxpar.run.agreement import agree_on_call, agree_on_program
 from fxpar.run.batches import BatchChecks
-from fxpar.run.compared import CHECKED_EVERY
+from fxpar.run.compared import CHECKED_EVERY, tell_all
 from fxpar.run.drift import DriftChecks
 from fxpar.run.edges import Edges, with_full_outputs
 from fxpar.run.feed import Feed
@@ -46,6 +45,7 @@ from fxpar.run.loss import loss_of
 from fxpar.run.numbers import Numbers
 from fxpar.run.outputs import as_output
 from fxpar.run.pipeline import Pipeline
+from fxpar.run.recorded_step import AllOrNone
 from fxpar.run.recording import RecordedProgram, Recordings, device_of, gradients_of
 from fxpar.run.scales import ScaleChecks
 from fxpar.run.start import Start
@@ -55,6 +55,9 @@ from fxpar.run.transport import choose_transport, overlap_told
 from fxpar.run.updates import OptimizerSteps
 from fxpar.sharding.facts import local_value, sharding_at
 from fxpar.sharding.layout import Sharding
+
+COUNTED = "how many rows go to each expert is known only on the host, step by step"
+"""Why no program with such rows is recorded."""
 
 
 @dataclass
@@ -122,10 +125,9 @@ class Engine:
         graphs, off = device_of(self.device), None
         if graphs is None or (backend is eager and self.device.type == "cuda"):
             off = "code that is compiled for a GPU is recorded, and this is none"
-        elif plan.pp > 1:
-            off = "what a rank of a pipeline runs is not recorded"
         self.recordings = Recordings(cuda_graphs, graphs, store.control, functools.partial(gradients_of, store.model),
                                      functools.partial(copies.begin_anew, store.runtime), off, store.bound.communicates_over)
+        self._all_or_none = AllOrNone(self.recordings, self.plan.pp)
 
     def copied(self, store: ParameterStore) -> Engine:
         """An engine that runs the model of another store as this one runs its own; it has captured nothing yet."""
@@ -292,11 +294,11 @@ class Engine:
                 prepared = self._numbers.prepared(call)
                 named = with_full_outputs(calls.leaves(prepared))
                 key = *self._captured(prepared, named, count), torch.is_grad_enabled()
-                batch = self._batches.due(named, self._batch_dims)
-                scales, weights = self._scales.due(), self._drift.due()
+                due = [(self._batches.judge, self._batches.due(named, self._batch_dims)),
+                       *((x.judge, x.due()) for x in (self._all_or_none, self._scales, self._drift))]
             compared = *key, *self._circumstances(calls.leaves(call), last)
-            await_agreement = agree_on_call(self._control, name, compared, self._names, [*batch, *scales, *weights],
-                                            functools.partial(self._judge, len(batch), len(scales)))
+            await_agreement = agree_on_call(self._control, name, compared, self._names, [one for _, some in due for one in some],
+                                            functools.partial(tell_all, due))
             try:
                 return named, *self._lookup(prepared, named, count, key, await_agreement)
             except (CaptureError, UnsupportedOperator):
@@ -338,11 +340,6 @@ class Engine:
         numbers = tuple([x for x in passed.values() if type(x) is float])
         return (numbers, not last, (seeds.base, seeds.calls), watch.taken(), watch.taken_backwards(), watch.failures,
                 self._depends.have_gradients(), self._optimizers.taken(), self.recordings.held())
-
-    def _judge(self, batch: int, scales: int, outcomes: list[Outcome]) -> None:
-        self._batches.judge(outcomes[:batch])
-        self._scales.judge(outcomes[batch : batch + scales])
-        self._drift.judge(outcomes[batch + scales :])
 
     def require_alike(self) -> None:
         """Raises: `MismatchError`, on all ranks, if copies of a parameter or buffer differ."""
@@ -432,15 +429,15 @@ class Engine:
         self.store.runtime.prepare(program.module)
         feed = Feed(program, self.store.places, self._steps.gradients, self.device, self._edges.once)
         start = Start(program, named, len(self.programs))
+        refused = COUNTED if counts_rows(program.graph) else None
         if self.plan.pp > 1:
             pipeline = start.lower(lambda later: Pipeline(program, self.stages(program), self._schedule(), self.store,
-                                                          self._in_steps))
+                                                          self._in_steps, self._all_or_none.record(program, refused)))
             return Compiled(program, feed, _nothing, start, pipeline)
         if program.microbatches is not None:
             named = microbatches.parts(program, feed, named, 0, self.store.runtime)[0]
         example = feed(named)
-        recorded = self.recordings.of(program, "how many rows go to each expert is known only on the host, step by step"
-                                      if counts_rows(program.graph) else None)
+        recorded = self.recordings.of(program, refused)
         with few_collections() if self.device.type == "cuda" else contextlib.nullcontext():
             run = start.lower(lambda later: self._lower(program.module, example, later=later, recorder=recorded))
         return Compiled(program, feed, run, start, recorded=recorded)

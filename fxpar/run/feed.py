@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -18,6 +19,36 @@ from fxpar.run.steps import Microbatch
 
 ModuleSlot = tuple[dict[str, Any], str]
 """The table of a module, and the name in it, of a parameter or buffer."""
+
+
+def stays(source: Source) -> bool:
+    """Whether a source's tensor is the same in every call, as long as nobody moves it."""
+    return source.kind in ("param", "buffer") or (source.kind == "constant" and source.place is None)
+
+
+def value_of(source: Source, places: Mapping[str, ModuleSlot], device: torch.device, named: Mapping[str, Any], seed: int) -> Any:
+    """What a program takes for one source, of a parameter this rank's part; see `Feed`."""
+    if source.kind in ("param", "buffer"):
+        table, key = places[source.name]
+        return table[key] if source.kind == "buffer" else compat.local_part(table[key])
+    if source.kind == "constant":
+        return _constant(source, device)
+    if source.kind == "seed":
+        return torch.full((), seed, dtype=torch.int64, device=device)  # the host waits for no copy
+    leaf = named[source.name]
+    return leaf.to(device).contiguous() if isinstance(leaf, Tensor) else leaf
+
+
+def _constant(source: Source, device: torch.device) -> Any:
+    if source.place is None:
+        source.value = source.value.to(device)
+        return source.value
+    table, key = source.place
+    value = table[key]
+    if not isinstance(value, Tensor) or value.shape != source.value.shape or value.dtype != source.value.dtype:
+        raise InputError(f"the attribute {key!r} that the forward reads is no longer a tensor of shape "
+                         f"{tuple(source.value.shape)} and dtype {source.value.dtype}; register it as a buffer")
+    return value.detach().to(device).contiguous()
 
 
 class _ToLocal(torch.autograd.Function):
@@ -92,28 +123,9 @@ class Feed:
         for source in self.program.sources:
             if source.kind == "param":
                 feed.append(next(locals_))
-            elif source.kind == "buffer":
-                table, key = self.places[source.name]
-                feed.append(table[key])
-            elif source.kind == "constant":
-                feed.append(self._constant(source))
-            elif source.kind == "seed":
-                feed.append(torch.full((), seed, dtype=torch.int64, device=self.device))  # the host waits for no copy
             else:
-                leaf = named[source.name]
-                feed.append(leaf.to(self.device).contiguous() if isinstance(leaf, Tensor) else leaf)
+                feed.append(value_of(source, self.places, self.device, named, seed))
         return [*feed, *locals_, *(microbatch.inputs if microbatch is not None else ())]
-
-    def _constant(self, source: Source) -> Any:
-        if source.place is None:
-            source.value = source.value.to(self.device)
-            return source.value
-        table, key = source.place
-        value = table[key]
-        if not isinstance(value, Tensor) or value.shape != source.value.shape or value.dtype != source.value.dtype:
-            raise InputError(f"the attribute {key!r} that the forward reads is no longer a tensor of shape "
-                             f"{tuple(source.value.shape)} and dtype {source.value.dtype}; register it as a buffer")
-        return value.detach().to(self.device).contiguous()
 
     def _link(self, parameters: list[Tensor]) -> tuple[Tensor, ...]:
         """The parameters' parts on this rank, from which gradients come back to them."""

@@ -15,7 +15,7 @@ from fxpar.ops.runtime import use_runtime
 from fxpar.passes.capture.attributes import put_back
 from fxpar.passes.strategies.prologue import joined
 from fxpar.program import Microbatches, Program
-from fxpar.run.feed import Feed
+from fxpar.run.feed import Feed, value_of
 from fxpar.sharding.facts import local_value, sharding_at
 from fxpar.sharding.layout import Piece, Sharding
 from fxpar.sharding.mesh import MICROBATCH
@@ -42,9 +42,9 @@ def parts(program: Program, feed: Feed, named: dict[str, Any], seed: int, runtim
     passed: list[dict[str, Any]] = [{} for _ in made]
     if step.index is not None:
         for i, mine in enumerate(passed):
-            mine[step.index] = torch.tensor(i)
+            mine[step.index] = torch.full((), i, dtype=torch.int64, device=feed.device)  # the host waits for no copy
     if step.prologue is not None:
-        outs = _prologue(program, step, feed, made, seed, runtime)
+        outs = _prologue(step, feed, made, seed, runtime)
         for name, places in step.passed.items():
             for mine, place in zip(passed, places, strict=True):
                 mine[name] = outs[place]
@@ -52,16 +52,13 @@ def parts(program: Program, feed: Feed, named: dict[str, Any], seed: int, runtim
 
 
 @torch.no_grad()
-def _prologue(program: Program, step: Microbatches, feed: Feed, made: list[dict[str, Any]], seed: int,
-              runtime: GroupRuntime) -> list[Tensor]:
+def _prologue(step: Microbatches, feed: Feed, made: list[dict[str, Any]], seed: int, runtime: GroupRuntime) -> list[Tensor]:
     """What the prologue computes from all microbatches of this rank, together with the other ranks."""
     assert step.prologue is not None
-    nothing = {s.name: None for s in program.sources if s.kind == "microbatch"}
-    feeds = [feed({**mine, **nothing}, seed=seed) for mine in made]
     runtime.prepare(step.prologue)
-    place = {id(s): k for k, s in enumerate(program.sources)}
+    given = [value_of(source, feed.places, feed.device, made[i or 0], seed) for source, i in step.prologue_inputs]
     with use_runtime(runtime):
-        return run_flat(step.prologue, [feeds[i or 0][place[id(source)]] for source, i in step.prologue_inputs])
+        return run_flat(step.prologue, given)
 
 
 def train(program: Program, microbatches: list[dict[str, Any]], forward: Callable[[dict[str, Any], bool], list[Tensor]],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ from fxpar.pipeline.schedules import Kind, Schedule
 from fxpar.program import Program
 from fxpar.run.loss import loss_among
 from fxpar.run.microbatches import step_output
+from fxpar.run.own_memory import apart, scale_in_place
 from fxpar.run.post import GroupPost
+from fxpar.run.recorded_step import RecordedStep
 from fxpar.run.stage import InSteps, StageOfRank
+from fxpar.run.step_feed import StepFeed
 from fxpar.run.store import ParameterStore
 from fxpar.sharding.facts import full_value
 
@@ -30,12 +33,14 @@ FORWARD = (Kind.UNSHARD, Kind.F, Kind.SEND_F, Kind.RECV_F)
 class Pipeline:
     """Runs whole steps of a program on this rank of a pipeline.
 
-    stages: of the whole program, in order. schedule: of as many stages, over as many ranks as there are kinds of ranks.
+    stages: of the whole program, in order. schedule: of as many stages, over as many ranks as there are kinds of ranks. recorded:
+    what records steps and plays them back.
     Raises: `CaptureError` for a program that stores tensors in attributes, or reads a buffer on another stage than the one where
     microbatches update it.
     """
 
-    def __init__(self, program: Program, stages: Sequence[Stage], schedule: Schedule, store: ParameterStore, in_steps: InSteps):
+    def __init__(self, program: Program, stages: Sequence[Stage], schedule: Schedule, store: ParameterStore, in_steps: InSteps,
+                 recorded: RecordedStep | None = None):
         assert store.bound.across is not None
         _require_apart(program, stages)
         self.program, self.schedule, self.store = program, schedule, store
@@ -45,44 +50,74 @@ class Pipeline:
                         for k, (s, stage) in enumerate(self.stages.items(), 1)}
         self.loss = loss_among(program)
         self.makers = {output: stage.index for stage in stages for output in stage.outputs}
+        self.feed = StepFeed([stage.program for stage in self.stages.values()], store,
+                             [s.name for s in program.sinks if s.kind == "buffer"])
+        self._recorded = recorded
         self._graded: dict[str, bool] = {}
 
     def train(self, microbatches: list[dict[str, Any]], seed: int) -> dict[int, Tensor]:
         """The loss of a step, by its number. Its backward hands out the gradients, which are made here."""
         assert self.loss is not None
-        self._run(microbatches, seed, tuple(Kind))
+        tensors = {name: self.store.tensor(name) for name in self._parameters()}
+        wanted = compat.want_gradients([*tensors.values()])
+        trained = {name: p for (name, p), wants in zip(tensors.items(), wanted, strict=True) if wants}
+
+        def step(flat: list[Tensor]) -> list[Tensor | None]:
+            grads = self._trained(flat, len(microbatches))
+            return [self._loss(), *apart([grads.get(name) for name in trained], flat)]
+
+        loss, *grads = self._run(step, microbatches, seed, returned=1)
+        compat.attach_hooks([*trained.values()])
+        return {self.loss: _HandOut.apply(loss, torch.zeros((), requires_grad=True), grads, *trained.values())}
+
+    def evaluate(self, microbatches: list[dict[str, Any]], seed: int) -> dict[int, Tensor]:
+        """The outputs of a forward, by their numbers: the loss on every rank, the others on the ranks whose stages make them."""
+        sinks = self.program.tensor_sinks()
+        numbers = list(dict.fromkeys(k for s in self.stages.values() for k in s.outputs if sinks[k].kind == "output"))
+
+        def step(flat: list[Tensor]) -> list[Tensor | None]:
+            self._do(flat, len(microbatches), FORWARD)
+            made = [self._joined(k) for k in numbers]
+            self._send_buffers()
+            return [*made, self._loss()]
+
+        *made, loss = self._run(step, microbatches, seed, returned=len(numbers) + 1)
+        return dict(zip(numbers, made, strict=True)) | ({} if self.loss is None else {self.loss: loss})
+
+    @torch.no_grad()
+    def _run(self, step: Callable[[list[Tensor]], list[Tensor | None]], microbatches: list[dict[str, Any]], seed: int,
+             returned: int) -> Sequence[Any]:
+        """What a step makes of what this rank takes, recorded or as it is. returned: see `RecordedStep.run`."""
+        flat = self.feed(microbatches, seed)
+        try:
+            return step(flat) if self._recorded is None else self._recorded.run(step, self.feed, flat, returned)
+        finally:
+            for runner in self.runners.values():
+                runner.end()
+
+    def _trained(self, flat: list[Tensor], microbatches: int) -> dict[str, Tensor]:
+        """The gradients of a step, by the names of parameters."""
+        self._do(flat, microbatches, tuple(Kind))
         grads: dict[str, Tensor] = {}
         for runner in self.runners.values():
             for name, grad in runner.grads.items():
                 grads[name] = grads[name] + grad if name in grads else grad
         self._sum_shared(grads)
         self._send_buffers()
-        names = [n for n in self._parameters() if self.store.tensor(n).requires_grad]
-        parameters = [self.store.tensor(n) for n in names]
-        compat.attach_hooks(parameters)
-        loss = _HandOut.apply(self._loss(), torch.zeros((), requires_grad=True), [grads.get(n) for n in names], *parameters)
-        return {self.loss: loss}
+        return grads
 
-    @torch.no_grad()
-    def evaluate(self, microbatches: list[dict[str, Any]], seed: int) -> dict[int, Tensor]:
-        """The outputs of a forward, by their numbers: the loss on every rank, the others on the ranks whose stages make them."""
-        self._run(microbatches, seed, FORWARD)
-        made = {k: self._joined(k) for stage in self.stages.values() for k in stage.outputs}
-        self._send_buffers()
-        loss = self._loss()
-        return made if self.loss is None else made | {self.loss: loss}
-
-    def _run(self, microbatches: list[dict[str, Any]], seed: int, kinds: tuple[Kind, ...]) -> None:
+    def _do(self, flat: list[Tensor], microbatches: int, kinds: tuple[Kind, ...]) -> None:
+        """All actions of these kinds. flat: what the feed has made."""
         step = self.program.microbatches
         for stage, runner in self.runners.items():
             outputs = self.stages[stage].outputs
             weight = 1.0 if step is None or self.loss is None else step.weight(self.loss)
-            runner.begin(microbatches, seed, {outputs.index(self.loss): weight} if self.loss in outputs else {})
+            runner.begin(self.feed.of_stage(runner.program, flat, microbatches),
+                         {outputs.index(self.loss): weight} if self.loss in outputs else {})
         post = GroupPost(self.across, self.stages, self.store.device)
-        with torch.no_grad():
-            for _ in Execution(self.schedule, self.rank, self.runners, post, kinds).run():
-                raise AssertionError("a rank of its own waits until messages arrive")
-            post.finish()
+        for _ in Execution(self.schedule, self.rank, self.runners, post, kinds).run():
+            raise AssertionError("a rank of its own waits until messages arrive")
+        post.finish()
 
     def _joined(self, output: int) -> Tensor:
         """This rank's part of one of its outputs of the step."""
@@ -145,7 +180,7 @@ def _require_apart(program: Program, stages: Sequence[Stage]) -> None:
 
 
 class _HandOut(torch.autograd.Function):
-    """A loss whose gradients are there already: backward scales them and hands them out."""
+    """A loss whose gradients are there already, each in memory of its own: backward scales them and hands them out."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, _: Tensor, grads: list[Tensor | None], *parameters: Tensor):
@@ -155,6 +190,14 @@ class _HandOut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *scales: Tensor):
-        (scale,) = scales
-        pairs = zip(ctx.grads, ctx.parameters, strict=True)
-        return (None, None, None, *(None if g is None else compat.like_dtensor(g * scale.to(g.dtype), p) for g, p in pairs))
+        (scale,), grads = scales, ctx.grads
+        if grads is None:
+            raise RuntimeError("a second backward pass through a step of a pipeline, whose gradients are handed out: give the "
+                               "first one retain_graph=True")
+        if compat.keeps_graph():
+            grads = [None if g is None else g * scale.to(g.dtype) for g in grads]
+        else:
+            ctx.grads = None
+            scale_in_place([g for g in grads if g is not None], scale)
+        return (None, None, None, *(None if g is None else compat.like_dtensor(g, p)
+                                    for g, p in zip(grads, ctx.parameters, strict=True)))

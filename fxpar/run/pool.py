@@ -192,6 +192,10 @@ class Recording:
         """Whether what is to stay where it is has done so."""
         return all(inputs[i].data_ptr() == address for i, address in self._addresses)
 
+    def stays(self, addresses: Sequence[int]) -> bool:
+        """As `fits`, by where that is now, in order."""
+        return [address for _, address in self._addresses] == list(addresses)
+
     def forget(self) -> None:
         """It is not played back any more; what lies in its memory stays."""
         self.replay.forget()
@@ -222,13 +226,13 @@ class Recording:
         return [None if p is None else p.of_inputs(inputs) if p.input is not None else p.within(storage, begins)
                 for p in places], storage
 
-    def lend(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Any]]:
-        """Outputs, each in a storage of its own as far as they share no memory, and the storages. One output twice
-        is two."""
+    def lend(self, inputs: Sequence[Tensor], begin: int = 0) -> tuple[list[Tensor | None], list[Any]]:
+        """Outputs from this one on, each in a storage of its own as far as they share no memory, and the storages. One output
+        twice is two."""
         storages: dict[int, Any] = {}
         outs: list[Tensor | None] = []
         seen: set[int] = set()
-        for p in self.places:
+        for p in self.places[begin:]:
             if p is None or p.input is not None:
                 outs.append(None if p is None else p.of_inputs(inputs))
                 continue

@@ -25,7 +25,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from fxpar import compat
 from fxpar.backends.transport.control import Control
 from fxpar.program import Program
+from fxpar.run.feed import stays
 from fxpar.run.pool import Device, Loan, Pool, Recording
 
 WARM = 3
@@ -104,6 +105,9 @@ class Vote:
     size: int
 
 
+R = TypeVar("R", bound="RecordedProgram")
+
+
 class Recordings:
     """Those of one module, on one rank.
 
@@ -139,18 +143,23 @@ class Recordings:
         """What records a program, with gradients or, where they are off now, without. refused: why it cannot be recorded."""
         if self.off is not None or self.device is None:
             return None
-        grad = torch.is_grad_enabled()
-        fixed = frozenset(i for i, s in enumerate(program.sources) if s.kind in ("param", "buffer")
-                          or (s.kind == "constant" and s.place is None))
-        made = self._made.setdefault(id(program), (program, {}))[1]
-        made[grad] = RecordedProgram(self, self.device, fixed, refused)
-        return made[grad]
+        fixed = frozenset(i for i, s in enumerate(program.sources) if stays(s))
+        return self.add(program, RecordedProgram(self, self.device, fixed, refused))
+
+    def add(self, program: Program, recorded: R) -> R:
+        """Have this be what records a program."""
+        self._made.setdefault(id(program), (program, {}))[1][torch.is_grad_enabled()] = recorded
+        return recorded
+
+    def recorded(self) -> list[RecordedProgram]:
+        """What is recorded now, in an order that is the same on all ranks."""
+        return [p for _, made in self._made.values() for p in made.values() if p.is_recorded]
 
     def held(self) -> str | None:
         """What ranks compare before a call: why none of what is recorded may be played back in it. NCCL wants a recording played
         back by all ranks or by none."""
-        recorded = self.control.world > 1 and any(p.is_recorded for _, made in self._made.values() for p in made.values())
-        return self.pool.obstacle() if recorded else None
+        alike = self.control.world > 1 and any(not p.together for p in self.recorded())
+        return self.pool.obstacle() if alike else None
 
     def drop(self, program: Program) -> None:
         """The program will not be run again."""
@@ -182,8 +191,10 @@ class RecordedProgram:
     """The codes of one compiled program, as they are run, recorded and played back: a `fxpar.compat.CodeRecorder`.
 
     told: how it stands, for people. Ranks run a program equally often, so what depends on the number of its runs alone is the
-    same on all.
+    same on all. together: ranks find out before each call whether all of them can play it back; else they have to be alike in it.
     """
+
+    together = False
 
     def __init__(self, of: Recordings, device: Device, fixed: frozenset[int], refused: str | None):
         self._all, self._device, self._program_inputs = of, device, fixed
@@ -242,17 +253,26 @@ class RecordedProgram:
         if self._forward is None:
             return self._plainly(code, inputs) if self._off is None else code(inputs)
         self._all.anew()
-        obstacle = obstacle or (None if self._forward.fits(inputs) else MOVED) or self._pool.obstacle()
+        obstacle = self._in_the_way(self._forward, inputs, obstacle)
         if obstacle is not None:
             self._note("forward", obstacle)
             outs = code(inputs)
             self._all.anew()
             return outs
-        recorded, returned = self._forward, self._returned if self._trains else len(self._forward.places)
+        recorded = self._forward
         if self._tried:
             recorded.play(inputs)
         else:
             self._timed(lambda: recorded.play(inputs))
+        return self._handed_out(recorded, inputs)
+
+    def _in_the_way(self, recorded: Recording, inputs: list[Any], obstacle: str | None) -> str | None:
+        """Why a forward is not played back. obstacle: `_occupied`."""
+        return obstacle or (None if recorded.fits(inputs) else MOVED) or self._pool.obstacle()
+
+    def _handed_out(self, recorded: Recording, inputs: list[Any]) -> list[Any]:
+        """What a forward that was played back has made."""
+        returned = self._returned if self._trains else len(recorded.places)
         outs = list(recorded.copies(inputs, recorded.places[:returned]))
         if self._trains:
             saved, storage = recorded.lend_together(inputs, recorded.places[returned:])

@@ -13,8 +13,6 @@ from fxpar.backends.stepped import SavedForBackward, SavedForWeightGradients, St
 from fxpar.passes.partition.phases import Boundary, Compute, split_phases
 from fxpar.passes.strategies.stages import Stage
 from fxpar.progress import stage as told
-from fxpar.run.feed import Feed
-from fxpar.run.gradients import UnreducedGradients
 from fxpar.run.store import ParameterStore
 
 InSteps = Callable[..., Stepped]
@@ -38,39 +36,39 @@ class StageOfRank:
         self.compute = Compute(self.program.module, [])
         if self.phases is not None and self.phases.boundaries:
             self.compute = self.phases.compute_and_reduce if plan.reduces_each_backward else self.phases.compute
-        self.feed = Feed(self.program, store.places, UnreducedGradients(_nobody), store.device)
         self.splits = splits
         self.received = [i for i, s in enumerate(self.program.sources) if s.kind == "received"]
         self.outputs: list[list[Tensor]] = []
         self.grads: dict[str, Tensor] = {}
         self._made: dict[str, Stepped] = {}
 
-    def begin(self, microbatches: list[dict[str, Any]], seed: int, seeds: dict[int, float]) -> None:
-        """A step begins. microbatches: what each takes besides parameters and what it receives, by name. seed: what dropout draws
-        from. seeds: number of an output of this stage -> the derivative of the loss by it."""
-        self.named, self.seed, self.seeds = microbatches, seed, seeds
-        self.outputs = [[] for _ in microbatches]
+    def begin(self, feeds: list[list[Any]], seeds: dict[int, float]) -> None:
+        """A step begins. feeds: what each microbatch takes but for what it receives. seeds: number of an output of this stage ->
+        the derivative of the loss by it."""
+        self.feeds, self.seeds = feeds, seeds
+        self.outputs = [[] for _ in feeds]
         self.grads = {}
         self._unsharded: dict[Boundary, Tensor] = {}
         self._unreduced: dict[Boundary, Tensor] = {}
         self._saved: dict[int, SavedForBackward] = {}
         self._left: dict[int, SavedForWeightGradients] = {}
 
+    def end(self) -> None:
+        """It has ended: nothing is kept of it."""
+        self.begin([], {})
+
     def unshard(self) -> None:
         if self.compute.extra and self.phases is not None:
             local = self._parameters()
-            values, _ = self._run("unshard", self.phases.unshard, local).forward(*local)
+            values, _ = self._run("unshard", self.phases.unshard, lambda: local).forward(*local)
             self._unsharded = dict(zip(self.phases.boundaries, values, strict=True))
 
     def forward(self, microbatch: int, received: list[Tensor] | None) -> list[Tensor]:
-        named = {**self.named[microbatch], **dict(zip([m.name for m in self.stage.receives], received or [], strict=True))}
-        feed = [x.detach().requires_grad_(s.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
-                for x, s in zip(self.feed(named, seed=self.seed), self.program.sources, strict=True)]
-        feed += [self._unsharded[b].detach().requires_grad_(kind == "detached") for kind, b in self.compute.extra]
-        outs, self._saved[microbatch] = self._run("compute", self.compute.module, feed).forward(*feed)
+        feed = [*(received or ()), *self.feeds[microbatch], *(self._unsharded[b] for _, b in self.compute.extra)]
+        outs, self._saved[microbatch] = self._run("compute", self.compute.module, lambda: self._example(feed)).forward(*feed)
         count = len(self.stage.sends)
         self.outputs[microbatch] = outs[count:]
-        self.store.update_buffers(self.program, outs, last=microbatch == len(self.named) - 1)
+        self.store.update_buffers(self.program, outs, last=microbatch == len(self.feeds) - 1)
         return outs[:count]
 
     def backward(self, microbatch: int, grads: list[Tensor] | None) -> list[Tensor]:
@@ -113,7 +111,7 @@ class StageOfRank:
         if not self._unreduced or self.phases is None:
             return
         local = self._parameters()
-        reduce = self._run("reduce", self.phases.reduce, local)
+        reduce = self._run("reduce", self.phases.reduce, lambda: local)
         found = reduce.pull_back(local, [self._unreduced.get(b) for b in self.phases.boundaries])
         for name, grad in zip(self._names(), found, strict=True):
             if grad is not None:
@@ -131,14 +129,18 @@ class StageOfRank:
         parameters = [self.store.tensor(n) for n in self._names()]
         return [compat.local_part(p).detach().requires_grad_(p.requires_grad) for p in parameters]
 
-    def _run(self, name: str, graph: fx.GraphModule, example: list[Any]) -> Stepped:
+    def _example(self, feed: list[Any]) -> list[Any]:
+        """The inputs of the stage's program, those that want gradients with that."""
+        wants = [*(s.requires_grad for s in self.program.sources), *(kind == "detached" for kind, _ in self.compute.extra)]
+        return [x.detach().requires_grad_(grad) if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x, grad in zip(feed, wants, strict=True)]
+
+    def _run(self, name: str, graph: fx.GraphModule, inputs: Callable[[], list[Any]]) -> Stepped:
+        """The steps of a graph. inputs: its local inputs, to compile it for."""
         if name not in self._made:
             with torch.enable_grad():
+                example = inputs()
                 early = [] if name != "compute" else self.received if self.splits else range(len(example))
                 with told(f"compiling stage {self.number or self.stage.index}: {name}"):
                     self._made[name] = self.in_steps(graph, example, early=early)
         return self._made[name]
-
-
-def _nobody(grads: dict[str, Tensor]) -> None:
-    raise AssertionError("a stage keeps its gradients itself")

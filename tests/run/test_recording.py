@@ -219,11 +219,12 @@ def compare(one: Any, other: Any, actions: list[str]) -> None:
             assert mine is None or torch.equal(local(mine), local(theirs)), (number, action)
 
 
-def done(loop: Any, action: str) -> str:
-    """Do it; what PyTorch says if it cannot be done (a parameter was written to before a backward that needs it)."""
+def done(loop: Any, action: str, more: dict[str, Any] | None = None) -> str:
+    """Do it; what PyTorch says if it cannot be done (a parameter was written to before a backward that needs it). more: actions
+    of such loops alone."""
     try:
         with functorch_config.patch(donated_buffer=False):  # so that a graph may be kept
-            (ACTIONS | OF_MODULES)[action](loop)
+            (ACTIONS | OF_MODULES | (more or {}))[action](loop)
     except RuntimeError as error:
         return f"{type(error).__name__}: {str(error)[:60]}"
     return ""

@@ -1,4 +1,5 @@
-"""Recordings on GPUs change no loss of 200 steps: ``pytest -m gpu``; on one GPU, and on two over NCCL and by copy engines."""
+"""Recordings on GPUs change no loss of 200 steps: ``pytest -m gpu``; on one GPU, on two over NCCL and by copy engines, and in
+pipelines."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from fxpar.ops.table import written_later
 
 ROOT = Path(__file__).parent.parent.parent
 PLANS = {"dp=1": 1, "dp=1,param_dtype=bf16": 1, "dp=2,zero=3": 2, "dp=2": 2, "tp=2": 2, "cp=2": 2,
-         "dp=2,zero=3,param_dtype=bf16": 2}
+         "dp=2,zero=3,param_dtype=bf16": 2, "pp=2,microbatches=4,schedule=1f1b": 2, "pp=2,microbatches=4,schedule=zb1p": 2,
+         "pp=2,microbatches=4,schedule=interleaved1f1b,virtual_stages=2": 2,
+         "pp=2,microbatches=4,schedule=zbv,virtual_stages=2": 2,
+         "pp=2,dp=2,zero=3,microbatches=4": 4, "pp=2,dp=2,zero=1,microbatches=4": 4, "pp=2,tp=2,microbatches=4": 4}
 
 
 @pytest.mark.gpu
