@@ -30,6 +30,9 @@ from fxpar.run.pool import Device, Recording
 from fxpar.run.recording import MOVED, RecordedProgram, Recordings
 from fxpar.run.step_feed import StepFeed
 
+SEVERAL = "steps of stages that communicate within themselves, too, are recorded where it is asked for (cuda_graphs=True)"
+"""Why "auto" records none of them: they were not played back on GPUs yet."""
+
 
 class AllOrNone:
     """Whether what the ranks of a pipeline have recorded is played back in the next call: by all of them, or by none. why: why it
@@ -43,6 +46,8 @@ class AllOrNone:
         """What records steps of a program, with gradients or, where they are off now, without. refused: why it cannot be."""
         if self.recordings.off is not None or self.recordings.device is None:
             return None
+        if self.recordings.wanted == "auto" and program.mesh.world_size > 1:
+            refused = refused or SEVERAL
         return self.recordings.add(program, RecordedStep(self, self.recordings.device, refused))
 
     def due(self) -> list[Check]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fxpar
-from fxpar.run import engine, recording
+from fxpar.run import engine, recorded_step, recording
 from tests.processes import launch
 from tests.recorder import Pretended
 from tests.run.test_pipeline import Net
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.multiproc
 class PipelineLoop(ModuleLoop):
     """A training loop over a module of several stages, whose ranks each do something of their own."""
 
-    def __init__(self, plan: str, device: Pretended | None, backend: str = "eager"):
+    def __init__(self, plan: str, device: Pretended | None, backend: str = "eager", graphs: bool | str | None = None):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "device_of", lambda _: device)
             torch.manual_seed(0)
@@ -34,7 +34,7 @@ class PipelineLoop(ModuleLoop):
             parsed = replace(parsed, stage_boundaries=tuple(f"layers.{i * 4 // count}" for i in range(1, count)))
             self.rows = parsed.dp * parsed.microbatches
             self.module = fxpar.parallelize(Net(dropout=0.1, norm=True), parsed, self.batch(0, 2, parsed.dp, 0), backend=backend,
-                                            cuda_graphs=device is not None)
+                                            cuda_graphs=device is not None if graphs is None else graphs)
         self.module.seed = 5
         self.parameters = list(self.module.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, 0.1)
@@ -175,6 +175,21 @@ def ended(rank: int) -> tuple[list[int], str]:
 def test_nothing_is_left_of_recorded_steps_when_their_module_or_a_group_is_gone():
     for found in launch(2, ended):
         assert found == ([1, 0, 1, 0], "off: a process group over which it was recorded has ended")
+
+
+def chosen(rank: int, plan: str) -> str:
+    """How recordings stand behind some steps, where nobody asked for them."""
+    loop = PipelineLoop(plan, Pretended(), graphs="auto")
+    for _ in range(recording.WARM + recording.TRIED + 2):
+        loop.loop()
+    return loop.told()
+
+
+@pytest.mark.parametrize("plan, world, told", [
+    ("pp=2,microbatches=2", 2, "on"), ("pp=2,dp=2,microbatches=2", 4, f"off: {recorded_step.SEVERAL}")])
+def test_steps_are_recorded_by_default_where_stages_do_not_communicate_within(plan, world, told):
+    found = launch(world, chosen, plan)
+    assert {each[: len(told)] for each in found} == {told}, found
 
 
 ANY = sorted({*ACTIONS, *OF_PIPELINES} - {"loop, other shape", "forward, other shape"})
