@@ -169,6 +169,10 @@ class Recordings:
         for recording in self.pool.given_up:
             recording.forget()
 
+    def are_on(self) -> bool:
+        """Whether a program's forward and backward are played back, and ranks have found that to be of use."""
+        return self.off is None and any(p.plays for _, made in self._made.values() for p in made.values())
+
     def told(self, program: Program) -> str:
         """Whether a program's forward and backward are played back, and why not."""
         if self.off is not None:
@@ -225,6 +229,10 @@ class RecordedProgram:
     @property
     def is_recorded(self) -> bool:
         return self._forward is not None
+
+    @property
+    def plays(self) -> bool:
+        return self._backward is not None and self._tried
 
     def _run_forward(self, code: compat.Code, given: list[Any]) -> Sequence[Any]:
         inputs, number = list(given), self._runs
