@@ -149,7 +149,7 @@ def _work(group: _Group, optimizer: Any, number: int, first: Tensor) -> Repeated
 def _repeat(work: Repeated, function: Callable[..., None], parts: compat.Lists, options: dict[str, Any], group: _Group) -> bool:
     """Have a step recorded or played back, if it can be; whether that is done."""
     if not options.get("capturable"):
-        work.told = "off: capturable=False" if "capturable" in options else "off: it is none of those that can be captured"
+        work.why = "capturable=False" if "capturable" in options else "it is none of those that can be captured"
         return False
     device = parts[0][0].device
     moved = {name: x for name, x in options.items() if isinstance(x, Tensor) and x.device == device}
@@ -157,7 +157,7 @@ def _repeat(work: Repeated, function: Callable[..., None], parts: compat.Lists, 
                for name, x in options.items() if name not in moved}
     flat = [*chain.from_iterable(parts), *moved.values()]
     if {*map(type, flat)} != {Tensor} or any(isinstance(x, Tensor) for x in numbers.values()):
-        work.told = "off: what is stepped is not all memory of one device"
+        work.why = "what is stepped is not all memory of one device"
         return False
     plain = [*moved.values(), *chain.from_iterable(parts[i] for i in group.plain)]
     run = work.now((("function", function), ("tensors", [*moved]), *numbers.items()), lambda: [

@@ -28,7 +28,7 @@ RARELY = 64
 KEPT = 4
 """Ways that a code is run in, which are remembered, with their recordings."""
 
-NOT_YET = f"off: not yet, it is recorded after {EQUAL} equal runs"
+NOT_YET = f"not yet, it is recorded after {EQUAL} equal runs"
 
 Code = Callable[[list[Tensor]], None]
 """What reads and writes the tensors that it is given, and nothing else that may move or change."""
@@ -68,7 +68,7 @@ class Repeats:
         device = self._recordings.device
         if device is None or not self._recordings.are_on():
             return "forward and backward are not played back"
-        if compat.dispatch_modes() or compat.function_modes():
+        if compat.dispatch_modes() or compat.has_foreign_modes():
             return "a mode sees what is called"
         return "inference mode" if torch.is_inference_mode_enabled() else device.occupied()
 
@@ -100,10 +100,9 @@ class Repeats:
             _log.info("CUDA graphs: %s", told)
 
     def told(self) -> str:
-        """Of what was run so far, whether it is played back, and why not, for people, behind how forward and
-        backward stand: "; clipping: on"."""
+        """Whether each of them is played back, and why not, for people, behind how forward and backward stand."""
         work = [self.clipping, *(groups[min(groups)] for groups in self._steps.values() if groups)]
-        return "".join(f"; {each.name}: {each.told}" for each in work if each.told) if self._recordings.are_on() else ""
+        return "".join(f"; {each.name}: {each.told()}" for each in work) if self._recordings.are_on() else ""
 
 
 _all: weakref.WeakSet[Repeats] = weakref.WeakSet()
@@ -127,14 +126,22 @@ class _Way:
 class Repeated:
     """Some work, which is done again and again: one code, or several with something in between.
 
-    told: how it stands, for people; nothing before it could have been recorded. Why it is never recorded may be put there, too.
+    why: it was not played back the last time, and why not; None if it was.
     """
 
     def __init__(self, of: Repeats, name: str):
-        self._of, self.name, self.told = weakref.ref(of), name, ""
+        self._of, self.name = weakref.ref(of), name
+        self.why: str | None = NOT_YET
+        self._times = self._played = 0
         self._ways: list[_Way] = []  # the one that was used last behind the others
         self._numbers: tuple | None = None
         self._equal, self._off = EQUAL, False
+
+    def told(self) -> str:
+        """How it stands, for people."""
+        if not self._played:
+            return f"off: {self.why}"
+        return f"on ({self._played} of {self._times} times" + (")" if self.why is None else f"; not the last time: {self.why})")
 
     def now(self, numbers: tuple[tuple[str, Any], ...], places: Callable[[], list[Any]]) -> Runner | None:
         """What runs the codes this time, and plays them back where it can; None, where they are run as they are.
@@ -143,17 +150,21 @@ class Repeated:
         is; not asked for where numbers are new.
         """
         of = self._of()
-        if self._off or of is None or of.obstacle() is not None:
+        if self._off or of is None or (obstacle := of.obstacle()) is not None:
+            self.why = self.why if self._off or of is None else obstacle
             return None
+        self._times += 1
         before, self._numbers = self._numbers, numbers
         if numbers != before and all(numbers != way.numbers for way in self._ways):
             changed = [name for (name, one), (_, other) in zip(numbers, before or (), strict=False) if one != other]
-            self.told = f"off: {changed[0]} is another number than in the step before" if changed else NOT_YET
+            self.why = f"{changed[0]} is another number than in the step before" if changed else NOT_YET
             return None
         way = self._way(numbers, places())
         if way.recordings or way.runs > self._equal:
+            self._played += 1
+            self.why = None
             return functools.partial(self._run, of, way)
-        self.told = NOT_YET if len(self._ways) == 1 else "off: gradients or state are not where they were in the steps before"
+        self.why = NOT_YET if len(self._ways) == 1 else "gradients or state are not where they were in the steps before"
         return None
 
     def _way(self, numbers: tuple, found: list[Any]) -> _Way:
@@ -173,7 +184,6 @@ class Repeated:
         if self._off:
             code(tensors)
         else:
-            self.told = "on"
             way.recordings[name].play(())
 
     def _record(self, of: Repeats, way: _Way, name: str, code: Code, tensors: list[Tensor]) -> None:
@@ -183,13 +193,14 @@ class Repeated:
             _log.debug("CUDA graphs: what could not be recorded", exc_info=True)
             first = str(error).splitlines()[0] if str(error) else ""
             why = first if isinstance(error, MemoryError) else f"it could not be recorded: {type(error).__name__}: {first}"
-            self._off, self.told = True, f"off: {why}"
+            self._off, self._played, self.why = True, 0, why
             self._ways.clear()
-            of.say(f"{self.name}: {self.told}")
+            of.say(f"{self.name}: off: {why}")
             return
+        if self._equal == EQUAL:
+            of.say(f"{self.name}: on")
         if not way.recordings:
             self._equal = min(2 * self._equal, RARELY)
-            of.say(f"{self.name}: on")
         way.recordings[name] = made
 
 
