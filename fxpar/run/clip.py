@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Placement
 from fxpar import compat
 from fxpar.backends.transport.runtime import GroupRuntime
 from fxpar.ops.elementwise import scale_
-from fxpar.run.repeated import Repeated, Runner
+from fxpar.run.repeated import RepeatedWork, Runner
 from fxpar.sharding.mesh import Axes, BoundMesh
 
 
@@ -27,7 +27,7 @@ class Clipping:
     work: what records it.
     """
 
-    def __init__(self, bound: BoundMesh, runtime: GroupRuntime, work: Repeated):
+    def __init__(self, bound: BoundMesh, runtime: GroupRuntime, work: RepeatedWork):
         self._bound, self._runtime, self._work = bound, runtime, work
         self._parameters: dict[nn.Parameter, bool] = {}
         self._splits: list = []

@@ -26,7 +26,7 @@ from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
 from fxpar.run.initialize import init_weights
 from fxpar.run.loss import loss_of
-from fxpar.run.repeated import Repeats
+from fxpar.run.repeated import StepRecordings
 from fxpar.run.store import ParameterStore
 
 
@@ -87,7 +87,7 @@ class ParallelModule(nn.Module):
         self.training = model.training
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
-        self._repeats = Repeats(engine.recordings, model.parameters)
+        self._repeats = StepRecordings(engine.recordings, model.parameters)
         self._clipping = Clipping(store.bound, store.runtime, self._repeats.clipping)
         optimizers.watch()
         assigned.watch()

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fxpar import compat
 from fxpar.errors import InputError
-from fxpar.run.repeated import Repeated, Repeats, repeats_of
+from fxpar.run.repeated import RepeatedWork, StepRecordings, step_recordings_of
 
 NEEDS = {Adafactor: "norms of whole rows and columns", LBFGS: "all gradients in one vector",
          Rprop: "to choose elements by their signs"}
@@ -42,7 +42,7 @@ class _Group:
         self.plain: list[int] = []
         self.lacks = self.tells = False
         self.first: Callable[[], Any] = _nothing
-        self.repeats: Callable[[], Repeats | None] = _nothing
+        self.repeats: Callable[[], StepRecordings | None] = _nothing
 
 
 _groups: weakref.WeakKeyDictionary[Any, list[_Group]] = weakref.WeakKeyDictionary()
@@ -137,16 +137,17 @@ def _group(optimizer: Any, number: int) -> _Group:
     return groups[number]
 
 
-def _work(group: _Group, optimizer: Any, number: int, first: Tensor) -> Repeated | None:
+def _work(group: _Group, optimizer: Any, number: int, first: Tensor) -> RepeatedWork | None:
     """What records the steps of a group, whose first parameter this is."""
     if group.first() is not first:
-        found = repeats_of(first)
+        found = step_recordings_of(first)
         group.first, group.repeats = weakref.ref(first), _nothing if found is None else weakref.ref(found)
     repeats = group.repeats()
     return None if repeats is None or optimizer is None else repeats.step_of(optimizer, number)
 
 
-def _repeat(work: Repeated, function: Callable[..., None], parts: compat.Lists, options: dict[str, Any], group: _Group) -> bool:
+def _repeat(work: RepeatedWork, function: Callable[..., None], parts: compat.Lists, options: dict[str, Any],
+            group: _Group) -> bool:
     """Have a step recorded or played back, if it can be; whether that is done."""
     if not options.get("capturable"):
         work.why = "capturable=False" if "capturable" in options else "it is none of those that can be captured"

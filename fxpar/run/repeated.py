@@ -43,7 +43,7 @@ def as_it_is(name: str, code: Code, tensors: list[Tensor]) -> None:
     code(tensors)
 
 
-class Repeats:
+class StepRecordings:
     """What one rank repeats for one module, and records where that module's forward and backward are recorded.
 
     clipping: of its gradients. Recordings of an optimizer's steps are gone when it or this is.
@@ -52,15 +52,15 @@ class Repeats:
     def __init__(self, recordings: Recordings, parameters: Callable[[], Iterable[Tensor]]):
         self._recordings, self.parameters = recordings, parameters
         self._device: Device | None = None
-        self.clipping = Repeated(self, "clipping")
-        self._steps: weakref.WeakKeyDictionary[Any, dict[int, Repeated]] = weakref.WeakKeyDictionary()
+        self.clipping = RepeatedWork(self, "clipping")
+        self._steps: weakref.WeakKeyDictionary[Any, dict[int, RepeatedWork]] = weakref.WeakKeyDictionary()
         _all.add(self)
 
-    def step_of(self, optimizer: Any, group: int) -> Repeated:
+    def step_of(self, optimizer: Any, group: int) -> RepeatedWork:
         """The steps of one group of an optimizer, by its number."""
         groups = self._steps.setdefault(optimizer, {})
         if group not in groups:
-            groups[group] = Repeated(self, f"{type(optimizer).__name__}'s step")
+            groups[group] = RepeatedWork(self, f"{type(optimizer).__name__}'s step")
         return groups[group]
 
     def obstacle(self) -> str | None:
@@ -105,10 +105,10 @@ class Repeats:
         return "".join(f"; {each.name}: {each.told()}" for each in work) if self._recordings.are_on() else ""
 
 
-_all: weakref.WeakSet[Repeats] = weakref.WeakSet()
+_all: weakref.WeakSet[StepRecordings] = weakref.WeakSet()
 
 
-def repeats_of(parameter: Tensor) -> Repeats | None:
+def step_recordings_of(parameter: Tensor) -> StepRecordings | None:
     """Those of the module that a parameter is of."""
     return next((each for each in _all if any(p is parameter for p in each.parameters())), None)
 
@@ -123,13 +123,13 @@ class _Way:
     recordings: dict[str, Recording] = field(default_factory=dict)
 
 
-class Repeated:
+class RepeatedWork:
     """Some work, which is done again and again: one code, or several with something in between.
 
     why: it was not played back the last time, and why not; None if it was.
     """
 
-    def __init__(self, of: Repeats, name: str):
+    def __init__(self, of: StepRecordings, name: str):
         self._of, self.name = weakref.ref(of), name
         self.why: str | None = NOT_YET
         self._times = self._played = 0
@@ -178,7 +178,7 @@ class Repeated:
         way.runs += 1
         return way
 
-    def _run(self, of: Repeats, way: _Way, name: str, code: Code, tensors: list[Tensor]) -> None:
+    def _run(self, of: StepRecordings, way: _Way, name: str, code: Code, tensors: list[Tensor]) -> None:
         if not self._off and name not in way.recordings:
             self._record(of, way, name, code, tensors)
         if self._off:
@@ -186,7 +186,7 @@ class Repeated:
         else:
             way.recordings[name].play(())
 
-    def _record(self, of: Repeats, way: _Way, name: str, code: Code, tensors: list[Tensor]) -> None:
+    def _record(self, of: StepRecordings, way: _Way, name: str, code: Code, tensors: list[Tensor]) -> None:
         try:
             made = of.record(code, tensors)
         except Exception as error:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxpar.compat import stepping
 from fxpar.run import recording, repeated
 from fxpar.run.clip import Clipping
-from fxpar.run.repeated import Repeated, Repeats
+from fxpar.run.repeated import RepeatedWork, StepRecordings
 from tests.recorder import Pretended
 from tests.run import test_recording
 from tests.run.test_recording import ACTIONS, OF_MODULES, ModuleLoop, compare, local
@@ -82,7 +82,7 @@ class StepLoop(ModuleLoop):
             p.grad = None
         self.module.dropout_seeds.calls = 0
         module: Any = self.module
-        module.__dict__["_repeats"] = repeats = Repeats(module._engine.recordings, module._model.parameters)
+        module.__dict__["_repeats"] = repeats = StepRecordings(module._engine.recordings, module._model.parameters)
         module.__dict__["_clipping"] = Clipping(module.parameter_store.bound, module.parameter_store.runtime, repeats.clipping)
         self.count, self.outputs, self.pending, self.held = 0, [], [], []
         self.optimizer, self.second = make(self.parameters), None
@@ -328,7 +328,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(loops, monkeypatch):
     def fails(self, code, tensors):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(Repeats, "record", fails)
+    monkeypatch.setattr(StepRecordings, "record", fails)
     loop = of_steps(loops, "AdamW, fused", ALL)
     why = "off: it could not be recorded: RuntimeError: operation not permitted when stream is capturing"
     assert standing(loop) == f"; clipping: {why}; AdamW's step: {why}"
@@ -348,7 +348,7 @@ def test_memory_decides(loops, monkeypatch):
 def test_what_changes_each_time_is_hardly_recorded(loops):
     """Whatever is recorded next has to stay for longer."""
     loop = of_steps(loops, "AdamW, fused", ALL)
-    work, x, recorded = Repeated(loop.module._repeats, "work"), torch.ones(4), set()
+    work, x, recorded = RepeatedWork(loop.module._repeats, "work"), torch.ones(4), set()
     for step in range(200):
         run = work.now((("number", step // 8),), lambda: [1])
         if run is not None:
