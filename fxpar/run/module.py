@@ -87,8 +87,8 @@ class ParallelModule(nn.Module):
         self.training = model.training
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
-        self._repeats = StepRecordings(engine.recordings, model.parameters)
-        self._clipping = Clipping(store.bound, store.runtime, self._repeats.clipping)
+        self._step_recordings = StepRecordings(engine.recordings, model.parameters)
+        self._clipping = Clipping(store.bound, store.runtime, self._step_recordings.clipping)
         optimizers.watch()
         assigned.watch()
         sums.read_whole(store.bound)
@@ -338,7 +338,7 @@ class ParallelModule(nn.Module):
         program = self._engine.newest()
         with self.parameter_store.control.watch.busy("making a report"):
             made = report_of(program, self._engine.stages(program))
-        return dataclasses.replace(made, cuda_graphs=self._engine.recordings.told(program) + self._repeats.told(),
+        return dataclasses.replace(made, cuda_graphs=self._engine.recordings.told(program) + self._step_recordings.told(),
                                    tp_comm_overlap=self._engine.overlap_told(program))
 
     def newest_program(self) -> Program:

@@ -27,6 +27,8 @@ EQUAL = 3
 RARELY = 64
 KEPT = 4
 """Ways that a code is run in, which are remembered, with their recordings."""
+MOST = 32
+"""Recordings that a module has at once: each takes part of a second to make, and there may be an optimizer for each parameter."""
 
 NOT_YET = f"not yet, it is recorded after {EQUAL} equal runs"
 
@@ -36,11 +38,6 @@ Runner = Callable[[str, Code, list[Tensor]], None]
 """Runs one of the codes of which some work consists, by its name: ``run(name, code, tensors)``."""
 
 _log = logging.getLogger("fxpar")
-
-
-def as_it_is(name: str, code: Code, tensors: list[Tensor]) -> None:
-    """The `Runner` that records nothing."""
-    code(tensors)
 
 
 class StepRecordings:
@@ -53,6 +50,7 @@ class StepRecordings:
         self._recordings, self.parameters = recordings, parameters
         self._device: Device | None = None
         self.clipping = RepeatedWork(self, "clipping")
+        self._made: weakref.WeakSet[Recording] = weakref.WeakSet()
         self._steps: weakref.WeakKeyDictionary[Any, dict[int, RepeatedWork]] = weakref.WeakKeyDictionary()
         _all.add(self)
 
@@ -70,7 +68,13 @@ class StepRecordings:
             return "forward and backward are not played back"
         if compat.dispatch_modes() or compat.has_foreign_modes():
             return "a mode sees what is called"
+        if compat.backward_pass() != -1:
+            return "it is called by a backward pass"
         return "inference mode" if torch.is_inference_mode_enabled() else device.occupied()
+
+    def has_room(self) -> bool:
+        """Whether another recording may be made."""
+        return len(self._made) < MOST
 
     def record(self, code: Code, tensors: list[Tensor]) -> Recording:
         """Raises what `Recording` does; MemoryError, where it takes too much."""
@@ -93,6 +97,7 @@ class StepRecordings:
             del made
             device.give_back()
             raise MemoryError(f"a recording takes {100 * more:.0f} % more memory")
+        self._made.add(made)
         return made
 
     def say(self, told: str) -> None:
@@ -160,11 +165,13 @@ class RepeatedWork:
             self.why = f"{changed[0]} is another number than in the step before" if changed else NOT_YET
             return None
         way = self._way(numbers, places())
-        if way.recordings or way.runs > self._equal:
+        if way.recordings or (way.runs > self._equal and of.has_room()):
             self._played += 1
             self.why = None
             return functools.partial(self._run, of, way)
         self.why = NOT_YET if len(self._ways) == 1 else "gradients or state are not where they were in the steps before"
+        if not of.has_room():
+            self.why = f"there are {MOST} recordings already"
         return None
 
     def _way(self, numbers: tuple, found: list[Any]) -> _Way:

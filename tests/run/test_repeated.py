@@ -82,7 +82,7 @@ class StepLoop(ModuleLoop):
             p.grad = None
         self.module.dropout_seeds.calls = 0
         module: Any = self.module
-        module.__dict__["_repeats"] = repeats = StepRecordings(module._engine.recordings, module._model.parameters)
+        module.__dict__["_step_recordings"] = repeats = StepRecordings(module._engine.recordings, module._model.parameters)
         module.__dict__["_clipping"] = Clipping(module.parameter_store.bound, module.parameter_store.runtime, repeats.clipping)
         self.count, self.outputs, self.pending, self.held = 0, [], [], []
         self.optimizer, self.second = make(self.parameters), None
@@ -170,7 +170,7 @@ def of_steps(loops: tuple[StepLoop, StepLoop], name: str, actions: list[str]) ->
 
 def standing(loop: StepLoop) -> str:
     """How clipping and steps stand, without how often they were played back."""
-    return re.sub(r" \(.*?\)", "", loop.module._repeats.told())
+    return re.sub(r" \(.*?\)", "", loop.module._step_recordings.told())
 
 
 def plays_of(loop: StepLoop, actions: list[str]) -> list[int]:
@@ -204,7 +204,7 @@ def test_numbers_that_are_tensors_may_change(loops):
 
 def test_a_number_that_changes_is_heeded(loops):
     loop = of_steps(loops, "AdamW, fused", ["slower", "loop", "slower", "loop", "decay", "loop", "betas", "loop"])
-    assert loop.module._repeats.told().endswith("; not the last time: beta1 is another number than in the step before)")
+    assert loop.module._step_recordings.told().endswith("; not the last time: beta1 is another number than in the step before)")
     plays = plays_of(loop, ["loop"] * 5)
     assert plays[:2] == [2, 2] and plays[-1] == 3, "recorded anew, as it stays"
     of_steps(loops, "AdamW, fused", ["loop", "slower", *["loop"] * 6, "slower", *["loop"] * 9])
@@ -348,13 +348,36 @@ def test_memory_decides(loops, monkeypatch):
 def test_what_changes_each_time_is_hardly_recorded(loops):
     """Whatever is recorded next has to stay for longer."""
     loop = of_steps(loops, "AdamW, fused", ALL)
-    work, x, recorded = RepeatedWork(loop.module._repeats, "work"), torch.ones(4), set()
+    work, x, recorded = RepeatedWork(loop.module._step_recordings, "work"), torch.ones(4), set()
     for step in range(200):
         run = work.now((("number", step // 8),), lambda: [1])
         if run is not None:
             run("code", lambda given: None, [x])
             recorded.add(step // 8)
     assert len(recorded) == 3 and len(work._ways) == repeated.KEPT
+
+
+def test_an_optimizer_for_each_parameter(loops, monkeypatch):
+    """Only so many recordings are made, and none within a backward pass."""
+    monkeypatch.setattr(repeated, "MOST", 4)
+    loop = loops[0]
+    loop.begin(OPTIMIZERS["AdamW, fused"])
+    loop.optimizer = torch.optim.SGD(loop.parameters[:1], 0.0)
+    each = [torch.optim.AdamW([p], 0.1, fused=True, capturable=True) for p in loop.parameters]
+    for _ in range(9):
+        loop.loop()
+        for one in each:
+            one.step()
+    assert loop.device.records == 4
+    assert standing(loop).endswith("AdamW's step: off: there are 4 recordings already")
+    loop.zero()
+    loop.forward()
+    plays = loop.device.plays
+    hooks = [one.param_groups[0]["params"][0].register_post_accumulate_grad_hook(lambda p, one=one: one.step()) for one in each[:2]]
+    loop.backward()
+    for hook in hooks:
+        hook.remove()
+    assert loop.device.plays == plays and "called by a backward pass" in loop.module._step_recordings.told()
 
 
 def test_nothing_is_left_of_an_optimizer_or_a_module_that_is_collected():
