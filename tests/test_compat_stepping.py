@@ -51,7 +51,7 @@ def parameter(x: Tensor, gradient: Tensor) -> torch.nn.Parameter:
 
 @pytest.mark.parametrize("name", stepping.NAMES)
 def test_every_optimizer_hands_over(name, mesh, handed):
-    x, grad = (DTensor.from_local(torch.full((4,), value), mesh, [Shard(0)]) for value in (1.0, 0.5))
+    x, grad = (DTensor.from_local(torch.full((4,), value), mesh, [Replicate()]) for value in (1.0, 0.5))
     p, plain = parameter(x, grad), parameter(torch.ones(4), torch.ones(4))
     for _ in range(2):
         OPTIMIZERS[name]([plain], lr=0.1).step()

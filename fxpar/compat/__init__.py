@@ -69,7 +69,6 @@ from fxpar.compat.quiet import (
     untraced,
 )
 from fxpar.compat.stepping import (
-    Lists,
     goes_with,
     has_parts,
     local_parts,
@@ -115,7 +114,6 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "GraphPiece",
-    "Lists",
     "Make",
     "Making",
     "Move",

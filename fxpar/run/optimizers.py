@@ -27,6 +27,9 @@ NEEDS = {Adafactor: "norms of whole rows and columns", LBFGS: "all gradients in 
          Rprop: "to choose elements by their signs"}
 """What optimizers need that the parts of a parameter do not give."""
 
+Lists = list[list[Any]]
+"""What is stepped: see `fxpar.compat.stepping`."""
+
 
 def _nothing() -> None:
     pass
@@ -90,7 +93,7 @@ def _check(optimizer: Any) -> None:
 # ---- what optimizers hand over ----
 
 
-def _step(function: Callable[..., None], lists: compat.Lists, options: dict[str, Any]) -> None:
+def _step(function: Callable[..., None], lists: Lists, options: dict[str, Any]) -> None:
     """``function(*lists, **options)``, on the parts where all is split alike; else DTensor sees to it."""
     optimizer, number = _now()
     group, splits = _group(optimizer, number), [compat.splits(x) for x in lists]
@@ -114,7 +117,7 @@ def _step(function: Callable[..., None], lists: compat.Lists, options: dict[str,
                          for x, y, grad in zip(of, made, lists[1] if of else (), strict=True)]
 
 
-def _as_it_is(function: Callable[..., None], parts: compat.Lists, options: dict[str, Any], group: _Group) -> None:
+def _as_it_is(function: Callable[..., None], parts: Lists, options: dict[str, Any], group: _Group) -> None:
     first = parts[0][0]
     version = None if first.is_inference() else first._version
     function(*parts, **options)
@@ -146,7 +149,7 @@ def _work(group: _Group, optimizer: Any, number: int, first: Tensor) -> Repeated
     return None if repeats is None or optimizer is None else repeats.step_of(optimizer, number)
 
 
-def _repeat(work: RepeatedWork, function: Callable[..., None], parts: compat.Lists, options: dict[str, Any],
+def _repeat(work: RepeatedWork, function: Callable[..., None], parts: Lists, options: dict[str, Any],
             group: _Group) -> bool:
     """Have a step recorded or played back, if it can be; whether that is done."""
     if not options.get("capturable"):

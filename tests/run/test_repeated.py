@@ -373,7 +373,8 @@ def test_an_optimizer_for_each_parameter(loops, monkeypatch):
     loop.zero()
     loop.forward()
     plays = loop.device.plays
-    hooks = [one.param_groups[0]["params"][0].register_post_accumulate_grad_hook(lambda p, one=one: one.step()) for one in each[:2]]
+    hooks = [p.register_post_accumulate_grad_hook(lambda p, one=one: one.step())
+             for p, one in zip(loop.parameters[:2], each[:2], strict=True)]
     loop.backward()
     for hook in hooks:
         hook.remove()
