@@ -376,7 +376,7 @@ class RecordedProgram:
         given = [kept[i] if i in pooled else x for i, x in enumerate(inputs)]
         del kept
         fixed = [i < len(places) for i in range(len(inputs))]
-        self._backward = self._record(code, given, fixed, pooled)
+        self._backward = self._record(_in_order(code), given, fixed, pooled)
         if self._backward is not None:
             self._backward.made.clear()
             self._device.give_back()
@@ -465,6 +465,12 @@ class RecordedProgram:
         if told != self.told and self._all.control.rank == 0:
             _log.info("CUDA graphs: %s", told)
         self.told = told
+
+
+def _in_order(code: compat.Code) -> compat.Code:
+    """A code whose tensors lie in memory in the order of their dims, as gradients do in the ``.grad`` of parameters: what is
+    recorded leaves them there, and nobody copies them elsewhere."""
+    return lambda inputs: [x.contiguous() if isinstance(x, Tensor) and 0 not in x.stride() else x for x in code(inputs)]
 
 
 def _first(votes: Sequence[Vote]) -> str | None:
