@@ -23,10 +23,11 @@ from fxpar.run.pool import Device, Recording
 from fxpar.run.recording import MORE_MEMORY, PLENTY, Recordings
 
 EQUAL = 3
-"""Equal runs of a code before it is recorded. Whatever is recorded next needs twice as many, up to `RARELY`."""
+"""Equal runs of a code before it is recorded. Once it was recorded in `KEPT` ways, every further one needs twice as many as the
+one before, up to `RARELY`."""
 RARELY = 64
-KEPT = 4
-"""Ways that a code is run in, which are remembered, with their recordings."""
+KEPT = 8
+"""Ways that a code is run in, which are remembered, with their recordings: shapes, accumulation, gradients that were moved."""
 MOST = 32
 """Recordings that a module has at once: each takes part of a second to make, and there may be an optimizer for each parameter."""
 
@@ -137,7 +138,7 @@ class RepeatedWork:
     def __init__(self, of: StepRecordings, name: str):
         self._of, self.name = weakref.ref(of), name
         self.why: str | None = NOT_YET
-        self._times = self._played = 0
+        self._times = self._played = self._recorded = 0
         self._ways: list[_Way] = []  # the one that was used last behind the others
         self._numbers: tuple | None = None
         self._equal, self._off = EQUAL, False
@@ -204,10 +205,12 @@ class RepeatedWork:
             self._ways.clear()
             of.say(f"{self.name}: off: {why}")
             return
-        if self._equal == EQUAL:
-            of.say(f"{self.name}: on")
         if not way.recordings:
-            self._equal = min(2 * self._equal, RARELY)
+            if not self._recorded:
+                of.say(f"{self.name}: on")
+            self._recorded += 1
+            if self._recorded >= KEPT:
+                self._equal = min(2 * self._equal, RARELY)
         way.recordings[name] = made
 
 

@@ -210,7 +210,7 @@ def test_a_number_that_changes_is_heeded(loops):
     loop = of_steps(loops, "AdamW, fused", ["slower", "loop", "slower", "loop", "decay", "loop", "betas", "loop"])
     assert loop.module._step_recordings.told().endswith("; not the last time: beta1 is another number than in the step before)")
     plays = plays_of(loop, ["loop"] * 5)
-    assert plays[:2] == [2, 2] and plays[-1] == 3, "recorded anew, as it stays"
+    assert plays[0] == 2 and plays[-1] == 3, "recorded anew, as it stays"
     of_steps(loops, "AdamW, fused", ["loop", "slower", *["loop"] * 6, "slower", *["loop"] * 9])
 
 
@@ -353,12 +353,12 @@ def test_what_changes_each_time_is_hardly_recorded(loops):
     """Whatever is recorded next has to stay for longer."""
     loop = of_steps(loops, "AdamW, fused", ALL)
     work, x, recorded = RepeatedWork(loop.module._step_recordings, "work"), torch.ones(4), set()
-    for step in range(200):
+    for step in range(400):
         run = work.now((("number", step // 8),), lambda: [1])
         if run is not None:
             run("code", lambda given: None, [x])
             recorded.add(step // 8)
-    assert len(recorded) == 3 and len(work._ways) == repeated.KEPT
+    assert len(recorded) == repeated.KEPT + 2 and len(work._ways) == repeated.KEPT
 
 
 def trained_on_ranks(cuda_graphs: bool) -> tuple[list[Tensor], str]:
