@@ -4,6 +4,7 @@
     python benchmarks/host.py --kinds                and what it does in them, by kind, from a profile
     python benchmarks/host.py --transport nccl       by the operators of a process group instead of copies
     python benchmarks/host.py --recorded             what is left where forward and backward are played back (by nothing)
+    python benchmarks/host.py --recorded --capturable    and the optimizer, too
 
 The model is so small that computing takes little, and communication is pretended: what would be copied from another GPU is copied
 in this process, and kernels that go by tables of addresses are not run. So losses mean nothing here, and what CUDA's own calls
