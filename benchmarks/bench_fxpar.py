@@ -49,6 +49,7 @@ def parse_args():
     parser.add_argument("--reduce-dtype", default="fp32", help="gradient reduction dtype; none: as the weights")
     parser.add_argument("--backend", default="auto", choices=["auto", "inductor", "eager"])
     parser.add_argument("--cuda-graphs", default="auto", choices=["auto", "True", "False"])
+    parser.add_argument("--capturable", action="store_true", help="an optimizer whose step may be recorded, too")
     parser.add_argument("--blocks", default="auto", choices=["auto", "once", "flat"], help="how equal blocks are compiled")
     parser.add_argument("--meta", action="store_true", help="build on meta, then init_weights(seed)")
     parser.add_argument("--seed", type=int, default=1234)
@@ -210,7 +211,9 @@ def measure(args, device):
     cuda = device.type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     module, build_seconds = build_module(args, device)
-    opt = torch.optim.AdamW(module.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    lr = torch.tensor(args.lr, device=device) if args.capturable else args.lr
+    opt = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True,
+                            capturable=args.capturable)
     step = training_step(args, module, opt, replica_batch(args, module, device))
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -3,6 +3,7 @@
     python benchmarks/graphs.py --cells 24x1024-512                          a cell: off, on, and no peer
     python benchmarks/graphs.py --cells 1b-2048-zero3 --peers DIR            and FSDP2 with a compiled loss
     python benchmarks/graphs.py --cells tiny-512-zero3 --graphs auto         over gloo on CPUs, to try the script out
+    python benchmarks/graphs.py --cells 24x1024-512-dp --graphs auto --capturable    and with an optimizer that is recorded, too
     python benchmarks/graphs.py --list                                       what cells there are
 
 Every row is processes of their own, which run benchmarks/bench_fxpar.py, or a peer's script (README.md says which). The rows of a
@@ -12,6 +13,7 @@ step by this one.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -48,6 +50,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cells", nargs="+", choices=CELLS, metavar="CELL", default=["24x1024-512-one"])
     parser.add_argument("--graphs", nargs="+", choices=["False", "True", "auto"], default=["False", "True"])
+    parser.add_argument("--capturable", action="store_true", help="another row each, of an optimizer that is capturable")
     parser.add_argument("--peers", type=pathlib.Path, help="folder with the peers' scripts")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--mbs", type=int, default=1)
@@ -66,12 +69,12 @@ def runs(cell, args, folder):
     """(name, processes, script, arguments, trace) of each row of a cell."""
     model, tokens, plan = parts(cell)
     text, gpus, peer = PLANS[plan]
-    sizes = MODELS[model] | dict(seq=int(tokens), mbs=args.mbs, steps=args.steps, warmup=12)
+    sizes = MODELS[model] | dict(seq=int(tokens), mbs=args.mbs, steps=args.steps, warmup=16)
     shape = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
-    for graphs in args.graphs:
-        trace = folder / f"{cell}-{graphs}.json"
-        mine = ["--plan", text, "--cuda-graphs", graphs, "--trace", str(trace)]
-        yield f"fxpar {text}, CUDA graphs {graphs}", gpus, HERE / "bench_fxpar.py", [*mine, *shape], trace
+    for graphs, more in itertools.product(args.graphs, [[], ["--capturable"]] if args.capturable else [[]]):
+        trace = folder / f"{cell}-{graphs}{''.join(more)}.json"
+        mine = ["--plan", text, "--cuda-graphs", graphs, "--trace", str(trace), *more]
+        yield f"fxpar {text}, CUDA graphs {graphs} {''.join(more)}", gpus, HERE / "bench_fxpar.py", [*mine, *shape], trace
     if args.peers is not None and peer:
         yield f"bench_torch.py {peer}", gpus, args.peers / "bench_torch.py", [*peer.split(), *shape], None
 

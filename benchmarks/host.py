@@ -5,6 +5,7 @@
     python benchmarks/host.py --transport nccl       by the operators of a process group instead of copies
     python benchmarks/host.py --recorded             what is left where forward and backward are played back (by nothing)
     python benchmarks/host.py --plan pp=2,microbatches=4 --recorded        the same of a step of a pipeline, all in its forward
+    python benchmarks/host.py --recorded --capturable    and the optimizer, too
 
 The model is so small that computing takes little, and communication is pretended: what would be copied from another GPU is copied
 in this process, and kernels that go by tables of addresses are not run. So losses mean nothing here, and what CUDA's own calls
@@ -86,6 +87,9 @@ class NoGraphs:
         self.device = device
         self._memory = []
 
+    def another(self):
+        return NoGraphs(self.device)
+
     def record(self, code, inputs):
         given = list(inputs)
         inputs.clear()
@@ -127,6 +131,7 @@ def parse_args():
     parser.add_argument("--transport", default="auto", choices=["auto", "nccl"])
     parser.add_argument("--blocks", default="auto", choices=["auto", "once", "flat"])
     parser.add_argument("--recorded", action="store_true", help="forward and backward are played back")
+    parser.add_argument("--capturable", action="store_true", help="the optimizer is capturable: its step is played back, too")
     parser.add_argument("--kinds", action="store_true", help="profile steps, and tell by kind what the host does")
     return parser.parse_args()
 
@@ -155,7 +160,8 @@ def build(args):
     batch = dict(input_ids=tokens, labels=tokens)
     module = fxpar.parallelize(LlamaForCausalLM(config).float().train(), args.plan, batch, backend="inductor", blocks=args.blocks,
                                transport=args.transport, check_batches=0, cuda_graphs=args.recorded)
-    return module, batch, torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    return module, batch, torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True,
+                                                                                       capturable=args.capturable)
 
 
 def step(module, batch, opt):

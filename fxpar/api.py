@@ -68,7 +68,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
     most 40 % of the operators are left to compile: from some 12 equal layers on). But for "flat", of eight and more equal blocks
     five are traced. cuda_graphs: whether forward and backward are recorded once they have run a few times, and then played back
     by the GPU, which no longer waits for its host: "auto" (where that is faster, and there is memory for it), True or False;
-    what cannot be recorded runs as ever, and the report says why. tp_comm_overlap: whether compiled programs hide what tensor
+    what cannot be recorded runs as ever, and the report says why. Behind them clipping is recorded, too, and steps of optimizers
+    with ``capturable=True``. tp_comm_overlap: whether compiled programs hide what tensor
     parallelism gathers and scatters behind the products beside it, part by part: True, False, or "auto": as the plan says; if it
     says nothing, off: it was measured faster for one shape alone. The report says whether, and why not. timeout: seconds without
     a sign of life of a rank after which those that wait for it raise an error, of all modules; ranks that compile, save or load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ class Played:
         self.device = device
         self.play: Callable[[], None] | None = play
         device.remembered += 1
+        device.there.add(self)
 
     def __call__(self) -> None:
         assert self.play is not None, "it was forgotten"
@@ -32,7 +34,8 @@ class Played:
 class Pretended:
     """A `fxpar.run.pool.Device`. plays, records: how often. remembered: how many recordings were not forgotten. fails: what the
     next one raises. seconds: of host and GPU, and of the GPU that plays back, as they are told. taken: bytes, before and now;
-    size: all there are. given_back: how often what is free was."""
+    size: all there are. given_back: how often what is free was. others: those that have
+    pools of their own. there: recordings that somebody has, forgotten or not."""
 
     beside = None
 
@@ -44,6 +47,12 @@ class Pretended:
         self._seconds, self._taken, self._size = seconds, taken, size
         self.given_back = 0
         self._memory: list[list[Tensor]] = []
+        self.others: list[Pretended] = []
+        self.there: weakref.WeakSet[Played] = weakref.WeakSet()
+
+    def another(self) -> Pretended:
+        self.others.append(Pretended(self._seconds, self._taken, self._size))
+        return self.others[-1]
 
     @torch.no_grad()
     def record(self, code: compat.Code, inputs: list[Tensor]) -> tuple[list[Any], Played]:
@@ -58,6 +67,7 @@ class Pretended:
                 x.copy_(value)
         in_pool = {compat.storage_of(x) for memory in self._memory for x in memory}
         own = {compat.storage_of(x) for x in given} - in_pool
+        there = [_at_its_address(x) for x in given]
         mine = [i for i, x in enumerate(outs) if isinstance(x, Tensor) and compat.storage_of(x) not in own]
         memory = [outs[i] for i in mine]
         self._memory.append(memory)
@@ -66,7 +76,7 @@ class Pretended:
 
         def play() -> None:
             self.plays += 1
-            made = code(list(given))
+            made = code(list(there))
             results = [made[i].clone() for i in mine]
             for each in self._memory:
                 _spoil(each)
@@ -100,6 +110,13 @@ class Pretended:
 
     def occupied(self) -> str | None:
         return None
+
+
+def _at_its_address(x: Tensor) -> Tensor:
+    """What a recording has of a tensor, which it does not keep."""
+    own = x.untyped_storage()
+    storage = compat.storage_at(own.data_ptr(), own.nbytes(), x.device)
+    return compat.tensor_in(storage, x.storage_offset(), x.shape, x.stride(), x.dtype)
 
 
 @torch.no_grad()

@@ -146,6 +146,19 @@ def test_memory_for_another_stream_is_taken_while_one_is_recorded():
 
 
 @pytest.mark.gpu
+def test_another_has_a_pool_of_its_own():
+    graphs = compat.CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+    other, x = graphs.another(), torch.zeros(8, device="cuda")
+    (one,), play = graphs.record(lambda given: [given[0] + 1], [x])
+    play()
+    address = one.data_ptr()
+    del one
+    (two,), play_other = other.record(lambda given: [given[0] + 2], [x])
+    play_other()
+    assert two.data_ptr() != address and torch.equal(two, x + 2)
+
+
+@pytest.mark.gpu
 def test_a_recording_that_breaks_off_leaves_nothing():
     device = torch.device("cuda", torch.cuda.current_device())
     graphs, stream = compat.CudaGraphs(device), torch.cuda.current_stream()

@@ -36,7 +36,6 @@ from fxpar.compat.cudagraphs import (
 )
 from fxpar.compat.cut import Cutting, GraphPiece, Pieces, interpret_final, interpret_pieces, is_counted
 from fxpar.compat.data import assign_data_by, share_memory_by
-from fxpar.compat.fused import step_parts_directly
 from fxpar.compat.generators import generators_watched, is_random, mend_states
 from fxpar.compat.groups import before_groups_end, default_store, process_groups
 from fxpar.compat.handed import interpret_graph, lowered_graphs
@@ -68,6 +67,13 @@ from fxpar.compat.quiet import (
     quiet_traces,
     unchecked_distributions,
     untraced,
+)
+from fxpar.compat.stepping import (
+    goes_with,
+    has_parts,
+    local_parts,
+    splits,
+    step_elements_by,
 )
 from fxpar.compat.steps import (
     Code,
@@ -148,8 +154,10 @@ __all__ = [
     "forget_fake_results",
     "function_modes",
     "generators_watched",
+    "goes_with",
     "graph_module",
     "has_foreign_modes",
+    "has_parts",
     "holders",
     "in_full",
     "inside_of_transform",
@@ -168,6 +176,7 @@ __all__ = [
     "keeps_graph",
     "kept_bundle",
     "lines_looked_up_once",
+    "local_parts",
     "lower_as_collective",
     "lower_as_concatenation",
     "lower_as_wait",
@@ -195,8 +204,9 @@ __all__ = [
     "share_memory_by",
     "sizes_of_values",
     "sizes_to_compile",
+    "splits",
     "start_compilers",
-    "step_parts_directly",
+    "step_elements_by",
     "steps_of",
     "storage_at",
     "storage_number",

@@ -173,6 +173,10 @@ class CudaGraphs:
         self._pool: Any = None
         self._holds: weakref.ref[torch.cuda.CUDAGraph] | None = None
 
+    def another(self) -> CudaGraphs:
+        """One with a pool of its own."""
+        return CudaGraphs(self.device)
+
     def record(self, code: Code, inputs: list[Tensor]) -> tuple[list[Any], Playback]:
         """What `code` makes of `inputs`, a list that is emptied, as memory to which what is returned writes it. Nothing has run
         before that is called.

@@ -67,8 +67,9 @@ class Report:
     takes, and its cluster. limit: bytes of a device, where `inspect` was told them, for `verdict`. timings: where the time
     went on the way to the first step. pipeline: its stages, under pp. Then `memory`, `flops` (here with what is recomputed)
     and `peak` are each those of the pipeline rank that has most. predicted: what predicts `peak`; peak_of: the same of another
-    plan. cuda_graphs: of a module that runs, whether its forward and backward are played back, or why not. tp_comm_overlap: the
-    same of what tensor parallelism gathers and scatters: whether it is hidden behind products.
+    plan. cuda_graphs: of a module that runs, whether its forward and backward are played back, and clipping and steps of
+    optimizers behind them, or why not. tp_comm_overlap: the same of what tensor parallelism gathers and scatters: whether it is
+    hidden behind products.
     """
 
     plan: Plan

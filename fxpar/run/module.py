@@ -21,11 +21,12 @@ from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.report.timings import INITIALISING
 from fxpar.run import alone, assigned, draws, optimizers, sums, whole
-from fxpar.run.clip import clip_grad_norm
+from fxpar.run.clip import Clipping
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
 from fxpar.run.initialize import init_weights
 from fxpar.run.loss import loss_of
+from fxpar.run.repeated import StepRecordings
 from fxpar.run.store import ParameterStore
 
 
@@ -86,6 +87,8 @@ class ParallelModule(nn.Module):
         self.training = model.training
         self.plan, self.device = engine.plan, store.device
         self.parameter_store, self._engine = store, engine
+        self._step_recordings = StepRecordings(engine.recordings, model.parameters)
+        self._clipping = Clipping(store.bound, store.runtime, self._step_recordings.clipping)
         optimizers.watch()
         assigned.watch()
         sums.read_whole(store.bound)
@@ -228,7 +231,7 @@ class ParallelModule(nn.Module):
         store = self.parameter_store
         with store.control.watch.call("clip_grad_norm_"), compat.ranged("fxpar: clip_grad_norm_"):
             store.control.watch.note(f"clip_grad_norm_({float(max_norm)}, {float(norm_type)})")
-            return clip_grad_norm(store.counted(), max_norm, norm_type, store.bound, store.runtime)
+            return self._clipping(store.counted(), max_norm, norm_type)
 
     def sum_over_parameters(self, function: Callable[[str, nn.Parameter], Any]) -> Tensor:
         """The sum of ``function(name, parameter)``, a number for each of the model's parameters: the same on all ranks, under
@@ -335,7 +338,7 @@ class ParallelModule(nn.Module):
         program = self._engine.newest()
         with self.parameter_store.control.watch.busy("making a report"):
             made = report_of(program, self._engine.stages(program))
-        return dataclasses.replace(made, cuda_graphs=self._engine.recordings.told(program),
+        return dataclasses.replace(made, cuda_graphs=self._engine.recordings.told(program) + self._step_recordings.told(),
                                    tp_comm_overlap=self._engine.overlap_told(program))
 
     def newest_program(self) -> Program:

@@ -27,11 +27,12 @@ class Plays(Protocol):
 
 
 class Device(Protocol):
-    """What records: `fxpar.compat.CudaGraphs`. beside: a stream that is never recorded."""
+    """What records: `fxpar.compat.CudaGraphs`. beside: a stream that is never recorded. another: one with a pool of its own."""
 
     device: torch.device
     beside: torch.cuda.Stream | None
 
+    def another(self) -> Device: ...
     def record(self, code: compat.Code, inputs: list[Tensor]) -> tuple[list[Any], Plays]: ...
     def timed(self, run: Callable[[], Any]) -> tuple[Any, float, Callable[[], float]]: ...
     def most(self) -> int: ...

@@ -178,6 +178,10 @@ class Recordings:
         for recording in self.pool.given_up:
             recording.forget()
 
+    def are_on(self) -> bool:
+        """Whether a program's forward and backward are played back, and ranks have found that to be of use."""
+        return self.off is None and any(p.plays for _, made in self._made.values() for p in made.values())
+
     def told(self, program: Program) -> str:
         """Whether a program's forward and backward are played back, and why not."""
         if self.off is not None:
@@ -236,6 +240,10 @@ class RecordedProgram:
     @property
     def is_recorded(self) -> bool:
         return self._forward is not None
+
+    @property
+    def plays(self) -> bool:
+        return self._backward is not None and self._tried
 
     def _run_forward(self, code: compat.Code, given: list[Any]) -> Sequence[Any]:
         inputs, number = list(given), self._runs
@@ -388,7 +396,7 @@ class RecordedProgram:
         given = [kept[i] if i in pooled else x for i, x in enumerate(inputs)]
         del kept
         fixed = [i < len(places) for i in range(len(inputs))]
-        self._backward = self._record(code, given, fixed, pooled)
+        self._backward = self._record(_in_order(code), given, fixed, pooled)
         if self._backward is not None:
             self._backward.made.clear()
             self._device.give_back()
@@ -477,6 +485,12 @@ class RecordedProgram:
         if told != self.told and self._all.control.rank == 0:
             _log.info("CUDA graphs: %s", told)
         self.told = told
+
+
+def _in_order(code: compat.Code) -> compat.Code:
+    """A code whose tensors lie in memory in the order of their dims, as gradients do in the ``.grad`` of parameters: what is
+    recorded leaves them there, and nobody copies them elsewhere."""
+    return lambda inputs: [x.contiguous() if isinstance(x, Tensor) and 0 not in x.stride() else x for x in code(inputs)]
 
 
 def _first(votes: Sequence[Vote]) -> str | None:

@@ -23,22 +23,26 @@ PLANS = {"dp=1": 1, "dp=1,param_dtype=bf16": 1, "dp=2,zero=3": 2, "dp=2": 2, "tp
          "pp=2,microbatches=4,schedule=zbv,virtual_stages=2": 2,
          "pp=2,dp=2,zero=3,microbatches=4": 4, "pp=2,dp=2,zero=1,microbatches=4": 4, "pp=2,tp=2,microbatches=4": 4}
 
+STEPS = "capturable", "foreach", "number", "radam"
+"""Optimizers of tests/recording_program.py whose steps are played back."""
+
 
 @pytest.mark.gpu
 @pytest.mark.multiproc
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
-@pytest.mark.parametrize("plan", PLANS)
-def test_losses_are_the_same(plan, model, tmp_path):
+@pytest.mark.parametrize("plan,model,optimizer", [*((plan, model, "fused") for plan in PLANS for model in ("llama", "gpt2")), *(
+    ("dp=1", "llama", kind) for kind in STEPS), ("dp=2,zero=3", "gpt2", "capturable")])
+def test_losses_are_the_same(plan, model, optimizer, tmp_path):
     gpus = PLANS[plan]
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"{gpus} GPUs are needed, {torch.cuda.device_count()} are here")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}",
-               str(ROOT / "tests/recording_program.py"), plan, model, "200"]
+               str(ROOT / "tests/recording_program.py"), plan, model, "200", optimizer]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "FXPAR_FOLDER": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and len(lines) == 1, done.stdout[-2000:] + done.stderr[-4000:]
     assert lines[0]["told"].startswith("on") and lines[0]["off"] <= 1e-5, lines[0]
+    assert "clipping: on" in lines[0]["told"] and ("step: on" in lines[0]["told"]) == (optimizer in STEPS), lines[0]
 
 
 @pytest.mark.gpu
