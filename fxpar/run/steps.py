@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxpar import compat
 from fxpar.passes.partition.phases import Boundary, Phases, split_phases
 from fxpar.plan import Plan
 from fxpar.program import Program
+from fxpar.run.after_steps import after_steps
 from fxpar.run.gradients import Receipt, UnreducedGradients
 from fxpar.sharding.mesh import Mesh
 
@@ -50,7 +49,7 @@ class Steps:
         self._lowered: dict[int, Callable[..., Any]] = {}
         self._unsharded: tuple[Any, list[Tensor]] | None = None
         if self.shares_parameters and not plan.gathers_each_use:
-            self._forget_after_optimizers()
+            after_steps(self, lambda steps, _: steps.forget())  # some write where no version of a tensor tells
 
     def microbatch(self, program: Program, last: bool, example: Callable[[], list[Any]]) -> Microbatch | None:
         """How the next microbatch runs; None: as the program stands. last: it is the last one of its step."""
@@ -136,14 +135,3 @@ class Steps:
     def _unreduced(self, boundary: Boundary, value: Tensor) -> Tensor:
         pending = self.gradients.pending.get(boundary.key)
         return torch.zeros_like(value, dtype=boundary.dtype) if pending is None else pending
-
-    def _forget_after_optimizers(self) -> None:
-        """As long as this lives, any optimizer's step has it forget: some write where no version of a tensor tells."""
-        mine = weakref.ref(self)
-
-        def forget(*_: Any) -> None:
-            steps = mine()
-            if steps is not None:
-                steps.forget()
-
-        weakref.finalize(self, register_optimizer_step_post_hook(forget).remove)

@@ -5,15 +5,14 @@ A step that one rank leaves out, or takes with another learning rate, has its we
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxpar import compat
 from fxpar.backends.transport.watch import NoWatch, Watch
+from fxpar.run.after_steps import after_steps
 
 PLAIN = (bool, int, float, str, tuple, list, type(None))
 MOST = 64
@@ -35,20 +34,14 @@ class OptimizerSteps:
     def __init__(self, watch: Watch | NoWatch):
         self._steps: list[Any] = []
         self._count = 0
-        if isinstance(watch, NoWatch):
-            return
-        mine = weakref.ref(self)
-
-        def note(optimizer: Any, *_: Any) -> None:
-            steps = mine()
-            if steps is not None and steps._count < MOST:
-                steps.add(optimizer)
-
-        weakref.finalize(self, register_optimizer_step_post_hook(note).remove)
+        if not isinstance(watch, NoWatch):
+            after_steps(self, OptimizerSteps.add)
 
     def add(self, optimizer: Any) -> None:
-        """Note a step: of each group its options, how many parameters it has, how many of them have gradients, and how often the
-        first was stepped."""
+        """Note a step, if there is room: of each group its options, how many parameters it has, how many of them have gradients,
+        and how often the first was stepped."""
+        if self._count == MOST:
+            return
         groups = [g for g in optimizer.param_groups if g["params"]]
         if not any(isinstance(g["params"][0], DTensor) for g in groups):
             return
