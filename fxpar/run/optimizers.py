@@ -115,6 +115,8 @@ def _step(function: Callable[..., None], lists: Lists, options: dict[str, Any]) 
             for of, made in zip(lists, parts, strict=True):
                 of[:] = [compat.like_dtensor(y, grad) if x is None and y is not None else x
                          for x, y, grad in zip(of, made, lists[1] if of else (), strict=True)]
+    if group.tells:  # autograd looks at those of DTensors that it keeps
+        torch.autograd.graph.increment_version(lists[0])
 
 
 def _as_it_is(function: Callable[..., None], parts: Lists, options: dict[str, Any], group: _Group) -> None:

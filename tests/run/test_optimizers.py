@@ -93,3 +93,15 @@ def test_what_is_split_otherwise_goes_the_way_of_dtensor(monkeypatch):
         assert len(steps) == 3
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}])
+def test_a_backward_over_a_step_is_an_error_as_of_plain_tensors(one_rank, options):
+    """A penalty that a program computes of its parameters, whose backward it calls behind the step."""
+    optimizers.watch()
+    for value in (torch.ones(4), DTensor.from_local(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])):
+        p = torch.nn.Parameter(value)
+        penalty, p.grad = (p**3).sum(), value.clone()
+        torch.optim.AdamW([p], 0.1, **options).step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            penalty.backward()
