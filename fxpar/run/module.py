@@ -89,7 +89,7 @@ class ParallelModule(nn.Module):
         self.parameter_store, self._engine = store, engine
         self._step_recordings = StepRecordings(engine.recordings, model.parameters)
         self._clipping = Clipping(store.bound, store.runtime, self._step_recordings.clipping)
-        optimizers.watch()
+        optimizers.watch(model if store.bound.across is not None else None)
         assigned.watch()
         sums.read_whole(store.bound)
         draws.watch()

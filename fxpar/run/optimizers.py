@@ -14,7 +14,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Adafactor, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -48,15 +48,25 @@ class _Group:
         self.repeats: Callable[[], StepRecordings | None] = _nothing
 
 
+_of_stages: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models of which ranks hold stages of a pipeline."""
 _groups: weakref.WeakKeyDictionary[Any, list[_Group]] = weakref.WeakKeyDictionary()
 _stepping: tuple[Callable[[], Any], int] = _nothing, 0
 """The optimizer whose step is under way, and how many of its groups were stepped."""
 
 
+def watch(model: nn.Module | None = None) -> None:
+    """From now on, the optimizers of this process refuse parameters that they cannot step, and step parts of others at once.
+
+    model: one of which this rank holds some stages, if there is one.
+    """
+    if model is not None:
+        _of_stages.add(model)
+    _register()
+
+
 @functools.cache
-def watch() -> None:
-    """From now on, the optimizers of this process refuse parameters that they cannot step, and step parts of others at once. Once
-    is enough."""
+def _register() -> None:
     register_optimizer_step_pre_hook(_begin)
     register_optimizer_step_post_hook(_end)
     compat.step_elements_by(_step)
@@ -75,8 +85,8 @@ def _end(*_: Any) -> None:
 
 
 def _check(optimizer: Any) -> None:
-    """Raises: `InputError` for an optimizer of `NEEDS` with parameters of which ranks hold parts; for another library's
-    Adafactor, whose state are plain tensors."""
+    """Raises: `InputError` for an optimizer of `NEEDS` with parameters of which ranks hold parts; for LBFGS, where ranks hold
+    some of the parameters; for another library's Adafactor, whose state are plain tensors."""
     needs = next((what for kind, what in NEEDS.items() if isinstance(optimizer, kind)), None)
     foreign = needs is None and type(optimizer).__name__ == "Adafactor"
     if needs is None and not foreign:
@@ -88,6 +98,11 @@ def _check(optimizer: Any) -> None:
     if any(not place.is_replicate() for p in parameters for place in p.placements):
         raise InputError(f"torch.optim.{type(optimizer).__name__} cannot step parameters of which each rank has a part (tp, "
                          f"zero): it needs {needs}; use another optimizer (AdamW), or a plan that stores parameters whole (dp)")
+    if isinstance(optimizer, LBFGS):
+        staged = {id(p) for model in _of_stages for p in model.parameters()}
+        if any(id(p) in staged for p in parameters):
+            raise InputError("torch.optim.LBFGS cannot step the parameters of a pipeline (pp), of which each rank has some: it "
+                             f"needs {needs}; use another optimizer (AdamW), or a plan that stores parameters whole (dp)")
 
 
 # ---- what optimizers hand over ----

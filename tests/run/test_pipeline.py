@@ -320,3 +320,19 @@ def test_an_error_on_one_rank_ends_the_step_on_all(plan, where):
         named = f"FxparError: rank 2 failed in the middle of forward, which ended it on all ranks: {own}"
         assert seconds < 30 and len(said) == 2 and said[1].startswith(named)
         assert said[0] == own if rank == 2 else said[0].startswith(named)
+
+
+def refused_optimizer(rank: int) -> str:
+    model, batch = net()
+    module = parallel(model, "pp=2,microbatches=2", batch)
+    optimizer = torch.optim.LBFGS(module.parameters())
+    try:
+        optimizer.step(lambda: module(**batch)["loss"])
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_an_optimizer_of_all_parameters_at_once_is_refused():
+    """A rank has those of its stages."""
+    assert all("LBFGS cannot step the parameters of a pipeline" in said for said in launch(2, refused_optimizer))
