@@ -68,13 +68,8 @@ from fxpar.compat.quiet import (
     unchecked_distributions,
     untraced,
 )
-from fxpar.compat.stepping import (
-    goes_with,
-    has_parts,
-    local_parts,
-    splits,
-    step_elements_by,
-)
+from fxpar.compat.scaling import after_searches_for_inf
+from fxpar.compat.stepping import goes_with, has_parts, local_parts, splits, step_elements_by
 from fxpar.compat.steps import (
     Code,
     Cut,
@@ -123,6 +118,7 @@ __all__ = [
     "SideStream",
     "SymmetricSlots",
     "TracedForward",
+    "after_searches_for_inf",
     "apply_by",
     "as_traced",
     "assign_data_by",

@@ -20,7 +20,7 @@ from fxpar.progress import stage
 from fxpar.report.dump import readable
 from fxpar.report.report import Report, report_of
 from fxpar.report.timings import INITIALISING
-from fxpar.run import alone, assigned, draws, optimizers, sums, whole
+from fxpar.run import alone, assigned, draws, optimizers, overflows, sums, whole
 from fxpar.run.clip import Clipping
 from fxpar.run.engine import DropoutSeeds, Engine
 from fxpar.run.gathered import gathered
@@ -93,6 +93,7 @@ class ParallelModule(nn.Module):
         assigned.watch()
         sums.read_whole(store.bound)
         draws.watch()
+        overflows.watch(store)
         self._sync, self._gathered = True, False
         for name in ("train_step", "clip_grad_norm_", "sum_over_parameters", "require_alike"):
             self.__dict__[name] = torch.compiler.disable(getattr(self, name), reason=whole.COMPILED)
