@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import chain, islice
 from typing import Any
 
@@ -76,7 +76,8 @@ def _begin(optimizer: Any, *_: Any) -> None:
     """Raises: as `_check`."""
     global _stepping
     _check(optimizer)
-    _stepping = weakref.ref(optimizer), 0
+    hashed = isinstance(optimizer, Hashable)  # what is remembered of it is found by it
+    _stepping = weakref.ref(optimizer) if hashed else _nothing, 0
 
 
 def _end(*_: Any) -> None:

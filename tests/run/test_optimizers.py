@@ -105,3 +105,15 @@ def test_a_backward_over_a_step_is_an_error_as_of_plain_tensors(one_rank, option
         torch.optim.AdamW([p], 0.1, **options).step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             penalty.backward()
+
+
+def test_an_optimizer_without_a_hash_steps(one_rank):
+    class Equal(torch.optim.SGD):
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    optimizers.watch()
+    p = torch.nn.Parameter(DTensor.from_local(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)]))
+    p.grad = p.detach().clone()
+    Equal([p], 0.5).step()
+    torch.testing.assert_close(p.full_tensor(), torch.full((4,), 0.5))
