@@ -51,6 +51,11 @@ class Source:
     storage_dtype: torch.dtype | None = None
     place: tuple[Any, Any] | None = None
 
+    @property
+    def stays(self) -> bool:
+        """Whether its tensor is the same in every call, as long as nobody moves it."""
+        return self.kind in ("param", "buffer") or (self.kind == "constant" and self.place is None)
+
 
 @dataclass(slots=True)
 class Sink:

@@ -5,7 +5,7 @@ store       a model's parameters in the layouts of a plan (with storage: full te
 engine      captures, compiles and runs programs, one for every kind of call (with programs: how many are kept)
 start       the first run of a program: timed, and said
 feed        the local inputs of a program, call by call
-recording   forward and backward recorded and played back by the GPU (with pool: memory that recordings lend)
+recording   forward and backward recorded and played back by the GPU (with pool: what they lend; votes: of ranks)
 recorded_step  the same of whole steps of a pipeline (with step_feed: what they take; own_memory: gradients that are scaled in it)
 pipeline    whole steps of a rank of a pipeline (with stage: one stage of it; post: messages between ranks)
 steps       which of a step's phases runs when: unshard, compute, reduce (with gradients: those not reduced yet)

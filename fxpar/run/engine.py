@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ from fxpar.run.numbers import Numbers
 from fxpar.run.outputs import as_output
 from fxpar.run.pipeline import Pipeline
 from fxpar.run.recorded_step import AllOrNone
-from fxpar.run.recording import RecordedProgram, Recordings, device_of, gradients_of
+from fxpar.run.recording import COUNTED, Recordings, device_of, gradients_of, of_microbatches
 from fxpar.run.scales import ScaleChecks
 from fxpar.run.start import Start
 from fxpar.run.steps import Steps
@@ -56,21 +57,17 @@ from fxpar.run.updates import OptimizerSteps
 from fxpar.sharding.facts import local_value, sharding_at
 from fxpar.sharding.layout import Sharding
 
-COUNTED = "how many rows go to each expert is known only on the host, step by step"
-"""Why no program with such rows is recorded."""
-
 
 @dataclass
 class Compiled:
     """A program, what feeds it, what runs it, and its first run. pipeline: what runs whole steps of it, if it is cut into
-    stages. recorded: what records and replays it."""
+    stages."""
 
     program: Program
     feed: Feed
     run: Callable[..., Any]
     start: Start
     pipeline: Pipeline | None = None
-    recorded: RecordedProgram | None = None
 
 
 @dataclass
@@ -116,7 +113,7 @@ class Engine:
         once = backend is not eager or plan.recompute != "none" or plan.gathers_each_use
         self._scales = ScaleChecks(store.control, check_batches)
         self._edges = Edges(type(store.model).__name__, plan, store.bound, store.runtime, once, self._scales.tell)
-        self._steps = Steps(plan, store.mesh, self._lower, store.tensor)
+        self._steps = Steps(plan, store.mesh, self._lower, store.tensor, functools.partial(of_microbatches, weakref.ref(self)))
         self._left = AttributeStates()
         self._said: set[int] = set()  # numbers of programs
         self._batches = BatchChecks(store.bound, store.control, check_batches)
@@ -125,7 +122,9 @@ class Engine:
         graphs, off = device_of(self.device), None
         if graphs is None or (backend is eager and self.device.type == "cuda"):
             off = "code that is compiled for a GPU is recorded, and this is none"
-        self.recordings = Recordings(cuda_graphs, graphs, store.control, functools.partial(gradients_of, store.model),
+        unreduced = self._steps.gradients
+        self.recordings = Recordings(cuda_graphs, graphs, store.control,
+                                     lambda: [*gradients_of(store.model), *unreduced.pending.values()],
                                      functools.partial(copies.begin_anew, store.runtime), off, store.bound.communicates_over)
         self._all_or_none = AllOrNone(self.recordings, self.plan.pp)
 
@@ -164,7 +163,7 @@ class Engine:
             with compat.ranged("fxpar: call"):
                 named, compiled, await_agreement = self._found("forward", args, kwargs, 1, last)
             seed = self.seeds.next()
-            if compiled.recorded is not None and compiled.recorded.decides_now():
+            if self.recordings.decide_now(compiled.program):
                 await_agreement()
                 await_agreement = _nothing
             try:
@@ -440,7 +439,7 @@ class Engine:
         recorded = self.recordings.of(program, refused)
         with few_collections() if self.device.type == "cuda" else contextlib.nullcontext():
             run = start.lower(lambda later: self._lower(program.module, example, later=later, recorder=recorded))
-        return Compiled(program, feed, run, start, recorded=recorded)
+        return Compiled(program, feed, run, start)
 
     def _schedule(self) -> Schedule:
         plan = self.plan

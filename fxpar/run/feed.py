@@ -21,11 +21,6 @@ ModuleSlot = tuple[dict[str, Any], str]
 """The table of a module, and the name in it, of a parameter or buffer."""
 
 
-def stays(source: Source) -> bool:
-    """Whether a source's tensor is the same in every call, as long as nobody moves it."""
-    return source.kind in ("param", "buffer") or (source.kind == "constant" and source.place is None)
-
-
 def value_of(source: Source, places: Mapping[str, ModuleSlot], device: torch.device, named: Mapping[str, Any], seed: int) -> Any:
     """What a program takes for one source, of a parameter this rank's part; see `Feed`."""
     if source.kind in ("param", "buffer"):

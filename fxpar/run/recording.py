@@ -24,7 +24,6 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -34,9 +33,10 @@ from torch.distributed.tensor import DTensor
 
 from fxpar import compat
 from fxpar.backends.transport.control import Control
+from fxpar.ops.exchange import counts_rows
 from fxpar.program import Program
-from fxpar.run.feed import stays
 from fxpar.run.pool import Device, Loan, Pool, Recording
+from fxpar.run.votes import GAIN, HOST_BOUND, MORE_MEMORY, PLENTY, Vote, first_against
 
 WARM = 3
 """Runs of a program before it is recorded."""
@@ -44,17 +44,9 @@ TRIED = 3
 """Times that a recording is played back before ranks decide whether to keep it."""
 EVERY = 64
 """After so many runs, at most, ranks decide again."""
-HOST_BOUND = 2.0
-"""Of the host's seconds: a GPU that takes longer does not wait for it. One that does takes longer than its host, too: what it
-waits for is a part of its time, and so is what another rank's host has not started yet."""
-GAIN = 0.97
-"""Of the GPU's seconds without recordings: more than this is not worth their memory."""
-MORE_MEMORY = 1.05
-"""Of what was taken without recordings: more than this is too much, unless the device has plenty."""
-PLENTY = 0.5
-"""Of the device's memory: as long as no more than this is taken, it has plenty."""
-
 MOVED = "parameters or buffers have moved"
+COUNTED = "how many rows go to each expert is known only on the host, step by step"
+"""Why no program with such rows is recorded."""
 
 _log = logging.getLogger("fxpar")
 _kept: list[Pool] = []
@@ -91,20 +83,6 @@ def gradients_of(model: nn.Module) -> Iterator[Tensor]:
             yield compat.memory(grad) if isinstance(grad, DTensor) else grad
 
 
-@dataclass(frozen=True)
-class Vote:
-    """What a rank says when all decide. why: what speaks against it there; for ever: and always will. host, gpu: seconds of a
-    step's forward and backward; most, taken: bytes of memory, before it was recorded and now; size: the device's."""
-
-    why: str | None
-    for_ever: bool
-    host: float
-    gpu: float
-    most: int
-    taken: int
-    size: int
-
-
 R = TypeVar("R", bound="RecordedProgram")
 
 
@@ -123,7 +101,7 @@ class Recordings:
         self.off = "cuda_graphs=False" if wanted is False else off
         _kept[:] = [pool for pool in _kept if pool.is_lent()]
         self.pool, self._over = Pool(gradients), over
-        self._made: dict[int, tuple[Program, dict[bool, RecordedProgram]]] = {}
+        self._made: dict[int, tuple[Program, dict[tuple[bool, str], RecordedProgram]]] = {}
         if self.off is None and control.world > 1:
             compat.before_groups_end(_end_over)
             _over_groups.add(self)
@@ -139,17 +117,23 @@ class Recordings:
     def anew(self, broken: bool = False) -> None:
         self._anew(broken)
 
-    def of(self, program: Program, refused: str | None = None) -> RecordedProgram | None:
-        """What records a program, with gradients or, where they are off now, without. refused: why it cannot be recorded."""
+    def of(self, program: Program, refused: str | None = None, name: str = "", stay: frozenset[int] = frozenset()
+           ) -> RecordedProgram | None:
+        """What records a program, with gradients or, where they are off now, without. refused: why it cannot be. name: of the
+        microbatches that it runs, if not of any. stay: inputs that stay where they are, besides parameters and buffers."""
         if self.off is not None or self.device is None:
             return None
-        fixed = frozenset(i for i, s in enumerate(program.sources) if stays(s))
-        return self.add(program, RecordedProgram(self, self.device, fixed, refused))
+        fixed = stay | {i for i, s in enumerate(program.sources) if s.stays}
+        return self.add(program, RecordedProgram(self, self.device, fixed, refused), name)
 
-    def add(self, program: Program, recorded: R) -> R:
+    def add(self, program: Program, recorded: R, name: str = "") -> R:
         """Have this be what records a program."""
-        self._made.setdefault(id(program), (program, {}))[1][torch.is_grad_enabled()] = recorded
+        self._made.setdefault(id(program), (program, {}))[1][torch.is_grad_enabled(), name] = recorded
         return recorded
+
+    def decide_now(self, program: Program) -> bool:
+        """Whether ranks may decide in a program's next run: they must have found that they are called alike."""
+        return any(p.decides_now() for p in self._made.get(id(program), (None, {}))[1].values())
 
     def recorded(self) -> list[RecordedProgram]:
         """What is recorded now, in an order that is the same on all ranks."""
@@ -187,15 +171,23 @@ class Recordings:
         if self.off is not None:
             return f"off: {self.off}"
         made = self._made.get(id(program), (None, {}))[1]
-        chosen = made.get(True, made.get(False))
-        return "off: the program did not run yet" if chosen is None else chosen.told
+        ran = [(grad, name, p) for (grad, name), p in made.items() if p.has_run] or [(*key, p) for key, p in made.items()][:1]
+        trained = [(name, p) for grad, name, p in ran if grad] or [(name, p) for _, name, p in ran]
+        return "; ".join(f"{name}: {p.told}" if name else p.told for name, p in trained) or "off: the program did not run yet"
+
+
+def of_microbatches(engine: weakref.ref[Any], program: Program, name: str, stay: frozenset[int]) -> RecordedProgram | None:
+    """What records some microbatches of a program; see `Recordings.of`. engine: has the recordings."""
+    recordings: Recordings = engine().recordings
+    return recordings.of(program, COUNTED if counts_rows(program.graph) else None, name, stay)
 
 
 class RecordedProgram:
     """The codes of one compiled program, as they are run, recorded and played back: a `fxpar.compat.CodeRecorder`.
 
-    told: how it stands, for people. Ranks run a program equally often, so what depends on the number of its runs alone is the
-    same on all. together: ranks find out before each call whether all of them can play it back; else they have to be alike in it.
+    told: how it stands, for people. off: why there are no recordings, and will be none. together: ranks find out before each
+    call whether all of them can play it back; else they have to be alike in it. Ranks run a program equally often, so what
+    depends on the number of its runs alone is the same on all.
     """
 
     together = False
@@ -206,7 +198,7 @@ class RecordedProgram:
         self._fixed: list[bool] = []
         self._returned = 0
         self._runs, self._decides, self._gap = 0, WARM, 1
-        self._off = refused
+        self.off = refused
         self.told = f"off: {refused}" if refused else f"off: not yet, a program is recorded after {WARM} runs"
         self._forward: Recording | None = None
         self._backward: Recording | None = None
@@ -235,7 +227,11 @@ class RecordedProgram:
 
     def decides_now(self) -> bool:
         """Whether the next run is one in which ranks decide: they must have found that they are called alike."""
-        return self._off is None and self._runs == self._decides
+        return self.off is None and self._runs == self._decides
+
+    @property
+    def has_run(self) -> bool:
+        return self._runs > 0
 
     @property
     def is_recorded(self) -> bool:
@@ -249,7 +245,7 @@ class RecordedProgram:
         inputs, number = list(given), self._runs
         given.clear()
         self._runs += 1
-        if self._off is not None:
+        if self.off is not None:
             if self._pool.given_up and self._pool.let_go():
                 self._device.give_back()
             return code(inputs)
@@ -259,7 +255,7 @@ class RecordedProgram:
         if number == self._decides:
             self._decide(code, inputs, obstacle)
         if self._forward is None:
-            return self._plainly(code, inputs) if self._off is None else code(inputs)
+            return self._plainly(code, inputs) if self.off is None else code(inputs)
         self._all.anew()
         obstacle = self._in_the_way(self._forward, inputs, obstacle)
         if obstacle is not None:
@@ -319,7 +315,7 @@ class RecordedProgram:
 
     def _plain_backward(self, code: compat.Code, inputs: list[Any]) -> Sequence[Any]:
         if self._backward is None:
-            return self._plainly(code, inputs) if self._off is None and self._forward is None else code(inputs)
+            return self._plainly(code, inputs) if self.off is None and self._forward is None else code(inputs)
         self._note("backward", "")
         self._all.anew()
         outs = code(inputs)
@@ -368,7 +364,7 @@ class RecordedProgram:
         self._most, self._alive = self._device.most(), self._device.alive()
         votes = self._vote(never or obstacle or self._pool.obstacle(), never is not None)
         host, gpu = max(v.host for v in votes), max(v.gpu for v in votes)
-        if (why := _first(votes)) is not None:
+        if (why := first_against(votes)) is not None:
             self._postpone(why, any(v.for_ever for v in votes))
         elif self._all.wanted == "auto" and gpu >= HOST_BOUND * host:
             self._postpone(f"the GPU takes {gpu * 1e3:.0f} ms, the host that starts its work {host * 1e3:.0f} ms", True)
@@ -385,7 +381,7 @@ class RecordedProgram:
     def _decide_backward(self, code: compat.Code, inputs: list[Any], obstacle: str | None) -> Recording | None:
         forward = self._forward
         assert forward is not None
-        if (why := _first(self._vote(obstacle))) is not None:
+        if (why := first_against(self._vote(obstacle))) is not None:
             self.give_up(why)
             self._postpone(why)
             return None
@@ -407,7 +403,7 @@ class RecordedProgram:
         assert self._forward is not None
         fits = self._forward.fits(inputs)
         votes = self._vote(None if fits else MOVED)
-        if (why := _first(votes)) is not None:
+        if (why := first_against(votes)) is not None:
             self.give_up(why)
             self._gap = 1
             self._postpone(why)
@@ -440,7 +436,7 @@ class RecordedProgram:
             _log.debug("CUDA graphs: what could not be recorded", exc_info=True)
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         broken = why is not None
-        if (why := _first(self._vote(why))) is None:
+        if (why := first_against(self._vote(why))) is None:
             return made
         self._all.anew(broken)
         if made is not None:
@@ -463,7 +459,7 @@ class RecordedProgram:
     def _postpone(self, why: str, for_ever: bool = False) -> None:
         self._say(f"off: {why}")
         if for_ever:
-            self._off = why
+            self.off = why
             self._times.clear()
         self._decides = self._runs - 1 + self._gap
         self._gap = min(2 * self._gap, EVERY)
@@ -479,7 +475,7 @@ class RecordedProgram:
     def end(self, why: str) -> None:
         """Run the codes as they are from now on."""
         self.give_up()
-        self._off = why
+        self.off = why
 
     def _say(self, told: str) -> None:
         if told != self.told and self._all.control.rank == 0:
@@ -491,8 +487,3 @@ def _in_order(code: compat.Code) -> compat.Code:
     """A code whose tensors lie in memory in the order of their dims, as gradients do in the ``.grad`` of parameters: what is
     recorded leaves them there, and nobody copies them elsewhere."""
     return lambda inputs: [x.contiguous() if isinstance(x, Tensor) and 0 not in x.stride() else x for x in code(inputs)]
-
-
-def _first(votes: Sequence[Vote]) -> str | None:
-    """What the first rank says that is against it."""
-    return next((v.why for v in votes if v.why is not None), None)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fxpar import compat
 from fxpar.run.pool import Device, Recording
-from fxpar.run.recording import MORE_MEMORY, PLENTY, Recordings
+from fxpar.run.recording import Recordings
+from fxpar.run.votes import MORE_MEMORY, PLENTY
 
 EQUAL = 3
 """Equal runs of a code before it is recorded. Once it was recorded in `KEPT` ways, every further one needs twice as many as the

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxpar import compat
 from fxpar.program import Program, Source
-from fxpar.run.feed import stays, value_of
+from fxpar.run.feed import value_of
 from fxpar.run.store import ParameterStore
 
 Key = tuple[str, str]
@@ -26,7 +26,7 @@ class StepFeed:
     def __init__(self, programs: Sequence[Program], store: ParameterStore, written: Sequence[str]):
         self.store = store
         self._sources: dict[Key, Source] = {(s.kind, s.name): s for p in programs for s in p.sources if s.kind != "received"}
-        self._staying = [s for s in self._sources.values() if stays(s)]
+        self._staying = [s for s in self._sources.values() if s.stays]
         self._written = [name for name in dict.fromkeys(written) if ("buffer", name) not in self._sources]
         self._at: dict[Key, list[int]] = {}
         self._others: dict[Key, Any] = {}
@@ -47,7 +47,7 @@ class StepFeed:
                 continue
             self._at[key] = list(range(len(flat), len(flat) + len(values)))
             flat += values
-            self.fixed += [stays(source)] * len(values)
+            self.fixed += [source.stays] * len(values)
         self.fixed += [True] * len(self._written)
         return [*flat, *(self.store.tensor(name) for name in self._written)]
 

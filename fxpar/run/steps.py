@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from fxpar import compat
-from fxpar.passes.partition.phases import Boundary, Phases, split_phases
+from fxpar.passes.partition.phases import Boundary, Compute, Phases, split_phases
 from fxpar.plan import Plan
 from fxpar.program import Program
 from fxpar.run.after_steps import after_steps
 from fxpar.run.gradients import Receipt, UnreducedGradients
+from fxpar.run.recording import RecordedProgram
 from fxpar.sharding.mesh import Mesh
 
-Lower = Callable[[Any, list[Any]], Callable[..., Any]]
-"""(graph, example inputs) -> what runs it."""
+Lower = Callable[..., Callable[..., Any]]
+"""(graph, example inputs, and by its name a recorder) -> what runs it."""
+Recorded = Callable[[Program, str, frozenset[int]], RecordedProgram | None]
+"""(program, which of its microbatches, which inputs stay where they are besides the program's own) -> what records it."""
+BEFORE, LAST = "microbatches before the last", "the last microbatch"
 
 
 @dataclass
@@ -37,16 +41,19 @@ class Steps:
     """Runs the phases of steps: unsharded parameters are kept while parameters do not change, gradients may stay unreduced until
     the last microbatch.
 
-    lower: compiles a graph. parameter: name -> the parameter as the module has it now (a DTensor).
+    lower: compiles a graph. parameter: name -> the parameter as the module has it now (a DTensor). recorded: makes what records
+    forward and backward of microbatches.
     """
 
-    def __init__(self, plan: Plan, mesh: Mesh, lower: Lower, parameter: Callable[[str], Tensor]):
-        self.plan, self.lower, self.parameter = plan, lower, parameter
+    def __init__(self, plan: Plan, mesh: Mesh, lower: Lower, parameter: Callable[[str], Tensor], recorded: Recorded):
+        self.plan, self.lower, self.parameter, self.recorded = plan, lower, parameter, recorded
         self.gradients = UnreducedGradients(self.reduce)
         self.shares_parameters = mesh.size(*mesh.data) > 1
         self._phases: dict[int, tuple[Program, Phases]] = {}
         self._boundaries: dict[str, tuple[Program, Phases]] = {}
         self._lowered: dict[int, Callable[..., Any]] = {}
+        self._recorders: dict[int, dict[str, RecordedProgram | None]] = {}
+        self._kept: dict[int, list[Tensor]] = {}
         self._unsharded: tuple[Any, list[Tensor]] | None = None
         if self.shares_parameters and not plan.gathers_each_use:
             after_steps(self, lambda steps, _: steps.forget())  # some write where no version of a tensor tells
@@ -63,15 +70,16 @@ class Steps:
         if compat.are_hooked([self.parameter(s.name) for s in program.sources if s.kind == "param"]):
             self.forget()
             return None  # hooks see each microbatch's gradient, as on one device
+        name, compute = (BEFORE, phases.compute) if stay and not last else (LAST, phases.compute_and_reduce)
+        recorder = self._recorder(program, name, compute)
         values = dict(zip(phases.boundaries, self.unshard(program), strict=True))
         if last:
             self.forget()
-        compute = phases.compute if stay and not last else phases.compute_and_reduce
         detached = [values[b].detach().requires_grad_() for b in compute.boundaries("detached")]
         inputs = [self._unreduced(b, values[b]) if kind == "unreduced" else values[b]
                   for kind, b in compute.extra if kind != "detached"]
         along = [(b, pending[b.key]) for b in compute.boundaries("unreduced") if b.key in pending]
-        run = self._run(compute, compute.module, lambda: [*example(), *detached, *inputs])
+        run = self._run(compute, compute.module, lambda: [*example(), *detached, *inputs], recorder)
         return Microbatch(run, detached, inputs, Receipt(self.gradients, compute.boundaries("detached"), along))
 
     @torch.no_grad()
@@ -83,8 +91,28 @@ class Steps:
         state = (id(phases), [(id(self.parameter(n)), compat.version(self.parameter(n))) for n in names])
         if self._unsharded is None or self._unsharded[0] != state:
             run = self._run(phases.unshard, phases.unshard, lambda: local)
-            self._unsharded = state, list(run(*local))
+            self._unsharded = state, self._where_they_were(program, local, list(run(*local)))
         return self._unsharded[1]
+
+    def _recorder(self, program: Program, name: str, compute: Compute) -> RecordedProgram | None:
+        """What records one kind of a program's microbatches. What they take unsharded stays where it is, from step to step."""
+        made = self._recorders.setdefault(id(program), {})
+        if name not in made:
+            kinds = ["detached"] * len(compute.boundaries("detached")) + [k for k, _ in compute.extra if k != "detached"]
+            stay = frozenset(i for i, kind in enumerate(kinds, len(program.sources)) if kind != "unreduced")
+            made[name] = self.recorded(program, name, stay)
+        return made[name]
+
+    def _where_they_were(self, program: Program, local: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        """Values at boundaries, in the memory of those of the step before, if microbatches may be recorded, which read them.
+        local: of parameters, some of which may be such values themselves."""
+        if not any(r is not None and r.off is None for r in self._recorders.get(id(program), {}).values()):
+            self._kept.pop(id(program), None)
+            return values
+        own = {compat.storage_of(x) for x in local}
+        before = self._kept.setdefault(id(program), values)
+        return [new if old is new or compat.storage_of(new) in own else old.copy_(new)
+                for old, new in zip(before, values, strict=True)]
 
     def reduce(self, grads: dict[str, Tensor]) -> None:
         """Take unreduced gradients, by the keys of their boundaries, to those of the parameters, which they are added to."""
@@ -115,6 +143,8 @@ class Steps:
                 key in self.gradients.pending and owner is program for key, (owner, _) in self._boundaries.items()):
             return
         _, phases = self._phases.pop(id(program))
+        self._recorders.pop(id(program), None)
+        self._kept.pop(id(program), None)
         self._boundaries = {b.key: pair for pair in self._phases.values() for b in pair[1].boundaries}
         for made in (phases.unshard, phases.compute, phases.compute_and_reduce, phases.reduce):
             self._lowered.pop(id(made), None)
@@ -126,10 +156,11 @@ class Steps:
             self._boundaries.update({b.key: pair for b in pair[1].boundaries})
         return self._phases[id(program)][1]
 
-    def _run(self, of: Any, graph: Any, example: Callable[[], list[Any]]) -> Callable[..., Any]:
+    def _run(self, of: Any, graph: Any, example: Callable[[], list[Any]], recorder: RecordedProgram | None = None
+             ) -> Callable[..., Any]:
         """What runs a graph, compiled once. of: what it is remembered by."""
         if id(of) not in self._lowered:
-            self._lowered[id(of)] = self.lower(graph, example())
+            self._lowered[id(of)] = self.lower(graph, example(), recorder=recorder)
         return self._lowered[id(of)]
 
     def _unreduced(self, boundary: Boundary, value: Tensor) -> Tensor:

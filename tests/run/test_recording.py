@@ -20,6 +20,7 @@ import fxpar
 from fxpar import compat
 from fxpar.backends.transport.watch import NoWatch
 from fxpar.errors import PlanError
+from fxpar.program import Source
 from fxpar.run import engine, recording
 from fxpar.run.recording import Recordings
 from tests.blocks import Blocks, tokens
@@ -78,7 +79,7 @@ class Handed:
             self.now, self.then = self._forward, getattr(self, "_backward", None)
             return
         with torch.set_grad_enabled(self.grad):
-            of = recordings.of(SimpleNamespace(sources=[SimpleNamespace(kind=kind, place=None) for kind in KINDS]))
+            of = recordings.of(SimpleNamespace(sources=[Source(kind, kind, torch.empty(0)) for kind in KINDS]))
         of.takes(range(len(KINDS)), 1)
         if self.grad:
             self.now, self.then = of.forward(self._forward, self._returned), of.backward(self._backward)
@@ -398,7 +399,7 @@ def test_what_is_off(loops):
         loop.recordings.wanted = wanted
         for _ in range(actions):
             loop.loop()
-        return next(iter(loop.recordings._made.values()))[1][True].told
+        return next(iter(loop.recordings._made.values()))[1][True, ""].told
 
     assert told(Pretended(seconds=(1.0, 2.1, 1.0))) == "off: the GPU takes 4200 ms, the host that starts its work 2000 ms"
     assert told(Pretended(seconds=(1.0, 2.1, 2.1)), True) == "on (the GPU takes 4200 ms, and 4200 ms without)"
