@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +62,15 @@ class Made:
 
     def names(self) -> list[str]:
         return [n.name for n in self.graph.nodes if n.op == "call_function"]
+
+
+def keeps_values(made: Made, apply: Callable[[fx.Graph], None]) -> Made:
+    """A graph behind a pass that changes none of its results."""
+    before = made.run()
+    apply(made.graph)
+    made.graph.lint()
+    assert all(map(torch.equal, made.run(), before))
+    return made
 
 
 def local_feed(program: Program, model: nn.Module, batch: dict[str, Tensor], rank: int = 0) -> list[Tensor]:

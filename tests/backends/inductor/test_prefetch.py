@@ -16,7 +16,7 @@ from fxpar.backends.inductor import buckets, casts, overlap, prefetch
 from fxpar.backends.remat import UNSHARD
 from fxpar.backends.transport.base import Transport
 from fxpar.backends.transport.copies import CopyGroup
-from tests.graphs import WAIT, Made, schedule
+from tests.graphs import WAIT, Made, keeps_values, schedule
 from tests.harness import RANDOM
 from tests.slots import Alone
 
@@ -86,14 +86,6 @@ def in_flight(made: Made, kinds: tuple, which: Callable[[fx.Node], bool] = lambd
             waited.add(of if of.target in kinds else of.args[0])
         most = max(most, len(started - waited))
     return most
-
-
-def keeps_values(made: Made, apply: Callable[[fx.Graph], None]) -> Made:
-    before = made.run()
-    apply(made.graph)
-    made.graph.lint()
-    assert all(map(torch.equal, made.run(), before))
-    return made
 
 
 # ---- parameters ----

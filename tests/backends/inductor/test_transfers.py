@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -13,7 +12,7 @@ from torch import fx, nn
 from fxpar import compat
 from fxpar.backends.inductor import buckets, pieces, prefetch, transfers
 from fxpar.backends.remat import UNSHARD
-from tests.graphs import Made
+from tests.graphs import Made, keeps_values
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 BLOCKS = 9
@@ -47,14 +46,6 @@ def scheduled(group: str) -> Made:
     made = deep(group)
     prefetch.prefetch_parameters(made.graph, 1, by_block=True)
     buckets.bucket_reductions(made.graph, 1, by_block=True)
-    return made
-
-
-def keeps_values(made: Made, apply: Callable[[fx.Graph], None]) -> Made:
-    before = made.run()
-    apply(made.graph)
-    made.graph.lint()
-    assert all(map(torch.equal, made.run(), before))
     return made
 
 
