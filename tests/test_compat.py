@@ -469,6 +469,9 @@ def test_what_is_written_to_a_copy_of_a_part_is_written_to_the_tensor(monkeypatc
     want = torch.rand(4, 2)
     torch.manual_seed(0)
     assert torch.equal(t.uniform_().to_local(), want) and told == [t] and torch.rand_like(t).placements == (Shard(0),)
+    before = compat.version(t)
+    torch._foreach_mul_([t], 2.0)
+    assert torch.equal(t.to_local(), want * 2) and compat.version(t) > before
 
 
 def test_python_functions_of_elements_are_left_to_who_is_told(monkeypatch):

@@ -416,7 +416,7 @@ def like_dtensor(local: torch.Tensor, like: Any) -> Any:
 
 
 def version(tensor: Any) -> tuple[int, int]:
-    """Changes with most writes to a DTensor: not with those of operators that write to lists of tensors."""
+    """Changes with writes to a DTensor; with those of operators that write to lists once `write_whole` was called."""
     return tensor._version, tensor._local_tensor._version
 
 

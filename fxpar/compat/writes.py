@@ -116,9 +116,22 @@ def write_whole(before_draws: Callable[[Any], None]) -> None:
             return _by_itself(handlers, operator, args, kwargs)  # which says that plain tensors are mixed with it
         return in_whole(operator, args, kwargs)
 
+    def write_list(operator: Any, args: Any, kwargs: Any) -> Any:
+        made = _by_itself(handlers, operator, args, kwargs)
+        torch.autograd.graph.increment_version([t for t in args[0] if isinstance(t, DTensor)])
+        return made
+
     for operators, handler in ((_without_rule(), whole), (DRAWS, draw), (MADE, in_whole), (WRITES, write), (FILLS, fill),
-                               (VIEWS, view)):
+                               (VIEWS, view), (_of_lists(), write_list)):
         handlers.update(dict.fromkeys(operators, handler))
+
+
+def _of_lists() -> list[Any]:
+    """Operators that write to each tensor of a list (``torch._foreach_mul_``), which autograd is told of for tensors, and not for
+    DTensors."""
+    names = {name.removeprefix("aten::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    packets = [getattr(aten, name) for name in sorted(names) if name.startswith(("_foreach_", "_fused_")) and name.endswith("_")]
+    return [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
 
 
 def _without_rule() -> list[Any]:
