@@ -93,10 +93,8 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
                    "tp_comm_overlap": tp_comm_overlap, "timeout": timeout, "check_batches": check_batches, "pad": pad}
         plan, example, dumper = control.together(lambda: _checked(model, plan, example_inputs, device, options, dump_dir))
         padding, example = _padded(model, example, pad, control)
-        chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
+        chosen = _chosen(backend, device)
         control.agree("parallelize", {"plan": plan, **options, "backend": chosen, **facts(model, example)})
-        if chosen == "inductor" and device.type == "cuda":
-            compat.start_compilers()
         control = Control(plan.pp)
         compile_call = functools.partial(compile_replica, model, plan, device, dumper)
         with agree_on_program(control) as made:
@@ -110,6 +108,14 @@ def parallelize(model: nn.Module, plan: Plan | str, example_inputs: Any = None, 
             engine.adopt(made[0], example)
         made[0].timings[PARAMETERS] = time.perf_counter() - begin
         return ParallelModule(store, engine)
+
+
+def _chosen(backend: str, device: torch.device) -> str:
+    """The backend, whose compilers begin to start."""
+    chosen = ("inductor" if device.type == "cuda" else "eager") if backend == "auto" else backend
+    if chosen == "inductor" and device.type == "cuda":
+        compat.start_compilers()
+    return chosen
 
 
 def _padded(model: nn.Module, example: Call, pad: Any, control: Control) -> tuple[Padding | None, Call]:

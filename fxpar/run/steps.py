@@ -37,6 +37,28 @@ class Microbatch:
     receipt: Receipt
 
 
+@dataclass
+class _InPlace:
+    """Values at boundaries that stay where they are, from step to step, for recordings that read them there.
+
+    state: of the parameters that they were made of; None if an optimizer has stepped since. is_new: they were made in this step.
+    """
+
+    state: Any
+    values: list[Tensor]
+    is_new: bool = True
+
+    def renewed(self, values: list[Tensor], local: list[Tensor], state: Any) -> list[Tensor]:
+        """These values, where those of before are. local: parts of parameters, some of which may be such values themselves.
+        Autograd is told that memory which it may have saved was written to, if parameters have changed since."""
+        own = {compat.storage_of(x) for x in local}
+        before = self.values if state != self.state else [x.data for x in self.values]
+        for to, made in zip(before, values, strict=True):
+            if compat.storage_of(made) not in own:
+                to.copy_(made)
+        return [made if compat.storage_of(made) in own else to for to, made in zip(self.values, values, strict=True)]
+
+
 class Steps:
     """Runs the phases of steps: unsharded parameters are kept while parameters do not change, gradients may stay unreduced until
     the last microbatch.
@@ -53,7 +75,7 @@ class Steps:
         self._boundaries: dict[str, tuple[Program, Phases]] = {}
         self._lowered: dict[int, Callable[..., Any]] = {}
         self._recorders: dict[int, dict[str, RecordedProgram | None]] = {}
-        self._kept: dict[int, list[Tensor]] = {}
+        self._kept: dict[int, _InPlace] = {}
         self._unsharded: tuple[Any, list[Tensor]] | None = None
         if self.shares_parameters and not plan.gathers_each_use:
             after_steps(self, lambda steps, _: steps.forget())  # some write where no version of a tensor tells
@@ -74,7 +96,9 @@ class Steps:
         recorder = self._recorder(program, name, compute)
         values = dict(zip(phases.boundaries, self.unshard(program), strict=True))
         if last:
-            self.forget()
+            self._unsharded = None
+            for kept in self._kept.values():
+                kept.is_new = False
         detached = [values[b].detach().requires_grad_() for b in compute.boundaries("detached")]
         inputs = [self._unreduced(b, values[b]) if kind == "unreduced" else values[b]
                   for kind, b in compute.extra if kind != "detached"]
@@ -90,8 +114,13 @@ class Steps:
         local = [compat.local_part(self.parameter(n)) for n in names]
         state = (id(phases), [(id(self.parameter(n)), compat.version(self.parameter(n))) for n in names])
         if self._unsharded is None or self._unsharded[0] != state:
-            run = self._run(phases.unshard, phases.unshard, lambda: local)
-            self._unsharded = state, self._where_they_were(program, local, list(run(*local)))
+            kept = self._kept.pop(id(program), None)
+            if kept is None or kept.state != state or not kept.is_new:
+                values = list(self._run(phases.unshard, phases.unshard, lambda: local)(*local))
+                kept = _InPlace(state, values if kept is None else kept.renewed(values, local, state))
+            if any(r is not None and r.off is None for r in self._recorders.get(id(program), {}).values()):
+                self._kept[id(program)] = kept
+            self._unsharded = state, kept.values
         return self._unsharded[1]
 
     def _recorder(self, program: Program, name: str, compute: Compute) -> RecordedProgram | None:
@@ -102,17 +131,6 @@ class Steps:
             stay = frozenset(i for i, kind in enumerate(kinds, len(program.sources)) if kind != "unreduced")
             made[name] = self.recorded(program, name, stay)
         return made[name]
-
-    def _where_they_were(self, program: Program, local: list[Tensor], values: list[Tensor]) -> list[Tensor]:
-        """Values at boundaries, in the memory of those of the step before, if microbatches may be recorded, which read them.
-        local: of parameters, some of which may be such values themselves."""
-        if not any(r is not None and r.off is None for r in self._recorders.get(id(program), {}).values()):
-            self._kept.pop(id(program), None)
-            return values
-        own = {compat.storage_of(x) for x in local}
-        before = self._kept.setdefault(id(program), values)
-        return [new if old is new or compat.storage_of(new) in own else old.copy_(new)
-                for old, new in zip(before, values, strict=True)]
 
     def reduce(self, grads: dict[str, Tensor]) -> None:
         """Take unreduced gradients, by the keys of their boundaries, to those of the parameters, which they are added to."""
@@ -136,6 +154,8 @@ class Steps:
     def forget(self) -> None:
         """Parameters have changed: unshard them again."""
         self._unsharded = None
+        for kept in self._kept.values():
+            kept.state = None
 
     def drop(self, program: Program) -> None:
         """`program` is not run any more: keep nothing that was made of it, but what unreduced gradients still need."""

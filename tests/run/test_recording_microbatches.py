@@ -91,6 +91,39 @@ def check(plan: str, backend: str) -> None:
         assert told is not None and "the last microbatch: on" in told
 
 
+def together(rank: int, plan: str, graphs: bool) -> list[float]:
+    """Gradients of forwards of two shapes in turn, and of several behind them, with one backward each."""
+    recording.WARM = recording.TRIED = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "device_of", lambda _: Pretended() if graphs else None)
+        torch.manual_seed(0)
+        module = fxpar.parallelize(Net(), plan, {"x": torch.ones(4, WIDTH)}, cuda_graphs=graphs)
+    module.seed = 5
+    optimizer = torch.optim.SGD(module.parameters(), 0.01)
+    found: list[float] = []
+    for step in range(5):
+        def loss(rows: int, step: int = step) -> Tensor:
+            return module(x=torch.ones(rows, WIDTH) * (step + 1))["loss"]
+
+        with module.no_sync():
+            (loss(4) + loss(6) + loss(4)).backward()
+        (loss(4) + loss(4)).backward()
+        found += [p.grad.full_tensor().sum().item() for p in module.parameters()]
+        if step % 2:
+            optimizer.step()
+        else:  # by hand, which changes no version
+            for p in module.parameters():
+                p.to_local().data.sub_(p.grad.to_local(), alpha=0.01)
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("plan", ["dp=2,zero=1,recompute=full,param_dtype=bf16", "dp=2,zero=2,recompute=full"])
+def test_several_forwards_before_a_backward(plan):
+    want, have = (launch(2, together, plan, graphs) for graphs in (False, True))
+    assert want == have
+
+
 def stepped_between(rank: int, plan: str, graphs: bool) -> list[str | float]:
     """What becomes of backwards that come when the optimizer has stepped since their forward."""
     recording.WARM = recording.TRIED = 1
