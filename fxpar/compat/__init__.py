@@ -94,7 +94,7 @@ from fxpar.compat.streams import AtOnce, Move, SideStream, empty_like_code
 from fxpar.compat.strided import strided_shard
 from fxpar.compat.symmetric import SymmetricSlots
 from fxpar.compat.waits import start_compilers, waiting_once
-from fxpar.compat.writes import CopiedPart, apply_by, call_on_parts, write_whole
+from fxpar.compat.writes import CopiedPart, apply_by, call_on_parts, version, write_whole
 
 __all__ = [
     "CALLED",
@@ -213,6 +213,7 @@ __all__ = [
     "unchecked_distributions",
     "unrecorded",
     "untraced",
+    "version",
     "waiting_once",
     "when_finished",
     "write_whole",
@@ -413,11 +414,6 @@ def like_dtensor(local: torch.Tensor, like: Any) -> Any:
     optimizers go through parameter and gradient side by side as they lie there."""
     made: Any = DTensor.__new__(DTensor, local.contiguous(), like._spec, requires_grad=False)
     return made  # without its __init__, which does nothing, and takes longer
-
-
-def version(tensor: Any) -> tuple[int, int]:
-    """Changes with writes to a DTensor; with those of operators that write to lists once `write_whole` was called."""
-    return tensor._version, tensor._local_tensor._version
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -126,6 +126,11 @@ def write_whole(before_draws: Callable[[Any], None]) -> None:
         handlers.update(dict.fromkeys(operators, handler))
 
 
+def version(tensor: Any) -> tuple[int, int]:
+    """Changes with writes to a DTensor; with those of operators that write to lists once `write_whole` was called."""
+    return tensor._version, tensor._local_tensor._version
+
+
 def _of_lists() -> list[Any]:
     """Operators that write to each tensor of a list (``torch._foreach_mul_``), which autograd is told of for tensors, and not for
     DTensors."""
